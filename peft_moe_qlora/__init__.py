@@ -1,0 +1,33 @@
+"""QLoRA for mixture-of-experts models with fused experts, as a PEFT method.
+
+Importing the package registers the method with PEFT; importing it again changes nothing.
+"""
+
+from peft import mapping as _mapping
+
+from .config import MoeQLoraConfig, MoeQLoraPeftType
+from .experts import QuantizedExperts
+from .layer import MoeQLoraExperts
+from .model import MoeQLoraModel
+from .prepare import prepare_model_for_training, quantize_experts
+from .report import ExpertsReport, StackReport, experts_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertsReport",
+    "MoeQLoraConfig",
+    "MoeQLoraExperts",
+    "MoeQLoraModel",
+    "QuantizedExperts",
+    "StackReport",
+    "experts_report",
+    "prepare_model_for_training",
+    "quantize_experts",
+]
+
+# `peft.utils.register_peft_method` insists on a prefix that no other method has. Ours is LoRA's, because one adapter
+# covers linear layers, whose keys stay LoRA's, and experts.
+_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoeQLoraPeftType.MOE_QLORA] = MoeQLoraConfig
+_mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoeQLoraPeftType.MOE_QLORA] = MoeQLoraModel
+_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoeQLoraPeftType.MOE_QLORA] = MoeQLoraModel.prefix

@@ -1,0 +1,161 @@
+"""The configuration of a MoE-QLoRA adapter: PEFT's `LoraConfig` plus what concerns experts."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
+
+FORMAT_VERSION = 1
+"""Version of the adapter file: key names, shapes of the factors, meaning of the config's fields."""
+
+ALL_EXPERTS = "experts"
+"""As a target name: every routed experts module, whatever its path."""
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+# option -> the values of it that experts can honour
+_HONOURED = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "fan_in_fan_out": (False,),
+    "ensure_weight_tying": (False,),
+    "init_lora_weights": (True, False, "gaussian"),
+    "megatron_config": (None,),
+    "loftq_config": (None, {}),
+    "eva_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+}
+_REMEDIES = {"target_parameters": "Name the experts in target_modules, and projections of them in target_experts."}
+
+
+class MoeQLoraPeftType(str, enum.Enum):
+    """The adapter's type in `adapter_config.json`. A type of our own: an enum that has members can't be extended."""
+
+    MOE_QLORA = "MOE_QLORA"
+
+
+@dataclass
+class MoeQLoraConfig(LoraConfig):
+    """LoRA on the fused experts of a MoE model, stored in 4 bits, and on any of its linear layers.
+
+    Every option of `LoraConfig` either holds for experts as it does for linear layers, or is refused.
+
+    Args:
+        target_modules: what to adapt. Default: the routed experts of every layer and nothing else. A list may name
+            linear layers, experts modules (`"experts"` for all), a projection of them (`"gate_up_proj"`,
+            `"down_proj"`), or use the names of a time when experts were linear layers (`"gate_proj"`, `"up_proj"`,
+            `"down_proj"`, `"w1"`, `"w2"`, `"w3"`). `"all-linear"` is every linear layer and the experts, the router
+            excepted. Names that match nothing raise an error.
+        target_experts: which projections of the targeted experts get factors: of `"gate_up_proj"` (`"up_proj"` where
+            the class has no gate) and `"down_proj"`. Default: all that `target_modules` names.
+        expert_r: rank of the factors of each expert. Default: `r`. Experts are many: for one projection a rank costs
+            `num_experts * (in_features + out_features)` parameters, so that rank 16 on all experts of a 30B-A3B model
+            is 629 million parameters; `max(1, r // experts_per_token)` gives a token about as many active ones as rank
+            `r` gives a dense layer of the same width.
+        expert_alpha: numerator of the experts' scaling, which is `expert_alpha / expert_r`, or
+            `expert_alpha / sqrt(expert_r)` with `use_rslora`. Default: so that the scaling equals the linear layers'.
+        quant_type: storage of the experts of the whole model, adapted or not: `"nf4"`, `"fp4"`, or None to leave them
+            in 16 bits.
+        blocksize: number of weights that share a scale; 64 is the block size of QLoRA.
+        double_quant: store the scales in 8 bits, 0.37 bits a weight less at block size 64.
+        rank_pattern, alpha_pattern: keys are matched against the path of an experts module, and before that against
+            that of a projection of it, such as `"layers.3.mlp.experts.down_proj"`.
+        format_version: of the adapter file; set by this package.
+
+    Raises:
+        ValueError: an option can't be honoured for experts, has no such value, or comes from a later version.
+    """
+
+    target_experts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Projections of the targeted experts that get factors. Default: all that are targeted."},
+    )
+    expert_r: int | None = field(default=None, metadata={"help": "Rank of each expert's factors. Default: r."})
+    expert_alpha: float | None = field(
+        default=None, metadata={"help": "Alpha of the experts. Default: such that their scaling is that of r."}
+    )
+    quant_type: str | None = field(
+        default="nf4", metadata={"help": "Storage of the experts: 'nf4', 'fp4', or None to leave them in 16 bits."}
+    )
+    blocksize: int = field(default=64, metadata={"help": "Weights of an expert that share a scale."})
+    double_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
+
+    stored_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None
+    """Key -> shape of the tensors in the adapter file that the config was read with; set on instances, never saved."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MoeQLoraPeftType.MOE_QLORA
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter has format_version {self.format_version}; this peft-moe-qlora reads up to "
+                f"{FORMAT_VERSION}. Upgrade peft-moe-qlora."
+            )
+        for option, honoured in _HONOURED.items():
+            value = getattr(self, option, honoured[0])
+            if value not in honoured:
+                remedy = _REMEDIES.get(option, "Leave it out, or use PEFT's LoraConfig without adapting experts.")
+                raise ValueError(f"{option}={value!r} can't be done for fused experts. {remedy}")
+        if self.quant_type is not None:
+            self.storage  # noqa: B018 - raises for a value that is unknown
+        unknown = sorted(set(self.target_experts or ()) - set(PROJECTIONS))
+        if unknown:
+            raise ValueError(f"target_experts={unknown} are no projections; choose from {PROJECTIONS}.")
+        if self.expert_r is not None and self.expert_r < 1:
+            raise ValueError(f"expert_r={self.expert_r}: a rank is at least 1.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            with safe_open(file, framework="pt") as tensors:
+                keys = tensors.keys()
+                config.stored_shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+        return config
+
+    @property
+    def storage(self) -> FourBitFormat | None:
+        """How the experts are stored, None for 16 bits."""
+        if self.quant_type is None:
+            return None
+        return FourBitFormat(self.quant_type, self.blocksize, self.double_quant)
+
+    @property
+    def resolved_expert_r(self) -> int:
+        return self.r if self.expert_r is None else self.expert_r
+
+    @property
+    def resolved_expert_alpha(self) -> float:
+        if self.expert_alpha is not None:
+            return self.expert_alpha
+        ratio = self.resolved_expert_r / self.r
+        return self.lora_alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """The factor of `B @ A` (rsLoRA: arXiv:2312.03732)."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+__all__ = ["ALL_EXPERTS", "BLOCKSIZES", "FORMAT_VERSION", "PROJECTIONS", "QUANT_TYPES", "MoeQLoraConfig"]

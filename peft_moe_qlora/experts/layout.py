@@ -1,0 +1,167 @@
+"""What one has to know of an experts class to compute it, read from what the class itself declares.
+
+transformers (5.17 and later) marks its experts classes with `@use_experts_implementation(...)`, whose arguments become
+attributes of the instance: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`, `has_post_expert_norm`. Sizes
+follow from the parameters' shapes and these flags; orientation never follows from a shape, since square stacks exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_DECLARATIONS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
+
+UNSUPPORTED_CLASSES = {
+    "DbrxExpertGLU": "its stacks are flat 2-D parameters",
+    "InklingSharedExperts": "its experts are always on, not routed",
+    "JetMoeParallelExperts": "it is one stack without gate or routing weights",
+    "Llama4TextExperts": "it is dense over all experts and takes no routing",
+    "LongcatFlashExperts": "it mixes identity experts with real ones",
+    "Step3p7Experts": "its gate clamps differently in every layer",
+}
+"""Experts classes that declare no layout, and what is special about each."""
+
+ALWAYS_ON_CLASSES = frozenset({"InklingSharedExperts"})
+"""Of these, the ones that are not routed: they stay as they are beside a model's routed experts."""
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """Shapes and declarations of one experts module.
+
+    Args:
+        class_name: the experts class.
+        num_experts: E.
+        hidden_size: width of what goes in and comes out.
+        intermediate_size: width between the two projections, behind the gate.
+        is_transposed: matrices are stored `(in, out)` instead of `(out, in)`.
+        is_concatenated: gate and up rows stand one block after the other instead of interleaved.
+        has_bias: each projection has a bias `(E, out)`.
+        has_gate: the first projection is `gate_up_proj`, twice as wide, instead of `up_proj`.
+        has_post_expert_norm: a norm follows the down projection.
+    """
+
+    class_name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    is_transposed: bool
+    is_concatenated: bool
+    has_bias: bool
+    has_gate: bool
+    has_post_expert_norm: bool
+
+    @property
+    def up_name(self) -> str:
+        return up_projection(self.has_gate)
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        """Names of the two stacks, in the order of the forward."""
+        return (self.up_name, "down_proj")
+
+    def features(self, projection: str) -> tuple[int, int]:
+        """`(in, out)` of a projection."""
+        if projection == "down_proj":
+            return self.intermediate_size, self.hidden_size
+        return self.hidden_size, self.intermediate_size * (2 if self.has_gate else 1)
+
+
+def up_projection(has_gate: bool) -> str:
+    return "gate_up_proj" if has_gate else "up_proj"
+
+
+def declares_layout(module: nn.Module) -> bool:
+    """Whether a module is of a decorated experts class and still holds its stacks."""
+    if not all(hasattr(module, name) for name in _DECLARATIONS):
+        return False
+    return up_projection(module.has_gate) in module._parameters and "down_proj" in module._parameters
+
+
+def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
+    """Reads the layout of a decorated experts module.
+
+    Args:
+        module: the experts module, in 16 or 32 bits.
+        path: its place in the model, for errors.
+
+    Raises:
+        ValueError: a parameter is missing, has not three dimensions, or does not fit the others.
+    """
+    names = (up_projection(module.has_gate), "down_proj")
+    shapes = {}
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is None or parameter.dim() != 3:
+            found = "missing" if parameter is None else f"of shape {tuple(parameter.shape)}"
+            raise ValueError(f"{path}.{name} is {found}; a 3-D stack (experts, rows, columns) was expected.")
+        shapes[name] = tuple(parameter.shape)
+
+    def features(name: str) -> tuple[int, int]:
+        _, rows, columns = shapes[name]
+        return (rows, columns) if module.is_transposed else (columns, rows)
+
+    hidden_size, up_features = features(names[0])
+    layout = ExpertsLayout(
+        class_name=type(module).__name__,
+        num_experts=shapes[names[0]][0],
+        hidden_size=hidden_size,
+        intermediate_size=up_features // (2 if module.has_gate else 1),
+        is_transposed=module.is_transposed,
+        is_concatenated=module.is_concatenated,
+        has_bias=module.has_bias,
+        has_gate=module.has_gate,
+        has_post_expert_norm=getattr(module, "has_post_expert_norm", False),
+    )
+    for name in names:
+        if shapes[name][0] != layout.num_experts or features(name) != layout.features(name):
+            raise ValueError(
+                f"{path} ({layout.class_name}): the stacks {shapes} do not fit the declared layout {layout}. "
+                "If the class is your own, check the arguments of its @use_experts_implementation."
+            )
+    return layout
+
+
+def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Makes sure that the stacks are plain numbers in memory.
+
+    Raises:
+        ValueError: a stack is offloaded, or packed or scaled by another quantizer.
+    """
+    for name in (up_projection(module.has_gate), "down_proj"):
+        parameter = module._parameters[name]
+        if parameter.is_meta:
+            raise ValueError(
+                f"{path}.{name} is on the meta device, that is, offloaded to CPU or disk or not loaded yet. Load the "
+                "experts onto one device, for example with device_map={'': 0}, and quantize them there."
+            )
+        if parameter.dtype not in dtypes:
+            raise ValueError(
+                f"{path}.{name} has dtype {parameter.dtype}; unquantized weights in one of "
+                f"{', '.join(map(str, dtypes))} were expected. Load the model without a quantization config for its "
+                "experts, or dequantized (dtype=torch.bfloat16)."
+            )
+
+
+def named_modules_with_shared(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` that also names a module again where it is shared."""
+    return model.named_modules(remove_duplicate=False)
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Refuses a model whose routed experts cannot be computed.
+
+    Raises:
+        ValueError: names the first such module, its class and what is special about it.
+    """
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if name in UNSUPPORTED_CLASSES and name not in ALWAYS_ON_CLASSES:
+            raise ValueError(
+                f"{path} is of class {name}, which is not supported yet: {UNSUPPORTED_CLASSES[name]}. "
+                "Train this model's other layers with PEFT's LoraConfig."
+            )

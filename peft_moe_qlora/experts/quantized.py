@@ -1,0 +1,123 @@
+"""An experts module that owns its stacks in packed form, with or without an adapter around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import ComputePath, LowRank, choose_path, combine_rows, gather_rows, grouped_linear, route
+from ..quantization import DenseStack, Stack
+from .layout import ExpertsLayout
+
+_NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
+
+
+class QuantizedExperts(nn.Module):
+    """Computes a decorated experts class of transformers from `Stack`s.
+
+    Takes the place of the original module in the model and keeps it as `original`, emptied of what has moved here:
+    the class's own gate and activation are called on it, and it gets its parameters back when the 16-bit module is
+    wanted again. Stacks are children named like the parameters they stand for; biases and the norm behind the experts
+    keep their names too.
+
+    Args:
+        original: the experts module, whose stacks have been moved into `stacks`.
+        layout: what it declares.
+        stacks: projection name -> stack.
+    """
+
+    def __init__(self, original: nn.Module, layout: ExpertsLayout, stacks: Mapping[str, Stack]) -> None:
+        super().__init__()
+        self.layout = layout
+        self.num_experts = layout.num_experts
+        for projection in layout.projections:
+            self.add_module(projection, stacks[projection])
+        if layout.has_bias:
+            for projection in layout.projections:
+                name = bias_name(projection)
+                self.register_parameter(name, original._parameters.pop(name))
+        self.post_expert_norm = original._modules.pop("post_expert_norm") if layout.has_post_expert_norm else None
+        self.original = original
+        self.train(original.training)
+
+    def stack(self, projection: str) -> Stack:
+        return self.get_submodule(projection)
+
+    def bias(self, projection: str) -> nn.Parameter | None:
+        """`(E, out)`, None where the class has no biases."""
+        return self.get_parameter(bias_name(projection)) if self.layout.has_bias else None
+
+    def compute_path(self, projection: str) -> ComputePath:
+        """What computes a projection for activations in the stack's own dtype."""
+        stack = self.stack(projection)
+        return choose_path(stack.device, stack.dtype, stack.in_features, stack.out_features)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low_rank: Mapping[str, Sequence[LowRank]] = _NO_ADAPTER,
+    ) -> torch.Tensor:
+        """The experts' share of a MoE layer: `(T, H)` -> `(T, H)` in the dtype of `hidden_states`.
+
+        Args:
+            hidden_states: `(T, H)`.
+            top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped.
+            top_k_weights: `(T, K)`, the router's weights, in any floating dtype.
+            low_rank: projection name -> what adapters add to it.
+        """
+        dtype = self._compute_dtype(hidden_states)
+        routing = route(top_k_index, self.num_experts)
+        rows = gather_rows(hidden_states.to(dtype), routing)
+        for projection in self.layout.projections:
+            rows = grouped_linear(
+                rows, self.stack(projection), routing, self.bias(projection), low_rank.get(projection, ())
+            )
+            if projection == self.layout.up_name:
+                rows = self._activate(rows).to(dtype)
+        if self.post_expert_norm is not None:
+            rows = self.post_expert_norm(rows)
+        return combine_rows(rows, top_k_weights, routing).to(hidden_states.dtype)
+
+    def _activate(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.layout.has_gate:
+            return self.original._apply_gate(rows)
+        return self.original.act_fn(rows)
+
+    def _compute_dtype(self, hidden_states: torch.Tensor) -> torch.dtype:
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.stack(self.layout.up_name).compute_dtype(hidden_states.dtype)
+
+    def restore(self, stacks: Mapping[str, DenseStack]) -> nn.Module:
+        """Gives the original module back with the given weights; this one is empty afterwards."""
+        for projection in self.layout.projections:
+            self.original.register_parameter(projection, stacks[projection].weight)
+            if self.layout.has_bias:
+                name = bias_name(projection)
+                self.original.register_parameter(name, self._parameters.pop(name))
+        if self.post_expert_norm is not None:
+            self.original.post_expert_norm = self.post_expert_norm
+            self.post_expert_norm = None
+        return self.original.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        # models may ask their experts for sizes or for the config under the class's own names
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            return getattr(self.original, name)
+
+    def extra_repr(self) -> str:
+        return f"{self.layout.class_name}, num_experts={self.num_experts}"
+
+
+def bias_name(projection: str) -> str:
+    return f"{projection}_bias"

@@ -1,0 +1,327 @@
+"""The tuner: which modules get an adapter, and what happens to the model as a whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.integrations import skip_init_on_device
+from torch import nn
+from tqdm.auto import tqdm
+
+from .adapter_check import check_factor_shapes, check_stored_shapes
+from .config import ALL_EXPERTS, MoeQLoraConfig
+from .experts import (
+    ExpertsLayout,
+    QuantizedExperts,
+    bias_name,
+    check_convertible,
+    convert_experts,
+    find_experts,
+    revert_experts,
+)
+from .experts.layout import read_layout
+from .layer import BASE, MoeQLoraExperts
+from .report import ExpertsReport, experts_report
+from .targets import check_targets, is_router, resolve_rank_and_alpha, targeted_projections, unmatched_patterns
+from .weighted import Combination, combine_experts, combined_rank
+
+
+class MoeQLoraModel(LoraModel):
+    """LoRA for MoE models: PEFT's `LoraModel` on linear layers, `MoeQLoraExperts` on fused experts.
+
+    When the first adapter is added, the experts of the whole model are converted to the storage that its config names,
+    in place and stack by stack; experts converted before (`quantize_experts`) are used as they are.
+
+    Args:
+        model: the model to adapt.
+        config: a `MoeQLoraConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the factors on the meta device, to be filled from a file.
+    """
+
+    prefix: str = "lora_"
+    tuner_layer_cls = (LoraLayer, MoeQLoraExperts)
+
+    def _prepare_adapter_config(self, peft_config: MoeQLoraConfig, model_config: dict) -> MoeQLoraConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = {ALL_EXPERTS}
+        return peft_config
+
+    def _prepare_model(self, peft_config: MoeQLoraConfig, model: nn.Module) -> None:
+        """Settles what the config asks for, refuses what can't be had, and only then converts the experts."""
+        check_convertible(model, peft_config.storage)
+        layouts = expert_layouts(model)
+        resolve_all_linear(peft_config, model, layouts)
+        self._expert_targets = {
+            path: targeted_projections(peft_config, path, layout) for path, layout in layouts.items()
+        }
+        module_names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
+        check_targets(peft_config, module_names, layouts, self._expert_targets)
+        check_stored_shapes(peft_config, layouts, self._expert_targets)
+        if any(self._check_target_module_exists(peft_config, name) for name in module_names):
+            # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
+            skip_init_on_device(convert_experts)(model, peft_config.storage, progressbar=True)
+
+    def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            if other.storage != config.storage:
+                raise ValueError(
+                    f"The new adapter wants the experts stored as {config.storage or '16 bits'}, but adapter {name!r} "
+                    f"has them as {other.storage or '16 bits'}. Adapters of one model share its experts: give both "
+                    "the same quant_type, blocksize and double_quant."
+                )
+
+    def _check_target_module_exists(self, peft_config: MoeQLoraConfig, key: str) -> Any:
+        # not static as in PEFT: whether a key is an experts module depends on the model
+        if self._expert_targets.get(key):
+            return True
+        found = super()._check_target_module_exists(peft_config, key)
+        return False if found and key in self._expert_targets else found
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # PEFT holds the patterns against modules only; here they may also name a projection of experts
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        unmatched = unmatched_patterns(
+            self.peft_config[adapter_name], self.targeted_module_names, self._expert_targets
+        )
+        if unmatched:
+            warnings.warn(
+                f"rank_pattern or alpha_pattern: {unmatched} match nothing that is adapted.", RuntimeWarning, 2
+            )
+
+    def _create_and_replace(
+        self,
+        lora_config: MoeQLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, (QuantizedExperts, MoeQLoraExperts)):
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+            )
+            return
+        layer = MoeQLoraExperts(target, adapter_name) if isinstance(target, QuantizedExperts) else target
+        ranks, alphas = {}, {}
+        for projection in self._expert_targets[current_key]:
+            ranks[projection], alphas[projection] = resolve_rank_and_alpha(lora_config, current_key, projection)
+        layer.update_layer(adapter_name, ranks, alphas, lora_config)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter_name in self.active_adapters:
+            for _, parameter in _expert_biases(model, self.peft_config[adapter_name].bias):
+                parameter.requires_grad = True
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: MoeQLoraConfig
+    ) -> dict[str, torch.Tensor]:
+        biases = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        return biases | {name: state_dict[name] for name, _ in _expert_biases(model, config.bias)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoeQLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            f"{path}.{name}.{adapter_name}": tuple(layer.get_submodule(name)[adapter_name].shape)
+            for path, layer in model.named_modules()
+            if isinstance(layer, MoeQLoraExperts)
+            for name in layer.adapter_layer_names
+            if adapter_name in layer.get_submodule(name)
+        }
+        check_factor_shapes({key: tuple(tensor.shape) for key, tensor in remapped.items()}, expected)
+        return remapped
+
+    def expert_layers(self) -> Iterator[MoeQLoraExperts]:
+        return (module for module in self.model.modules() if isinstance(module, MoeQLoraExperts))
+
+    def experts_report(self) -> ExpertsReport:
+        """What is stored how, what is adapted with which rank, what is trainable, what computes it."""
+        return experts_report(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names`, one for each sample of the batch, to every layer for the time of a call."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names can't be passed in training mode; call model.eval() first.")
+        unknown = set(adapter_names) - set(self.peft_config) - {BASE}
+        if unknown:
+            raise ValueError(f"adapter_names: no adapter {sorted(unknown)}; there are {sorted(self.peft_config)}.")
+        num_beams = kwargs.get("num_beams") or 1
+        per_sequence = [name for name in adapter_names for _ in range(num_beams)]
+
+        def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {**kwargs, "adapter_names": per_sequence}
+
+        handles = [
+            module.register_forward_pre_hook(add_names, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (*self.tuner_layer_cls, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Combines adapters into a new one, on linear layers as PEFT does and on experts likewise, per expert.
+
+        Args:
+            adapters: names of adapters.
+            weights: one for each.
+            adapter_name: name of the new one; nothing happens if it exists.
+            combination_type: `"linear"`, `"cat"` or `"svd"`.
+            svd_rank: rank of the result of `svd`, on linear layers and experts. Default: the largest.
+            svd_clamp: as in PEFT.
+            kwargs: PEFT's options for linear layers.
+
+        Raises:
+            ValueError: another combination type, an unknown adapter, or different ranks with `"linear"`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        missing = [name for name in adapters if name not in self.peft_config]
+        if missing:
+            raise ValueError(f"Adapters {missing} do not exist; there are {sorted(self.peft_config)}.")
+        configs = [self.peft_config[name] for name in adapters]
+        kind = "linear" if len(adapters) == 1 else combination_type
+        ranks = [max(config.resolved_expert_r, *config.rank_pattern.values(), 0) for config in configs]
+        rank = combined_rank(kind, ranks, svd_rank)
+        no_choice = any(config.target_experts is None for config in configs)
+        # PEFT derives the new adapter's config from the first one's
+        self.peft_config[adapters[0]] = replace(
+            configs[0],
+            expert_r=rank,
+            expert_alpha=1 / configs[0].scaling(rank, 1.0),
+            target_experts=None if no_choice else sorted({name for c in configs for name in c.target_experts}),
+        )
+        try:
+            super().add_weighted_adapter(
+                adapters, weights, adapter_name, kind, svd_rank=svd_rank, svd_clamp=svd_clamp, **kwargs
+            )
+        finally:
+            self.peft_config[adapters[0]] = configs[0]
+        for layer in self.expert_layers():
+            if adapter_name in layer.r:
+                combine_experts(layer, adapter_name, Combination(adapters, weights, kind, rank, svd_clamp))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit."""
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Merges adapters and takes the tuner off the model.
+
+        Args:
+            progressbar: show one.
+            safe_merge: refuse an adapter with values that are not finite before anything is changed.
+            adapter_names: what to merge. Default: the active adapters.
+            dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
+                with dequantized and merged stacks, ready for `save_pretrained`.
+
+        Returns:
+            The base model, changed in place.
+        """
+        self._check_mergeable(adapter_names, safe_merge)
+        if dtype is None:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        for layer in tqdm(list(self.expert_layers()), desc="Merging experts", disable=not progressbar):
+            layer.merge_into_dense(dtype, adapter_names)
+        # the experts are merged; what is left are linear layers
+        for path, layer in list(self.model.named_modules()):
+            if isinstance(layer, MoeQLoraExperts):
+                parent_path, _, name = path.rpartition(".")
+                self._replace_module(self.model.get_submodule(parent_path), name, layer.base_layer, layer)
+        revert_experts(self.model, dtype)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
+        """Refuses a broken adapter before the first layer is merged, so that the model stays as it was."""
+        if not safe_merge:
+            return
+        adapter_names = set(adapter_names or self.active_adapters)
+        for layer in self.model.modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            for container in layer.adapter_layer_names:
+                for name, factor in getattr(layer, container).items():
+                    tensors = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
+                    if name in adapter_names and not all(torch.isfinite(tensor).all() for tensor in tensors):
+                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+
+def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
+    """Path -> layout of every routed experts module, wrapped in a tuner layer or not."""
+    return {
+        path.removesuffix(".base_layer"): module.layout
+        if isinstance(module, QuantizedExperts)
+        else read_layout(module, path)
+        for path, module in find_experts(model)
+    }
+
+
+def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
+    """Writes "all-linear" out: PEFT's linear layers without routers, and all experts."""
+    names = config.target_modules
+    if not isinstance(names, str) or names.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    _maybe_include_all_linear_layers(config, model)
+    routers = {name for name in config.target_modules if is_router(name, model.get_submodule(name), layouts)}
+    config.target_modules = (config.target_modules - routers) | {ALL_EXPERTS}
+
+
+def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(name, parameter)` of the experts' biases that a config's `bias` makes trainable."""
+    if bias == "none":
+        return
+    adapted = {id(layer.base_layer) for layer in model.modules() if isinstance(layer, MoeQLoraExperts)}
+    for path, experts in model.named_modules():
+        if not isinstance(experts, QuantizedExperts) or not experts.layout.has_bias:
+            continue
+        if bias == "all" or id(experts) in adapted:
+            for projection in experts.layout.projections:
+                yield f"{path}.{bias_name(projection)}", experts.bias(projection)

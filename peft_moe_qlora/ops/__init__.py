@@ -1,0 +1,20 @@
+"""How a layer of experts is computed: routed rows, grouped products, low-rank terms.
+
+Letters: T tokens, K experts chosen per token, E experts, S = T * K routed rows, H hidden size, I intermediate size,
+R rank. Rows are sorted by expert; `offsets (E,)` int32 holds, for each expert, the row behind its last one.
+"""
+
+from .dispatch import ComputePath, choose_path
+from .grouped_linear import LowRank, grouped_linear
+from .routing import Routing, combine_rows, gather_rows, route
+
+__all__ = [
+    "ComputePath",
+    "LowRank",
+    "Routing",
+    "choose_path",
+    "combine_rows",
+    "gather_rows",
+    "grouped_linear",
+    "route",
+]

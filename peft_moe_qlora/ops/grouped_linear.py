@@ -1,0 +1,107 @@
+"""One projection of all experts: frozen weights decoded on the way, plus low-rank terms.
+
+The weights are decoded for the forward product and again for the gradient of its input; nothing in 16 bits is kept
+between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from ..quantization import Stack
+from .dispatch import choose_path
+from .grouped_matmul import grouped_matmul, grouped_mm, multiply_groups
+from .routing import Routing
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What one adapter adds to a projection: `scaling * (dropout(x) A^T) B^T`, per expert (LoRA, arXiv:2106.09685).
+
+    Args:
+        A: `(E, R, in)`.
+        B: `(E, out, R)`.
+        scaling: factor of the product.
+        dropout: applied to the routed rows before A; None for none.
+        token_mask: `(T,)` bool, tokens that the adapter applies to; None for all.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    dropout: nn.Module | None = None
+    token_mask: torch.Tensor | None = None
+
+
+class _FrozenGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, stack: Stack, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.stack = stack
+        ctx.save_for_backward(offsets)
+        return _frozen_product(rows, stack, offsets, as_stored=stack.is_transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        return _frozen_product(grad_out, ctx.stack, offsets, as_stored=not ctx.stack.is_transposed), None, None
+
+
+def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_stored: bool) -> torch.Tensor:
+    """Rows times the matrices as stored (`as_stored`) or times their transposes."""
+    _, stored_rows, stored_columns = stack.shape
+    in_features, out_features = (stored_rows, stored_columns) if as_stored else (stored_columns, stored_rows)
+    if rows.shape[0] and choose_path(rows.device, rows.dtype, in_features, out_features).name == "grouped_mm":
+        matrices = stack.decode(rows.dtype)
+        return grouped_mm(rows, matrices if as_stored else matrices.transpose(1, 2), offsets)
+
+    def matrix_of(expert: int) -> torch.Tensor:
+        matrix = stack.decode_expert(expert, rows.dtype)
+        return matrix if as_stored else matrix.T
+
+    return multiply_groups(rows, matrix_of, offsets, out_features)
+
+
+def _low_rank_product(rows: torch.Tensor, term: LowRank, routing: Routing) -> torch.Tensor:
+    A, B = term.A.to(rows.dtype), term.B.to(rows.dtype)
+    # zeros up to a multiple of 8 let every rank take the grouped product
+    padding = -A.shape[1] % 8 if choose_path(rows.device, rows.dtype, 8, 8).name == "grouped_mm" else 0
+    if padding:
+        A, B = pad(A, (0, 0, 0, padding)), pad(B, (0, padding))
+    if term.dropout is not None:
+        rows = term.dropout(rows)
+    reduced = grouped_matmul(rows, A.transpose(1, 2), routing.offsets) * term.scaling
+    if term.token_mask is not None:
+        reduced = reduced * term.token_mask[routing.token_of_row, None]
+    return grouped_matmul(reduced, B.transpose(1, 2), routing.offsets)
+
+
+def grouped_linear(
+    rows: torch.Tensor,
+    stack: Stack,
+    routing: Routing,
+    bias: torch.Tensor | None = None,
+    low_rank: Sequence[LowRank] = (),
+) -> torch.Tensor:
+    """Each routed row through its expert's linear layer: `(S, in)` -> `(S, out)` in the dtype of `rows`.
+
+    Args:
+        rows: `(S, in)`, sorted by expert.
+        stack: the frozen weights.
+        routing: whose row belongs to which expert.
+        bias: `(E, out)`.
+        low_rank: what adapters add.
+    """
+    out = _FrozenGroupedLinear.apply(rows, stack, routing.offsets)
+    for term in low_rank:
+        out = out + _low_rank_product(rows, term, routing)
+    if bias is not None:
+        out = out + bias.to(rows.dtype)[routing.expert_of_row]
+    return out

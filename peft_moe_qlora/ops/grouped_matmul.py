@@ -1,0 +1,92 @@
+"""Products of rows sorted by expert with one matrix for each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .dispatch import choose_path
+
+
+def multiply_groups(
+    rows: torch.Tensor, matrix_of: Callable[[int], torch.Tensor], offsets: torch.Tensor, out_features: int
+) -> torch.Tensor:
+    """`out[s] = rows[s] @ matrix_of(e)` for the rows s of each expert e; zero for rows of no expert.
+
+    Args:
+        rows: `(S, in)`.
+        matrix_of: gives the `(in, out)` matrix of an expert; asked for experts that have rows only.
+        offsets: `(E,)` int32; copied to the host once.
+    """
+    out = rows.new_zeros((rows.shape[0], out_features))
+    for expert, start, end in groups(offsets):
+        out[start:end] = rows[start:end] @ matrix_of(expert)
+    return out
+
+
+def groups(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
+    """`(expert, first row, row behind the last)` of every expert that has rows."""
+    ends = offsets.tolist()
+    return [(expert, start, end) for expert, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
+
+
+def grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """torch's grouped product `(S, in) x (E, in, out)`, with rows of no expert set to zero."""
+    out = torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
+    # the kernel leaves them as it found them
+    is_tail = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    return out.masked_fill_(is_tail[:, None], 0)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, matrices, offsets)
+        return _product(rows, matrices, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        rows, matrices, offsets = ctx.saved_tensors
+        grad_rows = grad_matrices = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = _product(grad_out, matrices.transpose(1, 2), offsets)
+        if ctx.needs_input_grad[1]:
+            grad_matrices = _outer_product(rows, grad_out, matrices, offsets)
+        return grad_rows, grad_matrices, None
+
+
+def _uses_grouped_mm(rows: torch.Tensor, matrices: torch.Tensor) -> bool:
+    _, in_features, out_features = matrices.shape
+    return rows.shape[0] > 0 and choose_path(rows.device, rows.dtype, in_features, out_features).name == "grouped_mm"
+
+
+def _product(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if _uses_grouped_mm(rows, matrices):
+        return grouped_mm(rows, matrices, offsets)
+    return multiply_groups(rows, matrices.__getitem__, offsets, matrices.shape[2])
+
+
+def _outer_product(
+    rows: torch.Tensor, grad_out: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    if _uses_grouped_mm(rows, matrices):
+        return torch.nn.functional.grouped_mm(rows.T, grad_out, offs=offsets)
+    grad = torch.zeros_like(matrices, memory_format=torch.contiguous_format)
+    for expert, start, end in groups(offsets):
+        grad[expert] = rows[start:end].T @ grad_out[start:end]
+    return grad
+
+
+def grouped_matmul(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`out[s] = rows[s] @ matrices[expert of s]`, differentiable in both; zero for rows of no expert.
+
+    Args:
+        rows: `(S, in)`, sorted by expert.
+        matrices: `(E, in, out)`, in the dtype of `rows`.
+        offsets: `(E,)` int32.
+    """
+    return _GroupedMatmul.apply(rows, matrices, offsets)

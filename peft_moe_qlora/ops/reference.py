@@ -1,0 +1,36 @@
+"""The layer of experts again, in the plainest torch: the twin that every faster path is tested against.
+
+Dense weights, one product for each routed pair, no sorting, autograd throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..quantization import Stack
+from .grouped_linear import LowRank
+
+
+def linear(
+    x: torch.Tensor,
+    expert_of_row: torch.Tensor,
+    stack: Stack,
+    bias: torch.Tensor | None = None,
+    low_rank: Sequence[LowRank] = (),
+) -> torch.Tensor:
+    """Each row through its expert: `(S, in)`, `(S,)` -> `(S, out)`, in the dtype of `x`.
+
+    Rows whose expert is none of the stack's come out as zero. Dropout and token masks of `low_rank` are not modelled.
+    """
+    matrices = stack.decode(x.dtype)
+    matrices = matrices if stack.is_transposed else matrices.transpose(1, 2)
+    for term in low_rank:
+        matrices = matrices + term.scaling * (term.B.to(x.dtype) @ term.A.to(x.dtype)).transpose(1, 2)
+    is_here = (expert_of_row >= 0) & (expert_of_row < stack.num_experts)
+    expert = torch.where(is_here, expert_of_row, 0)
+    out = torch.einsum("si,sio->so", x, matrices[expert])
+    if bias is not None:
+        out = out + bias.to(x.dtype)[expert]
+    return out * is_here[:, None]

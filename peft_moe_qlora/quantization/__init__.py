@@ -1,0 +1,14 @@
+"""How a stack of expert weights is stored."""
+
+from .four_bit import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat
+from .stack import DenseStack, QuantizedStack, Stack
+
+__all__ = [
+    "BLOCKSIZES",
+    "QUANTIZABLE_DTYPES",
+    "QUANT_TYPES",
+    "DenseStack",
+    "FourBitFormat",
+    "QuantizedStack",
+    "Stack",
+]

@@ -1,0 +1,184 @@
+"""What is stored how, what is adapted, and what computes it, for every experts module of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from .experts import QuantizedExperts, find_experts
+from .experts.layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, read_layout
+from .layer import MoeQLoraExperts
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """One stack.
+
+    Args:
+        path: of its experts module.
+        architecture: class name of the experts.
+        projection: name of the stack.
+        shape: `(E, rows, columns)` of the 16-bit parameter.
+        storage: 4-bit format or dtype.
+        nbytes: bytes stored, scales included.
+        dense_nbytes: bytes of the 16-bit parameter.
+        ranks: adapter -> rank of its factors.
+        num_adapter_parameters: adapter -> number of parameters in both factors.
+        trainable: adapters whose factors require gradients.
+        merged: adapters merged into the stack.
+        merge_error: relative L2 error of the stack against the exact merged weights; None if nothing was merged.
+        compute_path: what computes it, and why.
+    """
+
+    path: str
+    architecture: str
+    projection: str
+    shape: tuple[int, int, int]
+    storage: str
+    nbytes: int
+    dense_nbytes: int
+    ranks: dict[str, int]
+    num_adapter_parameters: dict[str, int]
+    trainable: tuple[str, ...]
+    merged: tuple[str, ...]
+    merge_error: float | None
+    compute_path: str
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """All stacks of a model; prints as a table, and `to_dict` gives plain data.
+
+    Args:
+        stacks: in the order of the model's modules.
+        left_alone: path -> why, for experts that are neither quantized nor adapted.
+    """
+
+    stacks: tuple[StackReport, ...]
+    left_alone: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.nbytes for stack in self.stacks)
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(stack.dense_nbytes for stack in self.stacks)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights of the experts, however they are stored."""
+        return sum(stack.shape[0] * stack.shape[1] * stack.shape[2] for stack in self.stacks)
+
+    @property
+    def num_adapter_parameters(self) -> int:
+        return sum(sum(stack.num_adapter_parameters.values()) for stack in self.stacks)
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        return sum(stack.num_adapter_parameters[name] for stack in self.stacks for name in stack.trainable)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                f"{stack.path}.{stack.projection}",
+                stack.architecture,
+                "x".join(map(str, stack.shape)),
+                stack.storage,
+                f"{stack.nbytes / 2**20:.2f}",
+                _join(f"{name}: {rank}" for name, rank in stack.ranks.items()),
+                _join(stack.trainable),
+                _join(stack.merged),
+                "" if stack.merge_error is None else f"{stack.merge_error:.4f}",
+                stack.compute_path,
+            )
+            for stack in self.stacks
+        ]
+        header = ("stack", "class", "shape", "storage", "MiB", "rank", "trainable", "merged", "error", "computed by")
+        lines = [tabulate(rows, header, disable_numparse=True)]
+        lines += [f"left alone: {path} ({reason})" for path, reason in self.left_alone.items()]
+        lines.append(
+            f"{self.num_weights:,} weights in {self.nbytes / 2**20:.2f} MiB ({self.dense_nbytes / 2**20:.2f} MiB "
+            f"before); {self.num_adapter_parameters:,} adapter parameters, {self.num_trainable_parameters:,} trainable"
+        )
+        return "\n".join(lines)
+
+
+def _join(names: Iterator[str] | tuple[str, ...]) -> str:
+    return ", ".join(names) or "-"
+
+
+def experts_report(model: nn.Module) -> ExpertsReport:
+    """Reports on every experts module of a model, converted or not, adapted or not."""
+    wrappers = {id(module.base_layer): module for module in model.modules() if isinstance(module, MoeQLoraExperts)}
+    stacks = []
+    for path, module in find_experts(model):
+        path = path.removesuffix(".base_layer")
+        if isinstance(module, QuantizedExperts):
+            stacks += [_of_stack(path, module, name, wrappers.get(id(module))) for name in module.layout.projections]
+        else:
+            stacks += _of_plain_module(path, module)
+    left_alone = {
+        path: UNSUPPORTED_CLASSES[type(module).__name__]
+        for path, module in model.named_modules()
+        if type(module).__name__ in ALWAYS_ON_CLASSES
+    }
+    return ExpertsReport(tuple(stacks), left_alone)
+
+
+def _of_stack(path: str, experts: QuantizedExperts, projection: str, layer: MoeQLoraExperts | None) -> StackReport:
+    stack = experts.stack(projection)
+    ranks, sizes, trainable = {}, {}, []
+    for adapter_name, of_projection in layer.r.items() if layer is not None else ():
+        if projection not in of_projection:
+            continue
+        A, B = layer.factors(projection, adapter_name)
+        ranks[adapter_name] = of_projection[projection]
+        sizes[adapter_name] = A.numel() + B.numel()
+        if A.requires_grad and B.requires_grad:
+            trainable.append(adapter_name)
+    merged = [name for name in layer.merged_adapters if name in ranks] if layer is not None else []
+    return StackReport(
+        path=path,
+        architecture=experts.layout.class_name,
+        projection=projection,
+        shape=tuple(stack.shape),
+        storage=str(stack.storage or stack.dtype).removeprefix("torch."),
+        nbytes=stack.nbytes,
+        dense_nbytes=stack.shape.numel() * stack.dtype.itemsize,
+        ranks=ranks,
+        num_adapter_parameters=sizes,
+        trainable=tuple(trainable),
+        merged=tuple(merged),
+        merge_error=stack.merge_error,
+        compute_path=str(experts.compute_path(projection)),
+    )
+
+
+def _of_plain_module(path: str, module: nn.Module) -> list[StackReport]:
+    layout = read_layout(module, path)
+    return [
+        StackReport(
+            path=path,
+            architecture=layout.class_name,
+            projection=name,
+            shape=tuple(module._parameters[name].shape),
+            storage=str(module._parameters[name].dtype).removeprefix("torch."),
+            nbytes=module._parameters[name].nbytes,
+            dense_nbytes=module._parameters[name].nbytes,
+            ranks={},
+            num_adapter_parameters={},
+            trainable=(),
+            merged=(),
+            merge_error=None,
+            compute_path="transformers",
+        )
+        for name in layout.projections
+    ]
