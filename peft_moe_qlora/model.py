@@ -24,12 +24,11 @@ from .experts import (
     QuantizedExperts,
     bias_name,
     check_convertible,
-    convert_experts,
     find_experts,
-    revert_experts,
 )
 from .experts.layout import read_layout
 from .layer import BASE, MoeQLoraExperts
+from .loading import restore_experts, store_experts
 from .report import ExpertsReport, experts_report
 from .targets import check_targets, is_router, resolve_rank_and_alpha, targeted_projections, unmatched_patterns
 from .weighted import Combination, combine_experts, combined_rank
@@ -66,10 +65,29 @@ class MoeQLoraModel(LoraModel):
         }
         module_names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
         check_targets(peft_config, module_names, layouts, self._expert_targets)
+        self._check_matched_modules(peft_config, model, layouts)
         check_stored_shapes(peft_config, layouts, self._expert_targets)
         if any(self._check_target_module_exists(peft_config, name) for name in module_names):
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
-            skip_init_on_device(convert_experts)(model, peft_config.storage, progressbar=True)
+            skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
+
+    def _check_matched_modules(
+        self, config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]
+    ) -> None:
+        """Refuses what PEFT would refuse too, but in the middle of the injection."""
+        for name, module in model.named_modules():
+            if not name or name in layouts or not self._check_target_module_exists(config, name):
+                continue
+            if not isinstance(module, (nn.Linear, BaseTunerLayer)) and is_router(name, module, layouts):
+                raise ValueError(
+                    f"target_modules reaches the router {name}, a {type(module).__name__}, which LoRA can't adapt. "
+                    f"Take it out, or train it in full with modules_to_save=[{name.rpartition('.')[2]!r}]."
+                )
+            if not isinstance(module, BaseTunerLayer) and not module._parameters:
+                raise ValueError(
+                    f"target_modules reaches {name}, a {type(module).__name__}, which is a group of layers and has "
+                    "no weight of its own. Name the layers inside it."
+                )
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -276,7 +294,7 @@ class MoeQLoraModel(LoraModel):
             if isinstance(layer, MoeQLoraExperts):
                 parent_path, _, name = path.rpartition(".")
                 self._replace_module(self.model.get_submodule(parent_path), name, layer.base_layer, layer)
-        revert_experts(self.model, dtype)
+        restore_experts(self.model, dtype)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check_mergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .experts import convert_experts
+from .loading import store_experts
 from .quantization import FourBitFormat
 from .report import ExpertsReport, experts_report
 
@@ -37,7 +37,7 @@ def quantize_experts(
         ValueError: no routed experts, an experts class that is not supported, stacks that are offloaded, packed by
             another quantizer or stored otherwise already. The error names the module, and the model is unchanged.
     """
-    convert_experts(model, FourBitFormat(quant_type, blocksize, double_quant), progressbar)
+    store_experts(model, FourBitFormat(quant_type, blocksize, double_quant), progressbar)
     return experts_report(model)
 
 

@@ -22,7 +22,8 @@ from .quantized import QuantizedExperts
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`(path, module)` of every routed experts module, in 16 bits or already converted."""
     for path, module in named_modules_with_shared(model):
-        if isinstance(module, QuantizedExperts) or declares_layout(module):
+        # a root has no parent in which it could be replaced
+        if path and (isinstance(module, QuantizedExperts) or declares_layout(module)):
             yield path, module
 
 
@@ -85,6 +86,8 @@ def convert_experts(model: nn.Module, storage: FourBitFormat | None, progressbar
     for path in tqdm(paths, desc="Quantizing experts", unit="module", disable=not progressbar or storage is None):
         parent_path, _, name = path.rpartition(".")
         module = model.get_submodule(path)
+        if isinstance(module, QuantizedExperts):  # a parent that is shared brought it here
+            continue
         if id(module) not in converted:
             layout = read_layout(module, path)
             own_stacks = {}
