@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
 from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
@@ -104,8 +104,6 @@ class MoeQLoraConfig(LoraConfig):
     """Key -> shape of the tensors in the adapter file that the config was read with; set on instances, never saved."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = MoeQLoraPeftType.MOE_QLORA
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"The adapter has format_version {self.format_version}; this peft-moe-qlora reads up to "
@@ -116,6 +114,8 @@ class MoeQLoraConfig(LoraConfig):
             if value not in honoured:
                 remedy = _REMEDIES.get(option, "Leave it out, or use PEFT's LoraConfig without adapting experts.")
                 raise ValueError(f"{option}={value!r} can't be done for fused experts. {remedy}")
+        super().__post_init__()
+        self.peft_type = MoeQLoraPeftType.MOE_QLORA
         if self.quant_type is not None:
             self.storage  # noqa: B018 - raises for a value that is unknown
         unknown = sorted(set(self.target_experts or ()) - set(PROJECTIONS))
@@ -126,9 +126,19 @@ class MoeQLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed."""
+        """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed.
+
+        Raises:
+            ValueError: the tensors beside the config are pickled.
+        """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
+        if pickled.is_file() and not file.is_file():
+            raise ValueError(
+                f"{pickled} is a pickle, which is never read; {file.name} was expected. Save the adapter again with "
+                "save_pretrained(..., safe_serialization=True)."
+            )
         if file.is_file():
             with safe_open(file, framework="pt") as tensors:
                 keys = tensors.keys()

@@ -104,13 +104,20 @@ class MoeQLoraModel(LoraModel):
         if self._expert_targets.get(key):
             return True
         found = super()._check_target_module_exists(peft_config, key)
-        return False if found and key in self._expert_targets else found
+        # the parts of experts are theirs: a stack is a module that is called down_proj
+        is_part_of_experts = any(parent in self._expert_targets for parent in _with_parents(key))
+        return False if found and is_part_of_experts else found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             # PEFT holds the patterns against modules only; here they may also name a projection of experts
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except Exception:
+                # PeftModel takes the config back by itself, transformers' add_adapter does not
+                self.peft_config.pop(adapter_name, None)
+                raise
         unmatched = unmatched_patterns(
             self.peft_config[adapter_name], self.targeted_module_names, self._expert_targets
         )
@@ -312,6 +319,12 @@ class MoeQLoraModel(LoraModel):
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
+def _with_parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
 def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
     """Path -> layout of every routed experts module, wrapped in a tuner layer or not."""
     return {
@@ -342,4 +355,4 @@ def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parame
             continue
         if bias == "all" or id(experts) in adapted:
             for projection in experts.layout.projections:
-                yield f"{path}.{bias_name(projection)}", experts.bias(projection)
+                yield f"{path}.{bias_name(projection)}", experts.projection_bias(projection)

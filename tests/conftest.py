@@ -18,6 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # products this small gain nothing from threads, which only wait for each other
+    torch.set_num_threads(1)
     # fp32 tests on a GPU mean fp32
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

@@ -46,7 +46,7 @@ class QuantizedExperts(nn.Module):
     def stack(self, projection: str) -> Stack:
         return self.get_submodule(projection)
 
-    def bias(self, projection: str) -> nn.Parameter | None:
+    def projection_bias(self, projection: str) -> nn.Parameter | None:
         """`(E, out)`, None where the class has no biases."""
         return self.get_parameter(bias_name(projection)) if self.layout.has_bias else None
 
@@ -75,7 +75,7 @@ class QuantizedExperts(nn.Module):
         rows = gather_rows(hidden_states.to(dtype), routing)
         for projection in self.layout.projections:
             rows = grouped_linear(
-                rows, self.stack(projection), routing, self.bias(projection), low_rank.get(projection, ())
+                rows, self.stack(projection), routing, self.projection_bias(projection), low_rank.get(projection, ())
             )
             if projection == self.layout.up_name:
                 rows = self._activate(rows).to(dtype)

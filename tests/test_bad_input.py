@@ -1,0 +1,201 @@
+"""Bad input raises an error that names the module and the remedy, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+from torch import nn
+
+from peft_moe_qlora import MoeQLoraConfig, quantize_experts
+
+
+@contextmanager
+def refused(model: nn.Module, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """The block raises, and afterwards the model has the same modules, tensors and logits."""
+    modules = {name: type(module) for name, module in model.named_modules()}
+    tensors = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    runs = not any(tensor.is_meta or tensor.dtype.itemsize == 1 for _, tensor in tensors.values())
+    before = logits(model, token_ids()) if runs else None
+    with pytest.raises(error, match=message):
+        yield
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == requires_grad
+    after = model.state_dict()
+    assert after.keys() == tensors.keys()
+    for name, (dtype, tensor) in tensors.items():
+        assert after[name].dtype == dtype
+        assert tensor.is_meta or torch.equal(after[name], tensor), name
+    if before is not None:
+        assert torch.equal(logits(model, token_ids()), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["exprts"]}, r"\['exprts'\] match no module.*model.layers.0.mlp.experts"),
+        ({"target_modules": ["q_proj", "w2x"]}, r"\['w2x'\] match no module"),
+        ({"target_modules": "nothing.*"}, r"\['nothing.\*'\] match no module"),
+        ({"target_modules": []}, "match no module"),
+        ({"target_modules": ["down_proj"], "target_experts": ["gate_up_proj"]}, "leaves nothing"),
+        ({"target_modules": ["gate"]}, r"router model.layers.0.mlp.gate.*modules_to_save=\['gate'\]"),
+        ({"target_modules": ["self_attn"]}, "model.layers.0.self_attn.*Name the layers inside it"),
+        ({"modules_to_save": ["experts"]}, "modules_to_save names 'experts'.*model.layers.0.mlp.experts"),
+        ({"modules_to_save": ["mlp"]}, "modules_to_save names 'mlp'.*model.layers.0.mlp.experts"),
+        ({"layers_to_transform": [7]}, "layers_to_transform"),
+        ({"exclude_modules": ["experts"]}, "exclu"),
+        ({"target_modules": ["gate_proj", "down_proj"]}, "model.layers.0.mlp.experts.*one fused stack"),
+    ],
+    ids=str,
+)
+def test_wrong_targets(options, message):
+    model = tiny_model()
+    with refused(model, message):
+        get_peft_model(model, MoeQLoraConfig(**options))
+
+
+def test_dense_model():
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with refused(model, "No routed experts found in LlamaForCausalLM.*LoraConfig"):
+        quantize_experts(model)
+    with refused(model, "No routed experts found"):
+        get_peft_model(model, MoeQLoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_packed_weights_where_16_bits_are_expected(dtype):
+    """The fault is in the last layer: none before may have been converted."""
+    model = tiny_model()
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(dtype), requires_grad=False)
+    with refused(model, rf"model.layers.1.mlp.experts.down_proj has dtype {dtype}.*without a quantization config"):
+        quantize_experts(model)
+    with refused(model, "model.layers.1.mlp.experts.down_proj has dtype"):
+        get_peft_model(model, MoeQLoraConfig())
+
+
+def test_offloaded_experts(tmp_path):
+    from accelerate import disk_offload
+
+    model = tiny_model()
+    disk_offload(model, tmp_path, execution_device="cpu")
+    with refused(model, r"model.layers.0.mlp.experts.gate_up_proj is on the meta device.*device_map"):
+        get_peft_model(model, MoeQLoraConfig())
+
+
+def test_stack_of_another_shape():
+    model = tiny_model()
+    model.model.layers[1].mlp.experts.down_proj = nn.Parameter(torch.zeros(8, 32, 64))
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts \(Qwen3MoeExperts\).*do not fit"):
+        quantize_experts(model)
+    assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, nn.Parameter)
+
+
+@pytest.mark.parametrize("storage", [{"quant_type": "fp4"}, {"blocksize": 128}, {"double_quant": True}], ids=str)
+def test_quantizing_again_otherwise(storage):
+    model = tiny_model()
+    quantize_experts(model, progressbar=False)
+    message = "model.layers.0.mlp.experts.gate_up_proj is already stored as nf4/64"
+    with refused(model, message):
+        quantize_experts(model, **storage)
+    with refused(model, message):
+        get_peft_model(model, MoeQLoraConfig(**storage))
+
+
+def test_two_adapters_that_disagree_on_storage():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig())
+    with refused(model, "wants the experts stored as fp4/64, but adapter 'default' has them as nf4/64.*quant_type"):
+        model.add_adapter("other", MoeQLoraConfig(quant_type="fp4"))
+    assert set(model.peft_config) == {"default"}
+
+
+def test_two_adapters_that_disagree_on_storage_through_transformers():
+    model = tiny_model()
+    model.add_adapter(MoeQLoraConfig(), adapter_name="first")
+    with refused(model, "wants the experts stored as fp4/64"):
+        model.add_adapter(MoeQLoraConfig(quant_type="fp4"), adapter_name="second")
+    assert set(model.peft_config) == {"first"}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, expert_r=3))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+KEY = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
+
+
+def transposed(tensors):
+    tensors[KEY] = tensors[KEY].transpose(1, 2).contiguous()
+
+
+def with_fewer_experts(tensors):
+    for name in tensors:
+        tensors[name] = tensors[name][:6].contiguous()
+
+
+def without_one(tensors):
+    del tensors[KEY]
+
+
+def with_one_too_many(tensors):
+    tensors[KEY.replace("layers.1", "layers.2")] = tensors[KEY].clone()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (transposed, r"model.layers.1.mlp.experts.lora_down_proj_A has shape \(8, 32, 3\).*\(8, 3, 32\) was expected"),
+        (with_fewer_experts, r"model.layers.0.mlp.experts.lora_gate_up_proj_A has shape \(6, .*\(8, "),
+        (without_one, "no tensor for model.layers.1.mlp.experts.lora_down_proj_A"),
+        (with_one_too_many, "model.layers.2.mlp.experts.lora_down_proj_A fits no adapted experts"),
+    ],
+)
+@pytest.mark.parametrize("onto", ["base", "adapted model"])
+def test_adapter_of_another_shape(adapter, damage, message, onto):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    damage(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    if onto == "base":
+        model = tiny_model()
+        with refused(model, message + ".*another base model"):
+            PeftModel.from_pretrained(model, adapter)
+    else:
+        model = get_peft_model(tiny_model(), MoeQLoraConfig())
+        with refused(model, message + ".*another base model"):
+            model.load_adapter(adapter, adapter_name="other")
+        assert set(model.peft_config) == {"default"}
+
+
+def test_tensors_of_another_shape_given_directly(adapter):
+    from peft import set_peft_model_state_dict
+
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, expert_r=2))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with refused(model, r"lora_gate_up_proj_A.default has shape \(8, 3, 64\) in the adapter; \(8, 2, 64\)"):
+        set_peft_model_state_dict(model, copy.deepcopy(tensors))
+
+
+def test_router_index_may_be_empty():
+    """No token at all is input too."""
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4))
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    hidden = torch.zeros(0, 64, requires_grad=True)
+    out = layer(hidden, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert out.shape == (0, 64)
+    out.sum().backward()
+    assert all(p.grad is not None for n, p in layer.named_parameters() if "lora_" in n)

@@ -1,0 +1,222 @@
+"""Merging: into 16 bits exactly, into 4 bits as well as rounding once allows, and back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapter, tiny_model, token_ids
+
+from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, experts_report
+from peft_moe_qlora.quantization import QuantizedStack
+
+MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
+
+
+def adapted_model(model_type: str = "qwen3_moe", device: str = "cpu", dtype=torch.float32, std=0.15, **options):
+    config = MoeQLoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
+    model = get_peft_model(tiny_model(model_type, device, dtype, std), config)
+    randomize_adapter(model, std=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", None])
+def test_merging_into_fp32_says_what_the_live_adapter_says(model_type, quant_type, device):
+    model = adapted_model(model_type, device, quant_type=quant_type)
+    ids = token_ids(device)
+    live = logits(model, ids)
+    with model.disable_adapter():
+        assert (logits(model, ids) - live).abs().max() > 1e-2
+    merged = model.merge_and_unload(dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, ids), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert not any(isinstance(module, (BaseTunerLayer, QuantizedExperts)) for module in merged.modules())
+    assert type(merged.model.layers[-1].mlp.experts) is type(tiny_model(model_type).model.layers[-1].mlp.experts)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_merging_into_bf16_is_within_a_hundredth(model_type, device):
+    """Relative L2 over the logits. Experts only: how PEFT merges linear layers in bf16 is not ours to hold."""
+    model = adapted_model(model_type, device, torch.bfloat16, std=0.05, target_modules=["experts"])
+    ids = token_ids(device)
+    live = logits(model, ids).float()
+    with model.disable_adapter():
+        assert (logits(model, ids).float() - live).norm() > 2e-2 * live.norm()
+    merged = logits(model.merge_and_unload(dtype=torch.bfloat16), ids).float()
+    assert (merged - live).norm() <= 1e-2 * live.norm()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_merged_model_is_an_ordinary_checkpoint(model_type, tmp_path):
+    model = adapted_model(model_type)
+    merged = model.merge_and_unload(dtype=torch.float32)
+    expected = logits(merged, token_ids())
+    merged.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(again, token_ids()), expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_requantized_stacks_are_the_exact_merged_weights_quantized_once(model_type, double_quant):
+    model = adapted_model(model_type, target_modules=["experts"], double_quant=double_quant)
+    exact = copy.deepcopy(model).merge_and_unload(dtype=torch.float32)
+    model.merge_adapter()
+    errors = {(stack.path, stack.projection): stack.merge_error for stack in model.experts_report().stacks}
+    for path, experts in model.base_model.model.named_modules():
+        if not isinstance(experts, QuantizedExperts):
+            continue
+        path = path.removesuffix(".base_layer")
+        for projection in experts.layout.projections:
+            weight = getattr(exact.get_submodule(path), projection)
+            stack = experts.stack(projection)
+            once = QuantizedStack.from_dense(weight, stack.is_transposed, stack.storage)
+            assert torch.equal(stack.codes, once.codes)
+            error = (once.decode(torch.float32) - weight).norm() / weight.norm()
+            assert errors[path, projection] == pytest.approx(error.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("storage", [{}, {"double_quant": True}, {"quant_type": "fp4"}], ids=str)
+def test_unmerging_restores_the_codes_bitwise(model_type, storage, device):
+    model = adapted_model(model_type, device, target_modules=["experts"], **storage)
+    ids = token_ids(device)
+    before, live = packed_bytes(model), logits(model, ids)
+    model.merge_adapter()
+    after = packed_bytes(model)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert not torch.equal(logits(model, ids), live)
+    model.unmerge_adapter()
+    assert_same_bytes(packed_bytes(model), before)
+    assert torch.equal(logits(model, ids), live)
+    assert all(stack.merge_error is None for stack in model.experts_report().stacks)
+
+
+def test_unmerging_unquantized_experts_restores_them_bitwise():
+    model = adapted_model(target_modules=["experts"], quant_type=None)
+    before = {name: p.clone() for name, p in model.named_parameters() if name.endswith("_proj.weight")}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert before
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
+
+
+def test_merging_one_after_the_other_rounds_once():
+    """Two adapters merged in two steps give the codes of both merged at once."""
+    model = adapted_model(target_modules=["experts"])
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
+    randomize_adapter(model, seed=9, std=0.05)
+    together = copy.deepcopy(model)
+    together.merge_adapter(["default", "other"])
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"])
+    assert_same_bytes(packed_bytes(model), packed_bytes(together))
+
+
+def test_merging_twice_changes_nothing():
+    model = adapted_model(target_modules=["experts"])
+    model.merge_adapter()
+    merged = packed_bytes(model)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert_same_bytes(packed_bytes(model), merged)
+
+
+def test_disabling_a_merged_adapter_gives_the_base_back():
+    model = adapted_model(target_modules=["experts"])
+    ids = token_ids()
+    with model.disable_adapter():
+        base = logits(model, ids)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), base)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_merge_adapter_before_unloading_loses_nothing(dtype):
+    model = adapted_model(target_modules=["experts"])
+    expected = logits(copy.deepcopy(model).merge_and_unload(dtype=dtype), token_ids())
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="already merged") if dtype is None else torch.no_grad():
+        merged = model.merge_and_unload(dtype=dtype)
+    assert torch.equal(logits(merged, token_ids()), expected)
+
+
+def test_merging_a_named_adapter_only():
+    model = adapted_model(target_modules=["experts"])
+    expected = logits(model, token_ids())
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
+    model.set_adapter("other")
+    merged = model.merge_and_unload(adapter_names=["default"], dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=0, atol=1e-4)
+
+
+def test_merging_reaches_experts_without_an_adapter_too():
+    """`dtype` gives every layer its 16-bit module back, adapted or not."""
+    model = adapted_model(target_modules=["experts"], layers_to_transform=[1])
+    expected = logits(model, token_ids())
+    merged = model.merge_and_unload(dtype=torch.float32)
+    assert not any(isinstance(module, QuantizedExperts) for module in merged.modules())
+    torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=0, atol=1e-4)
+
+
+def test_unloading_leaves_a_running_quantized_model():
+    model = adapted_model()
+    with model.disable_adapter():
+        expected = logits(model, token_ids())
+    base = model.unload()
+    assert sum(isinstance(module, QuantizedExperts) for module in base.modules()) == 2
+    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    assert torch.equal(logits(base, token_ids()), expected)
+    again = get_peft_model(base, MoeQLoraConfig(r=4))
+    assert torch.equal(logits(again, token_ids()), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload", "merge_and_unload into fp32"])
+def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(value, merge):
+    """The fault is in the last layer: the ones before must not have been merged."""
+    model = adapted_model()
+    ids = token_ids()
+    with model.disable_adapter():
+        base = logits(model, ids)
+    before = packed_bytes(model)
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].mlp.experts.lora_down_proj_B["default"][2, 3, 1] = value
+    options = {"dtype": torch.float32} if merge.endswith("fp32") else {}
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+        getattr(model, merge.split()[0])(safe_merge=True, **options)
+    assert_same_bytes(packed_bytes(model), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), base)
+
+
+def test_weights_that_are_not_finite_never_become_codes():
+    model = adapted_model(target_modules=["experts"])
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.experts.lora_down_proj_B["default"][2, 3, 1] = float("nan")
+    with pytest.raises(ValueError, match="merged weights of expert 2"):
+        model.merge_adapter()
+
+
+def test_saving_packed_experts_as_a_checkpoint_is_refused(tmp_path):
+    """A later from_pretrained would know none of the packed tensors and make the experts up."""
+    merged = adapted_model().merge_and_unload()
+    with pytest.raises(ValueError, match="merge_and_unload\\(dtype=torch.bfloat16\\)"):
+        merged.save_pretrained(tmp_path)
+
+
+def test_dequantizing_without_an_adapter(tmp_path):
+    model = adapted_model().unload()
+    expected = logits(model, token_ids())
+    model.dequantize(torch.float32)
+    torch.testing.assert_close(logits(model, token_ids()), expected, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert experts_report(model).stacks[0].storage == "float32"

@@ -1,0 +1,369 @@
+"""The method at work: training, several adapters, mixed batches, combinations, and nothing else changing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapter, tiny_model, token_ids
+from torch import nn
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts, prepare_model_for_training, quantize_experts
+
+MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
+
+
+def adapted_model(model_type: str = "qwen3_moe", device: str = "cpu", dtype=torch.float32, **options):
+    model = get_peft_model(tiny_model(model_type, device, dtype), MoeQLoraConfig(**{"r": 4, **options}))
+    randomize_adapter(model)
+    return model.eval()
+
+
+def train(model: nn.Module, ids: torch.Tensor, steps: int = 3) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+def test_training_learns_and_touches_the_adapter_only(model_type, target_modules, device):
+    model = get_peft_model(tiny_model(model_type, device), MoeQLoraConfig(r=4, target_modules=target_modules))
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = packed_bytes(model)
+    losses = train(model, token_ids(device), steps=8)
+    assert losses[-1] < losses[0] - 0.1
+    assert_same_bytes(packed_bytes(model), before)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", None])
+def test_every_trainable_parameter_gets_a_gradient_and_no_other(model_type, quant_type, device):
+    model = adapted_model(model_type, device, target_modules="all-linear", quant_type=quant_type)
+    # enough tokens that no expert is idle
+    model(input_ids=token_ids(device, 4, 32), labels=token_ids(device, 4, 32)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (".lora_" in name), name
+        if parameter.requires_grad:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_repeated_forwards_are_identical(dtype, device):
+    model = adapted_model(device=device, dtype=dtype, target_modules="all-linear")
+    ids = token_ids(device)
+    first = logits(model, ids)
+    for _ in range(4):
+        assert torch.equal(logits(model, ids), first)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, device):
+    ids = token_ids(device)
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        base = tiny_model(device=device)
+        quantize_experts(base, progressbar=False)
+        prepare_model_for_training(base, checkpointing, {"use_reentrant": use_reentrant})
+        model = get_peft_model(base, MoeQLoraConfig(r=4))
+        randomize_adapter(model)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_prepare_casts_nothing_and_freezes_all():
+    model = tiny_model(dtype=torch.bfloat16)
+    prepare_model_for_training(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.is_gradient_checkpointing
+
+
+def test_new_adapter_changes_nothing():
+    """B starts at zero."""
+    model = tiny_model()
+    quantize_experts(model, progressbar=False)
+    before = logits(model, token_ids())
+    assert torch.equal(logits(get_peft_model(model, MoeQLoraConfig()), token_ids()), before)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_initial_factors_are_distributed_as_pefts_on_one_expert(init):
+    base = tiny_model()
+    model = get_peft_model(base, MoeQLoraConfig(r=8, init_lora_weights=init))
+    layer = base.model.layers[0].mlp.experts
+    in_features = 64
+    linear = get_peft_model(
+        nn.Sequential(nn.Linear(in_features, 4096, bias=False)),
+        LoraConfig(r=8, target_modules=["0"], init_lora_weights=init),
+    ).base_model.model[0]
+    A, B = layer.factors("gate_up_proj", "default")
+    assert A.std().item() == pytest.approx(linear.lora_A["default"].weight.std().item(), rel=0.1)
+    assert B.std().item() == pytest.approx(linear.lora_B["default"].weight.std().item(), rel=0.1)
+    assert not torch.equal(A[0], A[1])
+    assert model is not None
+
+
+def test_dropout_acts_on_the_experts_input_in_training_only():
+    model = adapted_model(lora_dropout=0.5)
+    ids = token_ids()
+    evaluated = logits(model, ids)
+    assert torch.equal(logits(model, ids), evaluated)
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_dropout_keeps_the_mean():
+    """The mean over many masks tends to the result without dropout."""
+    model = adapted_model(lora_dropout=0.2, target_modules=["down_proj"])
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(4, 64), torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.5)
+    with torch.no_grad():
+        expected = layer(x, index, weights)
+        base = layer.base_layer(x, index, weights)
+        layer.train()
+        mean = torch.stack([layer(x, index, weights) for _ in range(2000)]).mean(0)
+    assert (mean - expected).norm() <= 0.1 * (expected - base).norm()
+
+
+def test_trained_biases_are_honoured_saved_and_loaded(tmp_path):
+    from peft import PeftModel
+
+    model = adapted_model("gpt_oss", bias="lora_only")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    biases = {name for name in trainable if name.endswith(("gate_up_proj_bias", "down_proj_bias"))}
+    assert len(biases) == 4
+    train(model, token_ids())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("gpt_oss"), tmp_path)
+    assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
+
+
+def test_disabled_adapter_is_the_quantized_base():
+    base = tiny_model()
+    quantize_experts(base, progressbar=False)
+    expected = logits(base, token_ids())
+    model = get_peft_model(base, MoeQLoraConfig(r=4, target_modules="all-linear"))
+    randomize_adapter(model)
+    live = logits(model, token_ids())
+    with model.disable_adapter():
+        assert torch.equal(logits(model, token_ids()), expected)
+    assert torch.equal(logits(model, token_ids()), live)
+    assert not torch.equal(live, expected)
+
+
+@pytest.fixture
+def two_adapters():
+    model = adapted_model(target_modules="all-linear")
+    model.add_adapter("other", MoeQLoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    randomize_adapter(model, seed=11)
+    return model.eval()
+
+
+def test_switching_between_adapters(two_adapters):
+    ids = token_ids()
+    first = logits(two_adapters, ids)
+    two_adapters.set_adapter("other")
+    second = logits(two_adapters, ids)
+    assert not torch.equal(first, second)
+    trainable = {name for name, p in two_adapters.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".other" in name for name in trainable)
+    two_adapters.set_adapter("default")
+    assert torch.equal(logits(two_adapters, ids), first)
+
+
+def test_deleting_an_adapter_leaves_the_other(two_adapters):
+    first = logits(two_adapters, token_ids())
+    two_adapters.delete_adapter("other")
+    assert torch.equal(logits(two_adapters, token_ids()), first)
+    for layer in two_adapters.base_model.expert_layers():
+        assert layer._all_available_adapter_names() == ["default"]
+
+
+def test_several_active_adapters_add_up():
+    """On the one layer, where nothing nonlinear is behind the sum: the down projection."""
+    model = adapted_model(target_modules=["down_proj"])
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["down_proj"]))
+    randomize_adapter(model)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(6, 64), torch.randint(0, 8, (6, 2)), torch.rand(6, 2)
+
+    def output(active: list[str]) -> torch.Tensor:
+        layer.set_adapter(active)
+        with torch.no_grad():
+            return layer(x, index, weights)
+
+    base, both = output([]), output(["default", "other"])
+    torch.testing.assert_close(both - base, output(["default"]) + output(["other"]) - 2 * base)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_exact_combinations_equal_the_weighted_sum_of_deltas(two_adapters, kind):
+    weights = [0.7, -0.4]
+    rank = 8 if kind == "svd" else None  # the rank of the sum: nothing is cut off
+    two_adapters.add_weighted_adapter(["default", "other"], weights, "sum", combination_type=kind, svd_rank=rank)
+    for layer in two_adapters.base_model.expert_layers():
+        for projection in layer.base_layer.layout.projections:
+            for expert in range(layer.base_layer.num_experts):
+                parts = [layer.expert_delta(projection, [name], expert) for name in ("default", "other")]
+                expected = weights[0] * parts[0] + weights[1] * parts[1]
+                torch.testing.assert_close(layer.expert_delta(projection, ["sum"], expert), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_combinations_are_pefts_for_each_expert(kind, use_rslora):
+    """Stock LoRA on one linear layer, given one expert's factors, combines to the same delta."""
+    options = {"r": 4, "lora_alpha": 8, "use_rslora": use_rslora}
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(**options))
+    model.add_adapter("other", MoeQLoraConfig(**options))
+    randomize_adapter(model)
+    layer = model.base_model.model.model.layers[1].mlp.experts
+    linear_options = {"r": 4, "lora_alpha": 8, "target_modules": ["0"], "use_rslora": use_rslora}
+    linear = get_peft_model(nn.Sequential(nn.Linear(64, 64, bias=False)), LoraConfig(**linear_options))
+    linear.add_adapter("other", LoraConfig(**linear_options))
+    lora = linear.base_model.model[0]
+    for name in ("default", "other"):
+        A, B = layer.factors("gate_up_proj", name)
+        lora.lora_A[name].weight.data = A[3].detach().clone()
+        lora.lora_B[name].weight.data = B[3].detach().clone()
+    for peft_model in (model, linear):
+        peft_model.add_weighted_adapter(
+            ["default", "other"], [0.5, -0.3], "new", combination_type=kind, svd_rank=3 if kind == "svd" else None
+        )
+    # PEFT gives the result alpha = r and then scales by alpha / sqrt(r) with rslora; the product of the factors is
+    # what both agree on
+    A, B = layer.factors("gate_up_proj", "new")
+    expected = lora.lora_B["new"].weight @ lora.lora_A["new"].weight
+    torch.testing.assert_close(B[3] @ A[3], expected)
+    assert layer.scaling["new"]["gate_up_proj"] == pytest.approx(1)
+
+
+def test_combined_adapter_survives_saving(two_adapters, tmp_path):
+    from peft import PeftModel
+
+    two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="cat")
+    two_adapters.set_adapter("sum")
+    two_adapters.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "sum")
+    assert torch.equal(logits(again, token_ids()), logits(two_adapters, token_ids()))
+
+
+@pytest.mark.parametrize("kind", ["ties", "dare_linear", "magnitude_prune_svd", "nonsense"])
+def test_other_combinations_are_refused(two_adapters, kind):
+    names = set(two_adapters.peft_config)
+    with pytest.raises(ValueError, match=f"combination_type='{kind}' is not available for experts"):
+        two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type=kind, density=0.5)
+    assert set(two_adapters.peft_config) == names
+
+
+def test_linear_combination_of_different_ranks_is_refused():
+    model = adapted_model(expert_r=2)
+    model.add_adapter("other", MoeQLoraConfig(r=4, expert_r=3))
+    with pytest.raises(ValueError, match="needs adapters of one rank"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
+
+
+def test_mixed_batch_gives_each_sample_its_adapter(two_adapters):
+    ids = token_ids(batch=3)
+    mixed = logits(two_adapters, ids, adapter_names=["other", "__base__", "default"])
+    alone = {}
+    for name in ("default", "other"):
+        two_adapters.set_adapter(name)
+        alone[name] = logits(two_adapters, ids)
+    with two_adapters.disable_adapter():
+        alone["__base__"] = logits(two_adapters, ids)
+    for sample, name in enumerate(["other", "__base__", "default"]):
+        torch.testing.assert_close(mixed[sample], alone[name][sample], rtol=0, atol=1e-4)
+    assert (mixed[0] - alone["default"][0]).abs().max() > 1e-2
+
+
+def test_mixed_batch_generates_with_beams(two_adapters):
+    ids = token_ids(batch=2)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    mixed = two_adapters.generate(input_ids=ids, adapter_names=["other", "default"], **options)
+    two_adapters.set_adapter("other")
+    assert torch.equal(mixed[0], two_adapters.generate(input_ids=ids, **options)[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "prepare", "message"),
+    [
+        (["default", "nobody"], lambda model: None, "no adapter .*nobody"),
+        (["default"] * 5, lambda model: None, "no multiple"),
+        (["default"] * 2, lambda model: model.merge_adapter(), "merged"),
+        (["default"] * 2, lambda model: model.train(), "training"),
+    ],
+)
+def test_mixed_batches_that_make_no_sense_are_refused(names, prepare, message):
+    model = adapted_model()
+    prepare(model)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=token_ids(batch=2, length=7), adapter_names=names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapters_are_fp32_on_a_16_bit_model_unless_told_otherwise(dtype):
+    for autocast, expected in ((True, torch.float32), (False, dtype)):
+        model = get_peft_model(tiny_model(dtype=dtype), MoeQLoraConfig(), autocast_adapter_dtype=autocast)
+        assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {expected}
+        assert logits(model, token_ids()).dtype == dtype
+
+
+def test_autocast_computes_in_16_bits(device):
+    model = adapted_model(device=device)
+    ids = token_ids(device)
+    expected = logits(model, ids)
+    with torch.autocast(device, torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+        found = logits(model, ids)
+    assert (found.float() - expected).norm() <= 5e-2 * expected.norm()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+def test_copies_are_independent():
+    model = adapted_model()
+    twin = copy.deepcopy(model)
+    before = logits(twin, token_ids())
+    train(model, token_ids())
+    assert torch.equal(logits(twin, token_ids()), before)
+    assert not torch.equal(logits(model, token_ids()), before)
+
+
+def test_moving_and_casting_the_model_keeps_the_packed_bytes(device):
+    model = adapted_model(device="cpu")
+    before = packed_bytes(model)
+    model.to(device).to(torch.bfloat16)
+    assert_same_bytes({name: value.cpu() for name, value in packed_bytes(model).items()}, before)
+    assert torch.isfinite(logits(model, token_ids(device))).all()
+
+
+def test_layers_show_what_they_are():
+    model = adapted_model()
+    layer = next(model.base_model.expert_layers())
+    assert isinstance(layer, MoeQLoraExperts)
+    assert "nf4/64" in repr(model)
+    assert layer.in_features == layer.out_features == 64
+    assert layer.num_experts == 8
+    assert layer.config.model_type == "qwen3_moe"

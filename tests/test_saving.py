@@ -1,0 +1,266 @@
+"""The adapter file is a contract, and every way of loading it gives the same model back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+
+from peft_moe_qlora import MoeQLoraConfig
+
+MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
+
+
+@pytest.fixture(params=MODEL_TYPES)
+def model_type(request) -> str:
+    return request.param
+
+
+def save(directory: Path, model_type: str = "qwen3_moe", dtype=torch.float32, **options) -> torch.Tensor:
+    """Writes `base` and `adapter`; returns the logits of the adapted model."""
+    base = tiny_model(model_type, dtype=dtype)
+    base.save_pretrained(directory / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype).eval()
+    config = MoeQLoraConfig(**{"r": 4, "expert_r": 3, "target_modules": "all-linear", **options})
+    model = get_peft_model(base, config)
+    randomize_adapter(model)
+    model.save_pretrained(directory / "adapter")
+    return logits(model.eval(), token_ids())
+
+
+def load_base(directory: Path, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype).eval()
+
+
+def test_file_holds_the_documented_keys_and_nothing_else(tmp_path):
+    """E=4 experts; hidden 64, intermediate 64, interleaved gpt-oss stacks stored (E, in, out): shapes don't care."""
+    save(tmp_path, "gpt_oss", target_modules=["q_proj", "experts"])
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = {}
+    for i in range(2):
+        experts = f"base_model.model.model.layers.{i}.mlp.experts"
+        expected[f"{experts}.lora_gate_up_proj_A"] = (4, 3, 64)
+        expected[f"{experts}.lora_gate_up_proj_B"] = (4, 128, 3)
+        expected[f"{experts}.lora_down_proj_A"] = (4, 3, 64)
+        expected[f"{experts}.lora_down_proj_B"] = (4, 64, 3)
+        attention = f"base_model.model.model.layers.{i}.self_attn.q_proj"
+        expected[f"{attention}.lora_A.weight"] = (4, 64)
+        expected[f"{attention}.lora_B.weight"] = (64, 4)
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
+
+
+def test_config_file_says_what_loading_needs(tmp_path):
+    save(tmp_path, quant_type="fp4", blocksize=128)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "MOE_QLORA"
+    assert config["format_version"] == 1
+    assert (config["quant_type"], config["blocksize"], config["double_quant"]) == ("fp4", 128, False)
+
+
+def test_delta_is_scaling_times_b_times_a(tmp_path):
+    """What the contract says, read from the file alone and added to the stacks, is what the model computes."""
+    expected = save(tmp_path, target_modules=["experts"], quant_type=None, lora_alpha=6)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base = load_base(tmp_path)
+    scaling = 6 / 4
+    for i, layer in enumerate(base.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            prefix = f"base_model.model.model.layers.{i}.mlp.experts.lora_{name}"
+            delta = scaling * torch.bmm(tensors[f"{prefix}_B"], tensors[f"{prefix}_A"])
+            getattr(layer.mlp.experts, name).data += delta
+    torch.testing.assert_close(logits(base, token_ids()), expected, rtol=0, atol=1e-5)
+
+
+def test_reloading_is_bitwise_equal(model_type, tmp_path):
+    expected = save(tmp_path, model_type)
+    model = PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
+    assert torch.equal(logits(model, token_ids()), expected)
+
+
+@pytest.mark.parametrize("options", [{"quant_type": None}, {"double_quant": True}, {"use_rslora": True}], ids=str)
+def test_reloading_with_options_is_bitwise_equal(options, tmp_path):
+    expected = save(tmp_path, **options)
+    model = PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
+    assert torch.equal(logits(model, token_ids()), expected)
+
+
+def test_reloading_selected_layers_and_projections_is_bitwise_equal(tmp_path):
+    expected = save(tmp_path, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    model = PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
+    assert torch.equal(logits(model, token_ids()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_cpu_mem_usage_gives_the_same_tensors(dtype, tmp_path):
+    """Memory-mapped tensors may be aligned otherwise, so that logits can differ in the last bit; tensors may not."""
+    save(tmp_path, dtype=dtype, target_modules=["experts"])
+    plain = PeftModel.from_pretrained(load_base(tmp_path, dtype), tmp_path / "adapter")
+    lean = PeftModel.from_pretrained(load_base(tmp_path, dtype), tmp_path / "adapter", low_cpu_mem_usage=True)
+    expected, found = plain.state_dict(), lean.state_dict()
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert found[name].device == expected[name].device, name
+        assert torch.equal(found[name], expected[name]), name
+
+
+FRESH = """
+import sys, torch, peft_moe_qlora
+from pathlib import Path
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+directory, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+ids, expected = torch.load(directory / "expected.pt").values()
+
+def base():
+    return AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype)
+
+def hf_load_adapter():
+    model = base()
+    model.load_adapter(directory / "adapter")
+    return model
+
+ways = {
+    "PeftModel": lambda: PeftModel.from_pretrained(base(), directory / "adapter"),
+    "AutoPeftModel": lambda: AutoPeftModelForCausalLM.from_pretrained(directory / "adapter", dtype=dtype),
+    "load_adapter": hf_load_adapter,
+    "AutoModel": lambda: AutoModelForCausalLM.from_pretrained(directory / "adapter", dtype=dtype),
+}
+torch.set_num_threads(1)
+for name, way in ways.items():
+    with torch.no_grad():
+        found = way().eval()(input_ids=ids).logits
+    print(name, torch.equal(found, expected), (found.float() - expected.float()).abs().max().item())
+"""
+
+
+def test_every_way_of_loading_in_a_fresh_process(tmp_path):
+    """After the one import. PEFT's own ways are exact; transformers' maps tensors, see the test above."""
+    expected = save(tmp_path)
+    config_file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "base")}))
+    torch.save({"ids": token_ids(), "logits": expected}, tmp_path / "expected.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path), "float32"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = {name: (equal, float(error)) for name, equal, error in map(str.split, result.stdout.splitlines())}
+    assert set(lines) == {"PeftModel", "AutoPeftModel", "load_adapter", "AutoModel"}
+    assert lines["PeftModel"] == lines["AutoPeftModel"] == ("True", 0)
+    assert lines["load_adapter"][1] <= 1e-5
+    assert lines["AutoModel"][1] <= 1e-5
+
+
+def test_loading_without_the_import_says_which_type_is_missing(tmp_path):
+    save(tmp_path)
+    code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "MOE_QLORA" in result.stderr
+
+
+def test_transformers_own_adapter_methods(tmp_path):
+    model = tiny_model()
+    model.add_adapter(MoeQLoraConfig(r=4), adapter_name="first")
+    model.add_adapter(MoeQLoraConfig(r=4), adapter_name="second")
+    randomize_adapter(model)
+    ids = token_ids()
+    second = logits(model, ids)
+    model.set_adapter("first")
+    assert not torch.equal(logits(model, ids), second)
+    model.disable_adapters()
+    base = logits(model, ids)
+    model.enable_adapters()
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), second)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.{name}" for name in model.get_adapter_state_dict("second")
+    }
+    model.delete_adapter("second")
+    assert not torch.equal(logits(model, ids), second)
+    other = tiny_model()
+    other.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(other, ids), second, rtol=0, atol=1e-5)
+    assert not torch.equal(base, second)
+
+
+def test_text_generation_pipeline(tmp_path):
+    tokenizer = byte_tokenizer()
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4))
+    randomize_adapter(model)
+    generate = transformers.pipeline("text-generation", model=model.eval(), tokenizer=tokenizer)
+    text = generate("abc", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("abc")
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(code): code - 94 for code in range(97, 123)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def make_trainer(directory: Path, steps: int) -> transformers.Trainer:
+    transformers.set_seed(0)
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"))
+    ids = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(7))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=True,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+
+
+def test_trainer_resumes_where_it_stopped(tmp_path):
+    straight = make_trainer(tmp_path / "straight", 4)
+    straight.train()
+    make_trainer(tmp_path / "stopped", 2).train()
+    resumed = make_trainer(tmp_path / "stopped", 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    expected = get_peft_model_state_dict(straight.model)
+    found = get_peft_model_state_dict(resumed.model)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
+    saved = load_file(tmp_path / "stopped" / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(".lora_" in name for name in saved)
+
+
+def test_no_pickle_is_written_or_read(tmp_path):
+    """A pickled adapter beside the config is not what PEFT may load for us."""
+    save(tmp_path)
+    assert not list((tmp_path / "adapter").glob("*.bin"))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin.*safetensors"):
+        PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
+
+
+def test_auto_peft_model_is_a_peft_model(tmp_path):
+    expected = save(tmp_path)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert torch.equal(logits(model.eval(), token_ids()), expected)

@@ -1,0 +1,142 @@
+"""Which modules a configuration reaches, by present and by older names, and never the router unasked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny_models import tiny_model
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts
+
+BOTH = ("gate_up_proj", "down_proj")
+
+
+def adapted(model) -> dict[str, tuple[str, ...]]:
+    """Path -> adapted projections of experts, or () for a linear layer."""
+    found = {}
+    for path, module in model.base_model.model.named_modules():
+        if isinstance(module, MoeQLoraExperts):
+            found[path] = tuple(module.r["default"])
+        elif isinstance(module, LoraLayer):
+            found[path] = ()
+    return found
+
+
+def adapt(model_type: str = "qwen3_moe", **options) -> dict[str, tuple[str, ...]]:
+    return adapted(get_peft_model(tiny_model(model_type), MoeQLoraConfig(**options)))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "phimoe"])
+def test_default_is_all_routed_experts_and_nothing_else(model_type):
+    assert adapt(model_type) == {f"model.layers.{i}.mlp.experts": BOTH for i in range(2)}
+
+
+def test_default_leaves_shared_experts_and_dense_layers_alone():
+    assert adapt("deepseek_v3") == {"model.layers.1.mlp.experts": BOTH}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"])
+def test_all_linear_is_every_linear_layer_and_the_experts_but_no_router(model_type):
+    model = tiny_model(model_type)
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name != "lm_head"
+        and not name.endswith((".gate", ".router"))  # phimoe's router is a linear layer
+    }
+    experts = {name for name, _ in model.named_modules() if name.endswith(".experts")}
+    found = adapted(get_peft_model(model, MoeQLoraConfig(target_modules="all-linear")))
+    assert set(found) == linear | experts
+    assert all(found[name] == BOTH for name in experts)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names", "projections"),
+    [
+        ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"], BOTH),
+        ("mixtral", ["w1", "w2", "w3"], BOTH),
+        ("qwen3_moe", ["down_proj"], ("down_proj",)),
+        ("mixtral", ["w2"], ("down_proj",)),
+        ("qwen3_moe", ["gate_up_proj"], ("gate_up_proj",)),
+        ("qwen3_moe", ["experts.down_proj"], ("down_proj",)),
+        ("qwen3_moe", ["mlp.experts"], BOTH),
+        ("qwen3_moe", [f"experts.{i}.{p}_proj" for i in range(8) for p in ("gate", "up", "down")], BOTH),
+        ("qwen3_moe", r".*\.experts\.\d+\.(gate|up|down)_proj", BOTH),
+        ("qwen3_moe", r".*\.mlp\.experts", BOTH),
+    ],
+)
+def test_names_of_experts_and_of_their_parts(model_type, names, projections):
+    assert adapt(model_type, target_modules=names) == {f"model.layers.{i}.mlp.experts": projections for i in range(2)}
+
+
+@pytest.mark.parametrize("names", [["gate_proj", "down_proj"], ["up_proj"], ["q_proj", "w1"]])
+def test_half_of_a_fused_stack_is_refused(names):
+    with pytest.raises(ValueError, match="one fused stack"):
+        adapt(target_modules=names)
+
+
+def test_linear_layers_alone_leave_the_experts_without_factors():
+    found = adapt(target_modules=["q_proj"])
+    assert set(found) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
+
+
+def test_qualified_names_of_shared_experts_do_not_reach_the_routed_ones():
+    found = adapt("deepseek_v3", target_modules=["shared_experts.down_proj"])
+    assert set(found) == {"model.layers.1.mlp.shared_experts.down_proj"}
+
+
+def test_target_experts_narrows_the_choice():
+    found = adapt(target_modules="all-linear", target_experts=["down_proj"])
+    assert found["model.layers.0.mlp.experts"] == ("down_proj",)
+    assert "model.layers.0.self_attn.q_proj" in found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+        {"exclude_modules": ["layers.0.mlp.experts"]},
+        {"exclude_modules": r".*\.0\.mlp\.experts"},
+    ],
+    ids=str,
+)
+def test_layer_choice_and_exclusion_hold_for_experts(options):
+    assert adapt(target_modules=["experts"], **options) == {"model.layers.1.mlp.experts": BOTH}
+
+
+def test_layer_choice_holds_for_linear_layers_and_experts_alike():
+    found = adapt(target_modules=["q_proj", "experts"], layers_to_transform=[1])
+    assert found == {"model.layers.1.self_attn.q_proj": (), "model.layers.1.mlp.experts": BOTH}
+
+
+def test_patterns_set_rank_and_alpha_of_modules_and_projections():
+    config = MoeQLoraConfig(
+        r=8,
+        expert_r=4,
+        target_modules=["experts"],
+        rank_pattern={"layers.0.mlp.experts.down_proj": 2, "layers.1.mlp.experts": 6},
+        alpha_pattern={"layers.1.*experts": 12},
+    )
+    model = get_peft_model(tiny_model(), config)
+    layers = [layer.mlp.experts for layer in model.base_model.model.model.layers]
+    assert layers[0].r["default"] == {"gate_up_proj": 4, "down_proj": 2}
+    assert layers[1].r["default"] == {"gate_up_proj": 6, "down_proj": 6}
+    assert layers[0].scaling["default"] == {"gate_up_proj": 1.0, "down_proj": 2.0}
+    assert layers[1].scaling["default"] == {"gate_up_proj": 2.0, "down_proj": 2.0}
+
+
+def test_patterns_that_match_nothing_are_named(recwarn):
+    get_peft_model(tiny_model(), MoeQLoraConfig(rank_pattern={"down_proj": 2, "nothing_like_it": 3}))
+    messages = [str(warning.message) for warning in recwarn if "pattern" in str(warning.message)]
+    assert len(messages) == 1
+    assert "['nothing_like_it']" in messages[0]
+
+
+def test_router_is_trained_in_full_when_asked_for():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(modules_to_save=["gate"]))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(".mlp.gate.modules_to_save.default" in name for name in trainable)
