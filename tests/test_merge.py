@@ -17,9 +17,9 @@ from peft_moe_qlora.quantization import QuantizedStack
 MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
 
 
-def adapted_model(model_type: str = "qwen3_moe", device: str = "cpu", dtype=torch.float32, std=0.15, **options):
+def adapted_model(model_type: str = "qwen3_moe", device: str = "cpu", dtype=torch.float32, **options):
     config = MoeQLoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
-    model = get_peft_model(tiny_model(model_type, device, dtype, std), config)
+    model = get_peft_model(tiny_model(model_type, device, dtype), config)
     randomize_adapter(model, std=0.05)
     return model.eval()
 
@@ -38,16 +38,22 @@ def test_merging_into_fp32_says_what_the_live_adapter_says(model_type, quant_typ
     assert type(merged.model.layers[-1].mlp.experts) is type(tiny_model(model_type).model.layers[-1].mlp.experts)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_merging_into_bf16_is_within_a_hundredth(model_type, device):
-    """Relative L2 over the logits. Experts only: how PEFT merges linear layers in bf16 is not ours to hold."""
-    model = adapted_model(model_type, device, torch.bfloat16, std=0.05, target_modules=["experts"])
+    """Logits of about 1, the live adapter in bf16 too. Experts only: how PEFT merges linear layers is not ours.
+
+    Every token goes to all experts, so that rounding can't change its choice (phimoe can't: its router picks two).
+    """
+    every = {"num_experts_per_tok": 8 if model_type == "qwen3_moe" else 4}
+    base = tiny_model(model_type, device, torch.bfloat16, std=0.02, **every)
+    model = get_peft_model(base, MoeQLoraConfig(r=4)).eval()
+    randomize_adapter(model)
     ids = token_ids(device)
     live = logits(model, ids).float()
     with model.disable_adapter():
         assert (logits(model, ids).float() - live).norm() > 2e-2 * live.norm()
     merged = logits(model.merge_and_unload(dtype=torch.bfloat16), ids).float()
-    assert (merged - live).norm() <= 1e-2 * live.norm()
+    assert (merged - live).abs().max() <= 1e-2
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -209,7 +215,7 @@ def test_weights_that_are_not_finite_never_become_codes():
 def test_saving_packed_experts_as_a_checkpoint_is_refused(tmp_path):
     """A later from_pretrained would know none of the packed tensors and make the experts up."""
     merged = adapted_model().merge_and_unload()
-    with pytest.raises(ValueError, match="merge_and_unload\\(dtype=torch.bfloat16\\)"):
+    with pytest.raises(ValueError, match=r"merge_and_unload\(dtype=torch.bfloat16\)"):
         merged.save_pretrained(tmp_path)
 
 

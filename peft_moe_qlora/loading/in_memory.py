@@ -23,8 +23,8 @@ class InMemoryQuantizer(HfQuantizer):
 
     def __init__(self) -> None:
         config = QuantizationConfigMixin(
-            quant_method="peft-moe-qlora in memory (before save_pretrained call merge_and_unload(dtype=torch.bfloat16), "
-            "or without an adapter model.dequantize())"
+            quant_method="peft-moe-qlora in memory (before save_pretrained call merge_and_unload(dtype=torch.bfloat16)"
+            ", or without an adapter model.dequantize())"
         )
         super().__init__(config)
 
