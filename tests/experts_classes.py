@@ -16,6 +16,11 @@ from transformers import PreTrainedConfig
 
 DECORATOR = "use_experts_implementation"
 
+# what configs call them
+NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
+NAMES_OF_HIDDEN = ("hidden_size", "moe_hidden_size")
+NAMES_OF_INTERMEDIATE = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "expert_ffn_hidden_size")
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -24,6 +29,9 @@ class Sizes:
     num_experts: int = 5
     hidden: int = 24
     intermediate: int = 16
+
+
+DEFAULT_SIZES = Sizes()
 
 
 @dataclass(frozen=True)
@@ -105,29 +113,17 @@ class TinyConfig:
 
 
 def tiny_config(experts_class: ExpertsClass, sizes: Sizes) -> TinyConfig:
-    """The real values of whatever is no size, under all names that sizes have in transformers."""
-    names_of_size = {
-        sizes.num_experts: (
-            "num_experts",
-            "num_local_experts",
-            "n_routed_experts",
-            "n_shared_experts",
-            "moe_num_experts",
-        ),
-        sizes.hidden: ("hidden_size", "moe_hidden_size"),
-        sizes.intermediate: (
-            "intermediate_size",
-            "moe_intermediate_size",
-            "ffn_hidden_size",
-            "expert_ffn_hidden_size",
-        ),
+    """The real values of whatever is no size."""
+    overrides = {
+        **dict.fromkeys(NAMES_OF_NUM_EXPERTS, sizes.num_experts),
+        **dict.fromkeys(NAMES_OF_HIDDEN, sizes.hidden),
+        **dict.fromkeys(NAMES_OF_INTERMEDIATE, sizes.intermediate),
     }
-    overrides = {name: size for size, names in names_of_size.items() for name in names}
     return TinyConfig(experts_class.load_config_class()(), **overrides, _experts_implementation="eager")
 
 
 @torch.no_grad()
-def build(experts_class: ExpertsClass, sizes: Sizes = Sizes(), seed: int = 0) -> nn.Module:
+def build(experts_class: ExpertsClass, sizes: Sizes = DEFAULT_SIZES, seed: int = 0) -> nn.Module:
     """A tiny fp32 instance with random weights, the same at every call.
 
     For inputs of variance 1 the first projection comes out wide enough that every clamp and softcap has an effect.

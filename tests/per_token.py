@@ -88,6 +88,9 @@ GATES: dict[str, Gate] = {
     "OpenAIPrivacyFilterExperts": _concatenated_swiglu_oai,
 }
 
+LIMITED = frozenset(name for name, gate in GATES.items() if gate not in (_gelu_gate, _squared_relu))
+"""Classes that clamp or cap what comes out of the first projection."""
+
 
 def _scaled_rms_norm(row: torch.Tensor, weight: torch.Tensor, config: Any) -> torch.Tensor:
     """muse_spark's: scaled by `1 + weight` first, then normalized."""
@@ -105,9 +108,7 @@ def stored_shape(class_name: str, num_experts: int, in_features: int, out_featur
     return num_experts, out_features, in_features
 
 
-def with_lora(
-    class_name: str, stack: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def with_lora(class_name: str, stack: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """A dense stack, as the class stores it, plus `scaling * B[e] @ A[e]` of each expert."""
     deltas = [scaling * (B[expert] @ A[expert]) for expert in range(stack.shape[0])]
     if class_name in TRANSPOSED:

@@ -1,0 +1,461 @@
+"""Every experts class of the installed transformers, with and without an adapter, against a per-token reference.
+
+The reference (`per_token.py`) is fp32 on the CPU and gets the dequantized weights and the adapter's deltas as dense
+stacks. It is itself held against each class's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import per_token
+import pytest
+import torch
+import transformers
+from experts_classes import (
+    DEFAULT_SIZES,
+    ExpertsClass,
+    Sizes,
+    TinyConfig,
+    build,
+    find_experts_classes,
+    tiny_config,
+)
+from packaging.version import Version
+from torch import nn
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts, QuantizedExperts, quantize_experts
+from peft_moe_qlora.experts import convert_experts, find_experts, revert_experts
+from peft_moe_qlora.experts.layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES
+from peft_moe_qlora.quantization import FourBitFormat
+
+TOLERANCE = {
+    torch.float32: 1e-5,  # largest difference, in units of the largest magnitude of the reference
+    torch.bfloat16: 2e-2,  # relative L2 error: operands and results of every product are rounded to 8 bits
+}
+
+# Standard deviation of the hidden states. In fp32 values go beyond every clamp. In bf16 they stay within: rounding
+# would move some across a clamp, and the gradient jumps there.
+SPREAD = {torch.float32: 1.0, torch.bfloat16: 0.25}
+
+RANK = 3
+ALPHAS = (6.0, 4.5)  # of the first and of the down projection, so that a mix-up shows
+
+UNALIGNED = Sizes(hidden=20, intermediate=10)  # numbers of weights that are no multiples of the block size
+ODD = Sizes(hidden=7, intermediate=5)  # an expert's last code fills half a byte
+SQUARE_GATE_UP = Sizes(hidden=24, intermediate=12)
+SQUARE_DOWN = Sizes(hidden=16, intermediate=16)
+
+ALL_CLASSES = find_experts_classes()
+DECORATED = [found for found in ALL_CLASSES if found.is_decorated]
+UNDECORATED = [found for found in ALL_CLASSES if not found.is_decorated]
+BY_NAME = {found.name: found for found in ALL_CLASSES}
+
+# one for each way to store and finish: plain, transposed with biases, without gate, with a norm at the end
+KINDS = ["Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"]
+
+every_class = pytest.mark.parametrize("experts_class", DECORATED, ids=lambda found: found.name)
+every_kind = pytest.mark.parametrize(
+    "experts_class", [found for found in DECORATED if found.name in KINDS], ids=lambda found: found.name
+)
+every_storage = pytest.mark.parametrize("storage", [FourBitFormat(), None], ids=["nf4", "unquantized"])
+
+
+def random_routing(num_tokens: int, top_k: int = 2) -> torch.Tensor:
+    """Different experts for each token, as a router gives them."""
+    return torch.rand(num_tokens, DEFAULT_SIZES.num_experts).topk(top_k).indices
+
+
+def idle_experts() -> torch.Tensor:
+    """Only experts 1 and 3 have tokens."""
+    return torch.tensor([[1, 3], [3, 1], [1, 3]])
+
+
+def experts_of_other_ranks() -> torch.Tensor:
+    """Expert parallelism gives their pairs the id E; the second token has no expert here at all."""
+    E = DEFAULT_SIZES.num_experts
+    return torch.tensor([[0, E], [E, E], [4, 2], [E, 1]])
+
+
+ROUTINGS = {
+    "random": lambda: random_routing(9),
+    "idle experts": idle_experts,
+    "all to one": lambda: torch.full((6, 1), 2),
+    "one token": lambda: random_routing(1, top_k=3),
+    "no token": lambda: random_routing(0),
+    "experts of other ranks": experts_of_other_ranks,
+}
+
+
+class Block(nn.Module):
+    """What holds experts in a model."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+
+@dataclass
+class Inputs:
+    hidden_states: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+    cotangent: torch.Tensor
+
+    @classmethod
+    def random(
+        cls,
+        top_k_index: torch.Tensor,
+        hidden: int = DEFAULT_SIZES.hidden,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        weights_dtype: torch.dtype | None = None,
+    ) -> Inputs:
+        num_tokens = top_k_index.shape[0]
+        return cls(
+            torch.randn(num_tokens, hidden).mul(SPREAD[dtype]).to(device, dtype).requires_grad_(),
+            top_k_index.to(device),
+            torch.rand(top_k_index.shape).add(0.1).to(device, weights_dtype or dtype).requires_grad_(),
+            torch.randn(num_tokens, hidden).to(device, dtype),
+        )
+
+
+def adapted(
+    experts_class: ExpertsClass,
+    storage: FourBitFormat | None,
+    sizes: Sizes = DEFAULT_SIZES,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> MoeQLoraExperts:
+    """Converted experts with an adapter whose factors are all non-zero; biases and norms are trainable, too."""
+    block = Block(build(experts_class, sizes).to(device, dtype))
+    convert_experts(block, storage)
+    layer = MoeQLoraExperts(block.experts, "default")
+    projections = block.experts.layout.projections
+    config = MoeQLoraConfig(r=RANK, init_lora_weights=False)
+    layer.update_layer("default", dict.fromkeys(projections, RANK), dict(zip(projections, ALPHAS)), config)
+    for name, parameter in layer.base_layer.named_parameters():
+        if name.endswith(("_bias", "norm.weight")):
+            parameter.requires_grad_()
+    return layer
+
+
+def trainable(layer: MoeQLoraExperts) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
+
+
+def leaves_of(layer: MoeQLoraExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Everything that has a gradient, by name."""
+    return {"hidden_states": inputs.hidden_states, "top_k_weights": inputs.top_k_weights, **trainable(layer)}
+
+
+def results_of_package(layer: MoeQLoraExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Output and gradients by name; an input that is not connected to the output raises an error."""
+    leaves = leaves_of(layer, inputs)
+    output = layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    gradients = torch.autograd.grad(output, list(leaves.values()), inputs.cotangent)
+    return {"output": output.detach(), **dict(zip(leaves, gradients))}
+
+
+def dequantized(layer: MoeQLoraExperts) -> dict[str, torch.Tensor]:
+    experts = layer.base_layer
+    return {name: experts.stack(name).decode(torch.float32).cpu() for name in experts.layout.projections}
+
+
+def results_of_reference(
+    experts_class: ExpertsClass,
+    layer: MoeQLoraExperts,
+    inputs: Inputs,
+    stacks: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The same of the reference; with other `stacks` than the layer's, to see what would be wrong."""
+    name, config = experts_class.name, tiny_config(experts_class, DEFAULT_SIZES)
+    leaves = {leaf: value.detach().cpu().float().requires_grad_() for leaf, value in leaves_of(layer, inputs).items()}
+    parameters = {
+        leaf.removeprefix("base_layer."): value for leaf, value in leaves.items() if leaf.startswith("base_layer.")
+    }
+    for projection, stack in (stacks or dequantized(layer)).items():
+        A, B = leaves[f"lora_{projection}_A.default"], leaves[f"lora_{projection}_B.default"]
+        alpha = ALPHAS[projection == "down_proj"]
+        parameters[projection] = per_token.with_lora(name, stack, A, B, alpha / RANK)
+    output = per_token.experts_output(
+        name, config, parameters, leaves["hidden_states"], inputs.top_k_index.cpu(), leaves["top_k_weights"]
+    )
+    cotangent = inputs.cotangent.cpu().float()
+    gradients = torch.autograd.grad(
+        output, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True
+    )
+    return {"output": output.detach(), **dict(zip(leaves, gradients))}
+
+
+def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.abs().max() if tensor.numel() else tensor.sum()
+
+
+MEASURE = {torch.float32: largest_magnitude, torch.bfloat16: torch.linalg.vector_norm}
+
+
+def error(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """In the units of TOLERANCE; absolute where the reference is zero or empty."""
+    scale = MEASURE[dtype](expected).item()
+    return MEASURE[dtype](found.cpu().float() - expected).item() / (scale or 1)
+
+
+def assert_close(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name].shape != expected[name].shape] == []
+    errors = {name: error(found[name], expected[name], dtype) for name in expected}
+    # a NaN is not within any tolerance either
+    assert {name: value for name, value in errors.items() if not value <= TOLERANCE[dtype]} == {}
+
+
+def assert_zeros_kept(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """What no token reaches is exactly zero in the reference, and has to be so here."""
+    assert [name for name in expected if found[name].cpu()[expected[name] == 0].any()] == []
+
+
+def test_all_known_classes_are_found():
+    """The discovery misses nothing; the numbers are what is there in these versions of transformers."""
+    assert len(BY_NAME) == len(ALL_CLASSES)
+    assert len(DECORATED) >= (65 if Version(transformers.__version__) >= Version("5.23") else 51)
+    named = {*per_token.GATES, *per_token.TRANSPOSED, *per_token.UNGATED, *per_token.BIASED, *per_token.NORMED, *KINDS}
+    if Version(transformers.__version__) >= Version("5.23"):
+        assert named <= {found.name for found in DECORATED}
+
+
+def test_no_class_is_unknown():
+    """A class that neither declares its layout nor is refused by name would be passed over."""
+    names = {found.name for found in UNDECORATED}
+    # in early versions of transformers, where it is the only kind of experts in its model
+    assert names - {"AriaGroupedExpertsGemm"} == UNSUPPORTED_CLASSES.keys()
+
+
+@every_class
+def test_reference_equals_class(experts_class):
+    """The reference's formula is the class's own, at the model's real limits and epsilons."""
+    experts = build(experts_class)
+    inputs = Inputs.random(random_routing(9))
+    arguments = (inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    config, parameters = tiny_config(experts_class, DEFAULT_SIZES), dict(experts.named_parameters())
+    expected = experts(*arguments)
+    found = per_token.experts_output(experts_class.name, config, parameters, *arguments)
+    leaves = [inputs.hidden_states, inputs.top_k_weights, *parameters.values()]
+    names = ["output", "hidden_states", "top_k_weights", *parameters]
+    assert_close(
+        dict(zip(names, [found, *torch.autograd.grad(found, leaves, inputs.cotangent)])),
+        dict(zip(names, [expected, *torch.autograd.grad(expected, leaves, inputs.cotangent)])),
+    )
+
+
+@every_class
+def test_reference_knows_how_stacks_are_stored(experts_class):
+    E, H, width = DEFAULT_SIZES.num_experts, DEFAULT_SIZES.hidden, DEFAULT_SIZES.intermediate
+    name = experts_class.name
+    up = per_token.up_name(name)
+    shapes = {parameter: tuple(value.shape) for parameter, value in build(experts_class).named_parameters()}
+    factor = 1 if name in per_token.UNGATED else 2
+    assert shapes[up] == per_token.stored_shape(name, E, H, factor * width)
+    assert shapes["down_proj"] == per_token.stored_shape(name, E, width, H)
+    biases = {f"{up}_bias", "down_proj_bias"} if name in per_token.BIASED else set()
+    norms = {"post_expert_norm.weight"} if name in per_token.NORMED else set()
+    assert shapes.keys() == {up, "down_proj"} | biases | norms
+
+
+@pytest.mark.parametrize(
+    "experts_class", [found for found in DECORATED if found.name in per_token.LIMITED], ids=lambda found: found.name
+)
+def test_inputs_reach_the_limits(experts_class):
+    """A clamp that no value reaches would be compared in vain."""
+    parameters = dict(build(experts_class).named_parameters())
+    inputs = Inputs.random(random_routing(9))
+    config = tiny_config(experts_class, DEFAULT_SIZES)
+    unlimited = TinyConfig(config, swiglu_limit=1e9, mlp_gate_softcap=1e9, mlp_up_softcap=1e9)
+    outputs = [
+        per_token.experts_output(
+            experts_class.name, each, parameters, inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights
+        )
+        for each in (config, unlimited)
+    ]
+    assert error(*outputs, torch.float32) > 100 * TOLERANCE[torch.float32]
+
+
+@every_class
+@every_storage
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_output_and_gradients(experts_class, storage, routing, device):
+    """fp32; idle experts, pairs of other ranks and the factors of a batch without tokens get zeros as gradients."""
+    layer = adapted(experts_class, storage, device=device)
+    inputs = Inputs.random(routing(), device=device)
+    found, expected = results_of_package(layer, inputs), results_of_reference(experts_class, layer, inputs)
+    assert_close(found, expected)
+    assert_zeros_kept(found, expected)
+
+
+@every_class
+@every_storage
+def test_output_and_gradients_in_bf16(experts_class, storage, device):
+    layer = adapted(experts_class, storage, device=device, dtype=torch.bfloat16)
+    inputs = Inputs.random(random_routing(9), device=device, dtype=torch.bfloat16)
+    found = results_of_package(layer, inputs)
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert_close(found, results_of_reference(experts_class, layer, inputs), torch.bfloat16)
+
+
+@every_kind
+@every_storage
+def test_router_weights_may_be_more_precise(experts_class, storage, device):
+    """Routers compute in fp32, and some models hand their weights on as they are."""
+    layer = adapted(experts_class, storage, device=device, dtype=torch.bfloat16)
+    inputs = Inputs.random(random_routing(9), device=device, dtype=torch.bfloat16, weights_dtype=torch.float32)
+    found = results_of_package(layer, inputs)
+    assert found["output"].dtype == torch.bfloat16
+    assert found["top_k_weights"].dtype == torch.float32
+    assert_close(found, results_of_reference(experts_class, layer, inputs), torch.bfloat16)
+
+
+@every_class
+@pytest.mark.parametrize("sizes", [UNALIGNED, ODD], ids=["unaligned", "odd"])
+def test_sizes_that_fill_no_block(experts_class, sizes, device):
+    layer = adapted(experts_class, FourBitFormat(), sizes, device)
+    inputs = Inputs.random(random_routing(9), sizes.hidden, device)
+    assert_close(results_of_package(layer, inputs), results_of_reference(experts_class, layer, inputs))
+
+
+@pytest.mark.parametrize("name", ["GptOssExperts", "Qwen3MoeExperts"])
+@every_storage
+@pytest.mark.parametrize(
+    ("sizes", "projection"), [(SQUARE_GATE_UP, "gate_up_proj"), (SQUARE_DOWN, "down_proj")], ids=["gate_up", "down"]
+)
+def test_orientation_of_square_stacks(name, storage, sizes, projection, device):
+    """Orientation comes from the class, not from a shape: the other reading fits as well, and is wrong."""
+    layer = adapted(BY_NAME[name], storage, sizes, device)
+    inputs = Inputs.random(random_routing(9), sizes.hidden, device)
+    found, stacks = results_of_package(layer, inputs), dequantized(layer)
+    assert_close(found, results_of_reference(BY_NAME[name], layer, inputs, stacks))
+    assert stacks[projection].shape[1] == stacks[projection].shape[2]
+    stacks[projection] = stacks[projection].transpose(1, 2)
+    with pytest.raises(AssertionError):
+        assert_close(found, results_of_reference(BY_NAME[name], layer, inputs, stacks))
+
+
+@every_class
+@every_storage
+def test_without_adapter_equals_the_class(experts_class, storage, device):
+    """The class's own forward on the dequantized weights, and every parameter back where it was."""
+    original = build(experts_class).to(device)
+    before = {name: parameter.detach().clone() for name, parameter in original.named_parameters()}
+    block = Block(original)
+    convert_experts(block, storage)
+    assert isinstance(block.experts, QuantizedExperts)
+    inputs = Inputs.random(random_routing(9), device=device)
+    arguments = (inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    found = block.experts(*arguments)
+    stacks = {name: block.experts.stack(name).decode(torch.float32) for name in block.experts.layout.projections}
+    revert_experts(block, torch.float32)
+    assert block.experts is original
+    assert error(found, block.experts(*arguments).cpu(), torch.float32) <= 1e-5
+    after = dict(block.experts.named_parameters())
+    assert after.keys() == before.keys()
+    assert [name for name in after if not torch.equal(after[name], {**before, **stacks}[name])] == []
+
+
+@every_kind
+@every_storage
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_repeats_bit_for_bit(experts_class, storage, dtype, device):
+    """No atomic adds: equal inputs give equal bits, gradients too."""
+    layer = adapted(experts_class, storage, device=device, dtype=dtype)
+    inputs = Inputs.random(random_routing(9), device=device, dtype=dtype)
+    first, *others = (results_of_package(layer, inputs) for _ in range(3))
+    for other in others:
+        assert [name for name in first if not torch.equal(other[name], first[name])] == []
+
+
+@every_kind
+@every_storage
+def test_a_step_leaves_the_base_alone(experts_class, storage, device):
+    layer = adapted(experts_class, storage, device=device)
+    frozen = {name: value.clone() for name, value in layer.named_parameters() if not value.requires_grad}
+    factors = {name: value.detach().clone() for name, value in trainable(layer).items()}
+    results = results_of_package(layer, Inputs.random(random_routing(9), device=device))
+    for name, parameter in trainable(layer).items():
+        parameter.grad = results[name]
+    torch.optim.AdamW(trainable(layer).values(), lr=0.1).step()
+    after = dict(layer.named_parameters())
+    assert frozen
+    assert [name for name in frozen if not torch.equal(after[name], frozen[name])] == []
+    assert [name for name in factors if torch.equal(after[name], factors[name])] == []
+
+
+@pytest.mark.parametrize("experts_class", UNDECORATED, ids=lambda found: found.name)
+def test_undecorated_classes_are_refused(experts_class):
+    name = experts_class.name
+    block = Block(build(experts_class))
+    experts = block.experts
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    is_refused_by_name = name in UNSUPPORTED_CLASSES and name not in ALWAYS_ON_CLASSES
+    message = f"experts is of class {name}, which is not supported" if is_refused_by_name else "No routed experts"
+    with pytest.raises(ValueError, match=message):
+        quantize_experts(block, progressbar=False)
+    assert block.experts is experts
+    assert [key for key, value in block.state_dict().items() if not torch.equal(value, before[key])] == []
+
+
+@pytest.mark.parametrize(
+    "experts_class",
+    [found for found in UNDECORATED if found.name in set(UNSUPPORTED_CLASSES) - ALWAYS_ON_CLASSES],
+    ids=lambda found: found.name,
+)
+def test_refusal_comes_before_any_change(experts_class):
+    """One unsupported module, and the others are not converted either."""
+    routed = build(BY_NAME["Qwen3MoeExperts"])
+    model = nn.ModuleList([Block(routed), Block(build(experts_class))])
+    with pytest.raises(ValueError, match=f"1.experts is of class {experts_class.name}"):
+        quantize_experts(model, progressbar=False)
+    assert model[0].experts is routed
+
+
+def test_experts_that_are_always_on_stay_beside_routed_ones():
+    shared = build(BY_NAME["InklingSharedExperts"])
+    model = nn.ModuleDict({"routed": Block(build(BY_NAME["InklingExperts"])), "shared": Block(shared)})
+    quantize_experts(model, progressbar=False)
+    assert isinstance(model["routed"].experts, QuantizedExperts)
+    assert model["shared"].experts is shared
+    assert [path for path, _ in find_experts(model)] == ["routed.experts"]
+
+
+@every_kind
+@pytest.mark.parametrize("projection", [0, 1], ids=["up", "down"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_wrong_factor_is_noticed(experts_class, projection, dtype):
+    """The comparison can fail: one expert's B off by 2 %, or by 20 % in bf16."""
+    layer = adapted(experts_class, FourBitFormat(), dtype=dtype)
+    inputs = Inputs.random(torch.tensor([[1, 0], [3, 1], [4, 2], [2, 1]]), dtype=dtype)
+    found = results_of_package(layer, inputs)
+    _, B = layer.factors(layer.base_layer.layout.projections[projection], "default")
+    with torch.no_grad():
+        B[1] *= 1.02 if dtype == torch.float32 else 1.2
+    with pytest.raises(AssertionError):
+        assert_close(found, results_of_reference(experts_class, layer, inputs), dtype)
+
+
+def test_a_wrong_split_of_gate_and_up_is_noticed():
+    """Swapped halves, and rows read as concatenated that are interleaved."""
+    inputs = Inputs.random(random_routing(9))
+    layer = adapted(BY_NAME["Qwen3MoeExperts"], FourBitFormat())
+    stacks = dequantized(layer)
+    stacks["gate_up_proj"] = stacks["gate_up_proj"].roll(DEFAULT_SIZES.intermediate, dims=1)
+    with pytest.raises(AssertionError):
+        assert_close(
+            results_of_package(layer, inputs),
+            results_of_reference(BY_NAME["Qwen3MoeExperts"], layer, inputs, stacks),
+        )
+    layer = adapted(BY_NAME["GptOssExperts"], FourBitFormat())
+    with pytest.raises(AssertionError):
+        assert_close(
+            results_of_package(layer, inputs),
+            results_of_reference(BY_NAME["OpenAIPrivacyFilterExperts"], layer, inputs),
+        )
