@@ -48,8 +48,8 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     if not found:
         raise ValueError(
             f"No routed experts found in {type(model).__name__}: no module declares the fused 3-D stacks of "
-            "transformers' @use_experts_implementation. Dense models, and experts stored otherwise, are a case for PEFT's "
-            "LoraConfig on their linear layers."
+            "transformers' @use_experts_implementation. For dense models, and for experts stored otherwise, use PEFT's "
+            "LoraConfig on the linear layers."
         )
     return paths
 

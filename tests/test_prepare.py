@@ -1,0 +1,120 @@
+"""Converting experts in memory: one stack at a time, what is shared stays shared, hooks stay where they act."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny_models import logits, tiny_model, token_ids
+
+from peft_moe_qlora import QuantizedExperts, quantize_experts
+from peft_moe_qlora.experts import convert_experts
+from peft_moe_qlora.quantization import QuantizedStack
+
+
+def test_each_16_bit_stack_is_freed_before_the_next(monkeypatch):
+    model = tiny_model()
+    alive = weakref.WeakSet(
+        parameter for name, parameter in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))
+    )
+    total = len(alive)
+    left_at_call = []
+    from_dense = QuantizedStack.from_dense.__func__
+
+    def counting(cls, *args):
+        gc.collect()
+        left_at_call.append(len(alive))
+        return from_dense(cls, *args)
+
+    monkeypatch.setattr(QuantizedStack, "from_dense", classmethod(counting))
+    quantize_experts(model, progressbar=False)
+    assert total == 4
+    assert left_at_call == [4, 3, 2, 1]
+    gc.collect()
+    assert len(alive) == 0
+
+
+@pytest.mark.gpu
+def test_peak_on_a_gpu_is_the_model_and_little_more():
+    """Eight layers of 96 MiB: the peak may exceed the start by the packed stacks and one expert's temporaries."""
+    model = tiny_model(
+        device="cuda",
+        dtype=torch.bfloat16,
+        hidden_size=1024,
+        moe_intermediate_size=1024,
+        num_hidden_layers=8,
+        num_experts=16,
+    )
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    report = quantize_experts(model, progressbar=False)
+    peak = torch.cuda.max_memory_allocated() - start
+    one_stack = 16 * 2 * 1024 * 1024 * 2
+    assert peak <= one_stack
+    gc.collect()
+    saved = start - torch.cuda.memory_allocated()
+    assert saved >= 0.99 * (report.dense_nbytes - report.nbytes)
+
+
+def test_quantized_model_runs_without_an_adapter_as_its_dequantized_self(device):
+    model = tiny_model(device=device)
+    quantize_experts(model, progressbar=False)
+    quantized = logits(model, token_ids(device))
+    model.dequantize(torch.float32)
+    torch.testing.assert_close(quantized, logits(model, token_ids(device)), rtol=0, atol=1e-4)
+
+
+def test_tied_stacks_stay_tied():
+    """As in an encoder and a decoder that own the same experts."""
+    model = tiny_model()
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    report = quantize_experts(model, progressbar=False)
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert first is not second
+    assert first.gate_up_proj is second.gate_up_proj
+    assert first.down_proj is second.down_proj
+    assert len(report.stacks) == 4
+    assert torch.isfinite(logits(model, token_ids())).all()
+
+
+def test_shared_modules_stay_shared():
+    model = tiny_model()
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    quantize_experts(model, progressbar=False)
+    assert isinstance(model.model.layers[0].mlp.experts, QuantizedExperts)
+    assert model.model.layers[1].mlp.experts is model.model.layers[0].mlp.experts
+
+
+def test_converting_twice_keeps_the_bytes():
+    model = tiny_model()
+    quantize_experts(model, progressbar=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_experts(model, progressbar=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_hook_of_accelerate_moves_to_the_replacement():
+    """Dispatched models have hooks that bring inputs to the device of a module."""
+    from accelerate import dispatch_model
+
+    model = tiny_model()
+    expected = logits(model, token_ids())
+    device_map = {name: "cpu" for name, _ in model.named_children()}
+    dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+    hook = model.model.layers[0].mlp.experts._hf_hook
+    convert_experts(model, None)
+    experts = model.model.layers[0].mlp.experts
+    assert experts._hf_hook is hook
+    assert not hasattr(experts.original, "_hf_hook")
+    torch.testing.assert_close(logits(model, token_ids()), expected)
+
+
+def test_casting_and_moving_after_quantizing(device):
+    model = tiny_model()
+    quantize_experts(model, progressbar=False)
+    model.to(device, torch.bfloat16)
+    assert logits(model, token_ids(device)).dtype == torch.bfloat16
