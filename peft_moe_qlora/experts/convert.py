@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +49,7 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     if not found:
         raise ValueError(
             f"No routed experts found in {type(model).__name__}: no module declares the fused 3-D stacks of "
-            "transformers' @use_experts_implementation. For dense models, and for experts stored otherwise, use PEFT's "
+            "transformers' @use_experts_implementation. For dense models and experts stored otherwise, use PEFT's "
             "LoraConfig on the linear layers."
         )
     return paths
@@ -80,47 +81,50 @@ def convert_experts(model: nn.Module, storage: FourBitFormat | None, progressbar
         ValueError: see `check_convertible`; the model is then unchanged.
     """
     paths = check_convertible(model, storage)
-    converted: dict[int, QuantizedExperts] = {}
-    stacks: dict[int, Stack] = {}
-    kept = []  # parameters whose id is a key of `stacks` must not be freed before all places that share them are done
-    num_uses = _count_uses(model, paths)
-    for path in tqdm(paths, desc="Quantizing experts", unit="module", disable=not progressbar or storage is None):
+    converted: dict[nn.Module, QuantizedExperts] = {}
+    tied = _tied_stacks(model, paths)
+    hidden = not progressbar or storage is None or not paths
+    for path in tqdm(paths, desc="Quantizing experts", unit="module", disable=hidden):
         parent_path, _, name = path.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, QuantizedExperts):  # a parent that is shared brought it here
             continue
-        if id(module) not in converted:
+        if module not in converted:
             layout = read_layout(module, path)
-            own_stacks = {}
-            for projection in layout.projections:
-                parameter = module._parameters.pop(projection)
-                key = id(parameter)
-                if key not in stacks:
-                    stack = _store(parameter, layout.is_transposed, storage)
-                    if num_uses[key] > 1:
-                        stacks[key] = stack
-                        kept.append(parameter)
-                else:
-                    stack = stacks[key]
-                own_stacks[projection] = stack
-                del parameter
-            converted[id(module)] = QuantizedExperts(module, layout, own_stacks)
-            _move_hook(module, converted[id(module)])
-        setattr(model.get_submodule(parent_path), name, converted[id(module)])
+            stacks = {
+                projection: _take_stack(module, projection, layout.is_transposed, storage, tied)
+                for projection in layout.projections
+            }
+            converted[module] = QuantizedExperts(module, layout, stacks)
+            _move_hook(module, converted[module])
+        setattr(model.get_submodule(parent_path), name, converted[module])
 
 
-def _count_uses(model: nn.Module, paths: list[str]) -> dict[int, int]:
-    uses: dict[int, int] = {}
-    for module in {id(module): module for module in map(model.get_submodule, paths)}.values():
-        for parameter in module._parameters.values():
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    return uses
+def _tied_stacks(model: nn.Module, paths: list[str]) -> dict[int, Stack | None]:
+    """Ids of the parameters that several modules own, to be mapped to the one stack that takes their place."""
+    modules = {model.get_submodule(path) for path in paths}
+    uses = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+    return {key: None for key, count in uses.items() if count > 1}
 
 
-def _store(parameter: nn.Parameter, is_transposed: bool, storage: FourBitFormat | None) -> Stack:
-    if storage is None:
-        return DenseStack(parameter, is_transposed)
-    return QuantizedStack.from_dense(parameter, is_transposed, storage)
+def _take_stack(
+    module: nn.Module,
+    projection: str,
+    is_transposed: bool,
+    storage: FourBitFormat | None,
+    tied: dict[int, Stack | None],
+) -> Stack:
+    """Moves a parameter out of its module and into a stack."""
+    parameter = module._parameters.pop(projection)
+    stack = tied.get(id(parameter))
+    if stack is None:
+        if storage is None:
+            stack = DenseStack(parameter, is_transposed)
+        else:
+            stack = QuantizedStack.from_dense(parameter, is_transposed, storage)
+    if id(parameter) in tied:
+        tied[id(parameter)] = stack
+    return stack
 
 
 def _move_hook(old: nn.Module, new: nn.Module) -> None:
@@ -135,18 +139,12 @@ def _move_hook(old: nn.Module, new: nn.Module) -> None:
 
 def revert_experts(model: nn.Module, dtype: torch.dtype) -> None:
     """Puts the classes' own modules back, with dequantized stacks in `dtype`."""
-    restored: dict[int, nn.Module] = {}
+    restored: dict[nn.Module, nn.Module] = {}
     for path, module in list(named_modules_with_shared(model)):
-        if isinstance(module, QuantizedExperts):
-            if id(module) not in restored:
-                restored[id(module)] = module.restore(
-                    {name: dense(module.stack(name), dtype) for name in module.layout.projections}
-                )
-                _move_hook(module, restored[id(module)])
-            parent_path, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent_path), name, restored[id(module)])
-
-
-def dense(stack: Stack, dtype: torch.dtype) -> DenseStack:
-    """The stack in floating point, rounded once."""
-    return DenseStack(stack.decode(dtype), stack.is_transposed)
+        if not isinstance(module, QuantizedExperts):
+            continue
+        if module not in restored:
+            restored[module] = module.restore(dtype)
+            _move_hook(module, restored[module])
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, restored[module])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import ComputePath, LowRank, choose_path, combine_rows, gather_rows, grouped_linear, route
-from ..quantization import DenseStack, Stack
+from ..quantization import Stack
 from .layout import ExpertsLayout
 
 _NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
@@ -94,10 +94,12 @@ class QuantizedExperts(nn.Module):
             return torch.get_autocast_dtype(device_type)
         return self.stack(self.layout.up_name).compute_dtype(hidden_states.dtype)
 
-    def restore(self, stacks: Mapping[str, DenseStack]) -> nn.Module:
-        """Gives the original module back with the given weights; this one is empty afterwards."""
+    def restore(self, dtype: torch.dtype) -> nn.Module:
+        """Gives the original module back, with its stacks in floating point; this one is empty afterwards."""
         for projection in self.layout.projections:
-            self.original.register_parameter(projection, stacks[projection].weight)
+            # one stack at a time is held in both storages
+            stack = self._modules.pop(projection)
+            self.original.register_parameter(projection, nn.Parameter(stack.decode(dtype), requires_grad=False))
             if self.layout.has_bias:
                 name = bias_name(projection)
                 self.original.register_parameter(name, self._parameters.pop(name))
