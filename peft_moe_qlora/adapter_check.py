@@ -30,7 +30,7 @@ def check_stored_shapes(
     Raises:
         ValueError: a tensor is missing, has another shape, or fits no experts of the model.
     """
-    if config.stored_shapes is None:
+    if config.stored is None or not config.stored.belongs_to(config):
         return
     expected = {}
     for path, projections in targets.items():
@@ -40,7 +40,7 @@ def check_stored_shapes(
             num_experts = layouts[path].num_experts
             expected[f"{path}.lora_{projection}_A"] = (num_experts, r, in_features)
             expected[f"{path}.lora_{projection}_B"] = (num_experts, out_features, r)
-    found = {key.removeprefix(_PEFT_PREFIX): shape for key, shape in config.stored_shapes.items()}
+    found = {key.removeprefix(_PEFT_PREFIX): shape for key, shape in config.stored.shapes.items()}
     check_factor_shapes(found, expected)
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
-from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
+from .quantization import FourBitFormat
 
 FORMAT_VERSION = 1
 """Version of the adapter file: key names, shapes of the factors, meaning of the config's fields."""
@@ -51,6 +51,25 @@ class MoeQLoraPeftType(str, enum.Enum):
     """The adapter's type in `adapter_config.json`. A type of our own: an enum that has members can't be extended."""
 
     MOE_QLORA = "MOE_QLORA"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """The adapter file beside a config, and what of the config its shapes follow from.
+
+    Args:
+        shapes: key -> shape of the tensors.
+        expert_r: rank of the experts' factors.
+        rank_pattern: the exceptions from it.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    expert_r: int
+    rank_pattern: dict[str, int]
+
+    def belongs_to(self, config: MoeQLoraConfig) -> bool:
+        """Whether the config still is the one of the file: someone may have read it to start from."""
+        return (self.expert_r, self.rank_pattern) == (config.resolved_expert_r, config.rank_pattern)
 
 
 @dataclass
@@ -100,8 +119,8 @@ class MoeQLoraConfig(LoraConfig):
     double_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
 
-    stored_shapes: ClassVar[dict[str, tuple[int, ...]] | None] = None
-    """Key -> shape of the tensors in the adapter file that the config was read with; set on instances, never saved."""
+    stored: ClassVar[StoredAdapter | None] = None
+    """What stands beside the file that the config was read from; set on instances, never saved."""
 
     def __post_init__(self) -> None:
         if self.format_version > FORMAT_VERSION:
@@ -116,13 +135,33 @@ class MoeQLoraConfig(LoraConfig):
                 raise ValueError(f"{option}={value!r} can't be done for fused experts. {remedy}")
         super().__post_init__()
         self.peft_type = MoeQLoraPeftType.MOE_QLORA
+        if isinstance(self.target_experts, str):
+            self.target_experts = [self.target_experts]
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Refuses what would otherwise fail when layers are made, after the experts have been converted."""
         if self.quant_type is not None:
-            self.storage  # noqa: B018 - raises for a value that is unknown
+            FourBitFormat(self.quant_type, self.blocksize, self.double_quant)
         unknown = sorted(set(self.target_experts or ()) - set(PROJECTIONS))
         if unknown:
             raise ValueError(f"target_experts={unknown} are no projections; choose from {PROJECTIONS}.")
-        if self.expert_r is not None and self.expert_r < 1:
-            raise ValueError(f"expert_r={self.expert_r}: a rank is at least 1.")
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}}
+        if self.expert_r is not None:
+            ranks["expert_r"] = self.expert_r
+        for name, r in ranks.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"{name}={r!r}: a rank is a whole number of at least 1.")
+        alphas = {"lora_alpha": self.lora_alpha, **(self.alpha_pattern or {})}
+        if self.expert_alpha is not None:
+            alphas["expert_alpha"] = self.expert_alpha
+        for name, alpha in alphas.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ValueError(f"{name}={alpha!r}: an alpha is a finite number.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r}: a probability below 1 was expected.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'lora_only'.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -142,7 +181,8 @@ class MoeQLoraConfig(LoraConfig):
         if file.is_file():
             with safe_open(file, framework="pt") as tensors:
                 keys = tensors.keys()
-                config.stored_shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+            config.stored = StoredAdapter(shapes, config.resolved_expert_r, dict(config.rank_pattern))
         return config
 
     @property
@@ -166,6 +206,3 @@ class MoeQLoraConfig(LoraConfig):
     def scaling(self, r: int, alpha: float) -> float:
         """The factor of `B @ A` (rsLoRA: arXiv:2312.03732)."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-
-__all__ = ["ALL_EXPERTS", "BLOCKSIZES", "FORMAT_VERSION", "PROJECTIONS", "QUANT_TYPES", "MoeQLoraConfig"]

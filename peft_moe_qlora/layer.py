@@ -71,11 +71,15 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
         """Adds an adapter.
 
         Args:
-            adapter_name: a new name.
+            adapter_name: a name; factors that it has already are replaced.
             ranks: projection -> rank of its factors; projections left out get none.
             alphas: projection -> alpha.
             config: dropout, initialization and kind of scaling.
         """
+        for name in self.adapter_layer_names:
+            container = self.get_submodule(name)
+            if adapter_name in container:
+                del container[adapter_name]
         self.r[adapter_name] = dict(ranks)
         self.lora_alpha[adapter_name] = dict(alphas)
         self.scaling[adapter_name] = {name: config.scaling(ranks[name], alphas[name]) for name in ranks}
@@ -174,8 +178,14 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters to the stacks, in their storage. The stacks of before are kept for `unmerge`.
 
-        All stacks are merged before one is replaced, so that an error leaves the layer as it was. Weights that are not
-        finite are always refused: 4-bit codes could not show them. `safe_merge` is accepted for PEFT's sake.
+        All stacks are merged before one is replaced, so that an error leaves the layer as it was.
+
+        Args:
+            safe_merge: for PEFT's sake; weights that are not finite are always refused, since no code could show them.
+            adapter_names: what to merge. Default: the active adapters that are not merged yet.
+
+        Raises:
+            ValueError: a merged weight is not finite.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
         adapter_names = [name for name in adapter_names if self.r.get(name)]
@@ -196,7 +206,8 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
 
     def _base_stack(self, projection: str) -> Stack:
         current = self.base_layer.stack(projection)
-        return self._unmerged_stacks.get(projection, current).to(current.device)
+        # the model may have been moved or cast since
+        return self._unmerged_stacks.get(projection, current).to(current.device, current.dtype)
 
     def _adapted_projections(self, adapter_names: Sequence[str]) -> list[str]:
         return [
@@ -221,7 +232,8 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
         names = list(self.merged_adapters)
         if self.merged:
             self.unmerge()
-        names += [name for name in adapter_names or self.active_adapters if name not in names]
+        adapter_names = self.active_adapters if adapter_names is None else adapter_names
+        names += [name for name in adapter_names if name not in names]
         merged = {}
         for projection in self.base_layer.layout.projections:
             stack = self.base_layer.stack(projection)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import skip_init_on_device
@@ -58,15 +58,21 @@ class MoeQLoraModel(LoraModel):
     def _prepare_model(self, peft_config: MoeQLoraConfig, model: nn.Module) -> None:
         """Settles what the config asks for, refuses what can't be had, and only then converts the experts."""
         check_convertible(model, peft_config.storage)
+        check_not_shared(model)
         layouts = expert_layouts(model)
         resolve_all_linear(peft_config, model, layouts)
         self._expert_targets = {
             path: targeted_projections(peft_config, path, layout) for path, layout in layouts.items()
         }
-        module_names = [name for name, _ in model.named_modules() if name and ".base_layer" not in name]
+        module_names = [
+            name
+            for name, _ in model.named_modules()
+            if name and ".base_layer" not in name and not any(parent in layouts for parent in _parents(name))
+        ]
         check_targets(peft_config, module_names, layouts, self._expert_targets)
         self._check_matched_modules(peft_config, model, layouts)
         check_stored_shapes(peft_config, layouts, self._expert_targets)
+        peft_config.stored = None
         if any(self._check_target_module_exists(peft_config, name) for name in module_names):
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
             skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
@@ -83,10 +89,12 @@ class MoeQLoraModel(LoraModel):
                     f"target_modules reaches the router {name}, a {type(module).__name__}, which LoRA can't adapt. "
                     f"Take it out, or train it in full with modules_to_save=[{name.rpartition('.')[2]!r}]."
                 )
-            if not isinstance(module, BaseTunerLayer) and not module._parameters:
+            if isinstance(module, BaseTunerLayer) or hasattr(module, "in_features"):
+                continue
+            if all(parameter is None or parameter.dim() < 2 for parameter in module._parameters.values()):
                 raise ValueError(
-                    f"target_modules reaches {name}, a {type(module).__name__}, which is a group of layers and has "
-                    "no weight of its own. Name the layers inside it."
+                    f"target_modules reaches {name}, a {type(module).__name__}, which has no weight matrix of its own "
+                    "for LoRA to adapt. Name the linear layers, inside it or elsewhere."
                 )
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
@@ -105,10 +113,16 @@ class MoeQLoraModel(LoraModel):
             return True
         found = super()._check_target_module_exists(peft_config, key)
         # the parts of experts are theirs: a stack is a module that is called down_proj
-        is_part_of_experts = any(parent in self._expert_targets for parent in _with_parents(key))
-        return False if found and is_part_of_experts else found
+        is_of_experts = key in self._expert_targets or any(name in self._expert_targets for name in _parents(key))
+        return False if found and is_of_experts else found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+            self.peft_config.pop(adapter_name, None)
+            raise ValueError(
+                f"{adapter_name!r} can't be the name of an adapter: torch's containers have no place for an empty "
+                "name, a dot, or the name of one of their own attributes. Choose another."
+            )
         with warnings.catch_warnings():
             # PEFT holds the patterns against modules only; here they may also name a projection of experts
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
@@ -196,10 +210,14 @@ class MoeQLoraModel(LoraModel):
             return
         if self.training:
             raise ValueError("adapter_names can't be passed in training mode; call model.eval() first.")
-        unknown = set(adapter_names) - set(self.peft_config) - {BASE}
-        if unknown:
-            raise ValueError(f"adapter_names: no adapter {sorted(unknown)}; there are {sorted(self.peft_config)}.")
+        self._check_adapter_names([name for name in adapter_names if name != BASE])
         num_beams = kwargs.get("num_beams") or 1
+        batch = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        if batch is not None and len(batch) != len(adapter_names):
+            raise ValueError(
+                f"Length of adapter_names should be the number of samples, but got {len(adapter_names)} names for "
+                f"{len(batch)} samples."
+            )
         per_sequence = [name for name in adapter_names for _ in range(num_beams)]
 
         def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -242,21 +260,24 @@ class MoeQLoraModel(LoraModel):
         """
         if adapter_name in self.peft_config:
             return
-        missing = [name for name in adapters if name not in self.peft_config]
-        if missing:
-            raise ValueError(f"Adapters {missing} do not exist; there are {sorted(self.peft_config)}.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"One weight for each adapter was expected, got adapters={adapters}, weights={weights}.")
+        self._check_adapter_names(adapters)
         configs = [self.peft_config[name] for name in adapters]
         kind = "linear" if len(adapters) == 1 else combination_type
         ranks = [max(config.resolved_expert_r, *config.rank_pattern.values(), 0) for config in configs]
         rank = combined_rank(kind, ranks, svd_rank)
         no_choice = any(config.target_experts is None for config in configs)
         # PEFT derives the new adapter's config from the first one's
-        self.peft_config[adapters[0]] = replace(
+        derived = replace(
             configs[0],
+            target_modules=self._check_add_weighted_adapter(adapters, kind, svd_rank)[2],
             expert_r=rank,
             expert_alpha=1 / configs[0].scaling(rank, 1.0),
             target_experts=None if no_choice else sorted({name for c in configs for name in c.target_experts}),
         )
+        self._check_reach(derived, adapters)
+        self.peft_config[adapters[0]] = replace(derived, target_modules=configs[0].target_modules)
         try:
             super().add_weighted_adapter(
                 adapters, weights, adapter_name, kind, svd_rank=svd_rank, svd_clamp=svd_clamp, **kwargs
@@ -267,10 +288,37 @@ class MoeQLoraModel(LoraModel):
             if adapter_name in layer.r:
                 combine_experts(layer, adapter_name, Combination(adapters, weights, kind, rank, svd_clamp))
 
+    def _check_reach(self, derived: MoeQLoraConfig, adapters: Sequence[str]) -> None:
+        """Refuses a combination whose config would leave out a layer that one of the adapters has."""
+        layouts = expert_layouts(self.model)
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, self.tuner_layer_cls) or not any(name in layer.scaling for name in adapters):
+                continue
+            if isinstance(layer, MoeQLoraExperts):
+                wanted = {projection for name in adapters for projection in layer.r.get(name, ())}
+                reached = wanted <= set(targeted_projections(derived, path, layouts[path]))
+            else:
+                reached = check_target_module_exists(derived, path)
+            if not reached:
+                raise ValueError(
+                    f"The adapters {list(adapters)} reach different layers by layers_to_transform or exclude_modules: "
+                    f"{path} would be left out. Combine adapters that share these options."
+                )
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit."""
-        self._check_mergeable(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge)
+        """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit.
+
+        Experts that were merged before an error are unmerged again.
+        """
+        self._check_mergeable(adapter_names)
+        merged_before = {layer for layer in self.expert_layers() if layer.merged}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            for layer in self.expert_layers():
+                if layer.merged and layer not in merged_before:
+                    layer.unmerge()
+            raise
 
     def merge_and_unload(
         self,
@@ -283,17 +331,22 @@ class MoeQLoraModel(LoraModel):
 
         Args:
             progressbar: show one.
-            safe_merge: refuse an adapter with values that are not finite before anything is changed.
+            safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always refused.
             adapter_names: what to merge. Default: the active adapters.
             dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
                 with dequantized and merged stacks, ready for `save_pretrained`.
 
         Returns:
             The base model, changed in place.
+
+        Raises:
+            ValueError: an adapter is unknown or has values that are not finite, or `dtype` is none of floating point.
         """
-        self._check_mergeable(adapter_names, safe_merge)
+        self._check_mergeable(adapter_names)
         if dtype is None:
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype={dtype} can't hold merged weights; choose torch.bfloat16, float16 or float32.")
         for layer in tqdm(list(self.expert_layers()), desc="Merging experts", disable=not progressbar):
             layer.merge_into_dense(dtype, adapter_names)
         # the experts are merged; what is left are linear layers
@@ -304,11 +357,25 @@ class MoeQLoraModel(LoraModel):
         restore_experts(self.model, dtype)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
-    def _check_mergeable(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
-        """Refuses a broken adapter before the first layer is merged, so that the model stays as it was."""
-        if not safe_merge:
-            return
-        adapter_names = set(adapter_names or self.active_adapters)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if all(module.is_dense for module in model.modules() if isinstance(module, QuantizedExperts)):
+            # nothing is packed: the classes' own modules do
+            restore_experts(model, None)
+        return model
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There is no adapter {unknown}; there are {sorted(self.peft_config)}.")
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        """Refuses a broken adapter before the first layer is merged, so that the model stays as it was.
+
+        With or without `safe_merge`: 4-bit codes could not show what is not finite.
+        """
+        adapter_names = self.active_adapters if adapter_names is None else adapter_names
+        self._check_adapter_names(adapter_names)
         for layer in self.model.modules():
             if not isinstance(layer, BaseTunerLayer):
                 continue
@@ -319,10 +386,21 @@ class MoeQLoraModel(LoraModel):
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
-def _with_parents(path: str) -> Iterator[str]:
-    while path:
+def _parents(path: str) -> Iterator[str]:
+    while path := path.rpartition(".")[0]:
         yield path
-        path = path.rpartition(".")[0]
+
+
+def check_not_shared(model: nn.Module) -> None:
+    """Refuses experts that stand in several places of the model: PEFT would adapt the first of them only."""
+    first: dict[nn.Module, str] = {}
+    for path, module in find_experts(model):
+        if module in first:
+            raise ValueError(
+                f"{path} and {first[module]} are one experts module, which can't be adapted in two places. Give each "
+                "layer a module of its own; they may share parameters."
+            )
+        first[module] = path
 
 
 def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:

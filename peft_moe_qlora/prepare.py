@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .loading import store_experts
@@ -58,7 +59,12 @@ def prepare_model_for_training(
 
     Returns:
         The model, changed in place.
+
+    Raises:
+        ValueError: the model has an adapter already, which would be frozen too.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The model has an adapter, which would be frozen too. Prepare it before get_peft_model.")
     model.requires_grad_(False)
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -23,45 +25,61 @@ def targeted_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayou
     """The projections of an experts module that a configuration adapts, in the order of the forward.
 
     Raises:
-        ValueError: the names single out the gate or the up half of a fused stack.
+        ValueError: the names single out half of a fused stack, or some of the experts.
     """
 
-    def targets(*keys: str) -> bool:
-        return any(check_target_module_exists(config, key) for key in keys)
-
-    def targets_names(names: tuple[str, ...]) -> bool:
-        # a list or regex of that time may count the experts: experts.0.up_proj
-        return targets(*(f"{path}.{name}" for name in names), *(f"{path}.0.{name}" for name in names))
+    def is_targeted(key: str) -> bool:
+        return bool(check_target_module_exists(config, key))
 
     if is_excluded(config, path):
         return ()
-    if targets(path, f"{path}.{ALL_EXPERTS}"):
-        named = layout.projections
+    if is_targeted(path) or is_targeted(f"{path}.{ALL_EXPERTS}"):
+        named = set(layout.projections)
     else:
-        named = tuple(name for name in layout.projections if targets(f"{path}.{name}"))
-        if layout.up_name not in named and _targets_up(targets_names, path, layout):
-            named = (layout.up_name, *named)
-        if "down_proj" not in named and targets_names(_DOWN_NAMES):
-            named = (*named, "down_proj")
-    if config.target_experts is None:
-        return named
-    return tuple(name for name in named if name in config.target_experts)
+        named = _matching_projections(config, "target_modules", is_targeted, path, layout)
+    named -= _matching_projections(config, "exclude_modules", partial(is_excluded, config), path, layout)
+    if config.target_experts is not None:
+        named &= set(config.target_experts)
+    return tuple(name for name in layout.projections if name in named)
 
 
-def _targets_up(targets_names, path: str, layout: ExpertsLayout) -> bool:
-    if not layout.has_gate:
-        return targets_names(_UP_NAMES)
-    gate, up = targets_names(_GATE_NAMES), targets_names(_UP_NAMES)
-    if gate != up:
+def _matching_projections(
+    config: MoeQLoraConfig, option: str, matches: Callable[[str], bool], path: str, layout: ExpertsLayout
+) -> set[str]:
+    """The projections that an option names, by their names or by those of a time when experts were linear layers."""
+    value = getattr(config, option) or ()
+    counts_experts = isinstance(value, str) or any(re.search(r"(^|\.)\d+\.", name) for name in value)
+
+    def matches_old(names: tuple[str, ...]) -> bool:
+        if any(matches(f"{path}.{name}") for name in names):
+            return True
+        if not counts_experts:
+            return False
+        # experts.0.up_proj, experts.1.up_proj, ...
+        hits = [any(matches(f"{path}.{e}.{name}") for name in names) for e in range(layout.num_experts)]
+        if any(hits) and not all(hits):
+            raise ValueError(
+                f"{path}: {option} names {names[0]} of some experts only, but all {layout.num_experts} are one stack "
+                "here. Name all of them, or the stack."
+            )
+        return any(hits)
+
+    found = {name for name in layout.projections if matches(f"{path}.{name}")}
+    if "down_proj" not in found and matches_old(_DOWN_NAMES):
+        found.add("down_proj")
+    if layout.up_name in found:
+        return found
+    up = matches_old(_UP_NAMES)
+    if layout.has_gate and matches_old(_GATE_NAMES) != up:
         raise ValueError(
-            f"{path}: target_modules names {'the gate' if gate else 'the up projection'} alone, but gate and up "
-            "projection are one fused stack here. Name both, or 'gate_up_proj'."
+            f"{path}: {option} names {'the up projection' if up else 'the gate'} alone, but gate and up projection "
+            "are one fused stack here. Name both, or 'gate_up_proj'."
         )
-    return gate
+    return found | {layout.up_name} if up else found
 
 
 def is_excluded(config: MoeQLoraConfig, path: str) -> bool:
-    """Whether `exclude_modules` takes an experts module out."""
+    """Whether `exclude_modules` names a path."""
     excluded = config.exclude_modules
     if not excluded:
         return False
@@ -115,13 +133,28 @@ def check_targets(
         )
     if not adapted:
         config.target_experts = []
-    for path in layouts:
-        for name in config.modules_to_save or ():
+    _check_layers(config, module_names)
+    for name in config.modules_to_save or ():
+        if not any(key == name or key.endswith(f".{name}") for key in module_names):
+            raise ValueError(f"modules_to_save names {name!r}, which is no module of the model. Correct or remove it.")
+        for path in layouts:
             if re.match(rf"(^|.*\.){name}($|\..*)", path):
                 raise ValueError(
                     f"modules_to_save names {name!r}, which includes the experts {path}; they can't be trained in "
                     "full. Take it out; to train a router, name the router alone."
                 )
+
+
+def _check_layers(config: MoeQLoraConfig, module_names: list[str]) -> None:
+    wanted = config.layers_to_transform
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    # as PEFT counts layers: the first number of a path
+    found = {int(number) for key in module_names for number in re.findall(r"\.(\d+)(?:\.|$)", key)[:1]}
+    if wanted - found:
+        raise ValueError(
+            f"layers_to_transform names the layers {sorted(wanted - found)}, which the model doesn't have; it has "
+            f"{len(found)}, from {min(found)} to {max(found)}."
+        )
 
 
 def _shorten(paths: list[str], most: int = 3) -> str:
@@ -188,6 +221,8 @@ def is_router(name: str, module: torch.nn.Module, layouts: dict[str, ExpertsLayo
         if not name.startswith(block) or name.startswith(path + "."):
             continue
         parts = name.removeprefix(block).split(".")
+        if any("attn" in part or "attention" in part for part in parts):
+            continue  # where experts hang on the layer itself, attention and its gates are beside them
         if any(_ROUTER_NAMES.fullmatch(part) for part in parts):
             return True
         if len(parts) == 1 and getattr(module, "out_features", None) == layout.num_experts:

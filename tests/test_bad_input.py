@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from torch import nn
 
-from peft_moe_qlora import MoeQLoraConfig, quantize_experts
+from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, prepare_model_for_training, quantize_experts
 
 
 @contextmanager
@@ -47,10 +47,15 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
         ({"target_modules": []}, "match no module"),
         ({"target_modules": ["down_proj"], "target_experts": ["gate_up_proj"]}, "leaves nothing"),
         ({"target_modules": ["gate"]}, r"router model.layers.0.mlp.gate.*modules_to_save=\['gate'\]"),
-        ({"target_modules": ["self_attn"]}, "model.layers.0.self_attn.*Name the layers inside it"),
+        ({"target_modules": ["self_attn"]}, "model.layers.0.self_attn, .*no weight matrix.*Name the linear layers"),
+        ({"target_modules": ["experts", "input_layernorm"]}, "model.layers.0.input_layernorm, .*no weight matrix"),
+        ({"target_modules": ["experts", "act_fn"]}, r"\['act_fn'\] match no module"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save names 'nothing', which is no module"),
         ({"modules_to_save": ["experts"]}, "modules_to_save names 'experts'.*model.layers.0.mlp.experts"),
         ({"modules_to_save": ["mlp"]}, "modules_to_save names 'mlp'.*model.layers.0.mlp.experts"),
-        ({"layers_to_transform": [7]}, "layers_to_transform"),
+        ({"layers_to_transform": [0, 7]}, r"layers_to_transform names the layers \[7\].*2, from 0 to 1"),
+        ({"target_modules": ["experts.3.down_proj"]}, "model.layers.0.mlp.experts.*some experts only.*one stack"),
+        ({"exclude_modules": ["gate_proj"]}, "exclude_modules names the gate alone"),
         ({"exclude_modules": ["experts"]}, "exclu"),
         ({"target_modules": ["gate_proj", "down_proj"]}, "model.layers.0.mlp.experts.*one fused stack"),
     ],
@@ -60,6 +65,75 @@ def test_wrong_targets(options, message):
     model = tiny_model()
     with refused(model, message):
         get_peft_model(model, MoeQLoraConfig(**options))
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "train", "keys"])
+def test_names_that_no_adapter_can_have(name):
+    model = tiny_model()
+    with refused(model, f"'{name}' can't be the name of an adapter"):
+        get_peft_model(model, MoeQLoraConfig(), adapter_name=name)
+
+
+def test_experts_that_stand_in_two_places():
+    model = tiny_model()
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    with refused(model, "model.layers.1.mlp.experts and model.layers.0.mlp.experts are one experts module"):
+        get_peft_model(model, MoeQLoraConfig())
+
+
+def test_weights_that_are_not_finite_are_not_quantized():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.gate_up_proj[3, 5, 7] = float("nan")
+    message = "model.layers.0.mlp.experts.gate_up_proj can't be quantized: NaNs detected in the weights of expert 3"
+    with pytest.raises(ValueError, match=message):
+        quantize_experts(model, progressbar=False)
+    assert not any(isinstance(module, QuantizedExperts) for module in model.modules())
+
+
+def test_preparing_under_an_adapter():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig())
+    with refused(model, "Prepare it before get_peft_model"):
+        prepare_model_for_training(model)
+
+
+def test_dequantizing_under_an_adapter():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig())
+    with refused(model, "merge_and_unload.*or unload"):
+        model.get_base_model().dequantize(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter_names": ["nobody"]}, r"no adapter \['nobody'\]"),
+        ({"adapter_names": ["nobody"], "dtype": torch.float32}, r"no adapter \['nobody'\]"),
+        ({"dtype": torch.int8}, "torch.int8 can't hold merged weights"),
+        ({"dtype": torch.float8_e4m3fn}, "torch.float8_e4m3fn can't hold merged weights"),
+    ],
+    ids=str,
+)
+def test_merges_that_make_no_sense(options, message):
+    model = get_peft_model(tiny_model(), MoeQLoraConfig())
+    with refused(model, message):
+        model.merge_and_unload(**options)
+
+
+@pytest.mark.parametrize(
+    ("other", "adapters", "weights", "message"),
+    [
+        ({}, ["default", "other"], [1.0], "One weight for each adapter"),
+        ({}, [], [], "One weight for each adapter"),
+        ({}, ["default", "nobody"], [1.0, 1.0], r"no adapter \['nobody'\]"),
+        ({"layers_to_transform": [1]}, ["other", "default"], [1.0, 1.0], "model.layers.0.mlp.experts would be left"),
+    ],
+)
+def test_combinations_that_would_leave_something_out(other, adapters, weights, message):
+    model = get_peft_model(tiny_model(), MoeQLoraConfig())
+    model.add_adapter("other", MoeQLoraConfig(**other))
+    with refused(model, message):
+        model.add_weighted_adapter(adapters, weights, "sum", combination_type="cat")
+    assert set(model.peft_config) == {"default", "other"}
 
 
 def test_dense_model():

@@ -45,6 +45,12 @@ def test_initializations_that_need_the_weight_are_refused(init):
         ({"blocksize": 63}, "blocksize=63"),
         ({"target_experts": ["gate_proj"]}, "gate_proj"),
         ({"expert_r": 0}, "expert_r=0"),
+        ({"expert_r": True}, "expert_r=True"),
+        ({"r": 0}, "r=0"),
+        ({"rank_pattern": {"experts": 0}}, "rank_pattern.*=0"),
+        ({"expert_alpha": "much"}, "expert_alpha='much'"),
+        ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
+        ({"bias": "some"}, "bias='some'"),
         ({"format_version": FORMAT_VERSION + 1}, "Upgrade peft-moe-qlora"),
     ],
 )

@@ -204,12 +204,75 @@ def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(value, merge):
         assert torch.equal(logits(model, ids), base)
 
 
-def test_weights_that_are_not_finite_never_become_codes():
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_delta_that_overflows_is_refused_and_layers_before_it_are_unmerged(safe_merge):
+    """Each factor is finite, the product is not; it shows only when the last layer is merged."""
     model = adapted_model(target_modules=["experts"])
+    before = packed_bytes(model)
+    layer = model.base_model.model.model.layers[1].mlp.experts
     with torch.no_grad():
-        model.base_model.model.model.layers[0].mlp.experts.lora_down_proj_B["default"][2, 3, 1] = float("nan")
-    with pytest.raises(ValueError, match="merged weights of expert 2"):
-        model.merge_adapter()
+        layer.lora_down_proj_A["default"][2] = 1e30
+        layer.lora_down_proj_B["default"][2] = 1e30
+    with pytest.raises(ValueError, match="NaNs detected in the weights of expert 2"):
+        model.merge_adapter(safe_merge=safe_merge)
+    assert_same_bytes(packed_bytes(model), before)
+    assert not any(layer.merged for layer in model.base_model.expert_layers())
+
+
+def test_weights_out_of_range_of_the_wanted_dtype_are_refused():
+    model = adapted_model(target_modules=["experts"])
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        layer.lora_down_proj_B["default"][2] = 1e7
+    with pytest.raises(ValueError, match="expert 2"):
+        model.merge_and_unload(dtype=torch.float16)
+
+
+def test_merging_no_adapter_is_not_merging_the_active_one():
+    model = adapted_model(target_modules=["experts"])
+    with model.disable_adapter():
+        base = logits(model, token_ids())
+    merged = model.merge_and_unload(adapter_names=[], dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, token_ids()), base, rtol=0, atol=1e-4)
+
+
+def test_casting_between_merge_and_unmerge_casts_all():
+    model = adapted_model(target_modules=["experts"], quant_type=None)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert {stack.storage for stack in model.experts_report().stacks} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("take_off", ["unload", "merge_and_unload"])
+def test_unquantized_experts_come_back_as_the_class_itself(take_off, tmp_path):
+    model = adapted_model(quant_type=None)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        model.get_base_model().save_pretrained(tmp_path)
+    base = getattr(model, take_off)()
+    assert not any(isinstance(module, QuantizedExperts) for module in base.modules())
+    base.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(again, token_ids()), logits(base, token_ids()))
+
+
+def test_saving_is_refused_where_linear_layers_are_quantized_by_others(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, quantization_config=quantization
+    ).eval()
+    model = get_peft_model(base, MoeQLoraConfig(r=4, target_modules="all-linear"))
+    randomize_adapter(model)
+    assert logits(model, token_ids()).isfinite().all()
+    base = model.unload()
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        base.save_pretrained(tmp_path / "again")
+    expected = base.model.layers[1].mlp.experts.down_proj.decode(torch.float32)
+    base.dequantize(torch.float32)
+    assert torch.equal(base.model.layers[1].mlp.experts.down_proj, expected)
+    assert type(base.model.layers[1].self_attn.q_proj) is torch.nn.Linear
+    base.save_pretrained(tmp_path / "again")
 
 
 def test_saving_packed_experts_as_a_checkpoint_is_refused(tmp_path):
@@ -219,10 +282,11 @@ def test_saving_packed_experts_as_a_checkpoint_is_refused(tmp_path):
         merged.save_pretrained(tmp_path)
 
 
-def test_dequantizing_without_an_adapter(tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_dequantizing_without_an_adapter(dtype, tmp_path):
     model = adapted_model().unload()
     expected = logits(model, token_ids())
-    model.dequantize(torch.float32)
+    model.dequantize(dtype)
     torch.testing.assert_close(logits(model, token_ids()), expected, rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert experts_report(model).stacks[0].storage == "float32"

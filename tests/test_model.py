@@ -311,7 +311,8 @@ def test_mixed_batch_generates_with_beams(two_adapters):
     ("names", "prepare", "message"),
     [
         (["default", "nobody"], lambda model: None, "no adapter .*nobody"),
-        (["default"] * 5, lambda model: None, "no multiple"),
+        (["default"] * 7, lambda model: None, "7 names for 2 samples"),
+        (["default"], lambda model: None, "1 names for 2 samples"),
         (["default"] * 2, lambda model: model.merge_adapter(), "merged"),
         (["default"] * 2, lambda model: model.train(), "training"),
     ],

@@ -249,6 +249,18 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
     assert all(".lora_" in name for name in saved)
 
 
+def test_config_of_a_saved_adapter_can_start_another_one(tmp_path):
+    """The file beside it then says nothing about the new adapter."""
+    save(tmp_path)
+    config = MoeQLoraConfig.from_pretrained(tmp_path / "adapter")
+    config.expert_r = 5
+    model = get_peft_model(tiny_model(), config)
+    loaded = PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
+    loaded.add_adapter("other", MoeQLoraConfig(**{**config.to_dict(), "expert_r": 2}))
+    assert model.experts_report().stacks[0].ranks == {"default": 5}
+    assert loaded.experts_report().stacks[0].ranks == {"default": 3, "other": 2}
+
+
 def test_no_pickle_is_written_or_read(tmp_path):
     """A pickled adapter beside the config is not what PEFT may load for us."""
     save(tmp_path)

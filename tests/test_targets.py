@@ -113,6 +113,21 @@ def test_layer_choice_holds_for_linear_layers_and_experts_alike():
     assert found == {"model.layers.1.self_attn.q_proj": (), "model.layers.1.mlp.experts": BOTH}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude_modules": ["down_proj"]},
+        {"exclude_modules": r".*down_proj"},
+        {"exclude_modules": ["w2"], "target_modules": ["experts"]},
+        {"exclude_modules": ["down_proj"], "target_modules": ["gate_up_proj", "down_proj"]},
+    ],
+    ids=str,
+)
+def test_projections_can_be_excluded(options):
+    found = adapt(**options)
+    assert found == {f"model.layers.{i}.mlp.experts": ("gate_up_proj",) for i in range(2)}
+
+
 def test_patterns_set_rank_and_alpha_of_modules_and_projections():
     config = MoeQLoraConfig(
         r=8,

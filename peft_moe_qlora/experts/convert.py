@@ -10,19 +10,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..quantization import QUANTIZABLE_DTYPES, DenseStack, FourBitFormat, QuantizedStack, Stack
-from .layout import (
-    check_floating_point,
-    declares_layout,
-    named_modules_with_shared,
-    read_layout,
-    refuse_unsupported,
-)
+from .layout import check_floating_point, declares_layout, read_layout, refuse_unsupported
 from .quantized import QuantizedExperts
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`(path, module)` of every routed experts module, in 16 bits or already converted."""
-    for path, module in named_modules_with_shared(model):
+    for path, module in model.named_modules(remove_duplicate=False):
         # a root has no parent in which it could be replaced
         if path and (isinstance(module, QuantizedExperts) or declares_layout(module)):
             yield path, module
@@ -90,12 +84,7 @@ def convert_experts(model: nn.Module, storage: FourBitFormat | None, progressbar
         if isinstance(module, QuantizedExperts):  # a parent that is shared brought it here
             continue
         if module not in converted:
-            layout = read_layout(module, path)
-            stacks = {
-                projection: _take_stack(module, projection, layout.is_transposed, storage, tied)
-                for projection in layout.projections
-            }
-            converted[module] = QuantizedExperts(module, layout, stacks)
+            converted[module] = _convert(module, path, storage, tied)
             _move_hook(module, converted[module])
         setattr(model.get_submodule(parent_path), name, converted[module])
 
@@ -107,24 +96,27 @@ def _tied_stacks(model: nn.Module, paths: list[str]) -> dict[int, Stack | None]:
     return {key: None for key, count in uses.items() if count > 1}
 
 
-def _take_stack(
-    module: nn.Module,
-    projection: str,
-    is_transposed: bool,
-    storage: FourBitFormat | None,
-    tied: dict[int, Stack | None],
-) -> Stack:
-    """Moves a parameter out of its module and into a stack."""
-    parameter = module._parameters.pop(projection)
-    stack = tied.get(id(parameter))
-    if stack is None:
-        if storage is None:
-            stack = DenseStack(parameter, is_transposed)
-        else:
-            stack = QuantizedStack.from_dense(parameter, is_transposed, storage)
-    if id(parameter) in tied:
-        tied[id(parameter)] = stack
-    return stack
+def _convert(
+    module: nn.Module, path: str, storage: FourBitFormat | None, tied: dict[int, Stack | None]
+) -> QuantizedExperts:
+    """Moves the parameters of one experts module into stacks, each freed before the next is touched."""
+    layout = read_layout(module, path)
+    stacks = {}
+    for projection in layout.projections:
+        parameter = module._parameters[projection]
+        stack = tied.get(id(parameter))
+        if stack is None and storage is None:
+            stack = DenseStack(parameter, layout.is_transposed)
+        elif stack is None:
+            try:
+                stack = QuantizedStack.from_dense(parameter, layout.is_transposed, storage)
+            except ValueError as error:
+                raise ValueError(f"{path}.{projection} can't be quantized: {error}") from error
+        if id(parameter) in tied:
+            tied[id(parameter)] = stack
+        stacks[projection] = stack
+        del module._parameters[projection], parameter
+    return QuantizedExperts(module, layout, stacks)
 
 
 def _move_hook(old: nn.Module, new: nn.Module) -> None:
@@ -137,10 +129,10 @@ def _move_hook(old: nn.Module, new: nn.Module) -> None:
         add_hook_to_module(new, hook)
 
 
-def revert_experts(model: nn.Module, dtype: torch.dtype) -> None:
-    """Puts the classes' own modules back, with dequantized stacks in `dtype`."""
+def revert_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Puts the classes' own modules back, with dequantized stacks in `dtype`, by default the one they came in."""
     restored: dict[nn.Module, nn.Module] = {}
-    for path, module in list(named_modules_with_shared(model)):
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, QuantizedExperts):
             continue
         if module not in restored:

@@ -7,7 +7,6 @@ follow from the parameters' shapes and these flags; orientation never follows fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -145,11 +144,6 @@ def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype
                 f"{', '.join(map(str, dtypes))} were expected. Load the model without a quantization config for its "
                 "experts, or dequantized (dtype=torch.bfloat16)."
             )
-
-
-def named_modules_with_shared(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` that also names a module again where it is shared."""
-    return model.named_modules(remove_duplicate=False)
 
 
 def refuse_unsupported(model: nn.Module) -> None:

@@ -50,6 +50,11 @@ class QuantizedExperts(nn.Module):
         """`(E, out)`, None where the class has no biases."""
         return self.get_parameter(bias_name(projection)) if self.layout.has_bias else None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all stacks are in floating point."""
+        return all(self.stack(projection).storage is None for projection in self.layout.projections)
+
     def compute_path(self, projection: str) -> ComputePath:
         """What computes a projection for activations in the stack's own dtype."""
         stack = self.stack(projection)
@@ -94,12 +99,13 @@ class QuantizedExperts(nn.Module):
             return torch.get_autocast_dtype(device_type)
         return self.stack(self.layout.up_name).compute_dtype(hidden_states.dtype)
 
-    def restore(self, dtype: torch.dtype) -> nn.Module:
+    def restore(self, dtype: torch.dtype | None) -> nn.Module:
         """Gives the original module back, with its stacks in floating point; this one is empty afterwards."""
         for projection in self.layout.projections:
             # one stack at a time is held in both storages
             stack = self._modules.pop(projection)
-            self.original.register_parameter(projection, nn.Parameter(stack.decode(dtype), requires_grad=False))
+            weight = stack.decode(dtype or stack.dtype)
+            self.original.register_parameter(projection, nn.Parameter(weight, requires_grad=False))
             if self.layout.has_bias:
                 name = bias_name(projection)
                 self.original.register_parameter(name, self._parameters.pop(name))

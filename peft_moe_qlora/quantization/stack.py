@@ -22,19 +22,22 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+def _check_finite(matrix: torch.Tensor, expert: int) -> None:
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"NaNs detected in the weights of expert {expert}, or values out of range.")
+
+
 class Stack(nn.Module, ABC):
     """What every storage offers.
 
     Args:
         shape: `(E, rows, columns)` of the 16-bit parameter it stands for.
-        dtype: dtype of that parameter.
         is_transposed: whether a matrix is stored `(in, out)`.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, is_transposed: bool) -> None:
+    def __init__(self, shape: torch.Size, is_transposed: bool) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
-        self.dtype = dtype
         self.is_transposed = is_transposed
         self.merge_error: float | None = None
         """Relative L2 error of the stored weights against the exact merged ones; None if nothing was merged."""
@@ -65,6 +68,11 @@ class Stack(nn.Module, ABC):
         """The 4-bit format, None where the stack is kept in floating point."""
         return None
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameter it stands for."""
+
     @abstractmethod
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """`(rows, columns)` weights of one expert."""
@@ -93,10 +101,7 @@ class Stack(nn.Module, ABC):
 
         def matrix(expert: int) -> torch.Tensor:
             update = delta(expert)
-            merged = self.decode_expert(expert, torch.float32) + (update.T if self.is_transposed else update)
-            if not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights of expert {expert}: the delta is not finite.")
-            return merged
+            return self.decode_expert(expert, torch.float32) + (update.T if self.is_transposed else update)
 
         return matrix
 
@@ -112,8 +117,12 @@ class DenseStack(Stack):
     """
 
     def __init__(self, weight: torch.Tensor, is_transposed: bool) -> None:
-        super().__init__(weight.shape, weight.dtype, is_transposed)
+        super().__init__(weight.shape, is_transposed)
         self.weight = _frozen(weight.detach())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return self.weight[expert].to(dtype)
@@ -137,10 +146,15 @@ class DenseStack(Stack):
         is_transposed: bool,
         device: torch.device,
     ) -> DenseStack:
-        """Rounds each expert's `(rows, columns)` matrix once, to `dtype`."""
+        """Rounds each expert's `(rows, columns)` matrix once, to `dtype`.
+
+        Raises:
+            ValueError: a rounded weight is not finite.
+        """
         weight = torch.empty(shape, dtype=dtype, device=device)
         for expert in range(shape[0]):
             weight[expert] = matrices(expert)
+            _check_finite(weight[expert], expert)
         return cls(weight, is_transposed)
 
 
@@ -165,7 +179,8 @@ class QuantizedStack(Stack):
         storage: FourBitFormat,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(shape, dtype, is_transposed)
+        super().__init__(shape, is_transposed)
+        self._dtype = dtype
         self._storage = storage
         numel = self.shape[1] * self.shape[2]
         num_blocks = -(-numel // storage.blocksize)
@@ -182,6 +197,10 @@ class QuantizedStack(Stack):
             self.absmax = empty(num_blocks, dtype=torch.float32)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
     def storage(self) -> FourBitFormat:
         return self._storage
 
@@ -195,7 +214,12 @@ class QuantizedStack(Stack):
 
     @torch.no_grad()
     def set_expert(self, expert: int, matrix: torch.Tensor) -> None:
-        """Quantizes a `(rows, columns)` matrix into the place of one expert."""
+        """Quantizes a `(rows, columns)` matrix into the place of one expert.
+
+        Raises:
+            ValueError: a weight is not finite, which no code could show.
+        """
+        _check_finite(matrix, expert)
         codes, absmax = quantize(matrix.detach(), self.storage)
         self.codes[expert] = codes
         if self.storage.double_quant:
