@@ -10,27 +10,29 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
 from .config import ALL_EXPERTS, MoeQLoraConfig
-from .experts import (
-    ExpertsLayout,
-    QuantizedExperts,
-    bias_name,
-    check_convertible,
-    find_experts,
-)
-from .experts.layout import read_layout
+from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .layer import BASE, MoeQLoraExperts
 from .loading import restore_experts, store_experts
 from .report import ExpertsReport, experts_report
-from .targets import check_targets, is_router, resolve_rank_and_alpha, targeted_projections, unmatched_patterns
+from .targets import (
+    check_not_shared,
+    check_targets,
+    expert_layouts,
+    is_router,
+    parents,
+    resolve_all_linear,
+    resolve_rank_and_alpha,
+    targeted_projections,
+    unmatched_patterns,
+)
 from .weighted import Combination, combine_experts, combined_rank
 
 
@@ -67,7 +69,7 @@ class MoeQLoraModel(LoraModel):
         module_names = [
             name
             for name, _ in model.named_modules()
-            if name and ".base_layer" not in name and not any(parent in layouts for parent in _parents(name))
+            if name and ".base_layer" not in name and not any(parent in layouts for parent in parents(name))
         ]
         check_targets(peft_config, module_names, layouts, self._expert_targets)
         self._check_matched_modules(peft_config, model, layouts)
@@ -113,7 +115,7 @@ class MoeQLoraModel(LoraModel):
             return True
         found = super()._check_target_module_exists(peft_config, key)
         # the parts of experts are theirs: a stack is a module that is called down_proj
-        is_of_experts = key in self._expert_targets or any(name in self._expert_targets for name in _parents(key))
+        is_of_experts = key in self._expert_targets or any(name in self._expert_targets for name in parents(key))
         return False if found and is_of_experts else found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -384,43 +386,6 @@ class MoeQLoraModel(LoraModel):
                     tensors = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
                     if name in adapter_names and not all(torch.isfinite(tensor).all() for tensor in tensors):
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-
-
-def _parents(path: str) -> Iterator[str]:
-    while path := path.rpartition(".")[0]:
-        yield path
-
-
-def check_not_shared(model: nn.Module) -> None:
-    """Refuses experts that stand in several places of the model: PEFT would adapt the first of them only."""
-    first: dict[nn.Module, str] = {}
-    for path, module in find_experts(model):
-        if module in first:
-            raise ValueError(
-                f"{path} and {first[module]} are one experts module, which can't be adapted in two places. Give each "
-                "layer a module of its own; they may share parameters."
-            )
-        first[module] = path
-
-
-def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
-    """Path -> layout of every routed experts module, wrapped in a tuner layer or not."""
-    return {
-        path.removesuffix(".base_layer"): module.layout
-        if isinstance(module, QuantizedExperts)
-        else read_layout(module, path)
-        for path, module in find_experts(model)
-    }
-
-
-def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
-    """Writes "all-linear" out: PEFT's linear layers without routers, and all experts."""
-    names = config.target_modules
-    if not isinstance(names, str) or names.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return
-    _maybe_include_all_linear_layers(config, model)
-    routers = {name for name in config.target_modules if is_router(name, model.get_submodule(name), layouts)}
-    config.target_modules = (config.target_modules - routers) | {ALL_EXPERTS}
 
 
 def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:

@@ -9,8 +9,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from .experts import QuantizedExperts, find_experts
-from .experts.layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, read_layout
+from .experts import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, QuantizedExperts, find_experts, read_layout
 from .layer import MoeQLoraExperts
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 from .config import ALL_EXPERTS, MoeQLoraConfig
-from .experts import ExpertsLayout
+from .experts import ExpertsLayout, QuantizedExperts, find_experts, read_layout
 
 # names that a projection, or half of a fused one, had when each expert was a module of its own
 _GATE_NAMES = ("gate_proj", "w1")
@@ -19,6 +20,44 @@ _UP_NAMES = ("up_proj", "w3")
 _DOWN_NAMES = ("down_proj", "w2")
 
 _ROUTER_NAMES = re.compile(r"(gate|router|wg|.*_router|.*router_proj)")
+
+
+def parents(path: str) -> Iterator[str]:
+    """The paths above a path, the nearest first."""
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
+def check_not_shared(model: nn.Module) -> None:
+    """Refuses experts that stand in several places of the model: PEFT would adapt the first of them only."""
+    first: dict[nn.Module, str] = {}
+    for path, module in find_experts(model):
+        if module in first:
+            raise ValueError(
+                f"{path} and {first[module]} are one experts module, which can't be adapted in two places. Give each "
+                "layer a module of its own; they may share parameters."
+            )
+        first[module] = path
+
+
+def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
+    """Path -> layout of every routed experts module, wrapped in a tuner layer or not."""
+    return {
+        path.removesuffix(".base_layer"): module.layout
+        if isinstance(module, QuantizedExperts)
+        else read_layout(module, path)
+        for path, module in find_experts(model)
+    }
+
+
+def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
+    """Writes "all-linear" out: PEFT's linear layers without routers, and all experts."""
+    names = config.target_modules
+    if not isinstance(names, str) or names.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    _maybe_include_all_linear_layers(config, model)
+    routers = {name for name in config.target_modules if is_router(name, model.get_submodule(name), layouts)}
+    config.target_modules = (config.target_modules - routers) | {ALL_EXPERTS}
 
 
 def targeted_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayout) -> tuple[str, ...]:
@@ -208,7 +247,7 @@ def unmatched_patterns(
     return sorted(pattern for pattern in patterns if all(get_pattern_key([pattern], key) == key for key in keys))
 
 
-def is_router(name: str, module: torch.nn.Module, layouts: dict[str, ExpertsLayout]) -> bool:
+def is_router(name: str, module: nn.Module, layouts: dict[str, ExpertsLayout]) -> bool:
     """Whether a linear layer is, or belongs to, the router of one of the experts modules.
 
     Args:

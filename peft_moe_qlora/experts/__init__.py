@@ -1,15 +1,18 @@
 """What an experts module is, with or without an adapter."""
 
 from .convert import check_convertible, convert_experts, find_experts, revert_experts
-from .layout import ExpertsLayout
+from .layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, ExpertsLayout, read_layout
 from .quantized import QuantizedExperts, bias_name
 
 __all__ = [
+    "ALWAYS_ON_CLASSES",
+    "UNSUPPORTED_CLASSES",
     "ExpertsLayout",
     "QuantizedExperts",
     "bias_name",
     "check_convertible",
     "convert_experts",
     "find_experts",
+    "read_layout",
     "revert_experts",
 ]
