@@ -260,7 +260,7 @@ def test_saving_is_refused_where_linear_layers_are_quantized_by_others(tmp_path)
     tiny_model().save_pretrained(tmp_path / "base")
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", dtype=torch.float32, quantization_config=quantization
+        tmp_path / "base", dtype=torch.float32, quantization_config=quantization, device_map="cpu"
     ).eval()
     model = get_peft_model(base, MoeQLoraConfig(r=4, target_modules="all-linear"))
     randomize_adapter(model)
