@@ -63,7 +63,7 @@ WINDOW = 128  # tokens
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
 MODULE_LENGTH = 8_000  # characters of each module; more would only take longer to tokenize
 HELD_OUT_MODULES = 20
-HELD_OUT_SHARE = 0.12  # of the language reference
+HELD_OUT_SHARE = 0.1  # of the language reference
 EVALUATIONS = 4  # during an adaptation
 
 QUANT_TYPES = {"16-bit": None, "4-bit": "nf4"}
@@ -164,7 +164,7 @@ def train(
     description: str,
     evaluations: int,
 ) -> Curve:
-    """Trains all parameters that require gradients; evaluates before the first step and after equal shares of them."""
+    """Trains all parameters that require gradients; evaluates after equal shares of the steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = max(1, steps // 10)
@@ -175,7 +175,7 @@ def train(
     num_epochs = math.ceil(steps * BATCH_SIZE / len(windows.training))
     order = torch.cat([torch.randperm(len(windows.training), generator=generator) for _ in range(num_epochs)])
 
-    curve = Curve(held_out={0: evaluate(model, windows.held_out)})
+    curve = Curve()
     bar = tqdm(range(steps), desc=description, unit="step")
     for step in bar:
         model.train()
@@ -272,9 +272,8 @@ def build_base(args: argparse.Namespace) -> None:
     curve = train(model, windows, args.base_steps, 6e-3, args.seed, "Training a base from scratch", evaluations=1)
     model.to(torch.bfloat16).save_pretrained(args.base)
     tokenizer.save_pretrained(args.base)
-    before, after = curve.held_out.values()
     print(
-        f"The base has learnt Python sources: on held-out modules its loss is {after:.3f}; it was {before:.3f}, and "
+        f"The base has learnt Python sources: on held-out modules its loss is {curve.held_out[args.base_steps]:.3f}; "
         f"guessing gives ln({config.vocab_size}) = {math.log(config.vocab_size):.3f}."
     )
     with safe_open(args.base / "model.safetensors", framework="pt") as checkpoint:
@@ -306,7 +305,8 @@ def adapt(name: str, windows: Windows, args: argparse.Namespace, results: Result
     model = load(args.base, args.device)
     if quant_type is not None:
         quantize_experts(model, quant_type)
-    results.add(f"base, {name} experts", experts_report(model).nbytes, evaluate(model, windows.held_out))
+    loss_before = evaluate(model, windows.held_out)
+    results.add(f"base, {name} experts", experts_report(model).nbytes, loss_before)
 
     prepare_model_for_training(model, use_gradient_checkpointing=args.model is not None)
     config = MoeQLoraConfig(
@@ -316,6 +316,7 @@ def adapt(name: str, windows: Windows, args: argparse.Namespace, results: Result
     model = get_peft_model(model, config)
     description = f"Adapting, {name} experts"
     curve = train(model, windows, args.steps, args.learning_rate, args.seed, description, EVALUATIONS)
+    curve.held_out[0] = loss_before
     model.save_pretrained(adapter_folder(args, name))
 
     report = model.experts_report()
