@@ -11,7 +11,7 @@
 
 A table compares sizes and losses on a part of the text that no training sees; a picture shows the trainings.
 
-    python examples/quickstart.py --model PATH_OR_ID
+    python examples/quickstart.py --model PATH_OR_ID --device cuda
 
 does steps 2 and 3 with a real model.
 """
@@ -61,8 +61,8 @@ from peft_moe_qlora import MoeQLoraConfig, experts_report, prepare_model_for_tra
 BATCH_SIZE = 8
 WINDOW = 128  # tokens
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
-MODULE_LENGTH = 8_000  # characters of each module; more would only take longer to tokenize
-HELD_OUT_MODULES = 20
+MODULE_LENGTH = 8_000  # characters: a part of every module has more variety than the whole of a few
+HELD_OUT_MODULES = 15
 HELD_OUT_SHARE = 0.1  # of the language reference
 EVALUATIONS = 4  # during an adaptation
 
@@ -99,11 +99,15 @@ def language_reference() -> str:
     return "\n\n".join({" ".join(paragraph.split()): paragraph for paragraph in paragraphs}.values())
 
 
-def to_windows(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
-    """`(N, WINDOW)` tokens; what is left over at the end is dropped."""
-    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    ids = torch.tensor([token for tokens in encoded for token in tokens])
-    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+def to_windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], at_most: float = math.inf) -> torch.Tensor:
+    """The first `(N, WINDOW)` tokens; texts that are not needed are not tokenized."""
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= at_most * WINDOW:
+            break
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    num_windows = int(min(len(ids) // WINDOW, at_most))
+    return torch.tensor(ids[: num_windows * WINDOW]).view(num_windows, WINDOW)
 
 
 def reference_windows(tokenizer: PreTrainedTokenizerBase) -> Windows:
@@ -210,6 +214,11 @@ class Results:
         self.rows.append((name, expert_bytes / 2**20, loss, math.exp(loss), now - self.since))
         self.since = now
 
+    def add_evaluated(self, name: str, model: nn.Module, windows: torch.Tensor) -> float:
+        loss = evaluate(model, windows)
+        self.add(name, experts_report(model).nbytes, loss)
+        return loss
+
     def __str__(self) -> str:
         return tabulate(self.rows, self.header, floatfmt=("", ".2f", ".4f", ".1f", ".0f"))
 
@@ -268,7 +277,7 @@ def build_base(args: argparse.Namespace) -> None:
     )
     torch.manual_seed(args.seed)
     model = Qwen3MoeForCausalLM(config).to(args.device)
-    windows = Windows(to_windows(tokenizer, sources), to_windows(tokenizer, held_out))
+    windows = Windows(to_windows(tokenizer, sources, args.base_steps * BATCH_SIZE), to_windows(tokenizer, held_out))
     curve = train(model, windows, args.base_steps, 6e-3, args.seed, "Training a base from scratch", evaluations=1)
     model.to(torch.bfloat16).save_pretrained(args.base)
     tokenizer.save_pretrained(args.base)
@@ -281,12 +290,16 @@ def build_base(args: argparse.Namespace) -> None:
     print(f"It is stored expert by expert, as on the hub: {key}, ...")
 
 
-def load(path: str | Path, device: str) -> nn.Module:
-    """As anyone loads a model."""
-    # modules of transformers and PEFT refer to one another: models used before are freed by the collector alone
+def free_memory() -> None:
+    """Frees models that are out of use: they refer to themselves, so that only the collector does."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def load(path: str | Path, device: str) -> nn.Module:
+    """As anyone loads a model."""
+    free_memory()
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=device)
 
 
@@ -305,8 +318,7 @@ def adapt(name: str, windows: Windows, args: argparse.Namespace, results: Result
     model = load(args.base, args.device)
     if quant_type is not None:
         quantize_experts(model, quant_type)
-    loss_before = evaluate(model, windows.held_out)
-    results.add(f"base, {name} experts", experts_report(model).nbytes, loss_before)
+    loss_before = results.add_evaluated(f"base, {name} experts", model, windows.held_out)
 
     prepare_model_for_training(model, use_gradient_checkpointing=args.model is not None)
     config = MoeQLoraConfig(
@@ -331,6 +343,7 @@ def evaluate_in_fresh_process(args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--evaluate-saved", "--output", args.output, "--device", args.device]
     if args.model is not None:
         command += ["--model", args.model]
+    free_memory()
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -364,10 +377,11 @@ def run(args: argparse.Namespace) -> None:
 
     fresh = evaluate_in_fresh_process(args)
     results.add("adapter reloaded in a fresh process", fresh["expert_bytes"], fresh["loss"])
-    model = load(merge_into_bf16(args), args.device)
-    results.add("adapter merged into bf16, reloaded", experts_report(model).nbytes, evaluate(model, windows.held_out))
-    model = load_adapted(args).merge_and_unload()
-    results.add("adapter merged into nf4", experts_report(model).nbytes, evaluate(model, windows.held_out))
+    # no name for these models: one is freed before the next is loaded
+    results.add_evaluated(
+        "adapter merged into bf16, reloaded", load(merge_into_bf16(args), args.device), windows.held_out
+    )
+    results.add_evaluated("adapter merged into nf4", load_adapted(args).merge_and_unload(), windows.held_out)
 
     print(f"\n{results}\n")
     difference = fresh["loss"] - curves["4-bit"].held_out[args.steps]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 def run_quickstart(*arguments: str) -> str:
     command = [sys.executable, str(QUICKSTART), "--steps", "3", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # with --model it leaves the threads to torch, and on a busy machine they wait for each other
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
