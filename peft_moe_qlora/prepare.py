@@ -55,7 +55,7 @@ def prepare_model_for_training(
     Args:
         model: a transformers model, its experts quantized or not.
         use_gradient_checkpointing: recompute activations in the backward.
-        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`. Default: `{"use_reentrant": False}`.
+        gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`. Default: `{"use_reentrant": False}`.
 
     Returns:
         The model, changed in place.
@@ -68,7 +68,9 @@ def prepare_model_for_training(
     model.requires_grad_(False)
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        # the name that later versions of transformers know it by, or the one of before
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs)
         # reentrant checkpointing has gradients only if its input does
         model.enable_input_require_grads()
     return model
