@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peft_moe_qlora.ops import LowRank, choose_path, combine_rows, gather_rows, grouped_linear, reference, route
+from peft_moe_qlora.ops.dispatch import choose_library_path
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
 
 E, K, IN, OUT = 5, 2, 24, 16
@@ -151,11 +152,19 @@ def test_nothing_dense_is_kept_for_the_backward():
 
 
 @pytest.mark.gpu
-def test_gpu_takes_the_grouped_product_in_bf16_only():
+def test_gpu_takes_the_kernels_for_frozen_weights():
     device = torch.device("cuda")
-    assert choose_path(device, torch.bfloat16, 64, 64).name == "grouped_mm"
-    assert choose_path(device, torch.float32, 64, 64).name == "loop"
-    assert choose_path(device, torch.bfloat16, 60, 64).name == "loop"
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert choose_path(device, dtype, 60, 64).name == "triton"
+    assert choose_path(device, torch.float64, 64, 64).name == "loop"
+
+
+@pytest.mark.gpu
+def test_gpu_takes_the_grouped_product_for_factors_in_bf16_only():
+    device = torch.device("cuda")
+    assert choose_library_path(device, torch.bfloat16, 64, 64).name == "grouped_mm"
+    assert choose_library_path(device, torch.float32, 64, 64).name == "loop"
+    assert choose_library_path(device, torch.bfloat16, 60, 64).name == "loop"
 
 
 def test_cpu_takes_the_loop():

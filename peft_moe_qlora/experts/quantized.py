@@ -8,8 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops import ComputePath, LowRank, choose_path, combine_rows, gather_rows, grouped_linear, route
+from ..ops import (
+    ComputePath,
+    Factors,
+    LowRank,
+    choose_path,
+    combine_rows,
+    gather_rows,
+    grouped_linear,
+    log_once,
+    packed_weight,
+    route,
+    tiles_origin,
+    why_no_kernels,
+)
 from ..quantization import Stack
+from .gates import known_gate
 from .layout import ExpertsLayout
 
 _NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
@@ -41,6 +55,7 @@ class QuantizedExperts(nn.Module):
                 self.register_parameter(name, original._parameters.pop(name))
         self.post_expert_norm = original._modules.pop("post_expert_norm") if layout.has_post_expert_norm else None
         self.original = original
+        self._gate = known_gate(original, layout)
         self.train(original.training)
 
     def stack(self, projection: str) -> Stack:
@@ -56,9 +71,34 @@ class QuantizedExperts(nn.Module):
         return all(self.stack(projection).storage is None for projection in self.layout.projections)
 
     def compute_path(self, projection: str) -> ComputePath:
-        """What computes a projection for activations in the stack's own dtype."""
+        """What computes a projection for activations in the stack's own dtype, without dropout or mixed batches."""
         stack = self.stack(projection)
-        return choose_path(stack.device, stack.dtype, stack.in_features, stack.out_features)
+        reason = self._why_not_fused(stack.device, stack.dtype, {})
+        if reason is None:
+            return ComputePath("fused", f"{self._gate.kind} gate, {tiles_origin(stack.device, stack.dtype)}")
+        path = choose_path(stack.device, stack.dtype, stack.in_features, stack.out_features)
+        # off the GPU there is one reason for all of it
+        return path if stack.device.type != "cuda" else ComputePath(path.name, f"{path.reason}; not fused: {reason}")
+
+    def _why_not_fused(
+        self, device: torch.device, dtype: torch.dtype, low_rank: Mapping[str, Sequence[LowRank]]
+    ) -> str | None:
+        """Why the layer can't be computed as one; None if it can."""
+        reason = why_no_kernels(device, dtype)
+        if reason is not None:
+            return reason
+        if isinstance(self._gate, str):
+            return self._gate
+        if self.post_expert_norm is not None:
+            return "a norm follows the down projection"
+        if self.layout.has_bias and any(self.projection_bias(name).requires_grad for name in self.layout.projections):
+            return "the biases are trained"
+        for term in (term for terms in low_rank.values() for term in terms):
+            if term.token_mask is not None:
+                return "adapters differ by sample"
+            if term.dropout is not None and term.dropout.training:
+                return "LoRA dropout"
+        return None
 
     def forward(
         self,
@@ -76,6 +116,14 @@ class QuantizedExperts(nn.Module):
             low_rank: projection name -> what adapters add to it.
         """
         dtype = self._compute_dtype(hidden_states)
+        if top_k_index.numel():
+            reason = self._why_not_fused(hidden_states.device, dtype, low_rank)
+            if reason is None:
+                return self._fused(hidden_states.to(dtype), top_k_index, top_k_weights, low_rank).to(
+                    hidden_states.dtype
+                )
+            if hidden_states.device.type == "cuda" and not torch.compiler.is_compiling():
+                log_once(f"{self.layout.class_name} is not computed by the fused kernels: {reason}.")
         routing = route(top_k_index, self.num_experts)
         rows = gather_rows(hidden_states.to(dtype), routing)
         for projection in self.layout.projections:
@@ -87,6 +135,29 @@ class QuantizedExperts(nn.Module):
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
         return combine_rows(rows, top_k_weights, routing).to(hidden_states.dtype)
+
+    def _fused(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low_rank: Mapping[str, Sequence[LowRank]],
+    ) -> torch.Tensor:
+        from ..ops.fused_experts import fused_experts  # needs Triton
+
+        up, down = self.layout.projections
+        return fused_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            packed_weight(self.stack(up)),
+            packed_weight(self.stack(down)),
+            self._gate,
+            _joined(low_rank.get(up, ())),
+            _joined(low_rank.get(down, ())),
+            self.projection_bias(up),
+            self.projection_bias(down),
+        )
 
     def _activate(self, rows: torch.Tensor) -> torch.Tensor:
         if self.layout.has_gate:
@@ -129,3 +200,14 @@ class QuantizedExperts(nn.Module):
 
 def bias_name(projection: str) -> str:
     return f"{projection}_bias"
+
+
+def _joined(terms: Sequence[LowRank]) -> Factors | None:
+    """Several low-rank terms as one, their ranks side by side."""
+    if not terms:
+        return None
+    if len(terms) == 1:
+        return Factors(terms[0].A, terms[0].B, terms[0].scaling)
+    A = torch.cat([term.A for term in terms], dim=1)
+    B = torch.cat([term.scaling * term.B for term in terms], dim=2)
+    return Factors(A, B, 1.0)

@@ -1,11 +1,18 @@
-"""Which implementation computes a grouped product, and why."""
+"""Which implementation computes the experts, and why."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
+
+logger = logging.getLogger(__name__)
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -13,22 +20,58 @@ class ComputePath:
     """A choice and its reason, for the report.
 
     Args:
-        name: `"grouped_mm"`, torch's grouped matrix product over all experts in one launch, or `"loop"`, one product
-            for each expert that has rows.
+        name: `"fused"`, the whole layer in Triton kernels; `"triton"`, a Triton kernel for this product;
+            `"grouped_mm"`, torch's grouped matrix product over all experts in one launch; or `"loop"`, one product for
+            each expert that has rows.
         reason: why, in a few words.
     """
 
-    name: Literal["grouped_mm", "loop"]
+    name: Literal["fused", "triton", "grouped_mm", "loop"]
     reason: str
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
 
 
-def choose_path(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> ComputePath:
-    """The path for rows `(S, in_features)` times a stack, in `dtype` on `device`."""
+@torch.compiler.assume_constant_result
+@cache
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels can't compute in a dtype on a device; None if they can."""
     if device.type != "cuda":
-        return ComputePath("loop", f"torch's grouped product is not used on {device.type}")
+        return f"the kernels need a GPU, not {device.type}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels don't compute in {dtype}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@cache
+def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
+    """Where the shapes of the kernels' tiles come from."""
+    from .kernels.tuning import tuned_for
+
+    measured_on = tuned_for(device, dtype)
+    return "safe tiles, nobody has measured this GPU and dtype" if measured_on is None else f"tiles of {measured_on}"
+
+
+def choose_path(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> ComputePath:
+    """The path for rows `(S, in_features)` times a frozen stack, in `dtype` on `device`."""
+    reason = why_no_kernels(device, dtype)
+    if reason is None:
+        return ComputePath("triton", f"{dtype} on a GPU, {tiles_origin(device, dtype)}")
+    return choose_library_path(device, dtype, in_features, out_features, reason)
+
+
+def choose_library_path(
+    device: torch.device, dtype: torch.dtype, in_features: int, out_features: int, reason: str = ""
+) -> ComputePath:
+    """The path for rows times `(E, in_features, out_features)` matrices in the same dtype, without the kernels."""
+    if device.type != "cuda":
+        return ComputePath("loop", reason or f"torch's grouped product is not used on {device.type}")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return ComputePath("loop", "torch's grouped product needs compute capability 8.0")
     if dtype != torch.bfloat16:
@@ -36,4 +79,10 @@ def choose_path(device: torch.device, dtype: torch.dtype, in_features: int, out_
     if in_features % 8 or out_features % 8:
         # the rows of every operand have to start at multiples of 16 bytes
         return ComputePath("loop", f"{in_features} x {out_features} features are no multiples of 8")
-    return ComputePath("grouped_mm", "bfloat16 on a GPU")
+    return ComputePath("grouped_mm", reason or "bfloat16 on a GPU")
+
+
+@cache
+def log_once(message: str) -> None:
+    """Says which path runs, once for each; a GPU that can't take the fast one is worth a warning."""
+    logger.warning(message)

@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..quantization import Stack
-from .dispatch import choose_path
+from .dispatch import choose_library_path, choose_path
 from .grouped_matmul import grouped_matmul, grouped_mm, multiply_groups
+from .operands import packed_weight
 from .routing import Routing
 
 
@@ -58,7 +59,12 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
     """Rows times the matrices as stored (`as_stored`) or times their transposes."""
     _, stored_rows, stored_columns = stack.shape
     in_features, out_features = (stored_rows, stored_columns) if as_stored else (stored_columns, stored_rows)
-    if rows.shape[0] and choose_path(rows.device, rows.dtype, in_features, out_features).name == "grouped_mm":
+    path = choose_path(rows.device, rows.dtype, in_features, out_features).name
+    if rows.shape[0] and path == "triton":
+        from .fused_steps import frozen_product
+
+        return frozen_product(rows, packed_weight(stack), offsets, for_input_gradient=as_stored != stack.is_transposed)
+    if rows.shape[0] and path == "grouped_mm":
         matrices = stack.decode(rows.dtype)
         return grouped_mm(rows, matrices if as_stored else matrices.transpose(1, 2), offsets)
 
@@ -72,7 +78,7 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
 def _low_rank_product(rows: torch.Tensor, term: LowRank, routing: Routing) -> torch.Tensor:
     A, B = term.A.to(rows.dtype), term.B.to(rows.dtype)
     # zeros up to a multiple of 8 let every rank take the grouped product
-    padding = -A.shape[1] % 8 if choose_path(rows.device, rows.dtype, 8, 8).name == "grouped_mm" else 0
+    padding = -A.shape[1] % 8 if choose_library_path(rows.device, rows.dtype, 8, 8).name == "grouped_mm" else 0
     if padding:
         A, B = pad(A, (0, 0, 0, padding)), pad(B, (0, padding))
     if term.dropout is not None:

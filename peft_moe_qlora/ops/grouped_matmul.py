@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose_path
+from .dispatch import choose_library_path
 
 
 def multiply_groups(
@@ -61,7 +61,10 @@ class _GroupedMatmul(torch.autograd.Function):
 
 def _uses_grouped_mm(rows: torch.Tensor, matrices: torch.Tensor) -> bool:
     _, in_features, out_features = matrices.shape
-    return rows.shape[0] > 0 and choose_path(rows.device, rows.dtype, in_features, out_features).name == "grouped_mm"
+    return (
+        rows.shape[0] > 0
+        and choose_library_path(rows.device, rows.dtype, in_features, out_features).name == "grouped_mm"
+    )
 
 
 def _product(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,210 @@
+"""Measures which tiles are fastest for each product on this GPU, and writes the table that the package chooses from.
+
+    python benchmarks/tune.py --output peft_moe_qlora/ops/kernels/tables/sm90.json
+
+For each number of rows per expert, kind of weight and direction, every candidate computes the same product on fresh
+random inputs, with a low-rank term of rank 16; what is slower or wrong is dropped. An entry holds up to the geometric
+mean of its number of rows and the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from peft_moe_qlora.ops import packed_weight
+from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
+from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
+from peft_moe_qlora.ops.kernels.tuning import GemmTiles
+from peft_moe_qlora.ops.operands import PackedWeight
+from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, RANK = 128, 2048, 768, 8, 16
+TOKENS = (1, 16, 128, 512, 2048, 4096, 8192, 16384)
+LARGEST_ERROR = 6e-3
+
+
+def candidates(rows_per_expert: float) -> list[GemmTiles]:
+    """The tiles worth trying; in and before the product are both among them."""
+    if rows_per_expert <= 2:
+        shapes = itertools.product([(16,)], (32, 64, 128), (64, 128, 256), (4,), (3, 5))
+    elif rows_per_expert <= 16:
+        shapes = itertools.product([(16,), (32, 16)], (64, 128), (64, 128), (4,), (3, 4))
+    elif rows_per_expert <= 64:
+        shapes = itertools.product([(32, 16), (64, 32, 16)], (64, 128), (64, 128), (4,), (3, 4))
+    else:
+        heights = [(128, 64, 32), (256, 128, 32)]
+        shapes = [
+            (h, n, 64, w, s)
+            for h, n, w, s in itertools.product(heights, (128, 256), (4, 8), (3, 4))
+            if h[0] * n <= 128 * 256 and (w == 8 or h[0] * n <= 128 * 128)
+        ]
+    found = []
+    for heights, tile_n, tile_k, num_warps, num_stages in shapes:
+        for weight_left, decode_first in itertools.product((False, True), (False, True)):
+            if decode_first and rows_per_expert < 64:
+                continue
+            found.append(GemmTiles(heights, tile_n, tile_k, num_warps, num_stages, weight_left, decode_first))
+    return found
+
+
+class Problem:
+    """One product of the yardstick layer.
+
+    Args:
+        weight: `"packed"` or `"dense"`.
+        along: whether the contraction runs along the stored `"columns"` or `"rows"`.
+        tokens: T.
+    """
+
+    def __init__(self, weight: str, along: str, tokens: int) -> None:
+        torch.manual_seed(0)
+        self.for_input_gradient = along == "rows"
+        self.parts = []
+        for n, k, is_gathered in ((2 * INTERMEDIATE, HIDDEN, True), (HIDDEN, INTERMEDIATE, False)):
+            dense = torch.randn(EXPERTS, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+            stack = DenseStack(dense, False)
+            if weight == "packed":
+                stack = QuantizedStack.from_dense(dense, False, FourBitFormat())
+            scores = torch.rand(tokens, EXPERTS, device="cuda")
+            rows = sort_pairs(scores.topk(TOP_K).indices, EXPERTS)
+            wide, narrow = (n, k) if self.for_input_gradient else (k, n)
+            is_gathered ^= self.for_input_gradient
+            if is_gathered:
+                left = Rows(torch.randn(tokens, wide, device="cuda").bfloat16(), rows.pair_of_row, TOP_K)
+            else:
+                left = Rows(torch.randn(tokens * TOP_K, wide, device="cuda").bfloat16())
+            reduced = torch.randn(tokens * TOP_K, RANK, device="cuda").bfloat16()
+            term = LowRankTerm(reduced, torch.randn(EXPERTS, narrow, RANK, device="cuda") * 0.02)
+            self.parts.append((left, packed_weight(stack), rows, term))
+
+    def run(self, tuned: GemmTiles) -> list[torch.Tensor]:
+        return [self.product(part, tuned) for part in self.parts]
+
+    def product(self, part: tuple[Rows, PackedWeight, object, LowRankTerm], tuned: GemmTiles) -> torch.Tensor:
+        left, weight, rows, term = part
+        tiles = cut_tiles(rows, tuned.heights)
+        return grouped_gemm(left, weight, self.for_input_gradient, rows.ends, tiles, tuned, term)
+
+
+def milliseconds(run: object, repeats: int) -> float:
+    """Median device time of a CUDA graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def compile_share(share: tuple[int, int]) -> None:
+    """Compiles every so-many-th candidate into Triton's cache on disk."""
+    number, of = share
+    jobs = [
+        (weight, along, tiles)
+        for weight in ("packed", "dense")
+        for along in ("columns", "rows")
+        for tiles in dict.fromkeys(tiles for tokens in TOKENS for tiles in candidates(tokens * TOP_K / EXPERTS))
+    ]
+    problems = {}
+    for weight, along, tiles in jobs[number::of]:
+        if weight == "dense" and tiles.decode_first:
+            continue
+        if (weight, along) not in problems:
+            problems[weight, along] = Problem(weight, along, 16)
+        try:
+            problems[weight, along].run(tiles)
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 what does not compile is not measured either
+            print(f"{weight} {along} {tiles}: {type(error).__name__}")
+
+
+def measure(repeats: int) -> list[dict]:
+    """The table's entries, each with the time of the best and of the runner-up."""
+    entries = []
+    problems = list(itertools.product(("packed", "dense"), ("columns", "rows"), TOKENS))
+    for weight, along, tokens in tqdm(problems, unit="product"):
+        rows_per_expert = tokens * TOP_K / EXPERTS
+        problem = Problem(weight, along, tokens)
+        reference = None
+        timed = []
+        for tiles in candidates(rows_per_expert):
+            if weight == "dense" and tiles.decode_first:
+                continue
+            try:
+                out = problem.run(tiles)
+                if reference is None:
+                    reference = out
+                error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(out, reference))
+                if not error <= LARGEST_ERROR:
+                    raise ValueError(f"off by {error:.1e}")
+                timed.append((milliseconds(lambda tiles=tiles: problem.run(tiles), repeats), tiles))
+            except (RuntimeError, ValueError) as error:
+                tqdm.write(f"{weight} {along} T={tokens} {tiles}: {str(error)[:100]}")
+        timed.sort(key=lambda pair: pair[0])
+        (best, tiles), (second, _) = timed[:2]
+        entries.append(
+            {
+                "weight": weight,
+                "along": along,
+                "rows_per_expert": rows_per_expert,
+                "tiles": asdict(tiles),
+                "milliseconds": round(best, 4),
+                "runner_up_milliseconds": round(second, 4),
+            }
+        )
+        tqdm.write(f"{weight} {along} T={tokens}: {best:.3f} ms {tiles}")
+        del problem, reference
+    return entries
+
+
+def with_bounds(entries: list[dict]) -> list[dict]:
+    """Replaces the number of rows that was measured by the one up to which an entry holds."""
+    bounded = []
+    for entry, following in zip(entries, [*entries[1:], None]):
+        same = following and (following["weight"], following["along"]) == (entry["weight"], entry["along"])
+        bound = math.sqrt(entry["rows_per_expert"] * following["rows_per_expert"]) if same else None
+        bounded.append({**entry, "measured_at": entry["rows_per_expert"], "rows_per_expert": bound})
+    return bounded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the table, JSON")
+    parser.add_argument("--repeats", type=int, default=9, help="timed replays of each candidate")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(arguments.workers) as pool:
+        pool.map(compile_share, [(number, arguments.workers) for number in range(arguments.workers)])
+    table = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "layer": {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K, "rank": RANK},
+        "entries": with_bounds(measure(arguments.repeats)),
+    }
+    arguments.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

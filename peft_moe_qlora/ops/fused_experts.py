@@ -1,0 +1,117 @@
+"""The whole experts layer as one differentiable function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .fused_op import experts_op
+from .fused_steps import Forward, experts_backward, experts_forward
+from .kernels.launch import device_of
+from .kernels.schedule import RoutedRows
+from .operands import Factors, Gate, PackedWeight, as_factors
+
+
+class _FusedExperts(torch.autograd.Function):
+    """The same for eager mode, where calling an operator costs more than all its launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        up_A: Tensor | None,
+        up_B: Tensor | None,
+        down_A: Tensor | None,
+        down_B: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        static: tuple[PackedWeight, PackedWeight, Gate, float, float],
+    ) -> Tensor:
+        up, down, gate, up_scaling, down_scaling = static
+        hidden_states, top_k_weights = hidden_states.contiguous(), top_k_weights.contiguous()
+        result = experts_forward(
+            hidden_states,
+            top_k_index.contiguous(),
+            top_k_weights,
+            up,
+            down,
+            as_factors(up_A, up_B, up_scaling),
+            as_factors(down_A, down_B, down_scaling),
+            up_bias,
+            down_bias,
+            gate,
+        )
+        ctx.static = static
+        ctx.save_for_backward(
+            hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *result[1:4], *result.rows
+        )
+        return result.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple:
+        up, down, gate, up_scaling, down_scaling = ctx.static
+        hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *saved, a, b, c = ctx.saved_tensors
+        with device_of(hidden_states):
+            grads = experts_backward(
+                grad_out.contiguous(),
+                hidden_states,
+                top_k_weights,
+                Forward(grad_out, *saved, RoutedRows(a, b, c)),
+                up,
+                down,
+                as_factors(up_A, up_B, up_scaling),
+                as_factors(down_A, down_B, down_scaling),
+                down_bias,
+                gate,
+                needs_hidden_states=ctx.needs_input_grad[0],
+                needs_factors=any(ctx.needs_input_grad[3:7]),
+            )
+        return grads.hidden_states, None, grads.top_k_weights, *grads[2:], None, None, None
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: PackedWeight,
+    down: PackedWeight,
+    gate: Gate,
+    up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """The experts' share of a MoE layer, differentiable in all but the weights and biases.
+
+    Args:
+        hidden_states: `(T, H)` in bfloat16, float16 or float32, T not 0.
+        top_k_index: `(T, K)` integer ids; pairs with ids outside `[0, E)` are not computed and count as zero.
+        top_k_weights: `(T, K)` in any floating dtype.
+        up: the first projection, gate and up in one.
+        down: the second projection.
+        gate: between the two.
+        up_factors: low-rank term of the first projection, of any floating dtype.
+        down_factors: low-rank term of the second.
+        up_bias: `(E, 2I)`, frozen.
+        down_bias: `(E, H)`, frozen.
+
+    Returns:
+        `(T, H)` in the dtype of the hidden states. Deterministic; no copy to the host.
+    """
+    if torch.compiler.is_compiling():
+        return experts_op(
+            hidden_states, top_k_index, top_k_weights, up, down, gate, up_factors, down_factors, up_bias, down_bias
+        )
+    with device_of(hidden_states):
+        up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
+        down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
+        static = (up, down, gate, up_scaling, down_scaling)
+        return _FusedExperts.apply(
+            hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_bias, down_bias, static
+        )

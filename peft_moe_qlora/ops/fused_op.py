@@ -1,0 +1,209 @@
+"""The fused experts layer as an operator of torch, for `torch.compile`: no graph break, one node forward and one back.
+
+Operators take flat arguments; the named tuples are put together again on the inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fused_steps import Forward, experts_backward, experts_forward
+from .kernels.launch import device_of
+from .kernels.schedule import routing_size, split_routing
+from .operands import Factors, Gate, PackedWeight, as_factors
+
+
+def _weight(tensors: list[Tensor], shape: list[int], is_transposed: bool, quant_type: str) -> PackedWeight:
+    rows, columns, blocksize = shape
+    return PackedWeight(tuple(tensors), rows, columns, is_transposed, quant_type, blocksize)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.library.custom_op("peft_moe_qlora::experts", mutates_args=())
+def _experts_op(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up_A: Tensor | None,
+    up_B: Tensor | None,
+    down_A: Tensor | None,
+    down_B: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up: list[Tensor],
+    down: list[Tensor],
+    up_shape: list[int],
+    down_shape: list[int],
+    is_transposed: bool,
+    up_quant_type: str,
+    down_quant_type: str,
+    scalings: list[float],
+    gate_kind: str,
+    gate_interleaved: bool,
+    gate_numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with device_of(hidden_states):
+        result = experts_forward(
+            hidden_states.contiguous(),
+            top_k_index.contiguous(),
+            top_k_weights.contiguous(),
+            _weight(up, up_shape, is_transposed, up_quant_type),
+            _weight(down, down_shape, is_transposed, down_quant_type),
+            as_factors(up_A, up_B, scalings[0]),
+            as_factors(down_A, down_B, scalings[1]),
+            up_bias,
+            down_bias,
+            Gate(gate_kind, gate_interleaved, *gate_numbers),
+        )
+    return (
+        result.out,
+        result.gate_input,
+        _or_empty(result.up_reduced, result.out),
+        _or_empty(result.down_reduced, result.out),
+        # the three were cut out of one tensor
+        result.rows.ends._base,
+    )
+
+
+@_experts_op.register_fake
+def _(hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_bias, down_bias, up, down, up_shape,
+      down_shape, is_transposed, up_quant_type, down_quant_type, scalings, gate_kind, gate_interleaved,
+      gate_numbers):  # fmt: skip
+    num_rows = top_k_index.shape[0] * top_k_index.shape[1]
+    features = up_shape[1] if is_transposed else up_shape[0]
+    return (
+        torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+        hidden_states.new_empty((num_rows, features)),
+        hidden_states.new_empty(0 if up_A is None else (num_rows, up_A.shape[1])),
+        hidden_states.new_empty(0 if down_A is None else (num_rows, down_A.shape[1])),
+        hidden_states.new_empty(routing_size(up[0].shape[0], num_rows), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("peft_moe_qlora::experts_backward", mutates_args=())
+def _experts_backward_op(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    top_k_weights: Tensor,
+    gate_input: Tensor,
+    up_reduced: Tensor,
+    down_reduced: Tensor,
+    routing: Tensor,
+    up_A: Tensor | None,
+    up_B: Tensor | None,
+    down_A: Tensor | None,
+    down_B: Tensor | None,
+    down_bias: Tensor | None,
+    up: list[Tensor],
+    down: list[Tensor],
+    up_shape: list[int],
+    down_shape: list[int],
+    is_transposed: bool,
+    up_quant_type: str,
+    down_quant_type: str,
+    scalings: list[float],
+    gate_kind: str,
+    gate_interleaved: bool,
+    gate_numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, num_rows = up[0].shape[0], gate_input.shape[0]
+    rows = split_routing(routing, num_experts, num_rows)
+    with device_of(hidden_states):
+        grads = experts_backward(
+            grad_out.contiguous(),
+            hidden_states.contiguous(),
+            top_k_weights.contiguous(),
+            Forward(grad_out, gate_input, up_reduced, down_reduced, rows),
+            _weight(up, up_shape, is_transposed, up_quant_type),
+            _weight(down, down_shape, is_transposed, down_quant_type),
+            as_factors(up_A, up_B, scalings[0]),
+            as_factors(down_A, down_B, scalings[1]),
+            down_bias,
+            Gate(gate_kind, gate_interleaved, *gate_numbers),
+        )
+    return tuple(_or_empty(grad, grad_out) for grad in grads)
+
+
+@_experts_backward_op.register_fake
+def _(grad_out, hidden_states, top_k_weights, gate_input, up_reduced, down_reduced, routing, up_A, up_B, down_A,
+      down_B, down_bias, up, down, up_shape, down_shape, is_transposed, up_quant_type, down_quant_type, scalings,
+      gate_kind, gate_interleaved, gate_numbers):  # fmt: skip
+    inputs = (hidden_states, top_k_weights, up_A, up_B, down_A, down_B)
+    return tuple(grad_out.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    (hidden_states, _, top_k_weights, up_A, up_B, down_A, down_B, _, down_bias, up, down, *static) = inputs
+    ctx.save_for_backward(hidden_states, top_k_weights, *output[1:], up_A, up_B, down_A, down_B, down_bias)
+    # frozen, and shared by every step: not activations
+    ctx.up, ctx.down, ctx.static = up, down, static
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.has_factors = (up_A is not None, down_A is not None)
+
+
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple:
+    grads = _experts_backward_op(grad_out, *ctx.saved_tensors, ctx.up, ctx.down, *ctx.static)
+    grad_hidden_states, grad_weights, up_A, up_B, down_A, down_B = grads
+    has_up, has_down = ctx.has_factors
+    return (
+        grad_hidden_states,
+        None,
+        grad_weights,
+        up_A if has_up else None,
+        up_B if has_up else None,
+        down_A if has_down else None,
+        down_B if has_down else None,
+        None,
+        None,
+        [None] * len(ctx.up),
+        [None] * len(ctx.down),
+        *[None] * len(ctx.static),
+    )
+
+
+_experts_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def experts_op(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: PackedWeight,
+    down: PackedWeight,
+    gate: Gate,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
+    down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
+    return _experts_op(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        up_A,
+        up_B,
+        down_A,
+        down_B,
+        up_bias,
+        down_bias,
+        list(up.tensors),
+        list(down.tensors),
+        [up.rows, up.columns, up.blocksize],
+        [down.rows, down.columns, down.blocksize],
+        up.is_transposed,
+        up.quant_type,
+        down.quant_type,
+        [up_scaling, down_scaling],
+        gate.kind,
+        gate.interleaved,
+        [gate.limit, gate.alpha],
+    )[0]

@@ -1,0 +1,215 @@
+"""The whole experts layer as one operation, forward and backward, from the kernels.
+
+What the backward needs is kept: the hidden states, the routing, the gate's input and the rank-r activations. Letters
+as in the package's docstring. With `G` the gradient of the output, gathered to rows but not yet weighted,
+
+    D = G W_down + scaling (G B_down) A_down      gradient of the gated rows h, were all routing weights 1
+    d weight = <D, h> + <G, bias_down>            so that the down projection's output need not be kept
+    d gate_up = gate'(gate_up) * weight * D
+
+and the gradients of the factors are products over the rows of each expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernels.combine import combine
+from .kernels.gate import apply_gate, gate_backward
+from .kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
+from .kernels.launch import device_of
+from .kernels.low_rank import factor_gradient, reduce_rows
+from .kernels.schedule import RoutedRows, Tiles, cut_tiles, sort_pairs
+from .kernels.tuning import GemmTiles, choose_tiles
+from .operands import Factors, Gate, PackedWeight
+
+
+class Plan(NamedTuple):
+    """How one product is cut up."""
+
+    tuned: GemmTiles
+    tiles: Tiles
+
+
+class Planner:
+    """Chooses the tiles of each product, and cuts the rows once for each choice of heights."""
+
+    def __init__(self, rows: RoutedRows, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.dtype = dtype
+        self._cut: dict[tuple[int, ...], Tiles] = {}
+
+    def plan(self, weight: PackedWeight, for_input_gradient: bool) -> Plan:
+        along_columns = weight.is_transposed == for_input_gradient
+        rows_per_expert = self.rows.pair_of_row.shape[0] / weight.num_experts
+        tuned = choose_tiles(
+            weight.tensors[0].device, self.dtype, weight.blocks_follow_rows, along_columns, rows_per_expert
+        )
+        if tuned.heights not in self._cut:
+            self._cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
+        return Plan(tuned, self._cut[tuned.heights])
+
+
+def _product(
+    planner: Planner,
+    rows: Rows,
+    weight: PackedWeight,
+    for_input_gradient: bool,
+    low_rank: LowRankTerm | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    plan = planner.plan(weight, for_input_gradient)
+    return grouped_gemm(
+        rows, weight, for_input_gradient, planner.rows.ends, plan.tiles, plan.tuned, low_rank=low_rank, bias=bias
+    )
+
+
+class Forward(NamedTuple):
+    """What the forward gives: its result, and what the backward needs of it."""
+
+    out: torch.Tensor
+    gate_input: torch.Tensor
+    up_reduced: torch.Tensor | None
+    down_reduced: torch.Tensor | None
+    rows: RoutedRows
+
+
+def experts_forward(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: PackedWeight,
+    down: PackedWeight,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate: Gate,
+) -> Forward:
+    """`(T, H)` -> `(T, H)`; all tensors contiguous, T not 0."""
+    num_tokens, top_k = top_k_index.shape
+    rows = sort_pairs(top_k_index, up.num_experts)
+    planner = Planner(rows, hidden_states.dtype)
+    tokens = Rows(hidden_states, rows.pair_of_row, top_k)
+
+    term = None
+    if up_factors is not None:
+        A, B, scaling = up_factors
+        reduced = reduce_rows(tokens, A.transpose(1, 2), scaling, rows.ends, planner.plan(up, False).tiles)
+        term = LowRankTerm(reduced, B)
+    gate_input = _product(planner, tokens, up, False, term, up_bias)
+
+    gated = apply_gate(gate_input, gate)
+    down_term = None
+    if down_factors is not None:
+        A, B, scaling = down_factors
+        reduced = reduce_rows(Rows(gated), A.transpose(1, 2), scaling, rows.ends, planner.plan(down, False).tiles)
+        down_term = LowRankTerm(reduced, B)
+    down_rows = _product(planner, Rows(gated), down, False, down_term, down_bias)
+    del gated
+    out = combine(down_rows, top_k_weights, rows, num_tokens, top_k, hidden_states.dtype)
+    return Forward(out, gate_input, _reduced(term), _reduced(down_term), rows)
+
+
+def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:
+    return None if term is None else term.reduced
+
+
+class Gradients(NamedTuple):
+    hidden_states: torch.Tensor | None
+    top_k_weights: torch.Tensor
+    up_A: torch.Tensor | None
+    up_B: torch.Tensor | None
+    down_A: torch.Tensor | None
+    down_B: torch.Tensor | None
+
+
+def experts_backward(
+    grad_out: torch.Tensor,
+    hidden_states: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    saved: Forward,
+    up: PackedWeight,
+    down: PackedWeight,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+    down_bias: torch.Tensor | None,
+    gate: Gate,
+    needs_hidden_states: bool = True,
+    needs_factors: bool = True,
+) -> Gradients:
+    """The gradients of what is not frozen; `grad_out (T, H)` contiguous."""
+    num_tokens, top_k = top_k_weights.shape
+    rows = saved.rows
+    planner = Planner(rows, hidden_states.dtype)
+    grad_tokens = Rows(grad_out, rows.pair_of_row, top_k)
+
+    term = None
+    if down_factors is not None:
+        A, B, scaling = down_factors
+        reduced = reduce_rows(grad_tokens, B, scaling, rows.ends, planner.plan(down, True).tiles)
+        term = LowRankTerm(reduced, A.transpose(1, 2))
+    grad_gated = _product(planner, grad_tokens, down, True, term)
+    bias_term = None
+    if down_bias is not None:
+        bias_term = reduce_rows(grad_tokens, down_bias[:, :, None], 1.0, rows.ends, planner.plan(down, True).tiles)
+    grad_gate_input, grad_weights = gate_backward(
+        saved.gate_input,
+        grad_gated,
+        top_k_weights,
+        gate,
+        rows,
+        bias_term,
+        keeps_value=down_factors is not None and needs_factors,
+    )
+    gated = grad_gated  # overwritten with what its name says from here on
+    del grad_gated
+
+    up_A = up_B = down_A = down_B = None
+    if down_factors is not None and needs_factors:
+        down_A, down_B = torch.empty_like(A), torch.empty_like(B)
+        factor_gradient(grad_tokens, saved.down_reduced, rows.ends, down_B, weights=top_k_weights)
+        factor_gradient(
+            Rows(gated),
+            term.reduced,
+            rows.ends,
+            down_A.transpose(1, 2),
+            weights=top_k_weights,
+            pair_of_row=rows.pair_of_row,
+        )
+    del gated
+    up_term = None
+    if up_factors is not None:
+        up_A_factor, up_B_factor, scaling = up_factors
+        reduced = reduce_rows(Rows(grad_gate_input), up_B_factor, scaling, rows.ends, planner.plan(up, True).tiles)
+        up_term = LowRankTerm(reduced, up_A_factor.transpose(1, 2))
+        if needs_factors:
+            up_A, up_B = torch.empty_like(up_A_factor), torch.empty_like(up_B_factor)
+            factor_gradient(Rows(grad_gate_input), saved.up_reduced, rows.ends, up_B)
+            tokens = Rows(hidden_states, rows.pair_of_row, top_k)
+            factor_gradient(tokens, reduced, rows.ends, up_A.transpose(1, 2))
+    if not needs_hidden_states:
+        return Gradients(None, grad_weights, up_A, up_B, down_A, down_B)
+    grad_rows = _product(planner, Rows(grad_gate_input), up, True, up_term)
+    grad_hidden_states = combine(grad_rows, None, rows, num_tokens, top_k, hidden_states.dtype)
+    return Gradients(grad_hidden_states, grad_weights, up_A, up_B, down_A, down_B)
+
+
+def frozen_product(
+    rows: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, for_input_gradient: bool
+) -> torch.Tensor:
+    """Rows sorted by expert times the frozen matrices or their transposes; zero for rows of no expert.
+
+    Args:
+        rows: `(S, features)`.
+        weight: the matrices.
+        ends: `(E,)` int32.
+        for_input_gradient: as in `grouped_gemm`.
+    """
+    with device_of(rows):
+        index = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        planner = Planner(RoutedRows(ends, index, index), rows.dtype)
+        out = _product(planner, Rows(rows.contiguous()), weight, for_input_gradient, None)
+        return out.masked_fill_((index >= ends[-1])[:, None], 0)

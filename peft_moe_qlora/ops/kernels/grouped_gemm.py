@@ -1,0 +1,467 @@
+"""Rows of each expert times its matrix, packed or in 16 bits, plus a low-rank term and a bias."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..operands import PackedWeight
+from .decode import CodeTable, code_table, decode, decode_codes, kernel_tensors, load_scales, runs_ptx
+from .launch import cdiv, launch, next_power_of_2
+from .schedule import Tiles
+from .tuning import GemmTiles
+
+WORKSPACE_BYTES = 256 * 2**20
+"""At most this much of a stack is held in 16 bits at a time."""
+
+
+class Rows(NamedTuple):
+    """The left operand: rows in the order of the experts, or tokens to gather them from.
+
+    Args:
+        tensor: `(S, features)`, or `(T, features)` with `pair_of_row`; the last dimension contiguous.
+        pair_of_row: `(S,)` int32, row -> token * K + choice; None where the rows are in place already.
+        top_k: K; 1 where the rows are in place already.
+    """
+
+    tensor: torch.Tensor
+    pair_of_row: torch.Tensor | None = None
+    top_k: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return (self.tensor if self.pair_of_row is None else self.pair_of_row).shape[0]
+
+
+class LowRankTerm(NamedTuple):
+    """`reduced (S, R)` times `factor[e] (N, R)` transposed, added to the product.
+
+    Args:
+        reduced: `(S, R)`, in the dtype of the rows, scaling included.
+        factor: `(E, N, R)` view, any strides, any floating dtype.
+    """
+
+    reduced: torch.Tensor
+    factor: torch.Tensor
+
+
+@triton.jit
+def row_places(rows, PAIR_OF_ROW, TOP_K: tl.constexpr, GATHER: tl.constexpr):
+    """Where rows lie in the left operand."""
+    if GATHER:
+        return tl.load(PAIR_OF_ROW + rows) // TOP_K
+    return rows
+
+
+@triton.jit
+def _weight_tile(
+    W,
+    ABSMAX,
+    NESTED,
+    OFFSET,
+    MAP,
+    expert,
+    row,
+    column_tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    VALUES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`(TILE_ROWS, TILE_COLUMNS)` of an expert's matrix as stored, decoded."""
+    is_row = (row < ROWS)[:, None]
+    if BLOCKSIZE == 0:
+        column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        place = W + expert.to(tl.int64) * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :]
+        if MASK_ROWS or MASK_COLUMNS:
+            tile = tl.load(place, mask=is_row & (column < COLUMNS)[None, :], other=0.0)
+        else:
+            tile = tl.load(place)
+        return tile.to(DTYPE)
+    else:
+        # products only: behind a division the compiler no longer knows that addresses are aligned
+        byte = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
+        place = W + expert.to(tl.int64) * (ROWS * (COLUMNS // 2)) + row[:, None] * (COLUMNS // 2) + byte[None, :]
+        if TILE_COLUMNS >= BLOCKSIZE:
+            BLOCKS: tl.constexpr = TILE_COLUMNS // BLOCKSIZE
+            block = column_tile * BLOCKS + tl.arange(0, BLOCKS)
+        else:
+            BLOCKS: tl.constexpr = 1
+            block = column_tile // (BLOCKSIZE // TILE_COLUMNS) + tl.arange(0, 1)
+        ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE
+        if MASK_ROWS or MASK_COLUMNS:
+            codes = tl.load(place, mask=is_row & (byte < COLUMNS // 2)[None, :], other=0)
+        else:
+            codes = tl.load(place)
+        scale = load_scales(
+            ABSMAX,
+            NESTED,
+            OFFSET,
+            MAP,
+            expert,
+            row[:, None] * ROW_BLOCKS + block[None, :],
+            is_row & (block < ROW_BLOCKS)[None, :],
+            MASK_ROWS or MASK_COLUMNS,
+            ROWS * ROW_BLOCKS,
+            IS_NESTED,
+        )
+        high, low = decode_codes(codes, VALUES, ASSEMBLY, DTYPE)
+        # in 16 bits: one rounding in fp32 would be nearer by half, and costs 15 % where rows are few
+        tile = tl.reshape(tl.join(high, low), (TILE_ROWS, BLOCKS, TILE_COLUMNS // BLOCKS))
+        return tl.reshape(tile * (scale * (1 / SCALE)).to(DTYPE)[:, :, None], (TILE_ROWS, TILE_COLUMNS))
+
+
+@triton.jit
+def _low_rank_operands(
+    REDUCED,
+    FACTOR,
+    expert,
+    row,
+    n,
+    STRIDE_FE: tl.constexpr,
+    STRIDE_FN: tl.constexpr,
+    STRIDE_FR: tl.constexpr,
+    N: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    r = tl.arange(0, RANKS)
+    is_r = (r < RANK)[None, :]
+    reduced = tl.load(REDUCED + row[:, None].to(tl.int64) * RANK + r[None, :], mask=is_r, other=0.0)
+    place = FACTOR + expert.to(tl.int64) * STRIDE_FE + n[:, None] * STRIDE_FN + r[None, :] * STRIDE_FR
+    factor = tl.load(place, mask=(n < N)[:, None] & is_r, other=0.0)
+    return reduced, factor.to(DTYPE)
+
+
+@triton.jit
+def _tile(
+    X,
+    PAIR_OF_ROW,
+    W,
+    ABSMAX,
+    NESTED,
+    OFFSET,
+    MAP,
+    REDUCED,
+    FACTOR,
+    BIAS,
+    OUT,
+    expert,
+    weight_expert,
+    start,
+    end,
+    tile_n,
+    STRIDE_FE: tl.constexpr,
+    STRIDE_FN: tl.constexpr,
+    STRIDE_FR: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    ALONG_COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    VALUES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
+):
+    row = start + tl.arange(0, HEIGHT)
+    is_row = row < end
+    # rows that belong to somebody else are computed from the first one, and not stored
+    row = tl.where(is_row, row, start)
+    source = row_places(row, PAIR_OF_ROW, TOP_K, GATHER)
+    DTYPE: tl.constexpr = X.dtype.element_ty
+    MASK_N: tl.constexpr = N % TILE_N != 0
+    MASK_K: tl.constexpr = K % TILE_K != 0
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    x_place = X + source[:, None].to(tl.int64) * K + k[None, :]
+    shape: tl.constexpr = (TILE_N, HEIGHT) if WEIGHT_LEFT else (HEIGHT, TILE_N)
+    acc = tl.zeros(shape, tl.float32)
+    for step in range((K + TILE_K - 1) // TILE_K):
+        first_k = step * TILE_K
+        if ALONG_COLUMNS:
+            w = _weight_tile(
+                W, ABSMAX, NESTED, OFFSET, MAP, weight_expert, n, step,
+                N, K, TILE_N, TILE_K, MASK_N, MASK_K,
+                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, DTYPE,
+            )  # fmt: skip
+            w_left = w
+        else:
+            w = _weight_tile(
+                W, ABSMAX, NESTED, OFFSET, MAP, weight_expert, first_k + k, tile_n,
+                K, N, TILE_K, TILE_N, MASK_K, MASK_N,
+                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, DTYPE,
+            )  # fmt: skip
+            w_left = tl.trans(w)
+        if MASK_K:
+            x = tl.load(x_place + first_k, mask=(first_k + k < K)[None, :], other=0.0)
+        else:
+            x = tl.load(x_place + first_k)
+        if WEIGHT_LEFT:
+            acc = tl.dot(w_left, tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w_left), acc, input_precision="ieee")
+    if RANK > 0:
+        reduced, factor = _low_rank_operands(
+            REDUCED, FACTOR, expert, row, n, STRIDE_FE, STRIDE_FN, STRIDE_FR, N, RANK, RANKS, DTYPE
+        )
+        if WEIGHT_LEFT:
+            acc = tl.dot(factor, tl.trans(reduced), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(reduced, tl.trans(factor), acc, input_precision="ieee")
+    out = tl.trans(acc) if WEIGHT_LEFT else acc
+    if HAS_BIAS:
+        out += tl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    place = OUT + (start + tl.arange(0, HEIGHT))[:, None].to(tl.int64) * N + n[None, :]
+    is_out = is_row[:, None] & (n < N)[None, :] if MASK_N else is_row[:, None]
+    tl.store(place, out.to(OUT.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _tile_at(
+    index,
+    X,
+    PAIR_OF_ROW,
+    W,
+    ABSMAX,
+    NESTED,
+    OFFSET,
+    MAP,
+    REDUCED,
+    FACTOR,
+    BIAS,
+    OUT,
+    TILES,
+    ENDS,
+    bound,
+    first_expert,
+    STRIDE_FE: tl.constexpr,
+    STRIDE_FN: tl.constexpr,
+    STRIDE_FR: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    ALONG_COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    VALUES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
+):
+    TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
+    tile = index // TILES_N
+    tile_n = index % TILES_N
+    expert = tl.load(TILES + tile)
+    if expert >= 0:
+        start = tl.load(TILES + bound + tile)
+        height = tl.load(TILES + 2 * bound + tile)
+        end = tl.load(ENDS + expert)
+        for choice in tl.static_range(len(HEIGHTS)):
+            if height == choice:
+                _tile(
+                    X, PAIR_OF_ROW, W, ABSMAX, NESTED, OFFSET, MAP, REDUCED, FACTOR, BIAS, OUT,
+                    expert, expert - first_expert, start, end, tile_n, STRIDE_FE, STRIDE_FN, STRIDE_FR,
+                    HEIGHTS[choice], N, K, TOP_K, GATHER, ALONG_COLUMNS,
+                    BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                    RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["bound", "first_expert", "last_expert"])
+def _grouped_gemm_kernel(
+    X,
+    PAIR_OF_ROW,
+    W,
+    ABSMAX,
+    NESTED,
+    OFFSET,
+    MAP,
+    REDUCED,
+    FACTOR,
+    BIAS,
+    OUT,
+    TILES,
+    TILE_ENDS,
+    ENDS,
+    bound,
+    first_expert,
+    last_expert,
+    STRIDE_FE: tl.constexpr,
+    STRIDE_FN: tl.constexpr,
+    STRIDE_FR: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    ALONG_COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    VALUES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
+    LOOPS: tl.constexpr,
+):
+    if LOOPS:
+        TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
+        first_tile = tl.load(TILE_ENDS + first_expert - 1, mask=first_expert > 0, other=0)
+        last_tile = tl.load(TILE_ENDS + last_expert)
+        for index in range(first_tile * TILES_N + tl.program_id(0), last_tile * TILES_N, tl.num_programs(0)):
+            _tile_at(index,
+                X, PAIR_OF_ROW, W, ABSMAX, NESTED, OFFSET, MAP, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
+                bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
+                HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
+            )  # fmt: skip
+    else:
+        _tile_at(tl.program_id(0),
+            X, PAIR_OF_ROW, W, ABSMAX, NESTED, OFFSET, MAP, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
+            bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
+            HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+            RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
+        )  # fmt: skip
+
+
+def padded_rank(rank: int) -> int:
+    """The rank that a matrix instruction takes: a power of two from 16 on."""
+    return max(16, next_power_of_2(rank))
+
+
+def grouped_gemm(
+    rows: Rows,
+    weight: PackedWeight,
+    for_input_gradient: bool,
+    ends: torch.Tensor,
+    tiles: Tiles,
+    tuned: GemmTiles,
+    low_rank: LowRankTerm | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`(S, N)` in the dtype of the rows; rows of no expert are left as they were allocated.
+
+    Args:
+        rows: `(S, K)`, or tokens to gather them from.
+        weight: its matrices, `(out, in)` whatever the orientation of storage, give `N, K = out, in`.
+        for_input_gradient: multiply by the matrices themselves instead of their transposes: `N, K = in, out`.
+        ends: `(E,)` int32, the row behind each expert's last one.
+        tiles: how the rows are cut.
+        tuned: shape of the tiles, and whether the weight is decoded inside the product or beforehand.
+        low_rank: added.
+        bias: `(E, N)`, added.
+    """
+    along_columns = weight.is_transposed == for_input_gradient
+    out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
+    dtype, device = rows.tensor.dtype, rows.tensor.device
+    out = torch.empty((rows.num_rows, out_features), dtype=dtype, device=device)
+    # a tile finds its scales only where rows are whole blocks
+    decodes_before = weight.is_packed and (tuned.decode_first or not weight.blocks_follow_rows)
+    table = CodeTable((), "", 1.0)
+    if weight.is_packed and not decodes_before:
+        table = code_table(weight.quant_type, dtype, runs_ptx(device))
+    tiles_n = cdiv(out_features, tuned.tile_n)
+    term, factor = (out, out[:, :, None]) if low_rank is None else low_rank
+    rank = 0 if low_rank is None else term.shape[1]
+
+    strides = factor.stride()
+
+    def multiply(tensors: tuple[torch.Tensor, ...], first_expert: int, num_experts: int, num_programs: int) -> None:
+        launch(
+            _grouped_gemm_kernel,
+            (num_programs,),
+            (
+                rows.tensor,
+                out if rows.pair_of_row is None else rows.pair_of_row,
+                *tensors,
+                term,
+                factor,
+                out if bias is None else bias,
+                out,
+                tiles.tiles,
+                tiles.tile_ends,
+                ends,
+            ),
+            (tiles.bound, first_expert, first_expert + num_experts - 1),
+            num_warps=tuned.num_warps,
+            num_stages=tuned.num_stages,
+            STRIDE_FE=strides[0],
+            STRIDE_FN=strides[1],
+            STRIDE_FR=strides[2],
+            HEIGHTS=tiles.heights,
+            N=out_features,
+            K=in_features,
+            TOP_K=rows.top_k,
+            GATHER=rows.pair_of_row is not None,
+            ALONG_COLUMNS=along_columns,
+            BLOCKSIZE=0 if decodes_before else weight.blocksize,
+            IS_NESTED=weight.is_nested and not decodes_before,
+            VALUES=table.values,
+            ASSEMBLY=table.assembly,
+            SCALE=table.scale,
+            RANK=rank,
+            RANKS=padded_rank(rank),
+            HAS_BIAS=bias is not None,
+            TILE_N=tuned.tile_n,
+            TILE_K=tuned.tile_k,
+            WEIGHT_LEFT=tuned.weight_left,
+            LOOPS=loops,
+        )
+
+    num_programs = tiles.bound * tiles_n
+    if not decodes_before:
+        loops = False
+        multiply(kernel_tensors(weight), 0, weight.num_experts, num_programs)
+        return out
+    num_groups = cdiv(weight.num_experts * weight.rows * weight.columns * dtype.itemsize, WORKSPACE_BYTES)
+    group = cdiv(weight.num_experts, num_groups)
+    # how many tiles a group has is known on the device only: programs that stay and loop, instead of idle ones
+    loops = group < weight.num_experts
+    if loops:
+        num_programs = min(num_programs, _resident_programs(device, tuned.num_warps))
+    workspace = torch.empty((group, weight.rows, weight.columns), dtype=dtype, device=device)
+    for first in range(0, weight.num_experts, group):
+        count = min(group, weight.num_experts - first)
+        decode(weight, first, count, dtype, out=workspace)
+        multiply((workspace,) * 5, first, count, num_programs)
+    return out
+
+
+@cache
+def _resident_programs(device: torch.device, num_warps: int) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 8 // num_warps)

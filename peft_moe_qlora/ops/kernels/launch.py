@@ -1,0 +1,74 @@
+"""Launching a kernel in a few microseconds.
+
+`kernel[grid](...)` looks at every argument to find the binary that fits, which costs more than most launches here run.
+What decides on the binary is known to the caller, so that it is looked up once.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import attrgetter, or_
+from typing import Any
+
+import torch
+
+_address_of = torch.Tensor.data_ptr
+_dtype_of = attrgetter("dtype")
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    # Triton's own costs as much as a launch
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple[int | float, ...],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **constants: Any,
+) -> None:
+    """Runs a Triton kernel on the current device and stream.
+
+    Args:
+        kernel: its parameters are pointers, numbers that it does not specialize on, and constants, in this order.
+        grid: numbers of programs.
+        tensors: for the pointers.
+        numbers: 32-bit integers and floats.
+        num_warps: of 32 threads.
+        num_stages: loads in flight.
+        constants: for the `tl.constexpr` parameters, in the order of the kernel's.
+    """
+    values = tuple(constants.values())
+    addresses = reduce(or_, map(_address_of, tensors))
+    key = (kernel, tensors[0].device, *map(_dtype_of, tensors), addresses % 16 == 0, values, num_warps, num_stages)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
+        return
+    names = kernel.arg_names
+    if list(constants) != names[len(tensors) + len(numbers) :]:
+        raise TypeError(
+            f"{kernel} takes {names}, but got {len(tensors)} tensors, {len(numbers)} numbers, {constants}."
+        )
+    compiled = kernel[grid](*tensors, *numbers, *values, num_warps=num_warps, num_stages=num_stages)
+    # a binary for some unaligned pointers may not fit others; the interpreter gives None
+    if addresses % 16 == 0:
+        _compiled[key] = compiled
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device the current one, which is where kernels run."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

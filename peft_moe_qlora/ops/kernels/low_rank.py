@@ -1,0 +1,179 @@
+"""The low-rank products: rows down to the rank, and the gradients of the factors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .grouped_gemm import Rows, padded_rank, row_places
+from .launch import cdiv, launch
+from .schedule import Tiles, part_of_tile
+
+
+@triton.jit(do_not_specialize=["bound", "scaling"])
+def _reduce_kernel(
+    X,
+    PAIR_OF_ROW,
+    FACTOR,
+    OUT,
+    TILES,
+    ENDS,
+    bound,
+    scaling,
+    STRIDE_FE: tl.constexpr,
+    STRIDE_FK: tl.constexpr,
+    STRIDE_FR: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    PART: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    expert, start, row, is_row, is_there = part_of_tile(TILES, ENDS, bound, PART, HEIGHT)
+    if is_there:
+        DTYPE: tl.constexpr = X.dtype.element_ty
+        source = row_places(tl.where(is_row, row, start), PAIR_OF_ROW, TOP_K, GATHER)
+        r = tl.arange(0, RANKS)
+        k = tl.arange(0, TILE_K)
+        x_place = X + source[:, None].to(tl.int64) * K + k[None, :]
+        f_place = FACTOR + expert.to(tl.int64) * STRIDE_FE + r[None, :] * STRIDE_FR + k[:, None] * STRIDE_FK
+        acc = tl.zeros((PART, RANKS), tl.float32)
+        for first in range(0, K, TILE_K):
+            is_k = first + k < K
+            x = tl.load(x_place + first, mask=is_k[None, :], other=0.0)
+            factor = tl.load(f_place + first * STRIDE_FK, mask=is_k[:, None] & (r < RANK)[None, :], other=0.0)
+            acc = tl.dot(x, factor.to(DTYPE), acc, input_precision="ieee")
+        place = OUT + row[:, None].to(tl.int64) * RANK + r[None, :]
+        tl.store(place, (acc * scaling).to(DTYPE), mask=is_row[:, None] & (r < RANK)[None, :])
+
+
+def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """`scaling * rows[s] @ factor[expert of s]`: `(S, R)` in the dtype of the rows.
+
+    Args:
+        rows: `(S, K)`, or tokens to gather them from.
+        factor: `(E, K, R)` view, any strides, any floating dtype; rounded to the dtype of the rows.
+        scaling: factor of the product.
+        ends: `(E,)` int32.
+        tiles: how the rows are cut.
+    """
+    _, in_features, rank = factor.shape
+    out = torch.empty((rows.num_rows, rank), dtype=rows.tensor.dtype, device=rows.tensor.device)
+    height = tiles.heights[0]
+    part = min(height, 64)
+    strides = factor.stride()
+    launch(
+        _reduce_kernel,
+        (tiles.bound * cdiv(height, part),),
+        (rows.tensor, out if rows.pair_of_row is None else rows.pair_of_row, factor, out, tiles.tiles, ends),
+        (tiles.bound, scaling),
+        STRIDE_FE=strides[0],
+        STRIDE_FK=strides[1],
+        STRIDE_FR=strides[2],
+        K=in_features,
+        TOP_K=rows.top_k,
+        GATHER=rows.pair_of_row is not None,
+        RANK=rank,
+        RANKS=padded_rank(rank),
+        HEIGHT=height,
+        PART=part,
+        TILE_K=(256 if part <= 16 else 128) if rank <= 32 else 64,
+    )
+    return out
+
+
+@triton.jit
+def _factor_gradient_kernel(
+    X,
+    PAIR_OF_ROW,
+    REDUCED,
+    WEIGHTS,
+    OUT,
+    ENDS,
+    STRIDE_OE: tl.constexpr,
+    STRIDE_OC: tl.constexpr,
+    STRIDE_OR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ENDS + expert)
+    r = tl.arange(0, RANKS)
+    acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
+    for first in range(start, end, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        is_row = row < end
+        source = row_places(tl.where(is_row, row, start), PAIR_OF_ROW, TOP_K, GATHER).to(tl.int64)
+        x = tl.load(X + source[:, None] * COLUMNS + column[None, :], mask=(column < COLUMNS)[None, :], other=0.0)
+        reduced = tl.load(
+            REDUCED + row[:, None].to(tl.int64) * RANK + r[None, :],
+            mask=is_row[:, None] & (r < RANK)[None, :],
+            other=0.0,
+        )
+        if HAS_WEIGHTS:
+            pair = tl.load(PAIR_OF_ROW + row, mask=is_row, other=0)
+            weight = tl.load(WEIGHTS + pair, mask=is_row, other=0.0).to(tl.float32)
+            reduced = (reduced.to(tl.float32) * weight[:, None]).to(X.dtype.element_ty)
+        acc = tl.dot(tl.trans(x), reduced, acc, input_precision="ieee")
+    place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
+    tl.store(place, acc.to(OUT.dtype.element_ty), mask=(column < COLUMNS)[:, None] & (r < RANK)[None, :])
+
+
+def factor_gradient(
+    rows: Rows,
+    reduced: torch.Tensor,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    pair_of_row: torch.Tensor | None = None,
+) -> None:
+    """`out[e] = sum over the rows s of e of outer(rows[s], weight[s] * reduced[s])`.
+
+    Args:
+        rows: `(S, C)`, or tokens to gather them from.
+        reduced: `(S, R)` in the dtype of the rows.
+        ends: `(E,)` int32.
+        out: `(E, C, R)` view to write to, any strides, any floating dtype; experts without rows get zeros.
+        weights: `(T, K)` routing weights, contiguous; None for ones.
+        pair_of_row: `(S,)` int32; needed with `weights`.
+    """
+    num_experts, columns, rank = out.shape
+    block_columns = 128
+    pairs = rows.pair_of_row if rows.pair_of_row is not None else pair_of_row
+    strides = out.stride()
+    launch(
+        _factor_gradient_kernel,
+        (cdiv(columns, block_columns), num_experts),
+        (
+            rows.tensor,
+            reduced if pairs is None else pairs,
+            reduced,
+            reduced if weights is None else weights,
+            out,
+            ends,
+        ),
+        (),
+        STRIDE_OE=strides[0],
+        STRIDE_OC=strides[1],
+        STRIDE_OR=strides[2],
+        COLUMNS=columns,
+        TOP_K=rows.top_k,
+        GATHER=rows.pair_of_row is not None,
+        HAS_WEIGHTS=weights is not None,
+        RANK=rank,
+        RANKS=padded_rank(rank),
+        BLOCK_ROWS=64 if rank <= 32 else 32,
+        BLOCK_COLUMNS=block_columns,
+    )

@@ -1,0 +1,242 @@
+"""Routing on the device: a stable counting sort of the routed pairs by expert, and the tiles of rows that follow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import cdiv, launch, next_power_of_2
+
+PAIRS_PER_PROGRAM = 512
+MOST_PAIRS_OF_ONE_PROGRAM = 256
+
+
+class RoutedRows(NamedTuple):
+    """Where each routed pair stands among the rows sorted by expert; all int32.
+
+    Args:
+        ends: `(E,)`, the row behind each expert's last one.
+        pair_of_row: `(S,)`, row -> token * K + choice.
+        row_of_pair: `(S,)`, the inverse; pairs whose expert lives elsewhere have the rows from `ends[-1]` on.
+    """
+
+    ends: torch.Tensor
+    pair_of_row: torch.Tensor
+    row_of_pair: torch.Tensor
+
+
+class Tiles(NamedTuple):
+    """Runs of rows of one expert, each computed by one program (times the tiles of columns).
+
+    Args:
+        tiles: `(3, bound)` int32: expert, first row, and which of `heights`. Behind the last tile the expert is -1.
+        tile_ends: `(E,)` int32, the tile behind each expert's last one.
+        heights: in descending order. Rows are cut by the first; the rest of an expert gets the least that holds it.
+    """
+
+    tiles: torch.Tensor
+    tile_ends: torch.Tensor
+    heights: tuple[int, ...]
+
+    @property
+    def bound(self) -> int:
+        return self.tiles.shape[1]
+
+
+@triton.jit
+def _load_ids(IDS, pair, num_pairs, NUM_EXPERTS: tl.constexpr):
+    """Expert ids; E for pairs that are not computed here, E + 1 behind the last pair."""
+    ids = tl.load(IDS + pair, mask=pair < num_pairs, other=0).to(tl.int32)
+    ids = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS)
+    return tl.where(pair < num_pairs, ids, NUM_EXPERTS + 1)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _count_kernel(IDS, COUNTS, num_pairs, NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
+    tl.store(COUNTS + tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS), tl.histogram(ids, BUCKETS))
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def _scan_kernel(
+    COUNTS, STARTS, ENDS, num_programs, NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Turns the counts of each program into the number of pairs before it, per expert, and totals into starts."""
+    bucket = tl.arange(0, BUCKETS)
+    carried = tl.zeros((BUCKETS,), tl.int32)
+    for first in range(0, num_programs, CHUNK):
+        program = first + tl.arange(0, CHUNK)
+        place = COUNTS + program[:, None] * BUCKETS + bucket[None, :]
+        is_there = (program < num_programs)[:, None]
+        counts = tl.load(place, mask=is_there, other=0)
+        before = tl.cumsum(counts, 0) - counts + carried[None, :]
+        tl.store(place, before, mask=is_there)
+        carried += tl.sum(counts, 0)
+    ends = tl.cumsum(carried, 0)
+    tl.store(STARTS + bucket, ends - carried)
+    tl.store(ENDS + bucket, ends, mask=bucket < NUM_EXPERTS)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _place_kernel(
+    IDS,
+    COUNTS,
+    STARTS,
+    PAIR_OF_ROW,
+    ROW_OF_PAIR,
+    num_pairs,
+    NUM_EXPERTS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    index = tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK + index
+    ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
+    row = tl.zeros((BLOCK,), tl.int32)
+    # number of pairs before each in the block that have the same expert
+    for first in range(0, BLOCK, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        other_ids = _load_ids(IDS, tl.program_id(0) * BLOCK + other, num_pairs, NUM_EXPERTS)
+        is_before = (other_ids[None, :] == ids[:, None]) & (other[None, :] < index[:, None])
+        row += tl.sum(is_before.to(tl.int32), 1)
+    row += tl.load(STARTS + ids) + tl.load(COUNTS + tl.program_id(0) * BUCKETS + ids)
+    tl.store(ROW_OF_PAIR + pair, row, mask=pair < num_pairs)
+    tl.store(PAIR_OF_ROW + row, pair, mask=pair < num_pairs)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _place_few_kernel(
+    IDS,
+    ENDS,
+    PAIR_OF_ROW,
+    ROW_OF_PAIR,
+    num_pairs,
+    NUM_EXPERTS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All of the above where one program holds all pairs."""
+    pair = tl.arange(0, BLOCK)
+    ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
+    is_same_before = (ids[None, :] == ids[:, None]) & (pair[None, :] < pair[:, None])
+    row = tl.sum(((ids[None, :] < ids[:, None]) | is_same_before).to(tl.int32), 1)
+    tl.store(ROW_OF_PAIR + pair, row, mask=pair < num_pairs)
+    tl.store(PAIR_OF_ROW + row, pair, mask=pair < num_pairs)
+    bucket = tl.arange(0, BUCKETS)
+    tl.store(ENDS + bucket, tl.cumsum(tl.histogram(ids, BUCKETS), 0), mask=bucket < NUM_EXPERTS)
+
+
+def _aligned(number: int) -> int:
+    """int32 numbers up to the next multiple of 16 bytes, where the next part may start."""
+    return number + -number % 4
+
+
+def routing_size(num_experts: int, num_pairs: int) -> int:
+    return _aligned(num_experts) + _aligned(num_pairs) + num_pairs
+
+
+def split_routing(ints: torch.Tensor, num_experts: int, num_pairs: int) -> RoutedRows:
+    """The parts of the one tensor that holds a routing."""
+    second, third = _aligned(num_experts), _aligned(num_experts) + _aligned(num_pairs)
+    return RoutedRows(ints[:num_experts], ints[second : second + num_pairs], ints[third:])
+
+
+def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
+    """Sorts the routed pairs by expert, stably.
+
+    Args:
+        top_k_index: `(T, K)` integer ids, contiguous; ids outside `[0, num_experts)` come last.
+        num_experts: E.
+    """
+    num_pairs, device = top_k_index.numel(), top_k_index.device
+    # one allocation: the caller's launches are many
+    ints = torch.empty(routing_size(num_experts, num_pairs), dtype=torch.int32, device=device)
+    rows = split_routing(ints, num_experts, num_pairs)
+    buckets = next_power_of_2(num_experts + 2)
+    sizes = {"NUM_EXPERTS": num_experts, "BUCKETS": buckets}
+    if num_pairs <= MOST_PAIRS_OF_ONE_PROGRAM:
+        block = max(16, next_power_of_2(num_pairs))
+        launch(_place_few_kernel, (1,), (top_k_index, *rows), (num_pairs,), **sizes, BLOCK=block)
+        return rows
+    programs = cdiv(num_pairs, PAIRS_PER_PROGRAM)
+    counts = torch.empty((programs + 1, buckets), dtype=torch.int32, device=device)
+    starts = counts[programs]
+    launch(_count_kernel, (programs,), (top_k_index, counts), (num_pairs,), **sizes, BLOCK=PAIRS_PER_PROGRAM)
+    chunk = max(1, min(next_power_of_2(programs), 8192 // buckets))
+    launch(_scan_kernel, (1,), (counts, starts, rows.ends), (programs,), num_warps=8, **sizes, CHUNK=chunk)
+    tensors = (top_k_index, counts, starts, rows.pair_of_row, rows.row_of_pair)
+    launch(_place_kernel, (programs,), tensors, (num_pairs,), num_warps=8, **sizes, BLOCK=PAIRS_PER_PROGRAM, CHUNK=32)
+    return rows
+
+
+@triton.jit(do_not_specialize=["bound"])
+def _tiles_kernel(
+    ENDS,
+    TILES,
+    TILE_ENDS,
+    bound,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.arange(0, EXPERTS)
+    is_expert = expert < NUM_EXPERTS
+    end = tl.load(ENDS + expert, mask=is_expert, other=0)
+    start = tl.load(ENDS + expert - 1, mask=is_expert & (expert > 0), other=0)
+    num_tiles = tl.where(is_expert, (end - start + HEIGHTS[0] - 1) // HEIGHTS[0], 0)
+    tile_end = tl.cumsum(num_tiles, 0)
+    if tl.program_id(0) == 0:
+        tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_mine = (tile[:, None] >= (tile_end - num_tiles)[None, :]) & (tile[:, None] < tile_end[None, :])
+    # exactly one expert is mine, or none behind the last tile: sums pick its values
+    my_expert = tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1) - 1
+    first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * HEIGHTS[0])[None, :], 0), 1) + tile * HEIGHTS[0]
+    left = tl.sum(tl.where(is_mine, end[None, :], 0), 1) - first
+    height = tl.zeros((BLOCK,), tl.int32)
+    for index in tl.static_range(1, len(HEIGHTS)):
+        height = tl.where(left <= HEIGHTS[index], index, height)
+    is_tile = tile < bound
+    tl.store(TILES + tile, my_expert, mask=is_tile)
+    tl.store(TILES + bound + tile, first, mask=is_tile)
+    tl.store(TILES + 2 * bound + tile, height, mask=is_tile)
+
+
+def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
+    """Cuts each expert's rows into tiles of the given heights, powers of two in descending order."""
+    num_experts, num_pairs = rows.ends.shape[0], rows.pair_of_row.shape[0]
+    bound = num_pairs // heights[0] + min(num_experts, num_pairs)
+    tiles = Tiles(
+        torch.empty((3, bound), dtype=torch.int32, device=rows.ends.device), torch.empty_like(rows.ends), heights
+    )
+    block = 32
+    launch(
+        _tiles_kernel,
+        (cdiv(bound, block),),
+        (rows.ends, tiles.tiles, tiles.tile_ends),
+        (bound,),
+        NUM_EXPERTS=num_experts,
+        EXPERTS=next_power_of_2(num_experts),
+        HEIGHTS=heights,
+        BLOCK=block,
+    )
+    return tiles
+
+
+@triton.jit
+def part_of_tile(TILES, ENDS, bound, PART: tl.constexpr, HEIGHT: tl.constexpr):
+    """Expert, first row, rows and whether each is there, and whether any is, of `PART` rows of a tile."""
+    PARTS: tl.constexpr = (HEIGHT + PART - 1) // PART
+    tile = tl.program_id(0) // PARTS
+    expert = tl.load(TILES + tile)
+    start = tl.load(TILES + bound + tile)
+    end = tl.minimum(tl.load(ENDS + expert, mask=expert >= 0, other=0), start + HEIGHT)
+    start += (tl.program_id(0) % PARTS) * PART
+    row = start + tl.arange(0, PART)
+    return expert, start, row, row < end, (expert >= 0) & (start < end)

@@ -1,0 +1,100 @@
+"""Which tiles a grouped product is cut into, by what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_TABLES = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class GemmTiles:
+    """Shape of the tiles of a grouped product, and how it gets at a packed weight.
+
+    Args:
+        heights: numbers of rows, powers of two in descending order (`cut_tiles`).
+        tile_n: columns of the result.
+        tile_k: step along the contraction.
+        num_warps: of 32 threads.
+        num_stages: loads in flight.
+        weight_left: compute the transposed product, in which the weight is the left operand.
+        decode_first: decode into a 16-bit workspace and multiply from there, instead of inside the product.
+    """
+
+    heights: tuple[int, ...]
+    tile_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    weight_left: bool
+    decode_first: bool
+
+
+SAFE_TILES = GemmTiles(
+    heights=(64, 16), tile_n=64, tile_k=32, num_warps=4, num_stages=2, weight_left=False, decode_first=True
+)
+"""For a GPU that nobody has measured, and for fp32: fits everywhere, and asks least of the compiler."""
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """What was measured on one device.
+
+    Args:
+        device: its name.
+        entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is `packed` or `dense` and
+            along says whether the contraction runs along the stored `columns` or `rows`.
+    """
+
+    device: str
+    entries: tuple[tuple[str, str, float, GemmTiles], ...]
+
+    def choose(self, is_packed: bool, along_columns: bool, rows_per_expert: float) -> GemmTiles:
+        wanted = ("packed" if is_packed else "dense", "columns" if along_columns else "rows")
+        return next(
+            tiles
+            for weight, along, most_rows, tiles in self.entries
+            if (weight, along) == wanted and rows_per_expert <= most_rows
+        )
+
+
+@cache
+def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
+    """The measurements for a compute capability, None where there are none."""
+    path = _TABLES / f"sm{capability[0]}{capability[1]}.json"
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    entries = []
+    for entry in data["entries"]:
+        most_rows = entry["rows_per_expert"]
+        tiles = GemmTiles(**{**entry["tiles"], "heights": tuple(entry["tiles"]["heights"])})
+        entries.append((entry["weight"], entry["along"], float("inf") if most_rows is None else most_rows, tiles))
+    return TuningTable(data["device"], tuple(entries))
+
+
+@cache
+def _table_of(device: torch.device) -> TuningTable | None:
+    return tuning_table(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def tuned_for(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The GPU whose measurements are used, None where the safe tiles are."""
+    table = _table_of(device) if dtype.itemsize == 2 else None
+    return None if table is None else table.device
+
+
+@cache
+def choose_tiles(
+    device: torch.device, dtype: torch.dtype, is_packed: bool, along_columns: bool, rows_per_expert: float
+) -> GemmTiles:
+    """The tiles for one product; `rows_per_expert` is the mean, all that is known without asking the device."""
+    table = _table_of(device) if dtype.itemsize == 2 else None
+    if table is None:
+        return SAFE_TILES
+    return table.choose(is_packed, along_columns, rows_per_expert)

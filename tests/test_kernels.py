@@ -1,0 +1,514 @@
+"""Each kernel against plain torch: in Triton's interpreter where there is no GPU, in fp32 either way.
+
+The sizes are ragged on purpose: experts without rows and with rows for several tiles, ids of other ranks, features
+that are no multiples of a tile or of a quantization block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import gelu, silu
+
+from peft_moe_qlora.ops import Factors, Gate, LowRank, packed_weight, reference
+from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack, Stack
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from peft_moe_qlora.ops import fused_steps
+from peft_moe_qlora.ops.fused_experts import fused_experts
+from peft_moe_qlora.ops.kernels.combine import combine
+from peft_moe_qlora.ops.kernels.decode import code_table, decode
+from peft_moe_qlora.ops.kernels.gate import apply_gate, gate_backward
+from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
+from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
+from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
+from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = 1e-5  # relative L2 error, fp32 against fp32
+
+NF4 = FourBitFormat("nf4", 64)
+GATES = [
+    Gate("silu"),
+    Gate("silu", interleaved=True),
+    Gate("gelu_tanh"),
+    Gate("clamped_silu", limit=0.5),
+    Gate("swiglu_oai", interleaved=True, limit=0.7, alpha=1.702),
+    Gate("swiglu_oai", limit=0.7, alpha=1.702),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, limit: float = TOLERANCE) -> None:
+    assert found.shape == expected.shape
+    error = relative_error(found, expected)
+    assert error <= limit, f"relative error {error:.1e}"
+
+
+def random_stack(shape: tuple[int, int, int], transposed: bool, storage: FourBitFormat | None) -> Stack:
+    weight = torch.randn(shape, device=DEVICE) * 0.2
+    return (
+        DenseStack(weight, transposed) if storage is None else QuantizedStack.from_dense(weight, transposed, storage)
+    )
+
+
+def random_ids(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
+    """Distinct ids per token; the first expert is never chosen, and `num_experts` is one of another rank."""
+    if num_experts == 1:
+        return torch.zeros(num_tokens, top_k, dtype=torch.long, device=DEVICE)
+    scores = torch.rand(num_tokens, num_experts, device=DEVICE)
+    return torch.topk(scores, top_k).indices + 1
+
+
+def reference_gate(x: torch.Tensor, gate: Gate) -> torch.Tensor:
+    g, u = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, -1)
+    if gate.kind == "silu":
+        return silu(g) * u
+    if gate.kind == "gelu_tanh":
+        return gelu(g, approximate="tanh") * u
+    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
+    return silu(g) * u if gate.kind == "clamped_silu" else (u + 1) * g * torch.sigmoid(gate.alpha * g)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 300, 1500])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (6, 2), (129, 8)])
+def test_pairs_are_sorted_stably(num_tokens: int, num_experts: int, top_k: int) -> None:
+    # from -1 to E - 2: some that are no ids, and a last expert without rows
+    ids = random_ids(num_tokens, top_k, num_experts) - 2
+    rows = sort_pairs(ids, num_experts)
+    flat = torch.where(ids.flatten() < 0, num_experts, ids.flatten())
+    expected = torch.sort(flat, stable=True).indices.int()
+    assert torch.equal(rows.pair_of_row, expected)
+    assert torch.equal(rows.row_of_pair[expected.long()], torch.arange(flat.numel(), device=DEVICE, dtype=torch.int32))
+    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    assert torch.equal(rows.ends, counts.cumsum(0).int())
+
+
+@pytest.mark.parametrize("heights", [(16,), (32, 16), (128, 64, 16)])
+def test_tiles_cover_every_row_once(heights: tuple[int, ...]) -> None:
+    ids = random_ids(200, 3, 7)
+    ids[:150, 0] = 2
+    rows = sort_pairs(ids, 7)
+    tiles = cut_tiles(rows, heights)
+    seen = torch.zeros(ids.numel(), dtype=torch.int32)
+    ends = rows.ends.tolist()
+    entries = tiles.tiles.T.tolist()
+    num_tiles = tiles.tile_ends[-1].item()
+    assert all(expert == -1 for expert, _, _ in entries[num_tiles:])
+    for expert, start, choice in entries[:num_tiles]:
+        end = min(start + heights[0], ends[expert])
+        assert (ends[expert - 1] if expert else 0) <= start < end <= start + heights[choice]
+        assert all(end - start > height for height in heights[choice + 1 :]), "a lower tile would do"
+        seen[start:end] += 1
+    assert torch.equal(seen, (torch.arange(ids.numel()) < ends[-1]).int())
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 7, 5), (1, 6, 100), (5, 9, 40)], ids=str)
+@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 32, True), FourBitFormat("nf4", 128, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_decoding_is_bit_for_bit_that_of_the_stack(
+    shape: tuple[int, int, int], storage: FourBitFormat, dtype: torch.dtype
+) -> None:
+    stack = random_stack(shape, False, storage)
+    assert torch.equal(decode(packed_weight(stack), 0, shape[0], dtype), stack.decode(dtype))
+    assert torch.equal(decode(packed_weight(stack), shape[0] - 1, 1, dtype), stack.decode(dtype)[-1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_permutes_look_up_the_same_table_as_selects(storage: FourBitFormat, dtype: torch.dtype) -> None:
+    # absmax of 1, so that codes come out as they are
+    weight = torch.ones(1, 4, 64, device=DEVICE)
+    weight[:, :, 1:] = torch.linspace(-1, 1, 63, device=DEVICE)
+    stack = QuantizedStack.from_dense(weight, False, storage)
+    assert code_table(storage.quant_type, dtype, True).assembly
+    eye = torch.eye(64, device=DEVICE, dtype=dtype)
+    ids = torch.zeros(64, 1, dtype=torch.long, device=DEVICE)
+    rows = sort_pairs(ids, 1)
+    tuned = GemmTiles((64,), 16, 64, 4, 2, False, False)
+    out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, (64,)), tuned)
+    assert_close(out.T, stack.decode(torch.float32)[0], 4 * torch.finfo(dtype).eps)
+
+
+TILES = [
+    GemmTiles((32, 16), 32, 64, 4, 2, weight_left=False, decode_first=False),
+    GemmTiles((16,), 64, 32, 4, 2, weight_left=True, decode_first=False),
+    GemmTiles((32, 16), 32, 64, 4, 2, weight_left=True, decode_first=True),
+    SAFE_TILES,
+]
+
+
+@pytest.mark.parametrize("tuned", TILES, ids=lambda t: f"{'left' if t.weight_left else 'right'}-{t.decode_first}")
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "storage"),
+    [
+        ((4, 64, 128), NF4),
+        ((3, 72, 96), FourBitFormat("fp4", 32, True)),
+        ((3, 70, 128), FourBitFormat("nf4", 128)),
+        ((3, 40, 24), NF4),
+        ((3, 7, 5), None),
+    ],
+    ids=str,
+)
+def test_grouped_product(
+    tuned: GemmTiles,
+    for_input_gradient: bool,
+    transposed: bool,
+    shape: tuple[int, int, int],
+    storage: FourBitFormat | None,
+) -> None:
+    stack = random_stack(shape, transposed, storage)
+    weight = packed_weight(stack)
+    num_experts = shape[0]
+    ids = random_ids(37, 2, num_experts)
+    rows = sort_pairs(ids, num_experts)
+    tiles = cut_tiles(rows, tuned.heights)
+    matrices = stack.decode(torch.float32)
+    if transposed == for_input_gradient:
+        matrices = matrices.transpose(1, 2)  # now (E, K, N)
+    tokens = torch.randn(37, matrices.shape[1], device=DEVICE)
+    term = LowRankTerm(
+        torch.randn(74, 5, device=DEVICE), torch.randn(num_experts, matrices.shape[2], 5, device=DEVICE)
+    )
+    bias = torch.randn(num_experts, matrices.shape[2], device=DEVICE)
+    out = grouped_gemm(
+        Rows(tokens, rows.pair_of_row, 2), weight, for_input_gradient, rows.ends, tiles, tuned, term, bias
+    )
+    num_rows = rows.ends[-1]
+    expert = ids.flatten()[rows.pair_of_row.long()][:num_rows]
+    x = tokens[rows.pair_of_row.long() // 2][:num_rows]
+    expected = torch.einsum("sk,skn->sn", x, matrices[expert]) + bias[expert]
+    expected += torch.einsum("sr,snr->sn", term.reduced[:num_rows], term.factor[expert])
+    assert_close(out[:num_rows], expected)
+
+
+def test_a_workspace_for_some_experts_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = random_stack((7, 32, 64), False, NF4)
+    rows = sort_pairs(random_ids(40, 3, 7), 7)
+    x = torch.randn(120, 64, device=DEVICE)
+    tuned = GemmTiles((32, 16), 32, 32, 4, 2, weight_left=False, decode_first=True)
+    arguments = (Rows(x), packed_weight(stack), False, rows.ends, cut_tiles(rows, tuned.heights), tuned)
+    at_once = grouped_gemm(*arguments)
+    monkeypatch.setattr("peft_moe_qlora.ops.kernels.grouped_gemm.WORKSPACE_BYTES", 3 * 32 * 64 * 4)
+    in_groups = grouped_gemm(*arguments)
+    assert torch.equal(at_once[: rows.ends[-1]], in_groups[: rows.ends[-1]])
+
+
+@pytest.mark.parametrize("rank", [1, 16, 37])
+def test_rows_down_to_the_rank_and_back(rank: int) -> None:
+    num_experts, features = 5, 150
+    ids = random_ids(60, 2, num_experts)
+    rows = sort_pairs(ids, num_experts)
+    tokens = torch.randn(60, features, device=DEVICE)
+    weights = torch.rand(60, 2, device=DEVICE)
+    A = torch.randn(num_experts, rank, features, device=DEVICE)
+    gathered = Rows(tokens, rows.pair_of_row, 2)
+    reduced = reduce_rows(gathered, A.transpose(1, 2), 0.5, rows.ends, cut_tiles(rows, (32, 16)))
+    num_rows = rows.ends[-1]
+    pair = rows.pair_of_row[:num_rows].long()
+    expert, x = ids.flatten()[pair], tokens[pair // 2]
+    assert_close(reduced[:num_rows], 0.5 * torch.einsum("sk,srk->sr", x, A[expert]))
+
+    reduced[num_rows:] = float("nan")  # rows of no expert must not be read
+    found = torch.full((num_experts, rank, features), float("nan"), device=DEVICE)
+    factor_gradient(gathered, reduced, rows.ends, found.transpose(1, 2), weights=weights)
+    outer = (reduced[:num_rows] * weights.flatten()[pair, None])[:, :, None] * x[:, None, :]
+    expected = torch.zeros_like(found).index_add_(0, expert, outer)
+    assert_close(found, expected)
+    assert torch.equal(found[0], torch.zeros_like(found[0])), "an expert without rows has no gradient"
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("columns", [24, 130, 700])
+def test_gates_and_their_gradients(gate: Gate, columns: int) -> None:
+    ids = random_ids(9, 2, 4)
+    rows = sort_pairs(ids, 4)
+    num_rows = rows.ends[-1]
+    x = torch.randn(18, 2 * columns, device=DEVICE, requires_grad=True)
+    expected = reference_gate(x, gate)
+    assert_close(apply_gate(x.detach(), gate), expected)
+
+    weights = torch.rand(9, 2, device=DEVICE)
+    grad, row_term = torch.randn(18, columns, device=DEVICE), torch.randn(18, device=DEVICE)
+    by_row = weights.flatten()[rows.pair_of_row.long(), None]
+    (expected_grad,) = torch.autograd.grad(expected, x, by_row * grad)
+    dots = (expected * grad).sum(1) + row_term
+    dots[num_rows:] = 0
+    expected_weights = torch.empty(18, device=DEVICE)
+    expected_weights[rows.pair_of_row.long()] = dots
+    overwritten = grad.clone()
+    found, found_weights = gate_backward(x.detach(), overwritten, weights, gate, rows, row_term, keeps_value=True)
+    assert_close(found, expected_grad)
+    assert_close(found_weights.flatten(), expected_weights)
+    assert_close(overwritten, expected)
+
+
+@pytest.mark.parametrize("columns", [3, 70, 1500])
+def test_combining_skips_pairs_of_other_ranks(columns: int) -> None:
+    ids = random_ids(11, 3, 4)
+    rows = sort_pairs(ids, 4)
+    x = torch.randn(33, columns, device=DEVICE)
+    x[rows.ends[-1] :] = float("nan")
+    weights = torch.rand(11, 3, device=DEVICE)
+    by_pair = x[rows.row_of_pair.long()].nan_to_num().view(11, 3, columns)
+    assert_close(combine(x, weights, rows, 11, 3, torch.float32), (by_pair * weights[..., None]).sum(1))
+    assert_close(combine(x, None, rows, 11, 3, torch.float32), by_pair.sum(1))
+
+
+def run_layer(
+    num_tokens: int,
+    top_k: int,
+    stacks: tuple[Stack, Stack],
+    gate: Gate,
+    rank: int,
+    has_bias: bool,
+    dtype: torch.dtype,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Output and all gradients of the fused layer, each beside that of plain torch in fp32."""
+    up, down = stacks
+    num_experts, hidden, intermediate = up.num_experts, up.in_features, down.in_features
+
+    def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (torch.randn(*shape, device=DEVICE) * scale).to(dtype).requires_grad_()
+
+    ids = random_ids(num_tokens, top_k, num_experts)
+    x = leaf(num_tokens, hidden, dtype=dtype)
+    weights = torch.rand(num_tokens, top_k, device=DEVICE, requires_grad=True)
+    factors = []
+    if rank:
+        shapes = ((rank, hidden), (2 * intermediate, rank), (rank, intermediate), (hidden, rank))
+        factors = [leaf(num_experts, *shape, scale=0.3) for shape in shapes]
+    bias = [leaf(num_experts, n, scale=0.1).detach() for n in (2 * intermediate, hidden)] if has_bias else [None, None]
+    grad = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    terms = [Factors(*factors[:2], 0.7), Factors(*factors[2:], 1.3)] if rank else [None, None]
+    out = fused_experts(x, ids, weights, packed_weight(up), packed_weight(down), gate, *terms, *bias)
+    inputs = [x, weights, *factors]
+    found = [out, *torch.autograd.grad(out, inputs, grad)]
+
+    x_reference = x.detach().float().requires_grad_()
+    rows, expert = x_reference.repeat_interleave(top_k, 0), ids.flatten()
+    low_rank = [[LowRank(*factors[:2], 0.7)], [LowRank(*factors[2:], 1.3)]] if rank else [(), ()]
+    inner = reference_gate(reference.linear(rows, expert, up, bias[0], low_rank[0]), gate)
+    pairs = reference.linear(inner, expert, down, bias[1], low_rank[1]).view(num_tokens, top_k, hidden)
+    expected_out = (pairs * weights[..., None]).sum(1)
+    expected = [
+        expected_out,
+        *torch.autograd.grad(expected_out, [x_reference, *inputs[1:]], grad.float(), allow_unused=True),
+    ]
+    return list(zip(found, expected))
+
+
+CASES = {
+    # tokens, K, hidden, intermediate, E, transposed, storage, gate, rank, bias
+    "plain": (5, 2, 64, 64, 4, False, NF4, Gate("silu"), 4, False),
+    "no adapter": (5, 2, 128, 64, 4, True, NF4, Gate("silu"), 0, False),
+    "nested, biases": (7, 2, 128, 64, 3, False, FourBitFormat("fp4", 32, True), Gate("gelu_tanh"), 3, True),
+    "transposed": (7, 2, 128, 64, 3, True, FourBitFormat("nf4", 128), GATES[4], 3, True),
+    "16-bit": (7, 2, 40, 24, 3, True, None, GATES[3], 3, True),
+    "unaligned blocks": (7, 2, 40, 24, 3, False, NF4, GATES[1], 3, False),
+    "one of each": (1, 1, 40, 24, 1, False, None, Gate("silu"), 1, False),
+    "square": (6, 2, 64, 32, 3, True, NF4, Gate("silu"), 2, False),
+    "many rows, high rank": (90, 4, 64, 32, 5, False, NF4, Gate("silu"), 20, False),
+    "more pairs than one program sorts": (150, 2, 64, 32, 3, False, NF4, Gate("silu"), 3, False),
+}
+
+
+@pytest.mark.parametrize("tuned", TILES, ids=lambda t: f"{'left' if t.weight_left else 'right'}-{t.decode_first}")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_layer_and_all_gradients(case: tuple, tuned: GemmTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_tokens, top_k, hidden, intermediate, num_experts, transposed, storage, gate, rank, has_bias = case
+
+    monkeypatch.setattr(fused_steps, "choose_tiles", lambda *_: tuned)
+    shapes = ((2 * intermediate, hidden), (hidden, intermediate))
+    stacks = tuple(
+        random_stack((num_experts, *(shape[::-1] if transposed else shape)), transposed, storage) for shape in shapes
+    )
+    for found, expected in run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32):
+        assert_close(found, torch.zeros_like(found) if expected is None else expected)
+
+
+def test_what_is_not_needed_is_not_computed() -> None:
+    stacks = random_stack((3, 64, 64), False, NF4), random_stack((3, 64, 32), False, NF4)
+    weights = [packed_weight(stack) for stack in stacks]
+    x = torch.randn(4, 64, device=DEVICE)
+    ids, top_k_weights = random_ids(4, 2, 3), torch.rand(4, 2, device=DEVICE)
+    factors = [
+        torch.randn(3, *shape, device=DEVICE, requires_grad=True) for shape in ((2, 64), (64, 2), (2, 32), (64, 2))
+    ]
+    terms = Factors(*factors[:2], 1.0), Factors(*factors[2:], 1.0)
+    fused_experts(x, ids, top_k_weights, *weights, Gate("silu"), *terms).sum().backward()
+    assert x.grad is None
+    assert all(factor.grad is not None for factor in factors)
+    frozen = [Factors(A.detach(), B.detach(), scaling) for A, B, scaling in terms]
+    x.requires_grad_()
+    fused_experts(x, ids, top_k_weights, *weights, Gate("silu"), *frozen).sum().backward()
+    assert x.grad is not None
+
+
+def test_equal_inputs_give_equal_bits() -> None:
+    stacks = random_stack((3, 64, 64), False, NF4), random_stack((3, 64, 32), False, NF4)
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        runs.append([found for found, _ in run_layer(40, 2, stacks, Gate("silu"), 3, False, torch.float32)])
+    for again in runs[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(runs[0], again))
+
+
+def test_every_measured_table_has_an_answer_for_every_question() -> None:
+    table = tuning_table((9, 0))
+    for is_packed in (False, True):
+        for along_columns in (False, True):
+            for rows_per_expert in (1 / 512, 1.0, 33.3, 1e9):
+                tiles = table.choose(is_packed, along_columns, rows_per_expert)
+                sizes = (*tiles.heights, tiles.tile_n, tiles.tile_k)
+                assert all(size >= 16 and math.log2(size).is_integer() for size in sizes)
+                assert list(tiles.heights) == sorted(tiles.heights, reverse=True)
+    assert tuning_table((1, 0)) is None
+
+
+def test_unmeasured_devices_and_fp32_get_safe_tiles() -> None:
+    assert choose_tiles(torch.device("cpu"), torch.bfloat16, True, True, 1.0) is SAFE_TILES
+    assert choose_tiles(DEVICE, torch.float32, True, True, 1.0) is SAFE_TILES
+
+
+REAL_SHAPES = {
+    "Qwen3-30B-A3B": (128, 2048, 768, 8),
+    "gpt-oss-20b": (32, 2880, 2880, 4),
+    "Mixtral 8x7B": (8, 4096, 1792, 2),  # an eighth of its width
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64, True), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 16, 300, 3000])
+@pytest.mark.parametrize("shape", REAL_SHAPES.values(), ids=REAL_SHAPES.keys())
+def test_real_shapes_in_16_bits(
+    shape: tuple[int, int, int, int], num_tokens: int, dtype: torch.dtype, storage: FourBitFormat | None
+) -> None:
+    num_experts, hidden, intermediate, top_k = shape
+    transposed = hidden == intermediate
+    shapes = ((2 * intermediate, hidden), (hidden, intermediate))
+    stacks = []
+    for rows, columns in (shape[::-1] if transposed else shape for shape in shapes):
+        weight = torch.randn(num_experts, rows, columns, device=DEVICE, dtype=dtype) * 0.02
+        stack = DenseStack(weight, transposed)
+        stacks.append(stack if storage is None else QuantizedStack.from_dense(weight, transposed, storage))
+    limit = 6e-3 if dtype == torch.bfloat16 else 1.5e-3
+    # one token says little: its error is that of a few numbers
+    runs = [run_layer_by_expert(num_tokens, top_k, tuple(stacks), dtype) for _ in range(8 if num_tokens == 1 else 1)]
+    for pairs in zip(*runs):
+        found, expected = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+        assert_close(found, expected, limit)
+
+
+def run_layer_by_expert(
+    num_tokens: int, top_k: int, stacks: tuple[Stack, Stack], dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As `run_layer`, with one expert of the reference in memory at a time."""
+    up, down = stacks
+    num_experts, hidden, intermediate, rank = up.num_experts, up.in_features, down.in_features, 8
+    shapes = ((rank, hidden), (2 * intermediate, rank), (rank, intermediate), (hidden, rank))
+    factors = [(torch.randn(num_experts, *shape, device=DEVICE) * 0.02).requires_grad_() for shape in shapes]
+    x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype).requires_grad_()
+    scores, ids = torch.topk(torch.randn(num_tokens, num_experts, device=DEVICE), top_k)
+    weights = torch.softmax(scores, -1).requires_grad_()
+    grad = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    terms = Factors(*factors[:2], 2.0), Factors(*factors[2:], 2.0)
+    out = fused_experts(x, ids, weights, packed_weight(up), packed_weight(down), Gate("silu"), *terms)
+    found = [out, *torch.autograd.grad(out, [x, weights, *factors], grad)]
+
+    inputs = [tensor.detach().float().requires_grad_() for tensor in (x, weights, *factors)]
+    x, weights, A_up, B_up, A_down, B_down = inputs
+    expected = torch.zeros(num_tokens, hidden, device=DEVICE)
+    for expert in range(num_experts):
+        token, choice = torch.where(ids == expert)
+        if not token.numel():
+            continue
+        W_up, W_down = (stack.decode_expert(expert, torch.float32) for stack in stacks)
+        if up.is_transposed:
+            W_up, W_down = W_up.T, W_down.T
+        inner = x[token] @ (W_up + 2 * B_up[expert] @ A_up[expert]).T
+        gated = reference_gate(inner, Gate("silu"))
+        rows = gated @ (W_down + 2 * B_down[expert] @ A_down[expert]).T
+        expected = expected.index_add(0, token, rows * weights[token, choice, None])
+    return list(zip(found, [expected, *torch.autograd.grad(expected, inputs, grad.float())]))
+
+
+@pytest.mark.gpu
+def test_under_torch_compile_without_a_graph_break() -> None:
+    stacks = random_stack((4, 64, 64), False, NF4), random_stack((4, 64, 32), False, NF4)
+    weights = [packed_weight(stack) for stack in stacks]
+    ids = random_ids(20, 2, 4)
+
+    def layer(x: torch.Tensor, top_k_weights: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        terms = Factors(*factors[:2], 0.5), Factors(*factors[2:], 2.0)
+        return fused_experts(x * 2, ids, top_k_weights, *weights, Gate("silu"), *terms) + 1
+
+    inputs = [torch.randn(20, 64, device=DEVICE), torch.rand(20, 2, device=DEVICE)]
+    inputs += [torch.randn(4, *shape, device=DEVICE) for shape in ((3, 64), (64, 3), (3, 32), (64, 3))]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    grad = torch.randn(20, 64, device=DEVICE)
+    expected = layer(*inputs)
+    expected_grads = torch.autograd.grad(expected, inputs, grad)
+    found = torch.compile(layer, fullgraph=True)(*inputs)
+    found_grads = torch.autograd.grad(found, inputs, grad)
+    for a, b in zip([found, *found_grads], [expected, *expected_grads]):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_gradient_checkpointing_and_autocast(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    stacks = random_stack((4, 64, 64), False, NF4), random_stack((4, 64, 32), False, NF4)
+    weights = [packed_weight(stack) for stack in stacks]
+    ids, top_k_weights = random_ids(20, 2, 4), torch.rand(20, 2, device=DEVICE, requires_grad=True)
+    x = torch.randn(20, 64, device=DEVICE, requires_grad=True)
+
+    def layer(x: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        return fused_experts(x, ids, top_k_weights, *weights, Gate("silu"))
+
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        plain = torch.autograd.grad(layer(x, top_k_weights).sum(), [x, top_k_weights])
+        again = checkpoint(layer, x, top_k_weights, use_reentrant=use_reentrant)
+    again.sum().backward()
+    assert torch.equal(x.grad, plain[0])
+    assert torch.equal(top_k_weights.grad, plain[1])
+
+
+@pytest.mark.gpu
+def test_capture_in_a_cuda_graph_and_replay_with_other_routing() -> None:
+    stacks = random_stack((4, 64, 64), False, NF4), random_stack((4, 64, 32), False, NF4)
+    weights = [packed_weight(stack) for stack in stacks]
+    x, ids, top_k_weights = (
+        torch.randn(600, 64, device=DEVICE),
+        random_ids(600, 2, 4),
+        torch.rand(600, 2, device=DEVICE),
+    )
+    fused_experts(x, ids, top_k_weights, *weights, Gate("silu"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused_experts(x, ids, top_k_weights, *weights, Gate("silu"))
+    ids.copy_(random_ids(600, 2, 4))
+    ids[:400] = 3
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, fused_experts(x, ids, top_k_weights, *weights, Gate("silu")))
