@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from .fused_op import experts_op
 from .fused_steps import Forward, experts_backward, experts_forward
 from .kernels.launch import device_of
-from .kernels.schedule import RoutedRows
 from .operands import Factors, Gate, PackedWeight, as_factors
 
 
@@ -47,22 +46,22 @@ class _FusedExperts(torch.autograd.Function):
             gate,
         )
         ctx.static = static
-        ctx.save_for_backward(
-            hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *result[1:4], *result.rows
-        )
+        # neither inputs nor outputs: where the rows are, and how they are cut
+        ctx.planner = result.planner
+        ctx.save_for_backward(hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *result[1:4])
         return result.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple:
         up, down, gate, up_scaling, down_scaling = ctx.static
-        hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *saved, a, b, c = ctx.saved_tensors
+        hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *saved = ctx.saved_tensors
         with device_of(hidden_states):
             grads = experts_backward(
                 grad_out.contiguous(),
                 hidden_states,
                 top_k_weights,
-                Forward(grad_out, *saved, RoutedRows(a, b, c)),
+                Forward(grad_out, *saved, ctx.planner),
                 up,
                 down,
                 as_factors(up_A, up_B, up_scaling),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_steps import Forward, experts_backward, experts_forward
+from .fused_steps import Forward, Planner, experts_backward, experts_forward
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
 from .operands import Factors, Gate, PackedWeight, as_factors
@@ -66,8 +66,7 @@ def _experts_op(
         result.gate_input,
         _or_empty(result.up_reduced, result.out),
         _or_empty(result.down_reduced, result.out),
-        # the three were cut out of one tensor
-        result.rows.ends._base,
+        result.planner.rows.whole,
     )
 
 
@@ -119,7 +118,7 @@ def _experts_backward_op(
             grad_out.contiguous(),
             hidden_states.contiguous(),
             top_k_weights.contiguous(),
-            Forward(grad_out, gate_input, up_reduced, down_reduced, rows),
+            Forward(grad_out, gate_input, up_reduced, down_reduced, Planner(rows, hidden_states.dtype)),
             _weight(up, up_shape, is_transposed, up_quant_type),
             _weight(down, down_shape, is_transposed, down_quant_type),
             as_factors(up_A, up_B, scalings[0]),
@@ -140,26 +139,27 @@ def _(grad_out, hidden_states, top_k_weights, gate_input, up_reduced, down_reduc
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     (hidden_states, _, top_k_weights, up_A, up_B, down_A, down_B, _, down_bias, up, down, *static) = inputs
-    ctx.save_for_backward(hidden_states, top_k_weights, *output[1:], up_A, up_B, down_A, down_B, down_bias)
+    optional = (up_A, up_B, down_A, down_B, down_bias)
+    ctx.is_given = [tensor is not None for tensor in optional]
+    given = [tensor for tensor in optional if tensor is not None]
+    ctx.save_for_backward(hidden_states, top_k_weights, *output[1:], *given)
     # frozen, and shared by every step: not activations
     ctx.up, ctx.down, ctx.static = up, down, static
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.has_factors = (up_A is not None, down_A is not None)
 
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple:
-    grads = _experts_backward_op(grad_out, *ctx.saved_tensors, ctx.up, ctx.down, *ctx.static)
-    grad_hidden_states, grad_weights, up_A, up_B, down_A, down_B = grads
-    has_up, has_down = ctx.has_factors
+    tensors = list(ctx.saved_tensors)
+    given = iter(tensors[6:])
+    optional = [next(given) if is_given else None for is_given in ctx.is_given]
+    grads = _experts_backward_op(grad_out, *tensors[:6], *optional, ctx.up, ctx.down, *ctx.static)
+    factor_grads = [grad if is_given else None for grad, is_given in zip(grads[2:], ctx.is_given)]
     return (
-        grad_hidden_states,
+        grads[0],
         None,
-        grad_weights,
-        up_A if has_up else None,
-        up_B if has_up else None,
-        down_A if has_down else None,
-        down_B if has_down else None,
+        grads[1],
+        *factor_grads,
         None,
         None,
         [None] * len(ctx.up),

@@ -73,7 +73,7 @@ class Forward(NamedTuple):
     gate_input: torch.Tensor
     up_reduced: torch.Tensor | None
     down_reduced: torch.Tensor | None
-    rows: RoutedRows
+    planner: Planner
 
 
 def experts_forward(
@@ -110,7 +110,7 @@ def experts_forward(
     down_rows = _product(planner, Rows(gated), down, False, down_term, down_bias)
     del gated
     out = combine(down_rows, top_k_weights, rows, num_tokens, top_k, hidden_states.dtype)
-    return Forward(out, gate_input, _reduced(term), _reduced(down_term), rows)
+    return Forward(out, gate_input, _reduced(term), _reduced(down_term), planner)
 
 
 def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:
@@ -142,8 +142,8 @@ def experts_backward(
 ) -> Gradients:
     """The gradients of what is not frozen; `grad_out (T, H)` contiguous."""
     num_tokens, top_k = top_k_weights.shape
-    rows = saved.rows
-    planner = Planner(rows, hidden_states.dtype)
+    planner = saved.planner
+    rows = planner.rows
     grad_tokens = Rows(grad_out, rows.pair_of_row, top_k)
 
     term = None

@@ -23,7 +23,7 @@ class CodeTable(NamedTuple):
 
     Args:
         values: the 16 values, for the portable way: a chain of selects.
-        assembly: PTX that maps four bytes to eight numbers; "" for the portable way.
+        assembly: PTX that maps four bytes to eight numbers, in 16 bits times two scales; "" for the portable way.
         scale: what the values were multiplied by; the scales of the blocks have to be divided by it.
     """
 
@@ -32,9 +32,9 @@ class CodeTable(NamedTuple):
     scale: float
 
 
-_SCALES = {("nf4", torch.bfloat16): 1.43672}
+_SCALES = {("nf4", torch.bfloat16): 1.43672, ("fp4", torch.bfloat16): 1.03125}
 """Factors in [1, 2) by which a table rounds with the least error, weighted by how often Gaussian weights use each
-code: for NF4 in bfloat16 0.08 % instead of 0.14 %. (FP4 is best left as it is.)"""
+code: for NF4 in bfloat16 0.08 % instead of 0.14 %, for FP4 nothing instead of 0.13 %."""
 
 
 @cache
@@ -46,18 +46,23 @@ def code_table(quant_type: str, dtype: torch.dtype, on_nvidia: bool) -> CodeTabl
     if on_nvidia:
         as_int = torch.int32 if dtype == torch.float32 else torch.int16
         patterns = [pattern & (1 << 8 * dtype.itemsize) - 1 for pattern in values.view(as_int).tolist()]
-        assembly = _permute_assembly(patterns, dtype.itemsize)
+        assembly = _permute_assembly(patterns, {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}.get(dtype))
     return CodeTable(tuple(values.tolist()), assembly, scale)
 
 
-def _permute_assembly(patterns: list[int], itemsize: int) -> str:
-    """PTX that looks up 8 codes in a table of 16 patterns of two or four bytes without touching memory.
+def _permute_assembly(patterns: list[int], packed_type: str | None) -> str:
+    """PTX that looks up 8 codes in a table of 16 patterns without touching memory.
+
+    With a `packed_type` the patterns have two bytes, and the numbers are multiplied by `high + low`, two scales of the
+    same type that come as further operands, with one rounding: `fma(number, high, number * low)`. Without, the
+    patterns have four bytes.
 
     `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
     The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
     first eight entries, one in its last eight, and a third picks between the two by each code's top bit. That is
     done for each byte of the patterns; the last permutes put the bytes together.
     """
+    itemsize = 2 if packed_type else 4
     planes = [[pattern >> 8 * byte & 0xFF for pattern in patterns] for byte in range(itemsize)]
 
     def word(plane: list[int], first: int) -> str:
@@ -75,13 +80,17 @@ def _permute_assembly(patterns: list[int], itemsize: int) -> str:
                 f"prmt.b32 {found}, {found}l, {found}h, h{half};",
             ]
     # of each byte the high nibble comes first: found are codes 1, 0, 3, 2
-    if itemsize == 2:
-        lines += [
-            "prmt.b32 $0, a0, a1, 0x7351;",
-            "prmt.b32 $1, b0, b1, 0x7351;",
-            "prmt.b32 $2, a0, a1, 0x6240;",
-            "prmt.b32 $3, b0, b1, 0x6240;",
-        ]
+    if packed_type:
+        names += ["n", "p", "zero"]
+        # minus zero, which leaves every product as it is
+        lines.append("mov.b32 zero, 0x80008000;")
+        # four bytes lie in one block: the operands that follow the codes hold their scale four times
+        for place, (half, selector) in enumerate((("a", "0x7351"), ("b", "0x7351"), ("a", "0x6240"), ("b", "0x6240"))):
+            lines += [
+                f"prmt.b32 n, {half}0, {half}1, {selector};",
+                f"fma.rn.{packed_type} p, n, $7, zero;",
+                f"fma.rn.{packed_type} ${place}, n, $5, p;",
+            ]
     else:
         for number, half in enumerate("ab"):
             for pair, selector in ((0, "0x5140"), (1, "0x7362")):
@@ -93,7 +102,7 @@ def _permute_assembly(patterns: list[int], itemsize: int) -> str:
                     f"prmt.b32 ${4 + 2 * number + pair}, {low}, {high}, 0x5410;",
                     f"prmt.b32 ${2 * number + pair}, {low}, {high}, 0x7632;",
                 ]
-    codes = f"${2 * itemsize}"
+    codes = "$4" if packed_type else "$8"
     start = [
         f".reg .b32 {', '.join(names)};",
         f"and.b32 ca, {codes}, 0x77777777;",
@@ -116,11 +125,14 @@ def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_codes(codes, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to the values of their high and of their low nibbles, without the scales of their blocks."""
+def decode_codes(codes, scale, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes to the weights of their high and of their low nibbles, rounded once.
+
+    `scale`, in fp32, has the shape of the codes or broadcasts to it; it is that of the blocks over the table's.
+    """
     if ASSEMBLY == "":
-        high = _select((codes >> 4).to(tl.int32), VALUES, DTYPE)
-        low = _select((codes & 15).to(tl.int32), VALUES, DTYPE)
+        high = (_select((codes >> 4).to(tl.int32), VALUES, DTYPE).to(tl.float32) * scale).to(DTYPE)
+        low = (_select((codes & 15).to(tl.int32), VALUES, DTYPE).to(tl.float32) * scale).to(DTYPE)
     elif tl.float32 == DTYPE:
         high, low = tl.inline_asm_elementwise(
             ASSEMBLY,
@@ -130,9 +142,18 @@ def decode_codes(codes, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.
             is_pure=True,
             pack=4,
         )
+        high *= scale
+        low *= scale
     else:
+        coarse = scale.to(DTYPE)
+        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
         high, low = tl.inline_asm_elementwise(
-            ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
+            ASSEMBLY,
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [codes, coarse, fine],
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=4,
         )
         high = high.to(DTYPE, bitcast=True)
         low = low.to(DTYPE, bitcast=True)
@@ -187,14 +208,13 @@ def _decode_kernel(
     byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
     codes = tl.load(CODES + expert.to(tl.int64) * NUM_BYTES + byte, mask=byte < NUM_BYTES, other=0)
     scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, True, NUM_BLOCKS, IS_NESTED)
-    high, low = decode_codes(codes, VALUES, ASSEMBLY, tl.float32)
-    weights = tl.interleave(high * scale[:, None], low * scale[:, None]).to(OUT.dtype.element_ty)
+    high, low = decode_codes(codes, scale[:, None], VALUES, ASSEMBLY, tl.float32)
+    weights = tl.interleave(high, low).to(OUT.dtype.element_ty)
     place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(OUT + tl.program_id(1).to(tl.int64) * NUMEL + place, weights, mask=place < NUMEL)
 
 
 DECODE_BYTES = 4096
-DECODE_WARPS = 4
 
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
@@ -209,6 +229,33 @@ def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
 def dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 values of 8-bit scales, as in `bitsandbytes.functional.create_dynamic_map`."""
     return bnb.create_dynamic_map().to(device)
+
+
+@triton.jit
+def _plain_scales_kernel(ABSMAX, NESTED, OFFSET, MAP, OUT, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.program_id(1)
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, True, NUM_BLOCKS, True)
+    tl.store(OUT + expert.to(tl.int64) * NUM_BLOCKS + block, scale, mask=block < NUM_BLOCKS)
+
+
+def with_plain_scales(weight: PackedWeight) -> PackedWeight:
+    """The same weight with fp32 scales, which a product can load ahead of time; nested ones take two steps."""
+    if not weight.is_nested:
+        return weight
+    codes, absmax = weight.tensors[:2]
+    plain = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
+    num_blocks = absmax.shape[1]
+    launch(
+        _plain_scales_kernel,
+        (cdiv(num_blocks, 1024), weight.num_experts),
+        (*kernel_tensors(weight)[1:], plain),
+        (),
+        enable_fp_fusion=False,
+        NUM_BLOCKS=num_blocks,
+        BLOCK=1024,
+    )
+    return weight._replace(tensors=(codes, plain))
 
 
 def decode(
@@ -233,7 +280,7 @@ def decode(
         VALUES=table.values,
         ASSEMBLY=table.assembly,
         BLOCKS=blocks,
-        num_warps=DECODE_WARPS,
+        enable_fp_fusion=False,
     )
     return out
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..operands import PackedWeight
-from .decode import CodeTable, code_table, decode, decode_codes, kernel_tensors, load_scales, runs_ptx
+from .decode import CodeTable, code_table, decode, decode_codes, runs_ptx, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import Tiles
 from .tuning import GemmTiles
@@ -61,9 +61,6 @@ def row_places(rows, PAIR_OF_ROW, TOP_K: tl.constexpr, GATHER: tl.constexpr):
 def _weight_tile(
     W,
     ABSMAX,
-    NESTED,
-    OFFSET,
-    MAP,
     expert,
     row,
     column_tile,
@@ -74,7 +71,6 @@ def _weight_tile(
     MASK_ROWS: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     SCALE: tl.constexpr,
@@ -105,22 +101,14 @@ def _weight_tile(
             codes = tl.load(place, mask=is_row & (byte < COLUMNS // 2)[None, :], other=0)
         else:
             codes = tl.load(place)
-        scale = load_scales(
-            ABSMAX,
-            NESTED,
-            OFFSET,
-            MAP,
-            expert,
-            row[:, None] * ROW_BLOCKS + block[None, :],
-            is_row & (block < ROW_BLOCKS)[None, :],
-            MASK_ROWS or MASK_COLUMNS,
-            ROWS * ROW_BLOCKS,
-            IS_NESTED,
-        )
-        high, low = decode_codes(codes, VALUES, ASSEMBLY, DTYPE)
-        # in 16 bits: one rounding in fp32 would be nearer by half, and costs 15 % where rows are few
-        tile = tl.reshape(tl.join(high, low), (TILE_ROWS, BLOCKS, TILE_COLUMNS // BLOCKS))
-        return tl.reshape(tile * (scale * (1 / SCALE)).to(DTYPE)[:, :, None], (TILE_ROWS, TILE_COLUMNS))
+        place = ABSMAX + expert.to(tl.int64) * (ROWS * ROW_BLOCKS) + row[:, None] * ROW_BLOCKS + block[None, :]
+        if MASK_ROWS or MASK_COLUMNS:
+            scale = tl.load(place, mask=is_row & (block < ROW_BLOCKS)[None, :], other=0.0)
+        else:
+            scale = tl.load(place)
+        codes = tl.reshape(codes, (TILE_ROWS, BLOCKS, TILE_COLUMNS // (2 * BLOCKS)))
+        high, low = decode_codes(codes, (scale * (1 / SCALE))[:, :, None], VALUES, ASSEMBLY, DTYPE)
+        return tl.reshape(tl.join(high, low), (TILE_ROWS, TILE_COLUMNS))
 
 
 @triton.jit
@@ -152,9 +140,6 @@ def _tile(
     PAIR_OF_ROW,
     W,
     ABSMAX,
-    NESTED,
-    OFFSET,
-    MAP,
     REDUCED,
     FACTOR,
     BIAS,
@@ -174,7 +159,6 @@ def _tile(
     GATHER: tl.constexpr,
     ALONG_COLUMNS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     SCALE: tl.constexpr,
@@ -202,16 +186,16 @@ def _tile(
         first_k = step * TILE_K
         if ALONG_COLUMNS:
             w = _weight_tile(
-                W, ABSMAX, NESTED, OFFSET, MAP, weight_expert, n, step,
+                W, ABSMAX, weight_expert, n, step,
                 N, K, TILE_N, TILE_K, MASK_N, MASK_K,
-                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, DTYPE,
+                BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
             )  # fmt: skip
             w_left = w
         else:
             w = _weight_tile(
-                W, ABSMAX, NESTED, OFFSET, MAP, weight_expert, first_k + k, tile_n,
+                W, ABSMAX, weight_expert, first_k + k, tile_n,
                 K, N, TILE_K, TILE_N, MASK_K, MASK_N,
-                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, DTYPE,
+                BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
             )  # fmt: skip
             w_left = tl.trans(w)
         if MASK_K:
@@ -245,9 +229,6 @@ def _tile_at(
     PAIR_OF_ROW,
     W,
     ABSMAX,
-    NESTED,
-    OFFSET,
-    MAP,
     REDUCED,
     FACTOR,
     BIAS,
@@ -266,7 +247,6 @@ def _tile_at(
     GATHER: tl.constexpr,
     ALONG_COLUMNS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     SCALE: tl.constexpr,
@@ -288,10 +268,10 @@ def _tile_at(
         for choice in tl.static_range(len(HEIGHTS)):
             if height == choice:
                 _tile(
-                    X, PAIR_OF_ROW, W, ABSMAX, NESTED, OFFSET, MAP, REDUCED, FACTOR, BIAS, OUT,
+                    X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT,
                     expert, expert - first_expert, start, end, tile_n, STRIDE_FE, STRIDE_FN, STRIDE_FR,
                     HEIGHTS[choice], N, K, TOP_K, GATHER, ALONG_COLUMNS,
-                    BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                    BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
                     RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
                 )  # fmt: skip
 
@@ -302,9 +282,6 @@ def _grouped_gemm_kernel(
     PAIR_OF_ROW,
     W,
     ABSMAX,
-    NESTED,
-    OFFSET,
-    MAP,
     REDUCED,
     FACTOR,
     BIAS,
@@ -325,7 +302,6 @@ def _grouped_gemm_kernel(
     GATHER: tl.constexpr,
     ALONG_COLUMNS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     SCALE: tl.constexpr,
@@ -343,16 +319,16 @@ def _grouped_gemm_kernel(
         last_tile = tl.load(TILE_ENDS + last_expert)
         for index in range(first_tile * TILES_N + tl.program_id(0), last_tile * TILES_N, tl.num_programs(0)):
             _tile_at(index,
-                X, PAIR_OF_ROW, W, ABSMAX, NESTED, OFFSET, MAP, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
+                X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
                 bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-                HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
                 RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
             )  # fmt: skip
     else:
         _tile_at(tl.program_id(0),
-            X, PAIR_OF_ROW, W, ABSMAX, NESTED, OFFSET, MAP, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
+            X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
             bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-            HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+            HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
             RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
         )  # fmt: skip
 
@@ -406,7 +382,8 @@ def grouped_gemm(
             (
                 rows.tensor,
                 out if rows.pair_of_row is None else rows.pair_of_row,
-                *tensors,
+                tensors[0],
+                tensors[-1],
                 term,
                 factor,
                 out if bias is None else bias,
@@ -428,7 +405,6 @@ def grouped_gemm(
             GATHER=rows.pair_of_row is not None,
             ALONG_COLUMNS=along_columns,
             BLOCKSIZE=0 if decodes_before else weight.blocksize,
-            IS_NESTED=weight.is_nested and not decodes_before,
             VALUES=table.values,
             ASSEMBLY=table.assembly,
             SCALE=table.scale,
@@ -444,7 +420,7 @@ def grouped_gemm(
     num_programs = tiles.bound * tiles_n
     if not decodes_before:
         loops = False
-        multiply(kernel_tensors(weight), 0, weight.num_experts, num_programs)
+        multiply(with_plain_scales(weight).tensors, 0, weight.num_experts, num_programs)
         return out
     num_groups = cdiv(weight.num_experts * weight.rows * weight.columns * dtype.itemsize, WORKSPACE_BYTES)
     group = cdiv(weight.num_experts, num_groups)
@@ -456,7 +432,7 @@ def grouped_gemm(
     for first in range(0, weight.num_experts, group):
         count = min(group, weight.num_experts - first)
         decode(weight, first, count, dtype, out=workspace)
-        multiply((workspace,) * 5, first, count, num_programs)
+        multiply((workspace,), first, count, num_programs)
     return out
 
 

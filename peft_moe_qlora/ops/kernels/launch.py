@@ -36,6 +36,7 @@ def launch(
     numbers: tuple[int | float, ...],
     num_warps: int = 4,
     num_stages: int = 3,
+    enable_fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
     """Runs a Triton kernel on the current device and stream.
@@ -47,6 +48,7 @@ def launch(
         numbers: 32-bit integers and floats.
         num_warps: of 32 threads.
         num_stages: loads in flight.
+        enable_fp_fusion: let a product and a sum be rounded once; not where the bits have to be those of torch.
         constants: for the `tl.constexpr` parameters, in the order of the kernel's.
     """
     values = tuple(constants.values())
@@ -61,7 +63,9 @@ def launch(
         raise TypeError(
             f"{kernel} takes {names}, but got {len(tensors)} tensors, {len(numbers)} numbers, {constants}."
         )
-    compiled = kernel[grid](*tensors, *numbers, *values, num_warps=num_warps, num_stages=num_stages)
+    compiled = kernel[grid](
+        *tensors, *numbers, *values, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion
+    )
     # a binary for some unaligned pointers may not fit others; the interpreter gives None
     if addresses % 16 == 0:
         _compiled[key] = compiled

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
 
-PAIRS_PER_PROGRAM = 512
 MOST_PAIRS_OF_ONE_PROGRAM = 256
 
 
@@ -21,11 +20,13 @@ class RoutedRows(NamedTuple):
         ends: `(E,)`, the row behind each expert's last one.
         pair_of_row: `(S,)`, row -> token * K + choice.
         row_of_pair: `(S,)`, the inverse; pairs whose expert lives elsewhere have the rows from `ends[-1]` on.
+        whole: the one tensor that the three are cut out of, if there is one.
     """
 
     ends: torch.Tensor
     pair_of_row: torch.Tensor
     row_of_pair: torch.Tensor
+    whole: torch.Tensor | None = None
 
 
 class Tiles(NamedTuple):
@@ -143,7 +144,7 @@ def routing_size(num_experts: int, num_pairs: int) -> int:
 def split_routing(ints: torch.Tensor, num_experts: int, num_pairs: int) -> RoutedRows:
     """The parts of the one tensor that holds a routing."""
     second, third = _aligned(num_experts), _aligned(num_experts) + _aligned(num_pairs)
-    return RoutedRows(ints[:num_experts], ints[second : second + num_pairs], ints[third:])
+    return RoutedRows(ints[:num_experts], ints[second : second + num_pairs], ints[third:], ints)
 
 
 def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
@@ -161,16 +162,18 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
     sizes = {"NUM_EXPERTS": num_experts, "BUCKETS": buckets}
     if num_pairs <= MOST_PAIRS_OF_ONE_PROGRAM:
         block = max(16, next_power_of_2(num_pairs))
-        launch(_place_few_kernel, (1,), (top_k_index, *rows), (num_pairs,), **sizes, BLOCK=block)
+        launch(_place_few_kernel, (1,), (top_k_index, *rows[:3]), (num_pairs,), **sizes, BLOCK=block)
         return rows
-    programs = cdiv(num_pairs, PAIRS_PER_PROGRAM)
+    # few pairs want many programs, many pairs few: their counts are scanned by one
+    block, chunk, num_warps = (256, 256, 8) if num_pairs <= 2**16 else (1024, 32, 16)
+    programs = cdiv(num_pairs, block)
     counts = torch.empty((programs + 1, buckets), dtype=torch.int32, device=device)
     starts = counts[programs]
-    launch(_count_kernel, (programs,), (top_k_index, counts), (num_pairs,), **sizes, BLOCK=PAIRS_PER_PROGRAM)
-    chunk = max(1, min(next_power_of_2(programs), 8192 // buckets))
-    launch(_scan_kernel, (1,), (counts, starts, rows.ends), (programs,), num_warps=8, **sizes, CHUNK=chunk)
+    launch(_count_kernel, (programs,), (top_k_index, counts), (num_pairs,), **sizes, BLOCK=block)
+    scanned = max(1, min(next_power_of_2(programs), 8192 // buckets))
+    launch(_scan_kernel, (1,), (counts, starts, rows.ends), (programs,), num_warps=8, **sizes, CHUNK=scanned)
     tensors = (top_k_index, counts, starts, rows.pair_of_row, rows.row_of_pair)
-    launch(_place_kernel, (programs,), tensors, (num_pairs,), num_warps=8, **sizes, BLOCK=PAIRS_PER_PROGRAM, CHUNK=32)
+    launch(_place_kernel, (programs,), tensors, (num_pairs,), num_warps=num_warps, **sizes, BLOCK=block, CHUNK=chunk)
     return rows
 
 
