@@ -9,13 +9,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .fused_op import experts_op
-from .fused_steps import Forward, experts_backward, experts_forward
+from .fused_steps import Forward, Planner, experts_backward, experts_forward
+from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
+from .kernels.schedule import Tiles, split_routing
+from .kernels.tape import taped
 from .operands import Factors, Gate, PackedWeight, as_factors
 
 
 class _FusedExperts(torch.autograd.Function):
-    """The same for eager mode, where calling an operator costs more than all its launches."""
+    """For eager mode, where calling an operator costs more than all its launches."""
 
     @staticmethod
     def forward(
@@ -33,45 +36,69 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         up, down, gate, up_scaling, down_scaling = static
         hidden_states, top_k_weights = hidden_states.contiguous(), top_k_weights.contiguous()
-        result = experts_forward(
-            hidden_states,
-            top_k_index.contiguous(),
-            top_k_weights,
-            up,
-            down,
-            as_factors(up_A, up_B, up_scaling),
-            as_factors(down_A, down_B, down_scaling),
-            up_bias,
-            down_bias,
-            gate,
+        tensors = (hidden_states, top_k_index.contiguous(), top_k_weights)
+        factors = (up_A, up_B, down_A, down_B)
+        biases = (up_bias, down_bias)
+
+        def run() -> tuple[list[Tensor | None], list[tuple[int, ...]]]:
+            result = experts_forward(
+                *tensors,
+                up,
+                down,
+                as_factors(up_A, up_B, up_scaling),
+                as_factors(down_A, down_B, down_scaling),
+                *biases,
+                gate,
+            )
+            planner = result.planner
+            cut = [tensor for tiles in planner.cut.values() for tensor in (tiles.tiles, tiles.tile_ends)]
+            return [*result[:4], planner.rows.whole, *cut], list(planner.cut)
+
+        key = (
+            *[None if tensor is None else (tensor.shape, tensor.dtype) for tensor in (*tensors, *factors, *biases)],
+            hidden_states.device,
+            up.signature,
+            down.signature,
+            *static[2:],
         )
-        ctx.static = static
-        # neither inputs nor outputs: where the rows are, and how they are cut
-        ctx.planner = result.planner
-        ctx.save_for_backward(hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *result[1:4])
-        return result.out
+        (out, *kept), heights = taped(key, (*tensors, *factors, *biases, *frozen_tensors(up, down)), run)
+        ctx.static, ctx.key, ctx.heights = static, key, heights
+        ctx.save_for_backward(hidden_states, top_k_weights, *factors, down_bias, *kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple:
         up, down, gate, up_scaling, down_scaling = ctx.static
-        hidden_states, top_k_weights, up_A, up_B, down_A, down_B, down_bias, *saved = ctx.saved_tensors
-        with device_of(hidden_states):
+        saved = ctx.saved_tensors  # once: checkpointing gives them out once
+        hidden_states, top_k_weights, *factors, down_bias, gate_input, up_reduced, down_reduced, whole = saved[:11]
+        cut = saved[11:]
+        grad_out = grad_out.contiguous()
+        needs = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:7]))
+
+        def run() -> tuple[list[Tensor | None], None]:
+            rows = split_routing(whole, up.num_experts, gate_input.shape[0])
+            tiles = [Tiles(*pair, heights) for *pair, heights in zip(cut[::2], cut[1::2], ctx.heights)]
+            planner = Planner(rows, hidden_states.dtype, tiles)
             grads = experts_backward(
-                grad_out.contiguous(),
+                grad_out,
                 hidden_states,
                 top_k_weights,
-                Forward(grad_out, *saved, ctx.planner),
+                Forward(grad_out, gate_input, up_reduced, down_reduced, planner),
                 up,
                 down,
-                as_factors(up_A, up_B, up_scaling),
-                as_factors(down_A, down_B, down_scaling),
+                as_factors(*factors[:2], up_scaling),
+                as_factors(*factors[2:], down_scaling),
                 down_bias,
                 gate,
-                needs_hidden_states=ctx.needs_input_grad[0],
-                needs_factors=any(ctx.needs_input_grad[3:7]),
+                *needs,
             )
-        return grads.hidden_states, None, grads.top_k_weights, *grads[2:], None, None, None
+            return list(grads), None
+
+        with device_of(hidden_states):
+            inputs = (grad_out, *saved, *frozen_tensors(up, down))
+            grads, _ = taped(("backward", needs, grad_out.dtype, ctx.key), inputs, run)
+        return grads[0], None, *grads[1:], None, None, None
 
 
 def fused_experts(

@@ -12,6 +12,7 @@ and the gradients of the factors are products over the rows of each expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from .kernels.launch import device_of
 from .kernels.low_rank import factor_gradient, reduce_rows
 from .kernels.schedule import RoutedRows, Tiles, cut_tiles, sort_pairs
+from .kernels.tape import allocate
 from .kernels.tuning import GemmTiles, choose_tiles
 from .operands import Factors, Gate, PackedWeight
 
@@ -36,10 +38,10 @@ class Plan(NamedTuple):
 class Planner:
     """Chooses the tiles of each product, and cuts the rows once for each choice of heights."""
 
-    def __init__(self, rows: RoutedRows, dtype: torch.dtype) -> None:
+    def __init__(self, rows: RoutedRows, dtype: torch.dtype, cut: Sequence[Tiles] = ()) -> None:
         self.rows = rows
         self.dtype = dtype
-        self._cut: dict[tuple[int, ...], Tiles] = {}
+        self.cut = {tiles.heights: tiles for tiles in cut}
 
     def plan(self, weight: PackedWeight, for_input_gradient: bool) -> Plan:
         along_columns = weight.is_transposed == for_input_gradient
@@ -47,9 +49,9 @@ class Planner:
         tuned = choose_tiles(
             weight.tensors[0].device, self.dtype, weight.blocks_follow_rows, along_columns, rows_per_expert
         )
-        if tuned.heights not in self._cut:
-            self._cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
-        return Plan(tuned, self._cut[tuned.heights])
+        if tuned.heights not in self.cut:
+            self.cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
+        return Plan(tuned, self.cut[tuned.heights])
 
 
 def _product(
@@ -117,6 +119,10 @@ def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:
     return None if term is None else term.reduced
 
 
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return allocate(tensor.shape, tensor.dtype, tensor.device)
+
+
 class Gradients(NamedTuple):
     hidden_states: torch.Tensor | None
     top_k_weights: torch.Tensor
@@ -169,7 +175,7 @@ def experts_backward(
 
     up_A = up_B = down_A = down_B = None
     if down_factors is not None and needs_factors:
-        down_A, down_B = torch.empty_like(A), torch.empty_like(B)
+        down_A, down_B = _like(A), _like(B)
         factor_gradient(grad_tokens, saved.down_reduced, rows.ends, down_B, weights=top_k_weights)
         factor_gradient(
             Rows(gated),
@@ -186,7 +192,7 @@ def experts_backward(
         reduced = reduce_rows(Rows(grad_gate_input), up_B_factor, scaling, rows.ends, planner.plan(up, True).tiles)
         up_term = LowRankTerm(reduced, up_A_factor.transpose(1, 2))
         if needs_factors:
-            up_A, up_B = torch.empty_like(up_A_factor), torch.empty_like(up_B_factor)
+            up_A, up_B = _like(up_A_factor), _like(up_B_factor)
             factor_gradient(Rows(grad_gate_input), saved.up_reduced, rows.ends, up_B)
             tokens = Rows(hidden_states, rows.pair_of_row, top_k)
             factor_gradient(tokens, reduced, rows.ends, up_A.transpose(1, 2))

@@ -33,6 +33,11 @@ class PackedWeight(NamedTuple):
         return self.tensors[0].shape[0]
 
     @property
+    def signature(self) -> tuple:
+        """All but the numbers."""
+        return (self.num_experts, self.tensors[0].dtype, self.is_nested, *self[1:])
+
+    @property
     def is_packed(self) -> bool:
         return self.quant_type != ""
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import RoutedRows
+from .tape import allocate
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -63,7 +64,7 @@ def combine(
         dtype: of the result.
     """
     columns = rows.shape[1]
-    out = torch.empty((num_tokens, columns), dtype=dtype, device=rows.device)
+    out = allocate((num_tokens, columns), dtype, rows.device)
     width = min(1024, next_power_of_2(columns))
     tokens = max(1, min(4, 1024 // width))
     launch(

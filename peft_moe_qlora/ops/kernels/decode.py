@@ -13,6 +13,7 @@ from bitsandbytes import functional as bnb
 from ...quantization.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
 from .launch import cdiv, launch, next_power_of_2
+from .tape import allocate
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -225,6 +226,14 @@ def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
     return (*weight.tensors, *[first] * (5 - len(weight.tensors)))
 
 
+def frozen_tensors(*weights: PackedWeight) -> tuple[torch.Tensor, ...]:
+    """Every tensor that kernels read of these weights."""
+    tensors = tuple(tensor for weight in weights for tensor in weight.tensors)
+    if any(weight.is_nested for weight in weights):
+        tensors += (dynamic_map(tensors[0].device),)
+    return tensors
+
+
 @cache
 def dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 values of 8-bit scales, as in `bitsandbytes.functional.create_dynamic_map`."""
@@ -244,7 +253,7 @@ def with_plain_scales(weight: PackedWeight) -> PackedWeight:
     if not weight.is_nested:
         return weight
     codes, absmax = weight.tensors[:2]
-    plain = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
+    plain = allocate(absmax.shape, torch.float32, absmax.device)
     num_blocks = absmax.shape[1]
     launch(
         _plain_scales_kernel,
@@ -264,7 +273,7 @@ def decode(
     """`(num_experts, rows, columns)` weights, bit for bit those of `QuantizedStack.decode`; into `out` if given."""
     device = weight.tensors[0].device
     if out is None:
-        out = torch.empty((num_experts, weight.rows, weight.columns), dtype=dtype, device=device)
+        out = allocate((num_experts, weight.rows, weight.columns), dtype, device)
     numel = weight.rows * weight.columns
     table = code_table(weight.quant_type, torch.float32, runs_ptx(device))
     num_blocks = cdiv(numel, weight.blocksize)

@@ -9,6 +9,7 @@ import triton.language as tl
 from ..operands import Gate
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import RoutedRows
+from .tape import allocate
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def _gate_kernel(
 def apply_gate(x: torch.Tensor, gate: Gate) -> torch.Tensor:
     """`(S, 2I)` -> `(S, I)`, in fp32 and rounded once."""
     num_rows, columns = x.shape[0], x.shape[1] // 2
-    out = x.new_empty((num_rows, columns))
+    out = allocate((num_rows, columns), x.dtype, x.device)
     width = min(1024, next_power_of_2(columns))
     height = max(1, 1024 // width)
     launch(
@@ -207,7 +208,8 @@ def gate_backward(
         computed here.
     """
     num_rows, columns = x.shape[0], x.shape[1] // 2
-    out, grad_weights = torch.empty_like(x), torch.empty_like(weights)
+    out = allocate(x.shape, x.dtype, x.device)
+    grad_weights = allocate(weights.shape, weights.dtype, weights.device)
     width = min(256, next_power_of_2(columns))
     height = max(1, 256 // width)
     launch(

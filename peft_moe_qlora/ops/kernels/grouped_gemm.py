@@ -13,6 +13,7 @@ from ..operands import PackedWeight
 from .decode import CodeTable, code_table, decode, decode_codes, runs_ptx, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import Tiles
+from .tape import allocate
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -363,7 +364,7 @@ def grouped_gemm(
     along_columns = weight.is_transposed == for_input_gradient
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device
-    out = torch.empty((rows.num_rows, out_features), dtype=dtype, device=device)
+    out = allocate((rows.num_rows, out_features), dtype, device)
     # a tile finds its scales only where rows are whole blocks
     decodes_before = weight.is_packed and (tuned.decode_first or not weight.blocks_follow_rows)
     table = CodeTable((), "", 1.0)
@@ -428,7 +429,7 @@ def grouped_gemm(
     loops = group < weight.num_experts
     if loops:
         num_programs = min(num_programs, _resident_programs(device, tuned.num_warps))
-    workspace = torch.empty((group, weight.rows, weight.columns), dtype=dtype, device=device)
+    workspace = allocate((group, weight.rows, weight.columns), dtype, device)
     for first in range(0, weight.num_experts, group):
         count = min(group, weight.num_experts - first)
         decode(weight, first, count, dtype, out=workspace)

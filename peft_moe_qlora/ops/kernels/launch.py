@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .tape import recording_tape
+
 _address_of = torch.Tensor.data_ptr
 _dtype_of = attrgetter("dtype")
 
@@ -55,8 +57,12 @@ def launch(
     addresses = reduce(or_, map(_address_of, tensors))
     key = (kernel, tensors[0].device, *map(_dtype_of, tensors), addresses % 16 == 0, values, num_warps, num_stages)
     compiled = _compiled.get(key)
+    tape = recording_tape()
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
+        run = compiled[(*grid, 1, 1)[:3]]
+        run(*tensors, *numbers, *values)
+        if tape is not None:
+            tape.add_launch(run, tensors, (*numbers, *values))
         return
     names = kernel.arg_names
     if list(constants) != names[len(tensors) + len(numbers) :]:
@@ -69,6 +75,8 @@ def launch(
     # a binary for some unaligned pointers may not fit others; the interpreter gives None
     if addresses % 16 == 0:
         _compiled[key] = compiled
+    if tape is not None:
+        tape.add_launch(compiled[(*grid, 1, 1)[:3]], tensors, (*numbers, *values))
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

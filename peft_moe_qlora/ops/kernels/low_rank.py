@@ -9,6 +9,7 @@ import triton.language as tl
 from .grouped_gemm import Rows, padded_rank, row_places
 from .launch import cdiv, launch
 from .schedule import Tiles, part_of_tile
+from .tape import allocate
 
 
 @triton.jit(do_not_specialize=["bound", "scaling"])
@@ -62,10 +63,15 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
         tiles: how the rows are cut.
     """
     _, in_features, rank = factor.shape
-    out = torch.empty((rows.num_rows, rank), dtype=rows.tensor.dtype, device=rows.tensor.device)
+    out = allocate((rows.num_rows, rank), rows.tensor.dtype, rows.tensor.device)
     height = tiles.heights[0]
     # rows and features of a step, and loads in flight: measured on an H200
-    part, tile_k, num_stages = (128, 64, 3) if height == 128 else (min(height, 64), 128, 2)
+    if height <= 16:
+        part, tile_k, num_stages = height, 256, 3
+    elif height == 128:
+        part, tile_k, num_stages = height, 64, 3
+    else:
+        part, tile_k, num_stages = min(height, 64), 128, 2
     strides = factor.stride()
     launch(
         _reduce_kernel,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
+from .tape import allocate
 
 MOST_PAIRS_OF_ONE_PROGRAM = 256
 
@@ -156,7 +157,7 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
     """
     num_pairs, device = top_k_index.numel(), top_k_index.device
     # one allocation: the caller's launches are many
-    ints = torch.empty(routing_size(num_experts, num_pairs), dtype=torch.int32, device=device)
+    ints = allocate((routing_size(num_experts, num_pairs),), torch.int32, device)
     rows = split_routing(ints, num_experts, num_pairs)
     buckets = next_power_of_2(num_experts + 2)
     sizes = {"NUM_EXPERTS": num_experts, "BUCKETS": buckets}
@@ -167,7 +168,7 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
     # few pairs want many programs, many pairs few: their counts are scanned by one
     block, chunk, num_warps = (256, 256, 8) if num_pairs <= 2**16 else (1024, 32, 16)
     programs = cdiv(num_pairs, block)
-    counts = torch.empty((programs + 1, buckets), dtype=torch.int32, device=device)
+    counts = allocate((programs + 1, buckets), torch.int32, device)
     starts = counts[programs]
     launch(_count_kernel, (programs,), (top_k_index, counts), (num_pairs,), **sizes, BLOCK=block)
     scanned = max(1, min(next_power_of_2(programs), 8192 // buckets))
@@ -215,9 +216,8 @@ def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
     """Cuts each expert's rows into tiles of the given heights, powers of two in descending order."""
     num_experts, num_pairs = rows.ends.shape[0], rows.pair_of_row.shape[0]
     bound = num_pairs // heights[0] + min(num_experts, num_pairs)
-    tiles = Tiles(
-        torch.empty((3, bound), dtype=torch.int32, device=rows.ends.device), torch.empty_like(rows.ends), heights
-    )
+    device = rows.ends.device
+    tiles = Tiles(allocate((3, bound), torch.int32, device), allocate((num_experts,), torch.int32, device), heights)
     block = 32
     launch(
         _tiles_kernel,

@@ -1,0 +1,158 @@
+"""A sequence of allocations and launches, written down once and played back with other tensors.
+
+For given shapes a layer always allocates the same tensors and launches the same kernels; working that out in Python
+takes longer than a small layer runs. A tape holds the sequence with addresses relative to inputs and allocations. It
+is an ordinary sequence of launches on the current stream: it allocates anew each time, and can be captured in a CUDA
+graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+
+MOST_TAPES = 1024
+"""Sequences of different lengths make a tape each; the oldest is forgotten first."""
+
+_local = threading.local()
+_tapes: dict[Hashable, Tape] = {}
+
+Outputs = list[torch.Tensor | None]
+
+
+class Tape:
+    """Records between its creation and `finish`, in the thread that `recording_tape` belongs to.
+
+    Args:
+        inputs: what is not allocated on the way; None for what is absent.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
+        self.extra: Any = None
+        self._steps: list[tuple] = []
+        self._spans: list[tuple[int, int]] = []
+        self._outputs: list[int | None] = []
+        for tensor in inputs:
+            self._add_span(tensor)
+
+    def _add_span(self, tensor: torch.Tensor | None) -> int:
+        start = 0 if tensor is None else tensor.data_ptr()
+        self._spans.append((start, start if tensor is None else start + tensor.nbytes))
+        return len(self._spans) - 1
+
+    def add_allocation(self, tensor: torch.Tensor) -> None:
+        self._steps.append((None, self._add_span(tensor), tensor.shape, tensor.dtype, tensor.device))
+
+    def add_launch(self, run: Callable[..., None], tensors: Sequence[torch.Tensor], rest: tuple) -> None:
+        """A launch of `run(*addresses of tensors, *rest)`."""
+        self._steps.append((run, tuple([self._place(tensor.data_ptr()) for tensor in tensors]), rest))
+
+    def _place(self, address: int) -> tuple[int, int]:
+        """Which input or allocation an address lies in, and where; memory that was reused belongs to the newest."""
+        for slot in range(len(self._spans) - 1, -1, -1):
+            start, end = self._spans[slot]
+            if start <= address < end:
+                return slot, address - start
+        raise ValueError("a kernel was given a tensor that is neither an input of the tape nor allocated on it.")
+
+    def finish(self, outputs: Outputs, extra: Any) -> None:
+        """Ends the recording.
+
+        Args:
+            outputs: which allocations are results.
+            extra: anything that is the same at every replay.
+        """
+        self.extra = extra
+        self._outputs = [None if tensor is None else self._place(tensor.data_ptr())[0] for tensor in outputs]
+        last_use, allocated = {}, []
+        for number, (run, what, *_) in enumerate(self._steps):
+            if run is None:
+                allocated.append(what)
+                last_use[what] = number
+            else:
+                last_use.update(dict.fromkeys((slot for slot, _ in what), number))
+        # memory goes back as soon as the last launch that uses it is queued, as it would without a tape
+        released: dict[int, list[int]] = {}
+        for slot in allocated:
+            if slot not in self._outputs:
+                released.setdefault(last_use[slot], []).append(slot)
+        self._steps = [
+            step if step[0] is None else (*step, tuple(released.get(number, ())))
+            for number, step in enumerate(self._steps)
+        ]
+
+    def replay(self, addresses: list[int]) -> Outputs:
+        """Allocates and launches again, and gives the outputs.
+
+        Args:
+            addresses: of the inputs, in their order; 0 for what is absent.
+        """
+        num_slots = len(self._spans)
+        tensors: Outputs = [None] * num_slots
+        addresses = addresses + [0] * (num_slots - len(addresses))
+        for run, *step in self._steps:
+            if run is None:
+                slot, shape, dtype, device = step
+                tensors[slot] = tensor = torch.empty(shape, dtype=dtype, device=device)
+                addresses[slot] = tensor.data_ptr()
+            else:
+                places, rest, released = step
+                run(*[addresses[slot] + offset for slot, offset in places], *rest)
+                for slot in released:
+                    tensors[slot] = None
+        return [None if slot is None else tensors[slot] for slot in self._outputs]
+
+
+def recording_tape() -> Tape | None:
+    """The tape that this thread's allocations and launches go to."""
+    return getattr(_local, "tape", None)
+
+
+def taped(
+    key: Hashable, inputs: Sequence[torch.Tensor | None], run: Callable[[], tuple[Outputs, Any]]
+) -> tuple[Outputs, Any]:
+    """`run()`, from a tape if one was written for the key.
+
+    Args:
+        key: everything that decides on allocations and launches.
+        inputs: every tensor that `run` gives to kernels, contiguous.
+        run: gives outputs, all of them allocated on the way, and something that only depends on the key.
+    """
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+    # binaries are compiled for pointers that are aligned, as all but odd slices of tensors are
+    if reduce(or_, addresses) % 16:
+        return run()
+    tape = _tapes.get(key)
+    if tape is not None:
+        return tape.replay(addresses), tape.extra
+    if not all(tensor is None or (tensor.is_cuda and tensor.is_contiguous()) for tensor in inputs):
+        return run()
+    _local.tape = tape = Tape(inputs)
+    try:
+        outputs, extra = run()
+    finally:
+        _local.tape = None
+    tape.finish(outputs, extra)
+    if len(_tapes) >= MOST_TAPES:
+        _tapes.pop(next(iter(_tapes)), None)
+    _tapes[key] = tape
+    return outputs, extra
+
+
+def forget_tapes() -> None:
+    """Drops all tapes, for what decides on launches but is no part of the keys."""
+    _tapes.clear()
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialized tensor, on the tape if one is recording."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tape = recording_tape()
+    if tape is not None:
+        tape.add_allocation(tensor)
+    return tensor
