@@ -120,9 +120,12 @@ def taped(
 
     Args:
         key: everything that decides on allocations and launches.
-        inputs: every tensor that `run` gives to kernels, contiguous.
+        inputs: every tensor that `run` gives to kernels. Odd ones, not contiguous or not aligned, get no tape.
         run: gives outputs, all of them allocated on the way, and something that only depends on the key.
     """
+    present = [tensor for tensor in inputs if tensor is not None]
+    if not all(tensor.is_cuda and tensor.is_contiguous() for tensor in present):
+        return run()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
     # binaries are compiled for pointers that are aligned, as all but odd slices of tensors are
     if reduce(or_, addresses) % 16:
@@ -130,8 +133,6 @@ def taped(
     tape = _tapes.get(key)
     if tape is not None:
         return tape.replay(addresses), tape.extra
-    if not all(tensor is None or (tensor.is_cuda and tensor.is_contiguous()) for tensor in inputs):
-        return run()
     _local.tape = tape = Tape(inputs)
     try:
         outputs, extra = run()
