@@ -550,3 +550,69 @@ def test_capture_in_a_cuda_graph_and_replay_with_other_routing() -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(out, fused_experts(x, ids, top_k_weights, *weights, Gate("silu")))
+
+
+def layer_arguments() -> dict:
+    """Arguments of a small layer that fit each other."""
+    up, down = random_stack((3, 64, 64), False, NF4), random_stack((3, 64, 32), False, NF4)
+    A_up, B_up, A_down, B_down = (torch.randn(3, *s, device=DEVICE) for s in ((2, 64), (64, 2), (2, 32), (64, 2)))
+    return {
+        "hidden_states": torch.randn(4, 64, device=DEVICE),
+        "top_k_index": random_ids(4, 2, 3),
+        "top_k_weights": torch.rand(4, 2, device=DEVICE),
+        "up": packed_weight(up),
+        "down": packed_weight(down),
+        "gate": Gate("silu"),
+        "up_factors": Factors(A_up, B_up, 1.0),
+        "down_factors": Factors(A_down, B_down, 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("hidden_states", lambda x: x[:, :32], "hidden_states has shape"),
+        ("hidden_states", lambda x: x[:3], "top_k_index has shape"),
+        ("top_k_weights", lambda w: w[:, :1], "top_k_weights has shape"),
+        ("up_factors", lambda f: f._replace(A=f.A[..., :32]), "factor A has shape"),
+        ("down_factors", lambda f: f._replace(B=f.B[..., :1]), "factor B has shape"),
+        ("up_factors", lambda f: f._replace(A=f.A[:2], B=f.B[:2]), "factor A has shape"),
+        ("down", lambda w: w._replace(columns=64), "are no gated experts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, change: object, message: str) -> None:
+    arguments = layer_arguments()
+    fused_experts(**arguments)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        fused_experts(**arguments)
+
+
+def test_odd_strides_are_computed_right() -> None:
+    arguments = layer_arguments()
+    expected = fused_experts(**arguments)
+    odd = dict(arguments)
+    odd["hidden_states"] = arguments["hidden_states"].T.contiguous().T
+    odd["top_k_index"] = arguments["top_k_index"].T.contiguous().T
+    odd["up_factors"] = arguments["up_factors"]._replace(A=arguments["up_factors"].A.mT.contiguous().mT)
+    assert torch.equal(fused_experts(**odd), expected)
+    bias = torch.randn(3, 64, device=DEVICE)
+    with_bias = fused_experts(**arguments, down_bias=bias)
+    assert torch.equal(fused_experts(**arguments, down_bias=bias.T.contiguous().T), with_bias)
+    weight = torch.randn(3, 64, 64, device=DEVICE)
+    stacks = DenseStack(weight, False), DenseStack(weight.mT.contiguous().mT, False)
+    first, second = (fused_experts(**{**arguments, "up": packed_weight(stack)}) for stack in stacks)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["clamped_silu", "swiglu_oai"])
+def test_clamped_gates_let_nan_through(kind: str) -> None:
+    x = torch.full((1, 64), float("nan"), device=DEVICE)
+    assert apply_gate(x, Gate(kind, limit=1.0, alpha=1.0)).isnan().all()
+
+
+def test_inputs_that_share_memory_are_noticed() -> None:
+    x = torch.randn(8, device=DEVICE)
+    assert Tape([x, None, x]).has_overlapping_inputs()
+    assert Tape([x[:4], x[3:]]).has_overlapping_inputs()
+    assert not Tape([x[:4], None, x[4:]]).has_overlapping_inputs()

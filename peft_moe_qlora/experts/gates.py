@@ -30,6 +30,8 @@ def known_gate(module: nn.Module, layout: ExpertsLayout) -> Gate | str:
     """
     if not layout.has_gate:
         return f"{layout.class_name} has no gate"
+    if not type(module).__module__.startswith("transformers.models.") or "_apply_gate" in vars(module):
+        return f"the gate of this {layout.class_name} is not that of transformers"
     activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
     if layout.class_name in _CLAMPED_GATES:
         kind, interleaved, limit, alpha = _CLAMPED_GATES[layout.class_name]

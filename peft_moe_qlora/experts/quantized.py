@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import (
+    LARGEST_RANK,
     ComputePath,
     Factors,
     LowRank,
@@ -93,6 +94,10 @@ class QuantizedExperts(nn.Module):
             return "a norm follows the down projection"
         if self.layout.has_bias and any(self.projection_bias(name).requires_grad for name in self.layout.projections):
             return "the biases are trained"
+        for terms in low_rank.values():
+            rank = sum(term.A.shape[1] for term in terms)
+            if rank > LARGEST_RANK:
+                return f"adapters of rank {rank}; the kernels take {LARGEST_RANK} in all"
         for term in (term for terms in low_rank.values() for term in terms):
             if term.token_mask is not None:
                 return "adapters differ by sample"

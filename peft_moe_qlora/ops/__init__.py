@@ -4,12 +4,13 @@ Letters: T tokens, K experts chosen per token, E experts, S = T * K routed rows,
 R rank. Rows are sorted by expert; `offsets (E,)` int32 holds, for each expert, the row behind its last one.
 """
 
-from .dispatch import ComputePath, choose_path, log_once, tiles_origin, why_no_kernels
+from .dispatch import LARGEST_RANK, ComputePath, choose_path, log_once, tiles_origin, why_no_kernels
 from .grouped_linear import LowRank, grouped_linear
 from .operands import Factors, Gate, packed_weight
 from .routing import Routing, combine_rows, gather_rows, route
 
 __all__ = [
+    "LARGEST_RANK",
     "ComputePath",
     "Factors",
     "Gate",

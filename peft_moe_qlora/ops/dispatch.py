@@ -12,6 +12,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+LARGEST_RANK = 128
+"""Of a low-rank term in the fused layer; more does not fit into shared memory beside the tiles."""
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,6 +42,8 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels can't compute in a dtype on a device; None if they can."""
     if device.type != "cuda":
         return f"the kernels need a GPU, not {device.type}"
+    if torch.version.hip is not None:
+        return "the kernels were never run on ROCm"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -55,8 +55,10 @@ class _FusedExperts(torch.autograd.Function):
             return [*result[:4], planner.rows.whole, *cut], list(planner.cut)
 
         key = (
-            *[None if tensor is None else (tensor.shape, tensor.dtype) for tensor in (*tensors, *factors, *biases)],
-            hidden_states.device,
+            *[
+                None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+                for tensor in (*tensors, *factors, *biases)
+            ],
             up.signature,
             down.signature,
             *static[2:],
@@ -129,7 +131,11 @@ def fused_experts(
 
     Returns:
         `(T, H)` in the dtype of the hidden states. Deterministic; no copy to the host.
+
+    Raises:
+        ValueError: shapes or devices don't fit each other.
     """
+    up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     if torch.compiler.is_compiling():
         return experts_op(
             hidden_states, top_k_index, top_k_weights, up, down, gate, up_factors, down_factors, up_bias, down_bias
@@ -137,7 +143,7 @@ def fused_experts(
     with device_of(hidden_states):
         up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
         down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
-        static = (up, down, gate, up_scaling, down_scaling)
+        static = (up, down, gate, float(up_scaling), float(down_scaling))
         return _FusedExperts.apply(
             hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_bias, down_bias, static
         )

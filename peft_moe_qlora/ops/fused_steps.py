@@ -78,6 +78,36 @@ class Forward(NamedTuple):
     planner: Planner
 
 
+def _check(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *projections: tuple[PackedWeight, Factors | None, torch.Tensor | None],
+) -> None:
+    """Kernels get addresses only: what does not fit would read beyond its end."""
+    num_tokens, device = hidden_states.shape[0], hidden_states.device
+    shapes = [("top_k_weights", top_k_weights, top_k_index.shape), ("top_k_index", top_k_index[:, 0], (num_tokens,))]
+    features = []
+    for weight, factors, bias in projections:
+        features.append((weight.in_features, weight.out_features))
+        shapes.append(("weight", weight.tensors[0], weight.tensors[0].shape))
+        if factors is not None:
+            rank = factors.A.shape[1]
+            shapes.append(("factor A", factors.A, (weight.num_experts, rank, weight.in_features)))
+            shapes.append(("factor B", factors.B, (weight.num_experts, weight.out_features, rank)))
+        if bias is not None:
+            shapes.append(("bias", bias, (weight.num_experts, weight.out_features)))
+    (hidden, up_features), (gated, out_features) = features
+    shapes.append(("hidden_states", hidden_states, (num_tokens, hidden)))
+    if up_features != 2 * gated or out_features != hidden:
+        raise ValueError(f"projections of {features} features (in, out) are no gated experts.")
+    for name, tensor, expected in shapes:
+        if tuple(tensor.shape) != tuple(expected):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(expected)} was expected.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the hidden states are on {device}.")
+
+
 def experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -90,7 +120,8 @@ def experts_forward(
     down_bias: torch.Tensor | None,
     gate: Gate,
 ) -> Forward:
-    """`(T, H)` -> `(T, H)`; all tensors contiguous, T not 0."""
+    """`(T, H)` -> `(T, H)`; all tensors but the factors contiguous, T not 0."""
+    _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
     rows = sort_pairs(top_k_index, up.num_experts)
     planner = Planner(rows, hidden_states.dtype)

@@ -59,7 +59,9 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
     """Rows times the matrices as stored (`as_stored`) or times their transposes."""
     _, stored_rows, stored_columns = stack.shape
     in_features, out_features = (stored_rows, stored_columns) if as_stored else (stored_columns, stored_rows)
-    path = choose_path(rows.device, rows.dtype, in_features, out_features).name
+    # a compiler can't look into a launch
+    choose = choose_library_path if torch.compiler.is_compiling() else choose_path
+    path = choose(rows.device, rows.dtype, in_features, out_features).name
     if rows.shape[0] and path == "triton":
         from .fused_steps import frozen_product
 

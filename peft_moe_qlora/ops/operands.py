@@ -33,9 +33,18 @@ class PackedWeight(NamedTuple):
         return self.tensors[0].shape[0]
 
     @property
+    def in_features(self) -> int:
+        return self.rows if self.is_transposed else self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.columns if self.is_transposed else self.rows
+
+    @property
     def signature(self) -> tuple:
         """All but the numbers."""
-        return (self.num_experts, self.tensors[0].dtype, self.is_nested, *self[1:])
+        first = self.tensors[0]
+        return (self.num_experts, first.dtype, first.device, self.is_nested, *self[1:])
 
     @property
     def is_packed(self) -> bool:

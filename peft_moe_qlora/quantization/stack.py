@@ -113,12 +113,12 @@ class DenseStack(Stack):
     """A stack left in floating point.
 
     Args:
-        weight: `(E, rows, columns)`; taken over, not copied.
+        weight: `(E, rows, columns)`; taken over, and copied only if it is not contiguous.
     """
 
     def __init__(self, weight: torch.Tensor, is_transposed: bool) -> None:
         super().__init__(weight.shape, is_transposed)
-        self.weight = _frozen(weight.detach())
+        self.weight = _frozen(weight.detach().contiguous())
 
     @property
     def dtype(self) -> torch.dtype:

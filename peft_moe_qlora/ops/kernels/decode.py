@@ -85,12 +85,12 @@ def _permute_assembly(patterns: list[int], packed_type: str | None) -> str:
         names += ["n", "p", "zero"]
         # minus zero, which leaves every product as it is
         lines.append("mov.b32 zero, 0x80008000;")
-        # four bytes lie in one block: the operands that follow the codes hold their scale four times
+        # the operands that follow the codes: two registers of scales for the four bytes, then two of what they lack
         for place, (half, selector) in enumerate((("a", "0x7351"), ("b", "0x7351"), ("a", "0x6240"), ("b", "0x6240"))):
             lines += [
                 f"prmt.b32 n, {half}0, {half}1, {selector};",
-                f"fma.rn.{packed_type} p, n, $7, zero;",
-                f"fma.rn.{packed_type} ${place}, n, $5, p;",
+                f"fma.rn.{packed_type} p, n, ${7 if half == 'a' else 8}, zero;",
+                f"fma.rn.{packed_type} ${place}, n, ${5 if half == 'a' else 6}, p;",
             ]
     else:
         for number, half in enumerate("ab"):

@@ -15,8 +15,10 @@ from .tape import allocate
 @triton.jit
 def _clamp_gate(gate, up, limit, KIND: tl.constexpr):
     if KIND == "clamped_silu" or KIND == "swiglu_oai":
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        # as torch does it: NaN stays NaN
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
     return gate, up
 
 

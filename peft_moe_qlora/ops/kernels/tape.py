@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
+from itertools import pairwise
 from operator import or_
 from typing import Any
 
@@ -20,6 +21,7 @@ MOST_TAPES = 1024
 """Sequences of different lengths make a tape each; the oldest is forgotten first."""
 
 _local = threading.local()
+_lock = threading.Lock()
 _tapes: dict[Hashable, Tape] = {}
 
 Outputs = list[torch.Tensor | None]
@@ -44,6 +46,10 @@ class Tape:
         start = 0 if tensor is None else tensor.data_ptr()
         self._spans.append((start, start if tensor is None else start + tensor.nbytes))
         return len(self._spans) - 1
+
+    def has_overlapping_inputs(self) -> bool:
+        spans = sorted(span for span in self._spans if span[1] > span[0])
+        return any(end > following for (_, end), (following, _) in pairwise(spans))
 
     def add_allocation(self, tensor: torch.Tensor) -> None:
         self._steps.append((None, self._add_span(tensor), tensor.shape, tensor.dtype, tensor.device))
@@ -120,7 +126,8 @@ def taped(
 
     Args:
         key: everything that decides on allocations and launches.
-        inputs: every tensor that `run` gives to kernels. Odd ones, not contiguous or not aligned, get no tape.
+        inputs: every tensor that `run` gives to kernels. Where one is not contiguous or not aligned,
+            or two overlap, there is no tape.
         run: gives outputs, all of them allocated on the way, and something that only depends on the key.
     """
     present = [tensor for tensor in inputs if tensor is not None]
@@ -133,15 +140,20 @@ def taped(
     tape = _tapes.get(key)
     if tape is not None:
         return tape.replay(addresses), tape.extra
-    _local.tape = tape = Tape(inputs)
+    tape = Tape(inputs)
+    if tape.has_overlapping_inputs():
+        # an address would not say which of them is meant
+        return run()
+    _local.tape = tape
     try:
         outputs, extra = run()
     finally:
         _local.tape = None
     tape.finish(outputs, extra)
-    if len(_tapes) >= MOST_TAPES:
-        _tapes.pop(next(iter(_tapes)), None)
-    _tapes[key] = tape
+    with _lock:
+        if len(_tapes) >= MOST_TAPES:
+            _tapes.pop(next(iter(_tapes)))
+        _tapes[key] = tape
     return outputs, extra
 
 
