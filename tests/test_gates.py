@@ -5,23 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from experts_classes import ExpertsClass, build, find_experts_classes
-from torch.nn.functional import gelu, silu
+from gate_formulas import gated
 
 from peft_moe_qlora.experts.gates import known_gate
 from peft_moe_qlora.experts.layout import read_layout
 from peft_moe_qlora.ops import Gate
 
 DECORATED = [found for found in find_experts_classes() if found.is_decorated]
-
-
-def formula(x: torch.Tensor, gate: Gate) -> torch.Tensor:
-    g, u = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, -1)
-    if gate.kind == "silu":
-        return silu(g) * u
-    if gate.kind == "gelu_tanh":
-        return gelu(g, approximate="tanh") * u
-    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
-    return silu(g) * u if gate.kind == "clamped_silu" else (u + 1) * g * torch.sigmoid(gate.alpha * g)
 
 
 @pytest.mark.parametrize("experts_class", DECORATED, ids=lambda found: found.name)
@@ -32,7 +22,7 @@ def test_known_gates_are_the_classes_own(experts_class: ExpertsClass):
         assert gate, "a reason"
         return
     x = torch.randn(50, 32) * 20  # beyond every clamp
-    torch.testing.assert_close(experts._apply_gate(x), formula(x, gate))
+    torch.testing.assert_close(experts._apply_gate(x), gated(x, gate))
 
 
 def test_most_classes_have_a_known_gate():

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import gelu, silu
+from gate_formulas import gated
 
 from peft_moe_qlora.ops import Factors, Gate, LowRank, packed_weight, reference
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack, Stack
@@ -72,16 +72,6 @@ def random_ids(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
         return torch.zeros(num_tokens, top_k, dtype=torch.long, device=DEVICE)
     scores = torch.rand(num_tokens, num_experts, device=DEVICE)
     return torch.topk(scores, top_k).indices + 1
-
-
-def reference_gate(x: torch.Tensor, gate: Gate) -> torch.Tensor:
-    g, u = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, -1)
-    if gate.kind == "silu":
-        return silu(g) * u
-    if gate.kind == "gelu_tanh":
-        return gelu(g, approximate="tanh") * u
-    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
-    return silu(g) * u if gate.kind == "clamped_silu" else (u + 1) * g * torch.sigmoid(gate.alpha * g)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 300, 1500])
@@ -242,7 +232,7 @@ def test_gates_and_their_gradients(gate: Gate, columns: int) -> None:
     rows = sort_pairs(ids, 4)
     num_rows = rows.ends[-1]
     x = torch.randn(18, 2 * columns, device=DEVICE, requires_grad=True)
-    expected = reference_gate(x, gate)
+    expected = gated(x, gate)
     assert_close(apply_gate(x.detach(), gate), expected)
 
     weights = torch.rand(9, 2, device=DEVICE)
@@ -305,7 +295,7 @@ def run_layer(
     x_reference = x.detach().float().requires_grad_()
     rows, expert = x_reference.repeat_interleave(top_k, 0), ids.flatten()
     low_rank = [[LowRank(*factors[:2], 0.7)], [LowRank(*factors[2:], 1.3)]] if rank else [(), ()]
-    inner = reference_gate(reference.linear(rows, expert, up, bias[0], low_rank[0]), gate)
+    inner = gated(reference.linear(rows, expert, up, bias[0], low_rank[0]), gate)
     pairs = reference.linear(inner, expert, down, bias[1], low_rank[1]).view(num_tokens, top_k, hidden)
     expected_out = (pairs * weights[..., None]).sum(1)
     expected = [
@@ -483,8 +473,8 @@ def run_layer_by_expert(
         if up.is_transposed:
             W_up, W_down = W_up.T, W_down.T
         inner = x[token] @ (W_up + 2 * B_up[expert] @ A_up[expert]).T
-        gated = reference_gate(inner, Gate("silu"))
-        rows = gated @ (W_down + 2 * B_down[expert] @ A_down[expert]).T
+        hidden_rows = gated(inner, Gate("silu"))
+        rows = hidden_rows @ (W_down + 2 * B_down[expert] @ A_down[expert]).T
         expected = expected.index_add(0, token, rows * weights[token, choice, None])
     return list(zip(found, [expected, *torch.autograd.grad(expected, inputs, grad.float())]))
 
