@@ -135,6 +135,20 @@ def test_permutes_look_up_the_same_table_as_selects(storage: FourBitFormat, dtyp
     assert_close(out.T, stack.decode(torch.float32)[0], 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("quant_type", "share"), [("nf4", 0.6), ("fp4", 1e-3)])
+def test_scaled_tables_round_with_less_error(quant_type: str, share: float) -> None:
+    """The error of the codes in bf16, weighted by their use for Gaussian weights, beside that of unscaled codes."""
+    exact = code_table(quant_type, torch.float32, False)
+    rounded = code_table(quant_type, torch.bfloat16, False)
+    codes = torch.tensor(exact.values)
+    weights = torch.randn(512, 64)
+    weights /= weights.abs().amax(1, keepdim=True)
+    used = codes[(weights[..., None] - codes).abs().argmin(-1)]
+    look_up = dict(zip(exact.values, rounded.values))
+    scaled = torch.tensor([look_up[code] for code in used.flatten().tolist()]) / rounded.scale
+    assert relative_error(scaled, used.flatten()) <= share * relative_error(used.bfloat16(), used)
+
+
 TILES = [
     GemmTiles((32, 16), 32, 64, 4, 2, weight_left=False, decode_first=False),
     GemmTiles((16,), 64, 32, 4, 2, weight_left=True, decode_first=False),

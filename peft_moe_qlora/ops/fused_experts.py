@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .fused_op import experts_op
-from .fused_steps import Forward, Planner, experts_backward, experts_forward
+from .fused_steps import Planner, Saved, experts_backward, experts_forward
 from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
 from .kernels.schedule import Tiles, split_routing
@@ -41,7 +41,7 @@ class _FusedExperts(torch.autograd.Function):
         biases = (up_bias, down_bias)
 
         def run() -> tuple[list[Tensor | None], list[tuple[int, ...]]]:
-            result = experts_forward(
+            out, kept = experts_forward(
                 *tensors,
                 up,
                 down,
@@ -50,9 +50,9 @@ class _FusedExperts(torch.autograd.Function):
                 *biases,
                 gate,
             )
-            planner = result.planner
+            planner = kept.planner
             cut = [tensor for tiles in planner.cut.values() for tensor in (tiles.tiles, tiles.tile_ends)]
-            return [*result[:4], planner.rows.whole, *cut], list(planner.cut)
+            return [out, *kept[:3], planner.rows.whole, *cut], list(planner.cut)
 
         key = (
             *[
@@ -86,7 +86,7 @@ class _FusedExperts(torch.autograd.Function):
                 grad_out,
                 hidden_states,
                 top_k_weights,
-                Forward(grad_out, gate_input, up_reduced, down_reduced, planner),
+                Saved(gate_input, up_reduced, down_reduced, planner),
                 up,
                 down,
                 as_factors(*factors[:2], up_scaling),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_steps import Forward, Planner, experts_backward, experts_forward
+from .fused_steps import Planner, Saved, experts_backward, experts_forward
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
 from .operands import Factors, Gate, PackedWeight, as_factors
@@ -49,7 +49,7 @@ def _experts_op(
     gate_numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with device_of(hidden_states):
-        result = experts_forward(
+        out, saved = experts_forward(
             hidden_states.contiguous(),
             top_k_index.contiguous(),
             top_k_weights.contiguous(),
@@ -62,11 +62,11 @@ def _experts_op(
             Gate(gate_kind, gate_interleaved, *gate_numbers),
         )
     return (
-        result.out,
-        result.gate_input,
-        _or_empty(result.up_reduced, result.out),
-        _or_empty(result.down_reduced, result.out),
-        result.planner.rows.whole,
+        out,
+        saved.gate_input,
+        _or_empty(saved.up_reduced, out),
+        _or_empty(saved.down_reduced, out),
+        saved.planner.rows.whole,
     )
 
 
@@ -118,7 +118,7 @@ def _experts_backward_op(
             grad_out.contiguous(),
             hidden_states.contiguous(),
             top_k_weights.contiguous(),
-            Forward(grad_out, gate_input, up_reduced, down_reduced, Planner(rows, hidden_states.dtype)),
+            Saved(gate_input, up_reduced, down_reduced, Planner(rows, hidden_states.dtype)),
             _weight(up, up_shape, is_transposed, up_quant_type),
             _weight(down, down_shape, is_transposed, down_quant_type),
             as_factors(up_A, up_B, scalings[0]),
@@ -183,6 +183,7 @@ def experts_op(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> Tensor:
+    """`fused_experts` as one node of a traced graph; its backward computes every gradient, needed or not."""
     up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
     down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
     return _experts_op(

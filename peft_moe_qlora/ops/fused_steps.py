@@ -44,7 +44,7 @@ class Planner:
         self.cut = {tiles.heights: tiles for tiles in cut}
 
     def plan(self, weight: PackedWeight, for_input_gradient: bool) -> Plan:
-        along_columns = weight.is_transposed == for_input_gradient
+        along_columns = weight.contracts_columns(for_input_gradient)
         rows_per_expert = self.rows.pair_of_row.shape[0] / weight.num_experts
         tuned = choose_tiles(
             weight.tensors[0].device, self.dtype, weight.blocks_follow_rows, along_columns, rows_per_expert
@@ -68,10 +68,9 @@ def _product(
     )
 
 
-class Forward(NamedTuple):
-    """What the forward gives: its result, and what the backward needs of it."""
+class Saved(NamedTuple):
+    """What the backward needs of the forward, besides its inputs."""
 
-    out: torch.Tensor
     gate_input: torch.Tensor
     up_reduced: torch.Tensor | None
     down_reduced: torch.Tensor | None
@@ -86,7 +85,10 @@ def _check(
 ) -> None:
     """Kernels get addresses only: what does not fit would read beyond its end."""
     num_tokens, device = hidden_states.shape[0], hidden_states.device
-    shapes = [("top_k_weights", top_k_weights, top_k_index.shape), ("top_k_index", top_k_index[:, 0], (num_tokens,))]
+    shapes = [
+        ("top_k_weights", top_k_weights, top_k_index.shape),
+        ("top_k_index", top_k_index, (num_tokens, top_k_index.shape[1])),
+    ]
     features = []
     for weight, factors, bias in projections:
         features.append((weight.in_features, weight.out_features))
@@ -119,7 +121,7 @@ def experts_forward(
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     gate: Gate,
-) -> Forward:
+) -> tuple[torch.Tensor, Saved]:
     """`(T, H)` -> `(T, H)`; all tensors but the factors contiguous, T not 0."""
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
@@ -143,7 +145,7 @@ def experts_forward(
     down_rows = _product(planner, Rows(gated), down, False, down_term, down_bias)
     del gated
     out = combine(down_rows, top_k_weights, rows, num_tokens, top_k, hidden_states.dtype)
-    return Forward(out, gate_input, _reduced(term), _reduced(down_term), planner)
+    return out, Saved(gate_input, _reduced(term), _reduced(down_term), planner)
 
 
 def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:
@@ -167,7 +169,7 @@ def experts_backward(
     grad_out: torch.Tensor,
     hidden_states: torch.Tensor,
     top_k_weights: torch.Tensor,
-    saved: Forward,
+    saved: Saved,
     up: PackedWeight,
     down: PackedWeight,
     up_factors: Factors | None,

@@ -40,6 +40,10 @@ class PackedWeight(NamedTuple):
     def out_features(self) -> int:
         return self.columns if self.is_transposed else self.rows
 
+    def contracts_columns(self, for_input_gradient: bool) -> bool:
+        """Whether a product runs along the stored columns: with the transposes `(in, out)`, or for gradients."""
+        return self.is_transposed == for_input_gradient
+
     @property
     def signature(self) -> tuple:
         """All but the numbers."""

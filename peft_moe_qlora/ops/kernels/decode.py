@@ -16,7 +16,6 @@ from .launch import cdiv, launch, next_power_of_2
 from .tape import allocate
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
-TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class CodeTable(NamedTuple):
@@ -170,17 +169,16 @@ def load_scales(
     expert,
     block,
     mask,
-    MASKED: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     IS_NESTED: tl.constexpr,
 ):
     """fp32 scales of blocks of one expert; where masked, some finite value."""
     place = ABSMAX + expert.to(tl.int64) * NUM_BLOCKS + block
-    scale = tl.load(place, mask=mask, other=0) if MASKED else tl.load(place)
+    scale = tl.load(place, mask=mask, other=0)
     if IS_NESTED:
         NUM_NESTED: tl.constexpr = (NUM_BLOCKS + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE
         place = NESTED + expert * NUM_NESTED + block // _NESTED_BLOCKSIZE
-        nested = tl.load(place, mask=mask, other=0.0) if MASKED else tl.load(place)
+        nested = tl.load(place, mask=mask, other=0.0)
         scale = tl.load(MAP + scale.to(tl.int32)) * nested + tl.load(OFFSET + expert)
     return scale
 
@@ -208,7 +206,7 @@ def _decode_kernel(
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
     codes = tl.load(CODES + expert.to(tl.int64) * NUM_BYTES + byte, mask=byte < NUM_BYTES, other=0)
-    scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, True, NUM_BLOCKS, IS_NESTED)
+    scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, NUM_BLOCKS, IS_NESTED)
     high, low = decode_codes(codes, scale[:, None], VALUES, ASSEMBLY, tl.float32)
     weights = tl.interleave(high, low).to(OUT.dtype.element_ty)
     place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
@@ -219,7 +217,7 @@ DECODE_BYTES = 4096
 
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
-    """Codes or weight, absmax, nested absmax, offset and dynamic map; what is absent is replaced by the first."""
+    """Codes, absmax, nested absmax, offset and dynamic map of a packed weight; the codes stand for what is absent."""
     first = weight.tensors[0]
     if weight.is_nested:
         return (*weight.tensors, dynamic_map(first.device))
@@ -244,7 +242,7 @@ def dynamic_map(device: torch.device) -> torch.Tensor:
 def _plain_scales_kernel(ABSMAX, NESTED, OFFSET, MAP, OUT, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.program_id(1)
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, True, NUM_BLOCKS, True)
+    scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, NUM_BLOCKS, True)
     tl.store(OUT + expert.to(tl.int64) * NUM_BLOCKS + block, scale, mask=block < NUM_BLOCKS)
 
 

@@ -361,7 +361,7 @@ def grouped_gemm(
         low_rank: added.
         bias: `(E, N)`, added.
     """
-    along_columns = weight.is_transposed == for_input_gradient
+    along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device
     out = allocate((rows.num_rows, out_features), dtype, device)
@@ -373,10 +373,11 @@ def grouped_gemm(
     tiles_n = cdiv(out_features, tuned.tile_n)
     term, factor = (out, out[:, :, None]) if low_rank is None else low_rank
     rank = 0 if low_rank is None else term.shape[1]
-
     strides = factor.stride()
 
-    def multiply(tensors: tuple[torch.Tensor, ...], first_expert: int, num_experts: int, num_programs: int) -> None:
+    def multiply(
+        tensors: tuple[torch.Tensor, ...], first_expert: int, num_experts: int, num_programs: int, loops: bool
+    ) -> None:
         launch(
             _grouped_gemm_kernel,
             (num_programs,),
@@ -420,8 +421,7 @@ def grouped_gemm(
 
     num_programs = tiles.bound * tiles_n
     if not decodes_before:
-        loops = False
-        multiply(with_plain_scales(weight).tensors, 0, weight.num_experts, num_programs)
+        multiply(with_plain_scales(weight).tensors, 0, weight.num_experts, num_programs, loops=False)
         return out
     num_groups = cdiv(weight.num_experts * weight.rows * weight.columns * dtype.itemsize, WORKSPACE_BYTES)
     group = cdiv(weight.num_experts, num_groups)
@@ -433,7 +433,7 @@ def grouped_gemm(
     for first in range(0, weight.num_experts, group):
         count = min(group, weight.num_experts - first)
         decode(weight, first, count, dtype, out=workspace)
-        multiply((workspace,), first, count, num_programs)
+        multiply((workspace,), first, count, num_programs, loops)
     return out
 
 
