@@ -126,7 +126,7 @@ def test_permutes_look_up_the_same_table_as_selects(storage: FourBitFormat, dtyp
     weight = torch.ones(1, 4, 64, device=DEVICE)
     weight[:, :, 1:] = torch.linspace(-1, 1, 63, device=DEVICE)
     stack = QuantizedStack.from_dense(weight, False, storage)
-    assert code_table(storage.quant_type, dtype, True).assembly
+    assert all(code_table(storage.quant_type, dtype, True).assembly[: 1 + (dtype.itemsize == 2)])
     eye = torch.eye(64, device=DEVICE, dtype=dtype)
     ids = torch.zeros(64, 1, dtype=torch.long, device=DEVICE)
     rows = sort_pairs(ids, 1)

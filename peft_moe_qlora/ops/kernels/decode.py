@@ -23,12 +23,13 @@ class CodeTable(NamedTuple):
 
     Args:
         values: the 16 values, for the portable way: a chain of selects.
-        assembly: PTX that maps four bytes to eight numbers, in 16 bits times two scales; "" for the portable way.
+        assembly: PTX that maps four bytes to eight numbers, and PTX that also multiplies them by two scales, which
+            there is for 16 bits only. "" for the portable way.
         scale: what the values were multiplied by; the scales of the blocks have to be divided by it.
     """
 
     values: tuple[float, ...]
-    assembly: str
+    assembly: tuple[str, str]
     scale: float
 
 
@@ -42,53 +43,65 @@ def code_table(quant_type: str, dtype: torch.dtype, on_nvidia: bool) -> CodeTabl
     """The table of a format in a dtype; PTX where the device runs it."""
     scale = _SCALES.get((quant_type, dtype), 1.0)
     values = (bnb.get_4bit_type(quant_type, device="cpu").double() * scale).to(dtype)
-    assembly = ""
+    look_up = look_up_and_scale = ""
     if on_nvidia:
         as_int = torch.int32 if dtype == torch.float32 else torch.int16
         patterns = [pattern & (1 << 8 * dtype.itemsize) - 1 for pattern in values.view(as_int).tolist()]
-        assembly = _permute_assembly(patterns, {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}.get(dtype))
-    return CodeTable(tuple(values.tolist()), assembly, scale)
+        look_up = _permute_assembly(patterns, dtype.itemsize)
+        if dtype.itemsize == 2:
+            packed_type = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+            look_up_and_scale = _permute_assembly(patterns, dtype.itemsize, packed_type)
+    return CodeTable(tuple(values.tolist()), (look_up, look_up_and_scale), scale)
 
 
-def _permute_assembly(patterns: list[int], packed_type: str | None) -> str:
-    """PTX that looks up 8 codes in a table of 16 patterns without touching memory.
+def _permute_assembly(patterns: list[int], itemsize: int, packed_type: str = "") -> str:
+    """PTX that looks up 8 codes in a table of 16 patterns of 2 or 4 bytes without touching memory.
 
-    With a `packed_type` the patterns have two bytes, and the numbers are multiplied by `high + low`, two scales of the
-    same type that come as further operands, with one rounding: `fma(number, high, number * low)`. Without, the
-    patterns have four bytes.
+    With a `packed_type` the numbers, of two bytes, are multiplied by `high + low`, two scales of the same type that
+    come as further operands, with one rounding: `fma(number, high, number * low)`.
 
     `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
     The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
     first eight entries, one in its last eight, and a third picks between the two by each code's top bit. That is
     done for each byte of the patterns; the last permutes put the bytes together.
+
+    An instruction holds one constant; of a second that is the same for all threads ptxas makes a move before each
+    permute. `zero`, which it takes for something of the thread's own, keeps those in registers.
     """
-    itemsize = 2 if packed_type else 4
     planes = [[pattern >> 8 * byte & 0xFF for pattern in patterns] for byte in range(itemsize)]
 
     def word(plane: list[int], first: int) -> str:
         return "0x" + "".join(f"{byte:02x}" for byte in reversed(plane[first : first + 4]))
 
-    names, lines = ["ca", "cb", "ha", "hb"], []
+    names = ["ca", "cb", "ha", "hb", "zero", "other_lanes"]
+    lines = ["mov.u32 zero, %lanemask_lt;", "mov.u32 other_lanes, %lanemask_ge;", "and.b32 zero, zero, other_lanes;"]
+    for index, plane in enumerate(planes):
+        for part, first in (("l", 0), ("h", 8)):
+            names.append(f"w{index}{part}")
+            lines.append(f"or.b32 w{index}{part}, zero, {word(plane, first)};")
     # the codes of bytes 0 and 1 are a's, those of bytes 2 and 3 b's
     for half in "ab":
         for index, plane in enumerate(planes):
             found = f"{half}{index}"
             names += [found, f"{found}l", f"{found}h"]
             lines += [
-                f"prmt.b32 {found}l, {word(plane, 0)}, {word(plane, 4)}, c{half};",
-                f"prmt.b32 {found}h, {word(plane, 8)}, {word(plane, 12)}, c{half};",
+                f"prmt.b32 {found}l, w{index}l, {word(plane, 4)}, c{half};",
+                f"prmt.b32 {found}h, w{index}h, {word(plane, 12)}, c{half};",
                 f"prmt.b32 {found}, {found}l, {found}h, h{half};",
             ]
     # of each byte the high nibble comes first: found are codes 1, 0, 3, 2
-    if packed_type:
-        names += ["n", "p", "zero"]
-        # minus zero, which leaves every product as it is
-        lines.append("mov.b32 zero, 0x80008000;")
-        # the operands that follow the codes: two registers of scales for the four bytes, then two of what they lack
+    if itemsize == 2:
+        names += ["n", "p", "minus_zero"]
+        # leaves every product as it is
+        lines.append("mov.b32 minus_zero, 0x80008000;")
         for place, (half, selector) in enumerate((("a", "0x7351"), ("b", "0x7351"), ("a", "0x6240"), ("b", "0x6240"))):
+            if not packed_type:
+                lines.append(f"prmt.b32 ${place}, {half}0, {half}1, {selector};")
+                continue
+            # the operands that follow the codes: two registers of scales for the four bytes, then two of what they lack
             lines += [
                 f"prmt.b32 n, {half}0, {half}1, {selector};",
-                f"fma.rn.{packed_type} p, n, ${7 if half == 'a' else 8}, zero;",
+                f"fma.rn.{packed_type} p, n, ${7 if half == 'a' else 8}, minus_zero;",
                 f"fma.rn.{packed_type} ${place}, n, ${5 if half == 'a' else 6}, p;",
             ]
     else:
@@ -102,7 +115,7 @@ def _permute_assembly(patterns: list[int], packed_type: str | None) -> str:
                     f"prmt.b32 ${4 + 2 * number + pair}, {low}, {high}, 0x5410;",
                     f"prmt.b32 ${2 * number + pair}, {low}, {high}, 0x7632;",
                 ]
-    codes = "$4" if packed_type else "$8"
+    codes = "$4" if itemsize == 2 else "$8"
     start = [
         f".reg .b32 {', '.join(names)};",
         f"and.b32 ca, {codes}, 0x77777777;",
@@ -125,30 +138,49 @@ def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def decode_codes(codes, scale, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to the weights of their high and of their low nibbles, rounded once.
-
-    `scale`, in fp32, has the shape of the codes or broadcasts to it; it is that of the blocks over the table's.
-    """
-    if ASSEMBLY == "":
-        high = (_select((codes >> 4).to(tl.int32), VALUES, DTYPE).to(tl.float32) * scale).to(DTYPE)
-        low = (_select((codes & 15).to(tl.int32), VALUES, DTYPE).to(tl.float32) * scale).to(DTYPE)
+def look_up_codes(codes, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes to the table's values for their high and for their low nibbles."""
+    if ASSEMBLY[0] == "":
+        high = _select((codes >> 4).to(tl.int32), VALUES, DTYPE)
+        low = _select((codes & 15).to(tl.int32), VALUES, DTYPE)
     elif tl.float32 == DTYPE:
         high, low = tl.inline_asm_elementwise(
-            ASSEMBLY,
+            ASSEMBLY[0],
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [codes],
             dtype=(tl.float32, tl.float32),
             is_pure=True,
             pack=4,
         )
-        high *= scale
-        low *= scale
+    else:
+        high, low = tl.inline_asm_elementwise(
+            ASSEMBLY[0],
+            "=r,=r,=r,=r,r",
+            [codes],
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=4,
+        )
+        high = high.to(DTYPE, bitcast=True)
+        low = low.to(DTYPE, bitcast=True)
+    return high, low
+
+
+@triton.jit
+def decode_codes(codes, scale, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes to the weights of their high and of their low nibbles, rounded once.
+
+    `scale`, in fp32, has the shape of the codes or broadcasts to it; it is that of the blocks over the table's.
+    """
+    if ASSEMBLY[1] == "":
+        high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
+        high = (high.to(tl.float32) * scale).to(DTYPE)
+        low = (low.to(tl.float32) * scale).to(DTYPE)
     else:
         coarse = scale.to(DTYPE)
         fine = (scale - coarse.to(tl.float32)).to(DTYPE)
         high, low = tl.inline_asm_elementwise(
-            ASSEMBLY,
+            ASSEMBLY[1],
             "=r,=r,=r,=r,r,r,r,r,r",
             [codes, coarse, fine],
             dtype=(tl.int16, tl.int16),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..operands import PackedWeight
-from .decode import CodeTable, code_table, decode, decode_codes, runs_ptx, with_plain_scales
+from .decode import CodeTable, code_table, decode, decode_codes, look_up_codes, runs_ptx, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import Tiles
 from .tape import allocate
@@ -113,6 +113,39 @@ def _weight_tile(
 
 
 @triton.jit
+def _weight_block(
+    W,
+    ABSMAX,
+    expert,
+    row,
+    column_tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    VALUES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`(rows, TILE_COLUMNS)` values of the table, and the scales of the rows: the columns are of one block each."""
+    is_row = (row < ROWS)[:, None]
+    byte = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
+    place = W + expert.to(tl.int64) * (ROWS * (COLUMNS // 2)) + row[:, None] * (COLUMNS // 2) + byte[None, :]
+    ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE
+    scale_place = ABSMAX + expert.to(tl.int64) * (ROWS * ROW_BLOCKS) + row * ROW_BLOCKS
+    scale_place += column_tile // (BLOCKSIZE // TILE_COLUMNS)
+    if MASK_ROWS:
+        codes = tl.load(place, mask=is_row, other=0)
+        scale = tl.load(scale_place, mask=row < ROWS, other=0.0)
+    else:
+        codes = tl.load(place)
+        scale = tl.load(scale_place)
+    high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
+    return tl.reshape(tl.join(high, low), (row.shape[0], TILE_COLUMNS)), scale
+
+
+@triton.jit
 def _low_rank_operands(
     REDUCED,
     FACTOR,
@@ -177,36 +210,46 @@ def _tile(
     source = row_places(row, PAIR_OF_ROW, TOP_K, GATHER)
     DTYPE: tl.constexpr = X.dtype.element_ty
     MASK_N: tl.constexpr = N % TILE_N != 0
-    MASK_K: tl.constexpr = K % TILE_K != 0
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
-    x_place = X + source[:, None].to(tl.int64) * K + k[None, :]
     shape: tl.constexpr = (TILE_N, HEIGHT) if WEIGHT_LEFT else (HEIGHT, TILE_N)
     acc = tl.zeros(shape, tl.float32)
-    for step in range((K + TILE_K - 1) // TILE_K):
-        first_k = step * TILE_K
-        if ALONG_COLUMNS:
-            w = _weight_tile(
-                W, ABSMAX, weight_expert, n, step,
-                N, K, TILE_N, TILE_K, MASK_N, MASK_K,
-                BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
-            )  # fmt: skip
-            w_left = w
-        else:
-            w = _weight_tile(
-                W, ABSMAX, weight_expert, first_k + k, tile_n,
-                K, N, TILE_K, TILE_N, MASK_K, MASK_N,
-                BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
-            )  # fmt: skip
-            w_left = tl.trans(w)
+    # one multiplication for each sum over a block, or for each weight
+    BLOCK_K: tl.constexpr = min(BLOCKSIZE, TILE_K)
+    SCALES_SUMS: tl.constexpr = ALONG_COLUMNS and not WEIGHT_LEFT and 2 * HEIGHT <= BLOCK_K
+    STEP_K: tl.constexpr = BLOCK_K if SCALES_SUMS else TILE_K
+    MASK_K: tl.constexpr = K % STEP_K != 0
+    k = tl.arange(0, STEP_K)
+    x_place = X + source[:, None].to(tl.int64) * K + k[None, :]
+    for step in range((K + STEP_K - 1) // STEP_K):
+        first_k = step * STEP_K
         if MASK_K:
             x = tl.load(x_place + first_k, mask=(first_k + k < K)[None, :], other=0.0)
         else:
             x = tl.load(x_place + first_k)
-        if WEIGHT_LEFT:
-            acc = tl.dot(w_left, tl.trans(x), acc, input_precision="ieee")
+        if SCALES_SUMS:
+            w, scale = _weight_block(
+                W, ABSMAX, weight_expert, n, step, N, K, STEP_K, MASK_N, BLOCKSIZE, VALUES, ASSEMBLY, DTYPE
+            )
+            acc += tl.dot(x, tl.trans(w), input_precision="ieee") * (scale * (1 / SCALE))[None, :]
         else:
-            acc = tl.dot(x, tl.trans(w_left), acc, input_precision="ieee")
+            if ALONG_COLUMNS:
+                w = _weight_tile(
+                    W, ABSMAX, weight_expert, n, step,
+                    N, K, TILE_N, TILE_K, MASK_N, MASK_K,
+                    BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
+                )  # fmt: skip
+                w_left = w
+            else:
+                w = _weight_tile(
+                    W, ABSMAX, weight_expert, first_k + k, tile_n,
+                    K, N, TILE_K, TILE_N, MASK_K, MASK_N,
+                    BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
+                )  # fmt: skip
+                w_left = tl.trans(w)
+            if WEIGHT_LEFT:
+                acc = tl.dot(w_left, tl.trans(x), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x, tl.trans(w_left), acc, input_precision="ieee")
     if RANK > 0:
         reduced, factor = _low_rank_operands(
             REDUCED, FACTOR, expert, row, n, STRIDE_FE, STRIDE_FN, STRIDE_FR, N, RANK, RANKS, DTYPE
@@ -367,7 +410,7 @@ def grouped_gemm(
     out = allocate((rows.num_rows, out_features), dtype, device)
     # a tile finds its scales only where rows are whole blocks
     decodes_before = weight.is_packed and (tuned.decode_first or not weight.blocks_follow_rows)
-    table = CodeTable((), "", 1.0)
+    table = CodeTable((), ("", ""), 1.0)
     if weight.is_packed and not decodes_before:
         table = code_table(weight.quant_type, dtype, runs_ptx(device))
     tiles_n = cdiv(out_features, tuned.tile_n)

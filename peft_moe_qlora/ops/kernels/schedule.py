@@ -64,12 +64,10 @@ def _count_kernel(IDS, COUNTS, num_pairs, NUM_EXPERTS: tl.constexpr, BUCKETS: tl
 
 
 @triton.jit(do_not_specialize=["num_programs"])
-def _scan_kernel(
-    COUNTS, STARTS, ENDS, num_programs, NUM_EXPERTS: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Turns the counts of each program into the number of pairs before it, per expert, and totals into starts."""
-    bucket = tl.arange(0, BUCKETS)
-    carried = tl.zeros((BUCKETS,), tl.int32)
+def _scan_kernel(COUNTS, num_programs, BUCKETS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """Turns the counts of each program into the number of pairs before it, per expert; totals follow the last."""
+    bucket = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    carried = tl.zeros((GROUP,), tl.int32)
     for first in range(0, num_programs, CHUNK):
         program = first + tl.arange(0, CHUNK)
         place = COUNTS + program[:, None] * BUCKETS + bucket[None, :]
@@ -78,35 +76,32 @@ def _scan_kernel(
         before = tl.cumsum(counts, 0) - counts + carried[None, :]
         tl.store(place, before, mask=is_there)
         carried += tl.sum(counts, 0)
-    ends = tl.cumsum(carried, 0)
-    tl.store(STARTS + bucket, ends - carried)
-    tl.store(ENDS + bucket, ends, mask=bucket < NUM_EXPERTS)
+    tl.store(COUNTS + num_programs * BUCKETS + bucket, carried)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _place_kernel(
     IDS,
     COUNTS,
-    STARTS,
+    ENDS,
     PAIR_OF_ROW,
     ROW_OF_PAIR,
     num_pairs,
     NUM_EXPERTS: tl.constexpr,
     BUCKETS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     index = tl.arange(0, BLOCK)
     pair = tl.program_id(0) * BLOCK + index
     ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
-    row = tl.zeros((BLOCK,), tl.int32)
-    # number of pairs before each in the block that have the same expert
-    for first in range(0, BLOCK, CHUNK):
-        other = first + tl.arange(0, CHUNK)
-        other_ids = _load_ids(IDS, tl.program_id(0) * BLOCK + other, num_pairs, NUM_EXPERTS)
-        is_before = (other_ids[None, :] == ids[:, None]) & (other[None, :] < index[:, None])
-        row += tl.sum(is_before.to(tl.int32), 1)
-    row += tl.load(STARTS + ids) + tl.load(COUNTS + tl.program_id(0) * BUCKETS + ids)
+    bucket = tl.arange(0, BUCKETS)
+    totals = tl.load(COUNTS + tl.num_programs(0) * BUCKETS + bucket)
+    ends = tl.cumsum(totals, 0)
+    if tl.program_id(0) == 0:
+        tl.store(ENDS + bucket, ends, mask=bucket < NUM_EXPERTS)
+    starts = ends - totals + tl.load(COUNTS + tl.program_id(0) * BUCKETS + bucket)
+    is_before = (ids[None, :] == ids[:, None]) & (index[None, :] < index[:, None])
+    row = tl.gather(starts, ids, 0) + tl.sum(is_before.to(tl.int32), 1)
     tl.store(ROW_OF_PAIR + pair, row, mask=pair < num_pairs)
     tl.store(PAIR_OF_ROW + row, pair, mask=pair < num_pairs)
 
@@ -165,16 +160,15 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
         block = max(16, next_power_of_2(num_pairs))
         launch(_place_few_kernel, (1,), (top_k_index, *rows[:3]), (num_pairs,), **sizes, BLOCK=block)
         return rows
-    # few pairs want many programs, many pairs few: their counts are scanned by one
-    block, chunk, num_warps = (256, 256, 8) if num_pairs <= 2**16 else (1024, 32, 16)
+    # small blocks: each pair is compared with all of its block
+    block = 128
     programs = cdiv(num_pairs, block)
     counts = allocate((programs + 1, buckets), torch.int32, device)
-    starts = counts[programs]
     launch(_count_kernel, (programs,), (top_k_index, counts), (num_pairs,), **sizes, BLOCK=block)
-    scanned = max(1, min(next_power_of_2(programs), 8192 // buckets))
-    launch(_scan_kernel, (1,), (counts, starts, rows.ends), (programs,), num_warps=8, **sizes, CHUNK=scanned)
-    tensors = (top_k_index, counts, starts, rows.pair_of_row, rows.row_of_pair)
-    launch(_place_kernel, (programs,), tensors, (num_pairs,), num_warps=num_warps, **sizes, BLOCK=block, CHUNK=chunk)
+    group, chunk = min(16, buckets), min(512, next_power_of_2(programs))
+    launch(_scan_kernel, (buckets // group,), (counts,), (programs,), BUCKETS=buckets, GROUP=group, CHUNK=chunk)
+    tensors = (top_k_index, counts, rows.ends, rows.pair_of_row, rows.row_of_pair)
+    launch(_place_kernel, (programs,), tensors, (num_pairs,), **sizes, BLOCK=block)
     return rows
 
 
