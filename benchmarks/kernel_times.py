@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_times.py --tokens 512 4096 16384
 
-Times are the device's, by torch's profiler: what runs at the same time counts twice, gaps between launches don't count.
+Times are the device's, by torch's profiler; gaps between launches don't count.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main() -> None:
             rows = kernel_times(partial(step(mode), layer, inputs), args.repeats)
             launches, total = (sum(row[index] for row in rows) for index in (1, 2))
             print(f"\n{args.shape}, {args.arm}, T = {tokens}, {mode}: microseconds per step")
-            print(tabulate([*rows, ("sum", launches, total)], ["kernel", "launches", "us"], floatfmt=("", ".1f", ".1f")))
+            print(
+                tabulate([*rows, ("sum", launches, total)], ["kernel", "launches", "us"], floatfmt=("", ".1f", ".1f"))
+            )
 
 
 if __name__ == "__main__":

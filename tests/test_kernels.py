@@ -18,14 +18,18 @@ from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStac
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from peft_moe_qlora.ops import fused_experts as fused_experts_module
 from peft_moe_qlora.ops import fused_steps
 from peft_moe_qlora.ops.fused_experts import fused_experts
+from peft_moe_qlora.ops.fused_steps import experts_forward_by_pairs
+from peft_moe_qlora.ops.kernels.code_tables import code_table
 from peft_moe_qlora.ops.kernels.combine import combine
-from peft_moe_qlora.ops.kernels.decode import code_table, decode
+from peft_moe_qlora.ops.kernels.decode import decode
+from peft_moe_qlora.ops.kernels.few_rows import fits_few_rows
 from peft_moe_qlora.ops.kernels.gate import apply_gate, gate_backward
 from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
-from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
+from peft_moe_qlora.ops.kernels.schedule import cut_tiles, route, sort_pairs
 from peft_moe_qlora.ops.kernels.tape import Tape, forget_tapes
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
 
@@ -89,15 +93,20 @@ def test_pairs_are_sorted_stably(num_tokens: int, num_experts: int, top_k: int) 
 
 
 @pytest.mark.parametrize("heights", [(16,), (32, 16), (128, 64, 16)])
-def test_tiles_cover_every_row_once(heights: tuple[int, ...]) -> None:
-    ids = random_ids(200, 3, 7)
-    ids[:150, 0] = 2
-    rows = sort_pairs(ids, 7)
-    tiles = cut_tiles(rows, heights)
+@pytest.mark.parametrize("num_tokens", [1, 60, 200])
+def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -> None:
+    ids = random_ids(num_tokens, 3, 7)
+    ids[: num_tokens * 3 // 4, 0] = 2
+    rows, tiles = route(ids, 7, heights)
+    in_two_steps = sort_pairs(ids, 7)
+    assert all(torch.equal(*parts) for parts in zip(rows[:3], in_two_steps[:3]))
+    others = cut_tiles(in_two_steps, heights)
+    num_tiles = others.tile_ends[-1].item()
+    assert torch.equal(tiles.tile_ends, others.tile_ends)
+    assert torch.equal(tiles.tiles[:, :num_tiles], others.tiles[:, :num_tiles])
     seen = torch.zeros(ids.numel(), dtype=torch.int32)
     ends = rows.ends.tolist()
     entries = tiles.tiles.T.tolist()
-    num_tiles = tiles.tile_ends[-1].item()
     assert all(expert == -1 for expert, _, _ in entries[num_tiles:])
     for expert, start, choice in entries[:num_tiles]:
         end = min(start + heights[0], ends[expert])
@@ -121,17 +130,18 @@ def test_decoding_is_bit_for_bit_that_of_the_stack(
 @pytest.mark.gpu
 @pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_permutes_look_up_the_same_table_as_selects(storage: FourBitFormat, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("height", [16, 64], ids=["scales on sums", "scales on weights"])
+def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dtype: torch.dtype, height: int) -> None:
     # absmax of 1, so that codes come out as they are
     weight = torch.ones(1, 4, 64, device=DEVICE)
     weight[:, :, 1:] = torch.linspace(-1, 1, 63, device=DEVICE)
     stack = QuantizedStack.from_dense(weight, False, storage)
-    assert all(code_table(storage.quant_type, dtype, True).assembly[: 1 + (dtype.itemsize == 2)])
+    assert code_table(storage.quant_type, dtype, True).assembly[0]
     eye = torch.eye(64, device=DEVICE, dtype=dtype)
     ids = torch.zeros(64, 1, dtype=torch.long, device=DEVICE)
     rows = sort_pairs(ids, 1)
-    tuned = GemmTiles((64,), 16, 64, 4, 2, False, False)
-    out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, (64,)), tuned)
+    tuned = GemmTiles((height,), 16, 64, 4, 2, False, False)
+    out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, (height,)), tuned)
     assert_close(out.T, stack.decode(torch.float32)[0], 4 * torch.finfo(dtype).eps)
 
 
@@ -284,6 +294,7 @@ def run_layer(
     rank: int,
     has_bias: bool,
     dtype: torch.dtype,
+    backward: bool = True,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Output and all gradients of the fused layer, each beside that of plain torch in fp32."""
     up, down = stacks
@@ -302,9 +313,10 @@ def run_layer(
     bias = [leaf(num_experts, n, scale=0.1).detach() for n in (2 * intermediate, hidden)] if has_bias else [None, None]
     grad = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
     terms = [Factors(*factors[:2], 0.7), Factors(*factors[2:], 1.3)] if rank else [None, None]
-    out = fused_experts(x, ids, weights, packed_weight(up), packed_weight(down), gate, *terms, *bias)
     inputs = [x, weights, *factors]
-    found = [out, *torch.autograd.grad(out, inputs, grad)]
+    with torch.set_grad_enabled(backward):
+        out = fused_experts(x, ids, weights, packed_weight(up), packed_weight(down), gate, *terms, *bias)
+    found = [out, *torch.autograd.grad(out, inputs, grad)] if backward else [out]
 
     x_reference = x.detach().float().requires_grad_()
     rows, expert = x_reference.repeat_interleave(top_k, 0), ids.flatten()
@@ -348,6 +360,30 @@ def test_layer_and_all_gradients(case: tuple, tuned: GemmTiles, monkeypatch: pyt
     for _ in range(2 if DEVICE.type == "cuda" else 1):
         for found, expected in run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32):
             assert_close(found, torch.zeros_like(found) if expected is None else expected)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("storage", [None, FourBitFormat("nf4", 64, True)], ids=["of the case", "nested"])
+def test_forward_by_pairs(case: tuple, storage: FourBitFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_tokens, top_k, hidden, intermediate, num_experts, transposed, of_case, gate, rank, has_bias = case
+    if num_tokens > 10:
+        pytest.skip("many tokens")
+    shapes = ((2 * intermediate, hidden), (hidden, intermediate))
+    stacks = tuple(
+        random_stack((num_experts, *(shape[::-1] if transposed else shape)), transposed, storage or of_case)
+        for shape in shapes
+    )
+    ran = []
+    monkeypatch.setattr(
+        fused_experts_module, "experts_forward_by_pairs", lambda *a: ran.append(1) or experts_forward_by_pairs(*a)
+    )
+    for most_pairs in (0, 100):
+        monkeypatch.setattr(fused_steps, "most_pairs_without_sorting", lambda *_, most_pairs=most_pairs: most_pairs)
+        torch.manual_seed(3)
+        found, expected = run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32, backward=False)[0]
+        assert_close(found, expected)
+    fits = [fits_few_rows(packed_weight(stacks[0]), packed_weight(stacks[1]), gate)]
+    assert len(ran) == sum(fits)
 
 
 def test_a_tape_allocates_and_launches_again_with_other_inputs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,12 +10,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .fused_op import experts_op
-from .fused_steps import Planner, Saved, experts_backward, experts_forward
+from .fused_steps import (
+    Planner,
+    Saved,
+    experts_backward,
+    experts_forward,
+    experts_forward_by_pairs,
+    goes_by_pairs,
+)
 from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
 from .kernels.schedule import Tiles, split_routing
 from .kernels.tape import taped
 from .operands import Factors, Gate, PackedWeight, as_factors
+
+
+def _signatures(tensors: Iterable[Tensor | None]) -> list[tuple | None]:
+    return [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -54,16 +66,9 @@ class _FusedExperts(torch.autograd.Function):
             cut = [tensor for tiles in planner.cut.values() for tensor in (tiles.tiles, tiles.tile_ends)]
             return [out, *kept[:3], planner.rows.whole, *cut], list(planner.cut)
 
-        key = (
-            *[
-                None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-                for tensor in (*tensors, *factors, *biases)
-            ],
-            up.signature,
-            down.signature,
-            *static[2:],
-        )
-        (out, *kept), heights = taped(key, (*tensors, *factors, *biases, *frozen_tensors(up, down)), run)
+        given = (*tensors, *factors, *biases)
+        key = (*_signatures(given), up.signature, down.signature, *static[2:])
+        (out, *kept), heights = taped(key, (*given, *frozen_tensors(up, down)), run)
         ctx.static, ctx.key, ctx.heights = static, key, heights
         ctx.save_for_backward(hidden_states, top_k_weights, *factors, down_bias, *kept)
         return out
@@ -103,6 +108,31 @@ class _FusedExperts(torch.autograd.Function):
         return grads[0], None, *grads[1:], None, None, None
 
 
+def _forward_by_pairs(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: PackedWeight,
+    down: PackedWeight,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate: Gate,
+) -> Tensor:
+    tensors = (hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
+    factors = (up_factors, down_factors)
+    given = (*tensors, *[factor for pair in factors if pair for factor in pair[:2]], up_bias, down_bias)
+    scalings = [pair and float(pair.scaling) for pair in factors]
+    key = ("by pairs", *_signatures(given), up.signature, down.signature, gate, *scalings)
+
+    def run() -> tuple[list[Tensor | None], None]:
+        return [experts_forward_by_pairs(*tensors, up, down, *factors, up_bias, down_bias, gate)], None
+
+    (out,), _ = taped(key, (*given, *frozen_tensors(up, down)), run)
+    return out
+
+
 def fused_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
@@ -136,11 +166,18 @@ def fused_experts(
         ValueError: shapes or devices don't fit each other.
     """
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
+    arguments = (hidden_states, top_k_index, top_k_weights, up, down)
+    rest = (up_factors, down_factors, up_bias, down_bias)
+    trainable = [hidden_states, top_k_weights, *[factor for pair in rest[:2] if pair for factor in pair[:2]]]
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trainable)
+    by_pairs = not needs_gradients and goes_by_pairs(
+        top_k_index.numel(), hidden_states.dtype, up, down, gate, up_factors, down_factors
+    )
     if torch.compiler.is_compiling():
-        return experts_op(
-            hidden_states, top_k_index, top_k_weights, up, down, gate, up_factors, down_factors, up_bias, down_bias
-        )
+        return experts_op(*arguments, *rest, gate, by_pairs)
     with device_of(hidden_states):
+        if by_pairs:
+            return _forward_by_pairs(*arguments, *rest, gate)
         up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
         down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
         static = (up, down, gate, float(up_scaling), float(down_scaling))

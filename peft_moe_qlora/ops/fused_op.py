@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_steps import Planner, Saved, experts_backward, experts_forward
+from .fused_steps import Planner, Saved, experts_backward, experts_forward, experts_forward_by_pairs
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
 from .operands import Factors, Gate, PackedWeight, as_factors
@@ -47,20 +47,25 @@ def _experts_op(
     gate_kind: str,
     gate_interleaved: bool,
     gate_numbers: list[float],
+    by_pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = (
+        hidden_states.contiguous(),
+        top_k_index.contiguous(),
+        top_k_weights.contiguous(),
+        _weight(up, up_shape, is_transposed, up_quant_type),
+        _weight(down, down_shape, is_transposed, down_quant_type),
+        as_factors(up_A, up_B, scalings[0]),
+        as_factors(down_A, down_B, scalings[1]),
+        up_bias,
+        down_bias,
+        Gate(gate_kind, gate_interleaved, *gate_numbers),
+    )
     with device_of(hidden_states):
-        out, saved = experts_forward(
-            hidden_states.contiguous(),
-            top_k_index.contiguous(),
-            top_k_weights.contiguous(),
-            _weight(up, up_shape, is_transposed, up_quant_type),
-            _weight(down, down_shape, is_transposed, down_quant_type),
-            as_factors(up_A, up_B, scalings[0]),
-            as_factors(down_A, down_B, scalings[1]),
-            up_bias,
-            down_bias,
-            Gate(gate_kind, gate_interleaved, *gate_numbers),
-        )
+        if by_pairs:
+            out = experts_forward_by_pairs(*arguments)
+            return (out, *[out.new_empty(0) for _ in range(3)], out.new_empty(0, dtype=torch.int32))
+        out, saved = experts_forward(*arguments)
     return (
         out,
         saved.gate_input,
@@ -73,7 +78,10 @@ def _experts_op(
 @_experts_op.register_fake
 def _(hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_bias, down_bias, up, down, up_shape,
       down_shape, is_transposed, up_quant_type, down_quant_type, scalings, gate_kind, gate_interleaved,
-      gate_numbers):  # fmt: skip
+      gate_numbers, by_pairs):  # fmt: skip
+    if by_pairs:
+        nothing = [hidden_states.new_empty(0) for _ in range(3)]
+        return (torch.empty_like(hidden_states), *nothing, hidden_states.new_empty(0, dtype=torch.int32))
     num_rows = top_k_index.shape[0] * top_k_index.shape[1]
     features = up_shape[1] if is_transposed else up_shape[0]
     return (
@@ -138,7 +146,7 @@ def _(grad_out, hidden_states, top_k_weights, gate_input, up_reduced, down_reduc
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    (hidden_states, _, top_k_weights, up_A, up_B, down_A, down_B, _, down_bias, up, down, *static) = inputs
+    (hidden_states, _, top_k_weights, up_A, up_B, down_A, down_B, _, down_bias, up, down, *static, _) = inputs
     optional = (up_A, up_B, down_A, down_B, down_bias)
     ctx.is_given = [tensor is not None for tensor in optional]
     given = [tensor for tensor in optional if tensor is not None]
@@ -164,7 +172,7 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple:
         None,
         [None] * len(ctx.up),
         [None] * len(ctx.down),
-        *[None] * len(ctx.static),
+        *[None] * (len(ctx.static) + 1),
     )
 
 
@@ -177,13 +185,18 @@ def experts_op(
     top_k_weights: Tensor,
     up: PackedWeight,
     down: PackedWeight,
-    gate: Gate,
     up_factors: Factors | None,
     down_factors: Factors | None,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate: Gate,
+    by_pairs: bool,
 ) -> Tensor:
-    """`fused_experts` as one node of a traced graph; its backward computes every gradient, needed or not."""
+    """`fused_experts` as one node of a traced graph; its backward computes every gradient, needed or not.
+
+    Args:
+        by_pairs: as `goes_by_pairs` says; then there is no backward.
+    """
     up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
     down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
     return _experts_op(
@@ -207,4 +220,5 @@ def experts_op(
         gate.kind,
         gate.interleaved,
         [gate.limit, gate.alpha],
+        by_pairs,
     )[0]

@@ -18,14 +18,21 @@ from typing import NamedTuple
 import torch
 
 from .kernels.combine import combine
+from .kernels.few_rows import combined_pairs, fits_few_rows, gated_pairs, reduce_pairs
 from .kernels.gate import apply_gate, gate_backward
 from .kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from .kernels.launch import device_of
 from .kernels.low_rank import factor_gradient, reduce_rows
-from .kernels.schedule import RoutedRows, Tiles, cut_tiles, sort_pairs
+from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
 from .kernels.tape import allocate
-from .kernels.tuning import GemmTiles, choose_tiles
+from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
+
+
+def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype: torch.dtype) -> GemmTiles:
+    along_columns = weight.contracts_columns(for_input_gradient)
+    rows_per_expert = num_pairs / weight.num_experts
+    return choose_tiles(weight.tensors[0].device, dtype, weight.blocks_follow_rows, along_columns, rows_per_expert)
 
 
 class Plan(NamedTuple):
@@ -44,11 +51,7 @@ class Planner:
         self.cut = {tiles.heights: tiles for tiles in cut}
 
     def plan(self, weight: PackedWeight, for_input_gradient: bool) -> Plan:
-        along_columns = weight.contracts_columns(for_input_gradient)
-        rows_per_expert = self.rows.pair_of_row.shape[0] / weight.num_experts
-        tuned = choose_tiles(
-            weight.tensors[0].device, self.dtype, weight.blocks_follow_rows, along_columns, rows_per_expert
-        )
+        tuned = _tuned(weight, for_input_gradient, self.rows.pair_of_row.shape[0], self.dtype)
         if tuned.heights not in self.cut:
             self.cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
         return Plan(tuned, self.cut[tuned.heights])
@@ -125,8 +128,9 @@ def experts_forward(
     """`(T, H)` -> `(T, H)`; all tensors but the factors contiguous, T not 0."""
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
-    rows = sort_pairs(top_k_index, up.num_experts)
-    planner = Planner(rows, hidden_states.dtype)
+    heights = _tuned(up, False, top_k_index.numel(), hidden_states.dtype).heights
+    rows, tiles = route(top_k_index, up.num_experts, heights)
+    planner = Planner(rows, hidden_states.dtype, [tiles])
     tokens = Rows(hidden_states, rows.pair_of_row, top_k)
 
     term = None
@@ -146,6 +150,50 @@ def experts_forward(
     del gated
     out = combine(down_rows, top_k_weights, rows, num_tokens, top_k, hidden_states.dtype)
     return out, Saved(gate_input, _reduced(term), _reduced(down_term), planner)
+
+
+def goes_by_pairs(
+    num_pairs: int,
+    dtype: torch.dtype,
+    up: PackedWeight,
+    down: PackedWeight,
+    gate: Gate,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+) -> bool:
+    """Whether `experts_forward_by_pairs` can compute a forward, and is the faster one."""
+    factors = [factor for pair in (up_factors, down_factors) if pair is not None for factor in pair[:2]]
+    return (
+        num_pairs <= most_pairs_without_sorting(up.tensors[0].device, dtype)
+        and all(factor.is_contiguous() for factor in factors)
+        and fits_few_rows(up, down, gate)
+    )
+
+
+def experts_forward_by_pairs(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    up: PackedWeight,
+    down: PackedWeight,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    gate: Gate,
+) -> torch.Tensor:
+    """`experts_forward` for few tokens and no backward; the factors contiguous, too."""
+    _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
+    reduced = B = None
+    if up_factors is not None:
+        A, B, scaling = up_factors
+        reduced = reduce_pairs(hidden_states, top_k_index, A, scaling, top_k_index.shape[1])
+    gated = gated_pairs(hidden_states, top_k_index, up, reduced, B, up_bias, gate)
+    reduced = B = None
+    if down_factors is not None:
+        A, B, scaling = down_factors
+        reduced = reduce_pairs(gated, top_k_index, A, scaling, 1)
+    return combined_pairs(gated, top_k_index, top_k_weights, down, reduced, B, down_bias)
 
 
 def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,121 +11,11 @@ from bitsandbytes import functional as bnb
 
 from ...quantization.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
+from .code_tables import code_table, runs_ptx
 from .launch import cdiv, launch, next_power_of_2
 from .tape import allocate
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
-
-
-class CodeTable(NamedTuple):
-    """How a kernel maps codes to numbers of one dtype.
-
-    Args:
-        values: the 16 values, for the portable way: a chain of selects.
-        assembly: PTX that maps four bytes to eight numbers, and PTX that also multiplies them by two scales, which
-            there is for 16 bits only. "" for the portable way.
-        scale: what the values were multiplied by; the scales of the blocks have to be divided by it.
-    """
-
-    values: tuple[float, ...]
-    assembly: tuple[str, str]
-    scale: float
-
-
-_SCALES = {("nf4", torch.bfloat16): 1.43672, ("fp4", torch.bfloat16): 1.03125}
-"""Factors in [1, 2) by which a table rounds with the least error, weighted by how often Gaussian weights use each
-code: for NF4 in bfloat16 0.08 % instead of 0.14 %, for FP4 nothing instead of 0.13 %."""
-
-
-@cache
-def code_table(quant_type: str, dtype: torch.dtype, on_nvidia: bool) -> CodeTable:
-    """The table of a format in a dtype; PTX where the device runs it."""
-    scale = _SCALES.get((quant_type, dtype), 1.0)
-    values = (bnb.get_4bit_type(quant_type, device="cpu").double() * scale).to(dtype)
-    look_up = look_up_and_scale = ""
-    if on_nvidia:
-        as_int = torch.int32 if dtype == torch.float32 else torch.int16
-        patterns = [pattern & (1 << 8 * dtype.itemsize) - 1 for pattern in values.view(as_int).tolist()]
-        look_up = _permute_assembly(patterns, dtype.itemsize)
-        if dtype.itemsize == 2:
-            packed_type = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-            look_up_and_scale = _permute_assembly(patterns, dtype.itemsize, packed_type)
-    return CodeTable(tuple(values.tolist()), (look_up, look_up_and_scale), scale)
-
-
-def _permute_assembly(patterns: list[int], itemsize: int, packed_type: str = "") -> str:
-    """PTX that looks up 8 codes in a table of 16 patterns of 2 or 4 bytes without touching memory.
-
-    With a `packed_type` the numbers, of two bytes, are multiplied by `high + low`, two scales of the same type that
-    come as further operands, with one rounding: `fma(number, high, number * low)`.
-
-    `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
-    The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
-    first eight entries, one in its last eight, and a third picks between the two by each code's top bit. That is
-    done for each byte of the patterns; the last permutes put the bytes together.
-
-    An instruction holds one constant; of a second that is the same for all threads ptxas makes a move before each
-    permute. `zero`, which it takes for something of the thread's own, keeps those in registers.
-    """
-    planes = [[pattern >> 8 * byte & 0xFF for pattern in patterns] for byte in range(itemsize)]
-
-    def word(plane: list[int], first: int) -> str:
-        return "0x" + "".join(f"{byte:02x}" for byte in reversed(plane[first : first + 4]))
-
-    names = ["ca", "cb", "ha", "hb", "zero", "other_lanes"]
-    lines = ["mov.u32 zero, %lanemask_lt;", "mov.u32 other_lanes, %lanemask_ge;", "and.b32 zero, zero, other_lanes;"]
-    for index, plane in enumerate(planes):
-        for part, first in (("l", 0), ("h", 8)):
-            names.append(f"w{index}{part}")
-            lines.append(f"or.b32 w{index}{part}, zero, {word(plane, first)};")
-    # the codes of bytes 0 and 1 are a's, those of bytes 2 and 3 b's
-    for half in "ab":
-        for index, plane in enumerate(planes):
-            found = f"{half}{index}"
-            names += [found, f"{found}l", f"{found}h"]
-            lines += [
-                f"prmt.b32 {found}l, w{index}l, {word(plane, 4)}, c{half};",
-                f"prmt.b32 {found}h, w{index}h, {word(plane, 12)}, c{half};",
-                f"prmt.b32 {found}, {found}l, {found}h, h{half};",
-            ]
-    # of each byte the high nibble comes first: found are codes 1, 0, 3, 2
-    if itemsize == 2:
-        names += ["n", "p", "minus_zero"]
-        # leaves every product as it is
-        lines.append("mov.b32 minus_zero, 0x80008000;")
-        for place, (half, selector) in enumerate((("a", "0x7351"), ("b", "0x7351"), ("a", "0x6240"), ("b", "0x6240"))):
-            if not packed_type:
-                lines.append(f"prmt.b32 ${place}, {half}0, {half}1, {selector};")
-                continue
-            # the operands that follow the codes: two registers of scales for the four bytes, then two of what they lack
-            lines += [
-                f"prmt.b32 n, {half}0, {half}1, {selector};",
-                f"fma.rn.{packed_type} p, n, ${7 if half == 'a' else 8}, minus_zero;",
-                f"fma.rn.{packed_type} ${place}, n, ${5 if half == 'a' else 6}, p;",
-            ]
-    else:
-        for number, half in enumerate("ab"):
-            for pair, selector in ((0, "0x5140"), (1, "0x7362")):
-                low, high = f"{half}{pair}low", f"{half}{pair}high"
-                names += [low, high]
-                lines += [
-                    f"prmt.b32 {low}, {half}0, {half}1, {selector};",
-                    f"prmt.b32 {high}, {half}2, {half}3, {selector};",
-                    f"prmt.b32 ${4 + 2 * number + pair}, {low}, {high}, 0x5410;",
-                    f"prmt.b32 ${2 * number + pair}, {low}, {high}, 0x7632;",
-                ]
-    codes = "$4" if itemsize == 2 else "$8"
-    start = [
-        f".reg .b32 {', '.join(names)};",
-        f"and.b32 ca, {codes}, 0x77777777;",
-        # which half of the table, by the codes' top bits: selector i or i + 4
-        f"shr.u32 ha, {codes}, 1;",
-        "and.b32 ha, ha, 0x44444444;",
-        "or.b32 ha, ha, 0x32103210;",
-        "shr.u32 cb, ca, 16;",
-        "shr.u32 hb, ha, 16;",
-    ]
-    return "{ " + " ".join([*start, *lines]) + " }"
 
 
 @triton.jit
@@ -135,6 +24,19 @@ def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
     for code in tl.static_range(1, 16):
         out = tl.where(nibbles == code, tl.full(nibbles.shape, VALUES[code], DTYPE), out)
     return out
+
+
+@triton.jit
+def _split_pairs(pairs, DTYPE: tl.constexpr):
+    """The lower and upper 16 bits; put side by side again, which costs nothing, they are the register as it was."""
+    return pairs.to(tl.int16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _as_pairs(x):
+    """16-bit numbers twice in 32 bits."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
 
 
 @triton.jit
@@ -153,16 +55,8 @@ def look_up_codes(codes, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl
             pack=4,
         )
     else:
-        high, low = tl.inline_asm_elementwise(
-            ASSEMBLY[0],
-            "=r,=r,=r,=r,r",
-            [codes],
-            dtype=(tl.int16, tl.int16),
-            is_pure=True,
-            pack=4,
-        )
-        high = high.to(DTYPE, bitcast=True)
-        low = low.to(DTYPE, bitcast=True)
+        pairs = tl.inline_asm_elementwise(ASSEMBLY[0], "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
+        high, low = _split_pairs(pairs, DTYPE)
     return high, low
 
 
@@ -179,16 +73,15 @@ def decode_codes(codes, scale, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTY
     else:
         coarse = scale.to(DTYPE)
         fine = (scale - coarse.to(tl.float32)).to(DTYPE)
-        high, low = tl.inline_asm_elementwise(
+        pairs = tl.inline_asm_elementwise(
             ASSEMBLY[1],
-            "=r,=r,=r,=r,r,r,r,r,r",
-            [codes, coarse, fine],
-            dtype=(tl.int16, tl.int16),
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [codes, _as_pairs(coarse), _as_pairs(fine)],
+            dtype=tl.int32,
             is_pure=True,
             pack=4,
         )
-        high = high.to(DTYPE, bitcast=True)
-        low = low.to(DTYPE, bitcast=True)
+        high, low = _split_pairs(pairs, DTYPE)
     return high, low
 
 
@@ -322,7 +215,3 @@ def decode(
         enable_fp_fusion=False,
     )
     return out
-
-
-def runs_ptx(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None

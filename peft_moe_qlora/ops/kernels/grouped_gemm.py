@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ..operands import PackedWeight
-from .decode import CodeTable, code_table, decode, decode_codes, look_up_codes, runs_ptx, with_plain_scales
+from .code_tables import CodeTable, code_table, runs_ptx
+from .decode import decode, decode_codes, look_up_codes, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import Tiles
 from .tape import allocate

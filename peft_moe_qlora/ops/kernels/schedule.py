@@ -49,6 +49,15 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
+def _height_index(rows_left, HEIGHTS: tl.constexpr):
+    """Which of the heights a tile gets: the least that holds the rest of its expert."""
+    height = tl.zeros(rows_left.shape, tl.int32)
+    for index in tl.static_range(1, len(HEIGHTS)):
+        height = tl.where(rows_left <= HEIGHTS[index], index, height)
+    return height
+
+
+@triton.jit
 def _load_ids(IDS, pair, num_pairs, NUM_EXPERTS: tl.constexpr):
     """Expert ids; E for pairs that are not computed here, E + 1 behind the last pair."""
     ids = tl.load(IDS + pair, mask=pair < num_pairs, other=0).to(tl.int32)
@@ -106,26 +115,46 @@ def _place_kernel(
     tl.store(PAIR_OF_ROW + row, pair, mask=pair < num_pairs)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
-def _place_few_kernel(
+@triton.jit(do_not_specialize=["num_pairs", "bound"])
+def _route_few_kernel(
     IDS,
     ENDS,
     PAIR_OF_ROW,
     ROW_OF_PAIR,
+    TILES,
+    TILE_ENDS,
     num_pairs,
+    bound,
     NUM_EXPERTS: tl.constexpr,
     BUCKETS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    BOUND: tl.constexpr,
 ):
-    """All of the above where one program holds all pairs."""
+    """All of it where one program holds all pairs."""
     pair = tl.arange(0, BLOCK)
     ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
     is_same_before = (ids[None, :] == ids[:, None]) & (pair[None, :] < pair[:, None])
     row = tl.sum(((ids[None, :] < ids[:, None]) | is_same_before).to(tl.int32), 1)
     tl.store(ROW_OF_PAIR + pair, row, mask=pair < num_pairs)
     tl.store(PAIR_OF_ROW + row, pair, mask=pair < num_pairs)
-    bucket = tl.arange(0, BUCKETS)
-    tl.store(ENDS + bucket, tl.cumsum(tl.histogram(ids, BUCKETS), 0), mask=bucket < NUM_EXPERTS)
+    expert = tl.arange(0, BUCKETS)
+    is_expert = expert < NUM_EXPERTS
+    counts = tl.histogram(ids, BUCKETS)
+    end = tl.cumsum(counts, 0)
+    tl.store(ENDS + expert, end, mask=is_expert)
+    num_tiles = tl.where(is_expert, (counts + HEIGHTS[0] - 1) // HEIGHTS[0], 0)
+    tile_end = tl.cumsum(num_tiles, 0)
+    tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
+    for number in range(tl.max(num_tiles, 0)):
+        tile = tile_end - num_tiles + number
+        first = end - counts + number * HEIGHTS[0]
+        is_tile = number < num_tiles
+        tl.store(TILES + tile, expert, mask=is_tile)
+        tl.store(TILES + bound + tile, first, mask=is_tile)
+        tl.store(TILES + 2 * bound + tile, _height_index(end - first, HEIGHTS), mask=is_tile)
+    tile = tl.arange(0, BOUND)
+    tl.store(TILES + tile, tl.full((BOUND,), -1, tl.int32), mask=(tile >= tl.sum(num_tiles, 0)) & (tile < bound))
 
 
 def _aligned(number: int) -> int:
@@ -143,6 +172,39 @@ def split_routing(ints: torch.Tensor, num_experts: int, num_pairs: int) -> Route
     return RoutedRows(ints[:num_experts], ints[second : second + num_pairs], ints[third:], ints)
 
 
+def _empty_routing(num_experts: int, num_pairs: int, device: torch.device) -> RoutedRows:
+    # one allocation: the caller's launches are many
+    ints = allocate((routing_size(num_experts, num_pairs),), torch.int32, device)
+    return split_routing(ints, num_experts, num_pairs)
+
+
+def _empty_tiles(num_experts: int, num_pairs: int, heights: tuple[int, ...], device: torch.device) -> Tiles:
+    bound = num_pairs // heights[0] + min(num_experts, num_pairs)
+    return Tiles(allocate((3, bound), torch.int32, device), allocate((num_experts,), torch.int32, device), heights)
+
+
+def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> tuple[RoutedRows, Tiles]:
+    """`sort_pairs` and `cut_tiles`, in one launch where the pairs are few."""
+    num_pairs, device = top_k_index.numel(), top_k_index.device
+    if num_pairs > MOST_PAIRS_OF_ONE_PROGRAM:
+        rows = sort_pairs(top_k_index, num_experts)
+        return rows, cut_tiles(rows, heights)
+    rows = _empty_routing(num_experts, num_pairs, device)
+    tiles = _empty_tiles(num_experts, num_pairs, heights, device)
+    launch(
+        _route_few_kernel,
+        (1,),
+        (top_k_index, *rows[:3], *tiles[:2]),
+        (num_pairs, tiles.bound),
+        NUM_EXPERTS=num_experts,
+        BUCKETS=next_power_of_2(num_experts + 2),
+        BLOCK=max(16, next_power_of_2(num_pairs)),
+        HEIGHTS=heights,
+        BOUND=next_power_of_2(tiles.bound),
+    )
+    return rows, tiles
+
+
 def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
     """Sorts the routed pairs by expert, stably.
 
@@ -151,15 +213,9 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
         num_experts: E.
     """
     num_pairs, device = top_k_index.numel(), top_k_index.device
-    # one allocation: the caller's launches are many
-    ints = allocate((routing_size(num_experts, num_pairs),), torch.int32, device)
-    rows = split_routing(ints, num_experts, num_pairs)
+    rows = _empty_routing(num_experts, num_pairs, device)
     buckets = next_power_of_2(num_experts + 2)
     sizes = {"NUM_EXPERTS": num_experts, "BUCKETS": buckets}
-    if num_pairs <= MOST_PAIRS_OF_ONE_PROGRAM:
-        block = max(16, next_power_of_2(num_pairs))
-        launch(_place_few_kernel, (1,), (top_k_index, *rows[:3]), (num_pairs,), **sizes, BLOCK=block)
-        return rows
     # small blocks: each pair is compared with all of its block
     block = 128
     programs = cdiv(num_pairs, block)
@@ -197,27 +253,22 @@ def _tiles_kernel(
     my_expert = tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1) - 1
     first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * HEIGHTS[0])[None, :], 0), 1) + tile * HEIGHTS[0]
     left = tl.sum(tl.where(is_mine, end[None, :], 0), 1) - first
-    height = tl.zeros((BLOCK,), tl.int32)
-    for index in tl.static_range(1, len(HEIGHTS)):
-        height = tl.where(left <= HEIGHTS[index], index, height)
     is_tile = tile < bound
     tl.store(TILES + tile, my_expert, mask=is_tile)
     tl.store(TILES + bound + tile, first, mask=is_tile)
-    tl.store(TILES + 2 * bound + tile, height, mask=is_tile)
+    tl.store(TILES + 2 * bound + tile, _height_index(left, HEIGHTS), mask=is_tile)
 
 
 def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
     """Cuts each expert's rows into tiles of the given heights, powers of two in descending order."""
     num_experts, num_pairs = rows.ends.shape[0], rows.pair_of_row.shape[0]
-    bound = num_pairs // heights[0] + min(num_experts, num_pairs)
-    device = rows.ends.device
-    tiles = Tiles(allocate((3, bound), torch.int32, device), allocate((num_experts,), torch.int32, device), heights)
+    tiles = _empty_tiles(num_experts, num_pairs, heights, rows.ends.device)
     block = 32
     launch(
         _tiles_kernel,
-        (cdiv(bound, block),),
+        (cdiv(tiles.bound, block),),
         (rows.ends, tiles.tiles, tiles.tile_ends),
-        (bound,),
+        (tiles.bound,),
         NUM_EXPERTS=num_experts,
         EXPERTS=next_power_of_2(num_experts),
         HEIGHTS=heights,

@@ -40,6 +40,8 @@ SAFE_TILES = GemmTiles(
 )
 """For a GPU that nobody has measured, and for fp32: fits everywhere, and asks least of the compiler."""
 
+SAFE_MOST_PAIRS = 16
+
 
 @dataclass(frozen=True)
 class TuningTable:
@@ -47,11 +49,13 @@ class TuningTable:
 
     Args:
         device: its name.
+        most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`few_rows`).
         entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is `packed` or `dense` and
             along says whether the contraction runs along the stored `columns` or `rows`.
     """
 
     device: str
+    most_pairs_without_sorting: int
     entries: tuple[tuple[str, str, float, GemmTiles], ...]
 
     def choose(self, is_packed: bool, along_columns: bool, rows_per_expert: float) -> GemmTiles:
@@ -75,7 +79,7 @@ def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
         most_rows = entry["rows_per_expert"]
         tiles = GemmTiles(**{**entry["tiles"], "heights": tuple(entry["tiles"]["heights"])})
         entries.append((entry["weight"], entry["along"], float("inf") if most_rows is None else most_rows, tiles))
-    return TuningTable(data["device"], tuple(entries))
+    return TuningTable(data["device"], data["most_pairs_without_sorting"], tuple(entries))
 
 
 @cache
@@ -98,3 +102,10 @@ def choose_tiles(
     if table is None:
         return SAFE_TILES
     return table.choose(is_packed, along_columns, rows_per_expert)
+
+
+@cache
+def most_pairs_without_sorting(device: torch.device, dtype: torch.dtype) -> int:
+    """Up to how many routed pairs a forward goes pair by pair."""
+    table = _table_of(device) if dtype.itemsize == 2 else None
+    return SAFE_MOST_PAIRS if table is None else table.most_pairs_without_sorting

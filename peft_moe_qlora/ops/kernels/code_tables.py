@@ -1,0 +1,147 @@
+"""Tables of the 4-bit formats, and PTX that looks codes up in them without touching memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from bitsandbytes import functional as bnb
+
+
+class CodeTable(NamedTuple):
+    """How a kernel maps codes to numbers of one dtype.
+
+    Args:
+        values: the 16 values, for the portable way: a chain of selects.
+        assembly: PTX that maps four bytes to eight numbers, and PTX that also multiplies them by scales, which there
+            is for 16 bits only. "" for the portable way.
+        scale: what the values were multiplied by; the scales of the blocks have to be divided by it.
+    """
+
+    values: tuple[float, ...]
+    assembly: tuple[str, str]
+    scale: float
+
+
+_SCALES = {("nf4", torch.bfloat16): 1.43672, ("fp4", torch.bfloat16): 1.03125}
+"""Factors in [1, 2) by which a table rounds with the least error, weighted by how often Gaussian weights use each
+code: for NF4 in bfloat16 0.08 % instead of 0.14 %, for FP4 nothing instead of 0.13 %."""
+
+
+@cache
+def code_table(quant_type: str, dtype: torch.dtype, on_nvidia: bool) -> CodeTable:
+    """The table of a format in a dtype; PTX where the device runs it."""
+    scale = _SCALES.get((quant_type, dtype), 1.0)
+    values = (bnb.get_4bit_type(quant_type, device="cpu").double() * scale).to(dtype)
+    if not on_nvidia:
+        assembly = ("", "")
+    elif dtype == torch.float32:
+        assembly = (_shuffle_assembly(values), "")
+    else:
+        assembly = (_permute_assembly(values, is_scaled=False), _permute_assembly(values, is_scaled=True))
+    return CodeTable(tuple(values.tolist()), assembly, scale)
+
+
+def _permute_assembly(values: torch.Tensor, is_scaled: bool) -> str:
+    """PTX that looks up 8 codes in a table of 16 values of two bytes within registers.
+
+    Operand 4 is four bytes; results 0 to 3 are the pairs of values of their high and low nibbles, in this order, which
+    is that of the weights. If scaled, each pair is multiplied by `coarse + fine` with one rounding, as
+    `fma(value, coarse, value * fine)`; operands 5 to 8 are pairs of the coarse scale, 9 to 12 of the fine one.
+
+    `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
+    The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
+    first eight entries, one in its last eight, and a third picks between the two by each code's top bit. That is
+    done for the values' low and high bytes, 0 and 1; the last permutes put them together.
+
+    Permutes, shifts and logic share a pipe, which is the one that limits products with few rows. So a multiplication,
+    which has another pipe, does for a shift by 16. An instruction holds one constant; a second one that is the same
+    for all threads ptxas would move into a register before each permute. Mixing in a zero that it takes for something
+    of the thread's own keeps it there.
+    """
+    patterns = [pattern & 0xFFFF for pattern in values.view(torch.int16).tolist()]
+
+    def word(byte: int, first: int) -> str:
+        return "0x" + "".join(f"{pattern >> 8 * byte & 0xFF:02x}" for pattern in reversed(patterns[first : first + 4]))
+
+    names = [
+        "zero",
+        "other_lanes",
+        "two_16",
+        "codes_a",
+        "codes_b",
+        "halves_a",
+        "halves_b",
+        "pair",
+        "product",
+        "no_zero",
+    ]
+    lines = [
+        "mov.u32 zero, %lanemask_lt;",
+        "mov.u32 other_lanes, %lanemask_ge;",
+        "and.b32 zero, zero, other_lanes;",
+        "or.b32 two_16, zero, 0x10000;",
+        "and.b32 codes_a, $4, 0x77777777;",
+        # which half of the table, by the codes' top bits: selector i or i + 4
+        "shr.u32 halves_a, $4, 1;",
+        "and.b32 halves_a, halves_a, 0x44444444;",
+        "or.b32 halves_a, halves_a, 0x32103210;",
+        "mul.hi.u32 codes_b, codes_a, two_16;",
+        "mul.hi.u32 halves_b, halves_a, two_16;",
+        # leaves every product as it is
+        "mov.b32 minus_zero, 0x80008000;",
+    ]
+    for byte in range(2):
+        for part, first in (("first", 0), ("last", 8)):
+            names.append(f"{part}{byte}")
+            lines.append(f"or.b32 {part}{byte}, zero, {word(byte, first)};")
+    packed_type = "bf16x2" if values.dtype == torch.bfloat16 else "f16x2"
+    # the codes of bytes 0 and 1 are a's, those of bytes 2 and 3 b's
+    for number, half in enumerate("ab"):
+        for byte in range(2):
+            found = f"{half}{byte}"
+            names += [found, f"{found}_first", f"{found}_last"]
+            lines += [
+                f"prmt.b32 {found}_first, first{byte}, {word(byte, 4)}, codes_{half};",
+                f"prmt.b32 {found}_last, last{byte}, {word(byte, 12)}, codes_{half};",
+                f"prmt.b32 {found}, {found}_first, {found}_last, halves_{half};",
+            ]
+        # the low nibble of each byte comes before the high one, of whose pair it is the second
+        for result, selector in ((2 * number, "0x4051"), (2 * number + 1, "0x6273")):
+            lines.append(f"prmt.b32 pair, {half}0, {half}1, {selector};")
+            if is_scaled:
+                lines.append(f"fma.rn.{packed_type} rest, pair, ${9 + result}, minus_zero;")
+                lines.append(f"fma.rn.{packed_type} ${result}, pair, ${5 + result}, rest;")
+            else:
+                lines.append(f"mov.b32 ${result}, pair;")
+    return "{ .reg .b32 " + ", ".join(names) + "; " + " ".join(lines) + " }"
+
+
+def _shuffle_assembly(values: torch.Tensor) -> str:
+    """PTX that looks up 8 codes in a table of 16 fp32 values that lies across the lanes of a warp.
+
+    Lanes i and i + 16 hold value i: four selects by the bits of the lane's number, the same for all bytes, which the
+    compiler does once. `shfl.sync.idx` then gets each code's value from another lane. It reads the lowest five bits of
+    what it is given, the fifth of which may be anything here, so that the packed codes only have to be shifted.
+    """
+    level = [f"0x{pattern & 0xFFFFFFFF:08x}" for pattern in values.view(torch.int32).tolist()]
+    lines, names = ["mov.u32 lane, %laneid;"], ["lane", "shifted"]
+    for bit in range(4):
+        lines += [f"and.b32 shifted, lane, {1 << bit};", f"setp.ne.u32 bit{bit}, shifted, 0;"]
+        for place in range(len(level) // 2):
+            name = f"t{bit}_{place}"
+            names.append(name)
+            lines.append(f"selp.b32 {name}, {level[2 * place + 1]}, {level[2 * place]}, bit{bit};")
+            level[place] = name
+        del level[len(level) // 2 :]
+    for byte in range(4):
+        # the results: the high nibbles of the four bytes, then the low ones; the codes follow as operand 8
+        for result, shift in ((byte, 8 * byte + 4), (4 + byte, 8 * byte)):
+            lines.append(f"shr.u32 shifted, $8, {shift};")
+            lines.append(f"shfl.sync.idx.b32 ${result}, {level[0]}, shifted, 0x1f, 0xffffffff;")
+    return "{ .reg .pred bit0, bit1, bit2, bit3; .reg .b32 " + ", ".join(names) + "; " + " ".join(lines) + " }"
+
+
+def runs_ptx(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
