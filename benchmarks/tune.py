@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
-from peft_moe_qlora.ops import packed_weight
+from peft_moe_qlora.ops import Factors, Gate, packed_weight
+from peft_moe_qlora.ops.fused_steps import experts_forward, experts_forward_by_pairs
 from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
 from peft_moe_qlora.ops.kernels.tuning import GemmTiles
@@ -41,12 +42,12 @@ def candidates(rows_per_expert: float) -> list[GemmTiles]:
     if rows_per_expert <= 2:
         shapes = itertools.product([(16,)], (32, 64, 128), (64, 128), (4,), (3, 5))
     elif rows_per_expert <= 16:
-        shapes = itertools.product([(16,)], (64, 128), (64, 128), (4,), (3, 4))
+        shapes = itertools.product([(16,), (32, 16)], (64, 128), (64, 128), (4,), (3, 4))
     elif rows_per_expert <= 64:
         shapes = itertools.product([(32, 16), (64, 32, 16)], (64, 128), (64,), (4,), (3, 4))
     else:
-        large = [((128, 64, 32), 128), ((128, 64, 32), 256), ((256, 128, 32), 128)]
-        shapes = [(heights, n, 64, 8, stages) for (heights, n), stages in itertools.product(large, (3, 4))]
+        large = [((128, 64, 32), 128, 4), ((128, 64, 32), 128, 8), ((128, 64, 32), 256, 8), ((256, 128, 32), 128, 8)]
+        shapes = [(heights, n, 64, warps, stages) for (heights, n, warps), stages in itertools.product(large, (3, 4))]
     found = []
     for heights, tile_n, tile_k, num_warps, num_stages in shapes:
         for weight_left, decode_first in itertools.product((False, True), (False, True)):
@@ -181,6 +182,31 @@ def measure(repeats: int) -> list[dict]:
     return entries
 
 
+def most_pairs_without_sorting(repeats: int) -> int:
+    """Up to how many pairs an NF4 layer's forward is faster pair by pair, with the tiles of the table in use."""
+    most = 0
+    for tokens in (1, 2, 4, 8, 16):
+        (_, up, _, up_term), (_, down, _, down_term) = Problem("packed", "columns", tokens).parts
+        hidden_states = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+        scores = torch.rand(tokens, EXPERTS, device="cuda")
+        weights, index = scores.topk(TOP_K)
+        factors = [
+            Factors(torch.randn(EXPERTS, RANK, weight.in_features, device="cuda"), term.factor, 1.0)
+            for weight, term in ((up, up_term), (down, down_term))
+        ]
+        times = [
+            milliseconds(
+                partial(run, hidden_states, index, weights, up, down, *factors, None, None, Gate("silu")), repeats
+            )
+            for run in (experts_forward_by_pairs, experts_forward)
+        ]
+        tqdm.write(f"{tokens * TOP_K} pairs: {times[0]:.4f} ms one by one, {times[1]:.4f} ms sorted")
+        if times[0] >= times[1]:
+            break
+        most = tokens * TOP_K
+    return most
+
+
 def with_bounds(entries: list[dict]) -> list[dict]:
     """Replaces the number of rows that was measured by the one up to which an entry holds."""
     bounded = []
@@ -204,6 +230,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "layer": {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K, "rank": RANK},
+        "most_pairs_without_sorting": most_pairs_without_sorting(arguments.repeats),
         "entries": with_bounds(measure(arguments.repeats)),
     }
     arguments.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

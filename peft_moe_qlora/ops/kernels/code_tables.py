@@ -74,8 +74,8 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool) -> str:
         "halves_a",
         "halves_b",
         "pair",
-        "product",
-        "no_zero",
+        "rest",
+        "minus_zero",
     ]
     lines = [
         "mov.u32 zero, %lanemask_lt;",

@@ -81,8 +81,27 @@ def reduce_pairs(
 
 
 @triton.jit
-def _outputs(
+def _no_sums(ALONG_COLUMNS: tl.constexpr, BLOCKSIZE: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr):
+    """Zeros for `_add_products`: products are added element by element, and over the contraction only at the end."""
+    if BLOCKSIZE == 0:
+        sums = tl.zeros((WIDTH, TILE_K), tl.float32)
+    elif ALONG_COLUMNS:
+        sums = tl.zeros((WIDTH, TILE_K // 2), tl.float32)
+    else:
+        sums = tl.zeros((TILE_K, WIDTH // 2, 2), tl.float32)
+    return sums
+
+
+@triton.jit
+def _sums_to_outputs(sums, ALONG_COLUMNS: tl.constexpr, BLOCKSIZE: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.sum(sums, 1) if BLOCKSIZE == 0 or ALONG_COLUMNS else tl.reshape(tl.sum(sums, 0), (WIDTH,))
+
+
+@triton.jit
+def _add_products(
+    sums,
     x_place,
+    weight,
     W,
     ABSMAX,
     NESTED,
@@ -101,93 +120,118 @@ def _outputs(
     WIDTH: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """`WIDTH` outputs from `first_output` on of one expert's matrix times the vector at `x_place`, in fp32.
+    """Adds `weight` times the products of one expert's matrix and the vector at `x_place`, in fp32.
 
-    The outputs are of one block each where the matrix is stored `(in, out)`.
+    Of `WIDTH` outputs from `first_output` on, which is a multiple of `WIDTH`.
     """
     output = first_output + tl.arange(0, WIDTH)
     matrix = expert.to(tl.int64) * (ROWS * COLUMNS)
     DTYPE: tl.constexpr = x_place.dtype.element_ty
-    ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE if BLOCKSIZE > 0 else 0
-    NUM_BLOCKS: tl.constexpr = ROWS * ROW_BLOCKS
-    if BLOCKSIZE == 0:
-        N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
-        K: tl.constexpr = COLUMNS if ALONG_COLUMNS else ROWS
-        STRIDE_N: tl.constexpr = COLUMNS if ALONG_COLUMNS else 1
-        STRIDE_K: tl.constexpr = 1 if ALONG_COLUMNS else COLUMNS
-        acc = tl.zeros((WIDTH, TILE_K), tl.float32)
-        for first in range(0, K, TILE_K):
-            k = first + tl.arange(0, TILE_K)
-            x = tl.load(x_place + k, mask=k < K, other=0.0).to(tl.float32)
+    N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
+    K: tl.constexpr = COLUMNS if ALONG_COLUMNS else ROWS
+    for first in range(0, K, TILE_K):
+        k = first + tl.arange(0, TILE_K)
+        is_k = k < K
+        x = tl.load(x_place + k, mask=is_k, other=0.0)
+        if BLOCKSIZE == 0:
+            STRIDE_N: tl.constexpr = COLUMNS if ALONG_COLUMNS else 1
+            STRIDE_K: tl.constexpr = 1 if ALONG_COLUMNS else COLUMNS
             place = W + matrix + output[:, None] * STRIDE_N + k[None, :] * STRIDE_K
-            weight = tl.load(place, mask=(output < N)[:, None] & (k < K)[None, :], other=0.0)
-            acc += weight.to(DTYPE).to(tl.float32) * x[None, :]
-        y = tl.sum(acc, 1)
-    elif ALONG_COLUMNS:
-        HALF: tl.constexpr = TILE_K // 2
-        BLOCKS: tl.constexpr = TILE_K // BLOCKSIZE
-        is_output = (output < ROWS)[:, None]
-        acc = tl.zeros((WIDTH, HALF), tl.float32)
-        for step in range((COLUMNS + TILE_K - 1) // TILE_K):
-            byte = step * HALF + tl.arange(0, HALF)
-            is_byte = byte < COLUMNS // 2
-            even = tl.load(x_place + 2 * byte, mask=is_byte, other=0.0).to(tl.float32)
-            odd = tl.load(x_place + 2 * byte + 1, mask=is_byte, other=0.0).to(tl.float32)
-            place = W + matrix // 2 + output[:, None] * (COLUMNS // 2) + byte[None, :]
-            codes = tl.load(place, mask=is_output & is_byte[None, :], other=0)
-            block = step * BLOCKS + tl.arange(0, BLOCKS)
-            mask = is_output & (block < ROW_BLOCKS)[None, :]
-            block = output[:, None] * ROW_BLOCKS + block[None, :]
-            scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, mask, NUM_BLOCKS, IS_NESTED)
+            w = tl.load(place, mask=(output < N)[:, None] & is_k[None, :], other=0.0)
+            sums += w.to(DTYPE).to(tl.float32) * (x.to(tl.float32) * weight)[None, :]
+        else:
+            # of the stored rows: all columns of this tile, as bytes and as blocks
+            LENGTH: tl.constexpr = TILE_K if ALONG_COLUMNS else WIDTH
+            BLOCKS: tl.constexpr = (LENGTH + BLOCKSIZE - 1) // BLOCKSIZE
+            ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE
+            row, is_row, column = (output, output < N, first) if ALONG_COLUMNS else (k, is_k, first_output)
+            byte = column // 2 + tl.arange(0, LENGTH // 2)
+            place = W + matrix // 2 + row[:, None] * (COLUMNS // 2) + byte[None, :]
+            codes = tl.load(place, mask=is_row[:, None] & (byte < COLUMNS // 2)[None, :], other=0)
+            block = column // BLOCKSIZE + tl.arange(0, BLOCKS)
+            is_block = is_row[:, None] & (block < ROW_BLOCKS)[None, :]
+            block = row[:, None] * ROW_BLOCKS + block[None, :]
+            scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, is_block, ROWS * ROW_BLOCKS, IS_NESTED)
             high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
-            part = high.to(tl.float32) * even[None, :] + low.to(tl.float32) * odd[None, :]
-            part = tl.reshape(part, (WIDTH, BLOCKS, BLOCKSIZE // 2)) * scale[:, :, None]
-            acc += tl.reshape(part, (WIDTH, HALF))
-        y = tl.sum(acc, 1) * (1 / SCALE)
-    else:
-        byte = first_output // 2 + tl.arange(0, WIDTH // 2)
-        is_byte = (byte < COLUMNS // 2)[None, :]
-        high_sum = tl.zeros((TILE_K, WIDTH // 2), tl.float32)
-        low_sum = tl.zeros((TILE_K, WIDTH // 2), tl.float32)
-        for first in range(0, ROWS, TILE_K):
-            k = first + tl.arange(0, TILE_K)
-            x = tl.load(x_place + k, mask=k < ROWS, other=0.0).to(tl.float32)
-            place = W + matrix // 2 + k[:, None] * (COLUMNS // 2) + byte[None, :]
-            codes = tl.load(place, mask=(k < ROWS)[:, None] & is_byte, other=0)
-            block = k * ROW_BLOCKS + first_output // BLOCKSIZE
-            scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, k < ROWS, NUM_BLOCKS, IS_NESTED)
-            high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
-            x = (x * scale)[:, None]
-            high_sum += high.to(tl.float32) * x
-            low_sum += low.to(tl.float32) * x
-        y = tl.interleave(tl.sum(high_sum, 0), tl.sum(low_sum, 0)) * (1 / SCALE)
-    return y
+            high, low = high.to(tl.float32), low.to(tl.float32)
+            scale = (scale * (weight / SCALE))[:, :, None]
+            shape: tl.constexpr = (high.shape[0], BLOCKS, LENGTH // (2 * BLOCKS))
+            if ALONG_COLUMNS:
+                even, odd = tl.split(tl.reshape(x, (TILE_K // 2, 2)))
+                part = high * even.to(tl.float32)[None, :] + low * odd.to(tl.float32)[None, :]
+                sums += tl.reshape(tl.reshape(part, shape) * scale, high.shape)
+            else:
+                scale *= x.to(tl.float32)[:, None, None]
+                high = tl.reshape(tl.reshape(high, shape) * scale, high.shape)
+                low = tl.reshape(tl.reshape(low, shape) * scale, low.shape)
+                sums += tl.join(high, low)
+    return sums
 
 
 @triton.jit
-def _add_low_rank_and_bias(
-    y,
+def _low_rank_products(
     reduced_place,
     B,
-    BIAS,
     expert,
     first_output,
     N: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """`(WIDTH, RANKS)` in fp32, to be summed over the ranks."""
     output = first_output + tl.arange(0, WIDTH)
-    is_output = output < N
+    r = tl.arange(0, RANKS)
+    reduced = tl.load(reduced_place + r, mask=r < RANK, other=0.0)
+    place = B + expert.to(tl.int64) * (N * RANK) + output[:, None] * RANK + r[None, :]
+    factor = tl.load(place, mask=(output < N)[:, None] & (r < RANK)[None, :], other=0.0)
+    return factor.to(reduced.dtype).to(tl.float32) * reduced.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _load_bias(BIAS, expert, first_output, N: tl.constexpr, WIDTH: tl.constexpr):
+    output = first_output + tl.arange(0, WIDTH)
+    return tl.load(BIAS + expert.to(tl.int64) * N + output, mask=output < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _outputs_of_pair(
+    x_place,
+    W,
+    ABSMAX,
+    NESTED,
+    OFFSET,
+    MAP,
+    reduced_place,
+    B,
+    BIAS,
+    expert,
+    first_output,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALONG_COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    VALUES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
+    sums = _add_products(
+        _no_sums(ALONG_COLUMNS, BLOCKSIZE, WIDTH, TILE_K),
+        x_place, 1.0, W, ABSMAX, NESTED, OFFSET, MAP, expert, first_output, ROWS, COLUMNS, ALONG_COLUMNS,
+        BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+    )  # fmt: skip
+    y = _sums_to_outputs(sums, ALONG_COLUMNS, BLOCKSIZE, WIDTH)
     if RANK > 0:
-        r = tl.arange(0, RANKS)
-        reduced = tl.load(reduced_place + r, mask=r < RANK, other=0.0)
-        place = B + expert.to(tl.int64) * (N * RANK) + output[:, None] * RANK + r[None, :]
-        factor = tl.load(place, mask=is_output[:, None] & (r < RANK)[None, :], other=0.0)
-        y += tl.sum(factor.to(reduced.dtype).to(tl.float32) * reduced.to(tl.float32)[None, :], 1)
+        y += tl.sum(_low_rank_products(reduced_place, B, expert, first_output, N, RANK, RANKS, WIDTH), 1)
     if HAS_BIAS:
-        y += tl.load(BIAS + expert.to(tl.int64) * N + output, mask=is_output, other=0.0).to(tl.float32)
+        y += _load_bias(BIAS, expert, first_output, N, WIDTH)
     return y
 
 
@@ -233,27 +277,23 @@ def _gated_pairs_kernel(
         reduced_place = REDUCED + pair * RANK
         first = tl.program_id(1) * WIDTH
         if INTERLEAVED:
-            both = _outputs(
-                x_place, W, ABSMAX, NESTED, OFFSET, MAP, expert, 2 * first, ROWS, COLUMNS, ALONG_COLUMNS,
-                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, 2 * WIDTH, TILE_K,
+            both = _outputs_of_pair(
+                x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, 2 * first,
+                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                RANK, RANKS, HAS_BIAS, 2 * WIDTH, TILE_K,
             )  # fmt: skip
-            both = _add_low_rank_and_bias(
-                both, reduced_place, B, BIAS, expert, 2 * first, N, RANK, RANKS, HAS_BIAS, 2 * WIDTH
-            )
             gate, up = tl.split(tl.reshape(both, (WIDTH, 2)))
         else:
-            gate = _outputs(
-                x_place, W, ABSMAX, NESTED, OFFSET, MAP, expert, first, ROWS, COLUMNS, ALONG_COLUMNS,
-                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+            gate = _outputs_of_pair(
+                x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, first,
+                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                RANK, RANKS, HAS_BIAS, WIDTH, TILE_K,
             )  # fmt: skip
-            gate = _add_low_rank_and_bias(gate, reduced_place, B, BIAS, expert, first, N, RANK, RANKS, HAS_BIAS, WIDTH)
-            up = _outputs(
-                x_place, W, ABSMAX, NESTED, OFFSET, MAP, expert, N // 2 + first, ROWS, COLUMNS, ALONG_COLUMNS,
-                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+            up = _outputs_of_pair(
+                x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, N // 2 + first,
+                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                RANK, RANKS, HAS_BIAS, WIDTH, TILE_K,
             )  # fmt: skip
-            up = _add_low_rank_and_bias(
-                up, reduced_place, B, BIAS, expert, N // 2 + first, N, RANK, RANKS, HAS_BIAS, WIDTH
-            )
         feature = first + tl.arange(0, WIDTH)
         value = gate_value(gate, up, limit, alpha, KIND)
         tl.store(OUT + pair.to(tl.int64) * (N // 2) + feature, value.to(OUT.dtype.element_ty), mask=feature < N // 2)
@@ -293,42 +333,45 @@ def _combined_pairs_kernel(
     K: tl.constexpr = COLUMNS if ALONG_COLUMNS else ROWS
     token = tl.program_id(0)
     first = tl.program_id(1) * WIDTH
+    sums = _no_sums(ALONG_COLUMNS, BLOCKSIZE, WIDTH, TILE_K)
+    low_rank = tl.zeros((WIDTH, RANKS), tl.float32)
     total = tl.zeros((WIDTH,), tl.float32)
     for choice in tl.static_range(TOP_K):
         pair = token * TOP_K + choice
         expert = tl.load(IDS + pair)
         if (expert >= 0) & (expert < NUM_EXPERTS):
-            y = _outputs(
-                X + pair.to(tl.int64) * K, W, ABSMAX, NESTED, OFFSET, MAP, expert, first, ROWS, COLUMNS, ALONG_COLUMNS,
-                BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+            weight = tl.load(WEIGHTS + pair).to(tl.float32)
+            sums = _add_products(
+                sums, X + pair.to(tl.int64) * K, weight, W, ABSMAX, NESTED, OFFSET, MAP, expert, first,
+                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
             )  # fmt: skip
-            y = _add_low_rank_and_bias(
-                y, REDUCED + pair * RANK, B, BIAS, expert, first, N, RANK, RANKS, HAS_BIAS, WIDTH
-            )
-            total += y * tl.load(WEIGHTS + pair).to(tl.float32)
+            if RANK > 0:
+                products = _low_rank_products(REDUCED + pair * RANK, B, expert, first, N, RANK, RANKS, WIDTH)
+                low_rank += weight * products
+            if HAS_BIAS:
+                total += weight * _load_bias(BIAS, expert, first, N, WIDTH)
+    total += _sums_to_outputs(sums, ALONG_COLUMNS, BLOCKSIZE, WIDTH)
+    if RANK > 0:
+        total += tl.sum(low_rank, 1)
     output = first + tl.arange(0, WIDTH)
     tl.store(OUT + token.to(tl.int64) * N + output, total.to(OUT.dtype.element_ty), mask=output < N)
 
 
 def _width_and_step(weight: PackedWeight) -> tuple[int, int]:
-    """Outputs of one program, and the step along the contraction: whole blocks, and 16 bytes for each thread."""
+    """Outputs of one program, and the step along the contraction; measured on an H200."""
     if weight.is_transposed:
-        return 32, 64
-    return 8, max(weight.blocksize, min(1024, next_power_of_2(weight.in_features)))
+        return 64, 64
+    return 8, max(weight.blocksize, min(2048, next_power_of_2(weight.in_features)))
 
 
 def fits_few_rows(up: PackedWeight, down: PackedWeight, gate: Gate) -> bool:
-    """Whether the kernels here can compute with these weights."""
-    for weight, num_outputs in ((up, 1 if gate.interleaved else 2), (down, 1)):
-        if not weight.is_packed:
-            continue
-        if not weight.blocks_follow_rows or weight.blocksize > LARGEST_BLOCKSIZE:
+    """Whether the kernels here can compute with these weights: their tiles are whole blocks, or parts of one."""
+    for weight in (up, down):
+        if weight.is_packed and (not weight.blocks_follow_rows or weight.blocksize > LARGEST_BLOCKSIZE):
             return False
-        # outputs that share a program share the blocks of stored rows
-        width = _width_and_step(weight)[0] * (2 if weight is up and gate.interleaved else 1)
-        if weight.is_transposed and (weight.blocksize % width or weight.out_features // num_outputs % width):
-            return False
-    return True
+    halves_are_apart = up.is_packed and up.is_transposed and not gate.interleaved
+    width = _width_and_step(up)[0]
+    return not halves_are_apart or up.out_features // 2 % max(width, up.blocksize) == 0
 
 
 def _constants(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]:
