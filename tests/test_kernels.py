@@ -382,8 +382,7 @@ def test_forward_by_pairs(case: tuple, storage: FourBitFormat | None, monkeypatc
         torch.manual_seed(3)
         found, expected = run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32, backward=False)[0]
         assert_close(found, expected)
-    fits = [fits_few_rows(packed_weight(stacks[0]), packed_weight(stacks[1]), gate)]
-    assert len(ran) == sum(fits)
+    assert len(ran) == fits_few_rows(*map(packed_weight, stacks))
 
 
 def test_a_tape_allocates_and_launches_again_with_other_inputs() -> None:

@@ -171,7 +171,7 @@ def fused_experts(
     trainable = [hidden_states, top_k_weights, *[factor for pair in rest[:2] if pair for factor in pair[:2]]]
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trainable)
     by_pairs = not needs_gradients and goes_by_pairs(
-        top_k_index.numel(), hidden_states.dtype, up, down, gate, up_factors, down_factors
+        top_k_index.numel(), hidden_states.dtype, up, down, up_factors, down_factors
     )
     if torch.compiler.is_compiling():
         return experts_op(*arguments, *rest, gate, by_pairs)

@@ -157,7 +157,6 @@ def goes_by_pairs(
     dtype: torch.dtype,
     up: PackedWeight,
     down: PackedWeight,
-    gate: Gate,
     up_factors: Factors | None,
     down_factors: Factors | None,
 ) -> bool:
@@ -166,7 +165,7 @@ def goes_by_pairs(
     return (
         num_pairs <= most_pairs_without_sorting(up.tensors[0].device, dtype)
         and all(factor.is_contiguous() for factor in factors)
-        and fits_few_rows(up, down, gate)
+        and fits_few_rows(up, down)
     )
 
 

@@ -81,20 +81,9 @@ def reduce_pairs(
 
 
 @triton.jit
-def _no_sums(ALONG_COLUMNS: tl.constexpr, BLOCKSIZE: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr):
-    """Zeros for `_add_products`: products are added element by element, and over the contraction only at the end."""
-    if BLOCKSIZE == 0:
-        sums = tl.zeros((WIDTH, TILE_K), tl.float32)
-    elif ALONG_COLUMNS:
-        sums = tl.zeros((WIDTH, TILE_K // 2), tl.float32)
-    else:
-        sums = tl.zeros((TILE_K, WIDTH // 2, 2), tl.float32)
-    return sums
-
-
-@triton.jit
-def _sums_to_outputs(sums, ALONG_COLUMNS: tl.constexpr, BLOCKSIZE: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.sum(sums, 1) if BLOCKSIZE == 0 or ALONG_COLUMNS else tl.reshape(tl.sum(sums, 0), (WIDTH,))
+def _no_sums(BLOCKSIZE: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr):
+    """Zeros for `_add_products`, which adds element by element: over the contraction is summed once, at the end."""
+    return tl.zeros((WIDTH, TILE_K if BLOCKSIZE == 0 else TILE_K // 2), tl.float32)
 
 
 @triton.jit
@@ -109,9 +98,9 @@ def _add_products(
     MAP,
     expert,
     first_output,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALONG_COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
@@ -122,49 +111,38 @@ def _add_products(
 ):
     """Adds `weight` times the products of one expert's matrix and the vector at `x_place`, in fp32.
 
-    Of `WIDTH` outputs from `first_output` on, which is a multiple of `WIDTH`.
+    Of `WIDTH` outputs from `first_output` on.
     """
     output = first_output + tl.arange(0, WIDTH)
-    matrix = expert.to(tl.int64) * (ROWS * COLUMNS)
+    is_output = (output < N)[:, None]
+    matrix = expert.to(tl.int64) * (N * K)
     DTYPE: tl.constexpr = x_place.dtype.element_ty
-    N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
-    K: tl.constexpr = COLUMNS if ALONG_COLUMNS else ROWS
     for first in range(0, K, TILE_K):
         k = first + tl.arange(0, TILE_K)
-        is_k = k < K
-        x = tl.load(x_place + k, mask=is_k, other=0.0)
+        x = tl.load(x_place + k, mask=k < K, other=0.0)
         if BLOCKSIZE == 0:
-            STRIDE_N: tl.constexpr = COLUMNS if ALONG_COLUMNS else 1
-            STRIDE_K: tl.constexpr = 1 if ALONG_COLUMNS else COLUMNS
+            STRIDE_N: tl.constexpr = 1 if IS_TRANSPOSED else K
+            STRIDE_K: tl.constexpr = N if IS_TRANSPOSED else 1
             place = W + matrix + output[:, None] * STRIDE_N + k[None, :] * STRIDE_K
-            w = tl.load(place, mask=(output < N)[:, None] & is_k[None, :], other=0.0)
+            w = tl.load(place, mask=is_output & (k < K)[None, :], other=0.0)
             sums += w.to(DTYPE).to(tl.float32) * (x.to(tl.float32) * weight)[None, :]
         else:
-            # of the stored rows: all columns of this tile, as bytes and as blocks
-            LENGTH: tl.constexpr = TILE_K if ALONG_COLUMNS else WIDTH
-            BLOCKS: tl.constexpr = (LENGTH + BLOCKSIZE - 1) // BLOCKSIZE
-            ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE
-            row, is_row, column = (output, output < N, first) if ALONG_COLUMNS else (k, is_k, first_output)
-            byte = column // 2 + tl.arange(0, LENGTH // 2)
-            place = W + matrix // 2 + row[:, None] * (COLUMNS // 2) + byte[None, :]
-            codes = tl.load(place, mask=is_row[:, None] & (byte < COLUMNS // 2)[None, :], other=0)
-            block = column // BLOCKSIZE + tl.arange(0, BLOCKS)
-            is_block = is_row[:, None] & (block < ROW_BLOCKS)[None, :]
-            block = row[:, None] * ROW_BLOCKS + block[None, :]
-            scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, is_block, ROWS * ROW_BLOCKS, IS_NESTED)
+            BLOCKS: tl.constexpr = TILE_K // BLOCKSIZE
+            ROW_BLOCKS: tl.constexpr = K // BLOCKSIZE
+            byte = first // 2 + tl.arange(0, TILE_K // 2)
+            place = W + matrix // 2 + output[:, None] * (K // 2) + byte[None, :]
+            codes = tl.load(place, mask=is_output & (byte < K // 2)[None, :], other=0)
+            block = first // BLOCKSIZE + tl.arange(0, BLOCKS)
+            is_block = is_output & (block < ROW_BLOCKS)[None, :]
+            block = output[:, None] * ROW_BLOCKS + block[None, :]
+            scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, is_block, N * ROW_BLOCKS, IS_NESTED)
             high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
-            high, low = high.to(tl.float32), low.to(tl.float32)
-            scale = (scale * (weight / SCALE))[:, :, None]
-            shape: tl.constexpr = (high.shape[0], BLOCKS, LENGTH // (2 * BLOCKS))
-            if ALONG_COLUMNS:
-                even, odd = tl.split(tl.reshape(x, (TILE_K // 2, 2)))
-                part = high * even.to(tl.float32)[None, :] + low * odd.to(tl.float32)[None, :]
-                sums += tl.reshape(tl.reshape(part, shape) * scale, high.shape)
-            else:
-                scale *= x.to(tl.float32)[:, None, None]
-                high = tl.reshape(tl.reshape(high, shape) * scale, high.shape)
-                low = tl.reshape(tl.reshape(low, shape) * scale, low.shape)
-                sums += tl.join(high, low)
+            even, odd = tl.split(tl.reshape(x, (TILE_K // 2, 2)))
+            part = (
+                high.to(tl.float32) * even.to(tl.float32)[None, :] + low.to(tl.float32) * odd.to(tl.float32)[None, :]
+            )
+            part = tl.reshape(part, (WIDTH, BLOCKS, BLOCKSIZE // 2)) * (scale * (weight / SCALE))[:, :, None]
+            sums += tl.reshape(part, (WIDTH, TILE_K // 2))
     return sums
 
 
@@ -207,9 +185,9 @@ def _outputs_of_pair(
     BIAS,
     expert,
     first_output,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALONG_COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
@@ -221,13 +199,12 @@ def _outputs_of_pair(
     WIDTH: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
     sums = _add_products(
-        _no_sums(ALONG_COLUMNS, BLOCKSIZE, WIDTH, TILE_K),
-        x_place, 1.0, W, ABSMAX, NESTED, OFFSET, MAP, expert, first_output, ROWS, COLUMNS, ALONG_COLUMNS,
+        _no_sums(BLOCKSIZE, WIDTH, TILE_K),
+        x_place, 1.0, W, ABSMAX, NESTED, OFFSET, MAP, expert, first_output, N, K, IS_TRANSPOSED,
         BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
     )  # fmt: skip
-    y = _sums_to_outputs(sums, ALONG_COLUMNS, BLOCKSIZE, WIDTH)
+    y = tl.sum(sums, 1)
     if RANK > 0:
         y += tl.sum(_low_rank_products(reduced_place, B, expert, first_output, N, RANK, RANKS, WIDTH), 1)
     if HAS_BIAS:
@@ -251,10 +228,10 @@ def _gated_pairs_kernel(
     limit,
     alpha,
     NUM_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
     TOP_K: tl.constexpr,
-    ALONG_COLUMNS: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
@@ -271,27 +248,25 @@ def _gated_pairs_kernel(
     pair = tl.program_id(0)
     expert = tl.load(IDS + pair)
     if (expert >= 0) & (expert < NUM_EXPERTS):
-        N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
-        K: tl.constexpr = COLUMNS if ALONG_COLUMNS else ROWS
         x_place = X + (pair // TOP_K).to(tl.int64) * K
         reduced_place = REDUCED + pair * RANK
         first = tl.program_id(1) * WIDTH
         if INTERLEAVED:
             both = _outputs_of_pair(
                 x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, 2 * first,
-                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
                 RANK, RANKS, HAS_BIAS, 2 * WIDTH, TILE_K,
             )  # fmt: skip
             gate, up = tl.split(tl.reshape(both, (WIDTH, 2)))
         else:
             gate = _outputs_of_pair(
                 x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, first,
-                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
                 RANK, RANKS, HAS_BIAS, WIDTH, TILE_K,
             )  # fmt: skip
             up = _outputs_of_pair(
                 x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, N // 2 + first,
-                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
                 RANK, RANKS, HAS_BIAS, WIDTH, TILE_K,
             )  # fmt: skip
         feature = first + tl.arange(0, WIDTH)
@@ -314,10 +289,10 @@ def _combined_pairs_kernel(
     BIAS,
     OUT,
     NUM_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
     TOP_K: tl.constexpr,
-    ALONG_COLUMNS: tl.constexpr,
+    IS_TRANSPOSED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
     VALUES: tl.constexpr,
@@ -329,11 +304,9 @@ def _combined_pairs_kernel(
     WIDTH: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    N: tl.constexpr = ROWS if ALONG_COLUMNS else COLUMNS
-    K: tl.constexpr = COLUMNS if ALONG_COLUMNS else ROWS
     token = tl.program_id(0)
     first = tl.program_id(1) * WIDTH
-    sums = _no_sums(ALONG_COLUMNS, BLOCKSIZE, WIDTH, TILE_K)
+    sums = _no_sums(BLOCKSIZE, WIDTH, TILE_K)
     low_rank = tl.zeros((WIDTH, RANKS), tl.float32)
     total = tl.zeros((WIDTH,), tl.float32)
     for choice in tl.static_range(TOP_K):
@@ -343,35 +316,40 @@ def _combined_pairs_kernel(
             weight = tl.load(WEIGHTS + pair).to(tl.float32)
             sums = _add_products(
                 sums, X + pair.to(tl.int64) * K, weight, W, ABSMAX, NESTED, OFFSET, MAP, expert, first,
-                ROWS, COLUMNS, ALONG_COLUMNS, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
             )  # fmt: skip
             if RANK > 0:
                 products = _low_rank_products(REDUCED + pair * RANK, B, expert, first, N, RANK, RANKS, WIDTH)
                 low_rank += weight * products
             if HAS_BIAS:
                 total += weight * _load_bias(BIAS, expert, first, N, WIDTH)
-    total += _sums_to_outputs(sums, ALONG_COLUMNS, BLOCKSIZE, WIDTH)
+    total += tl.sum(sums, 1)
     if RANK > 0:
         total += tl.sum(low_rank, 1)
     output = first + tl.arange(0, WIDTH)
     tl.store(OUT + token.to(tl.int64) * N + output, total.to(OUT.dtype.element_ty), mask=output < N)
 
 
-def _width_and_step(weight: PackedWeight) -> tuple[int, int]:
-    """Outputs of one program, and the step along the contraction; measured on an H200."""
-    if weight.is_transposed:
-        return 64, 64
-    return 8, max(weight.blocksize, min(2048, next_power_of_2(weight.in_features)))
+WIDTH = 8
+"""Outputs of one program; measured on an H200."""
 
 
-def fits_few_rows(up: PackedWeight, down: PackedWeight, gate: Gate) -> bool:
-    """Whether the kernels here can compute with these weights: their tiles are whole blocks, or parts of one."""
-    for weight in (up, down):
-        if weight.is_packed and (not weight.blocks_follow_rows or weight.blocksize > LARGEST_BLOCKSIZE):
-            return False
-    halves_are_apart = up.is_packed and up.is_transposed and not gate.interleaved
-    width = _width_and_step(up)[0]
-    return not halves_are_apart or up.out_features // 2 % max(width, up.blocksize) == 0
+def _step(weight: PackedWeight) -> int:
+    """Of the contraction: whole blocks."""
+    return max(weight.blocksize, min(2048, next_power_of_2(weight.in_features)))
+
+
+def fits_few_rows(*weights: PackedWeight) -> bool:
+    """Whether the kernels here can compute with these weights, and are worth it.
+
+    The blocks of packed ones have to run along the contraction: along the outputs a program would read a few bytes of
+    each row, which was slower than sorting.
+    """
+    return all(
+        not weight.is_packed
+        or (weight.blocks_follow_rows and not weight.is_transposed and weight.blocksize <= LARGEST_BLOCKSIZE)
+        for weight in weights
+    )
 
 
 def _constants(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]:
@@ -379,7 +357,7 @@ def _constants(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]:
     if weight.is_packed:
         table = code_table(weight.quant_type, dtype, runs_ptx(weight.tensors[0].device))
     return {
-        "ALONG_COLUMNS": not weight.is_transposed,
+        "IS_TRANSPOSED": weight.is_transposed,
         "BLOCKSIZE": weight.blocksize,
         "IS_NESTED": weight.is_nested,
         "VALUES": table.values,
@@ -411,10 +389,9 @@ def gated_pairs(
     num_pairs, features = top_k_index.numel(), weight.out_features // 2
     out = allocate((num_pairs, features), x.dtype, x.device)
     rank = 0 if reduced is None else reduced.shape[1]
-    width, tile_k = _width_and_step(weight)
     launch(
         _gated_pairs_kernel,
-        (num_pairs, cdiv(features, width)),
+        (num_pairs, cdiv(features, WIDTH)),
         (
             x,
             top_k_index,
@@ -426,8 +403,8 @@ def gated_pairs(
         ),
         (gate.limit, gate.alpha),
         NUM_EXPERTS=weight.num_experts,
-        ROWS=weight.rows,
-        COLUMNS=weight.columns,
+        N=weight.out_features,
+        K=weight.in_features,
         TOP_K=top_k_index.shape[1],
         **_constants(weight, x.dtype),
         RANK=rank,
@@ -435,8 +412,8 @@ def gated_pairs(
         HAS_BIAS=bias is not None,
         KIND=gate.kind,
         INTERLEAVED=gate.interleaved,
-        WIDTH=width,
-        TILE_K=tile_k,
+        WIDTH=WIDTH,
+        TILE_K=_step(weight),
     )
     return out
 
@@ -464,10 +441,9 @@ def combined_pairs(
     num_tokens, top_k = top_k_index.shape
     out = allocate((num_tokens, weight.out_features), x.dtype, x.device)
     rank = 0 if reduced is None else reduced.shape[1]
-    width, tile_k = _width_and_step(weight)
     launch(
         _combined_pairs_kernel,
-        (num_tokens, cdiv(weight.out_features, width)),
+        (num_tokens, cdiv(weight.out_features, WIDTH)),
         (
             x,
             top_k_index,
@@ -480,14 +456,14 @@ def combined_pairs(
         ),
         (),
         NUM_EXPERTS=weight.num_experts,
-        ROWS=weight.rows,
-        COLUMNS=weight.columns,
+        N=weight.out_features,
+        K=weight.in_features,
         TOP_K=top_k,
         **_constants(weight, x.dtype),
         RANK=rank,
         RANKS=next_power_of_2(rank),
         HAS_BIAS=bias is not None,
-        WIDTH=width,
-        TILE_K=tile_k,
+        WIDTH=WIDTH,
+        TILE_K=_step(weight),
     )
     return out

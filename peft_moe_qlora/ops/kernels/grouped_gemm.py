@@ -170,6 +170,18 @@ def _low_rank_operands(
 
 
 @triton.jit
+def _wait_for_product(acc, ASSEMBLY: tl.constexpr):
+    """The sums as they are, but for the compiler something else that needs them.
+
+    Where the left operand is computed in registers, Triton 3.6 leaves products (wgmma) of one step running while the
+    next step overwrites the registers that they read. On an H200 single tiles came out wrong, now and then.
+    """
+    if ASSEMBLY[0] != "":
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def _tile(
     X,
     PAIR_OF_ROW,
@@ -249,6 +261,8 @@ def _tile(
                 w_left = tl.trans(w)
             if WEIGHT_LEFT:
                 acc = tl.dot(w_left, tl.trans(x), acc, input_precision="ieee")
+                if BLOCKSIZE > 0:
+                    acc = _wait_for_product(acc, ASSEMBLY)
             else:
                 acc = tl.dot(x, tl.trans(w_left), acc, input_precision="ieee")
     if RANK > 0:
