@@ -153,6 +153,8 @@ def time_all(problem: Problem, tried: list[GemmTiles], repeats: int) -> list[tup
         if not error <= LARGEST_ERROR:
             raise ValueError(f"{tiles} differ from {tried[0]} by {error:.1e}")
         timed.append((milliseconds(partial(problem.run, tiles), repeats), tiles))
+        if not all(torch.equal(a, b) for a, b in zip(out, problem.run(tiles))):
+            raise ValueError(f"{tiles} give other bits the second time")
     return timed
 
 

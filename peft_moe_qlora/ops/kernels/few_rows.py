@@ -336,7 +336,8 @@ WIDTH = 8
 
 def _step(weight: PackedWeight) -> int:
     """Of the contraction: whole blocks."""
-    return max(weight.blocksize, min(2048, next_power_of_2(weight.in_features)))
+    most = 2048 if weight.is_packed else 1024
+    return max(weight.blocksize, min(most, next_power_of_2(weight.in_features)))
 
 
 def fits_few_rows(*weights: PackedWeight) -> bool:
