@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -386,16 +387,17 @@ def test_forward_by_pairs(case: tuple, storage: FourBitFormat | None, monkeypatc
 
 
 def test_a_tape_allocates_and_launches_again_with_other_inputs() -> None:
-    def copy(source: int, target: int, num_bytes: int) -> None:
+    def copy(num_bytes: int, addresses: list[int], _stream: int) -> None:
+        source, target = addresses
         ctypes.memmove(target, source, num_bytes)
 
     first = torch.arange(8.0)
     tape = Tape([first, None])
     middle, result = torch.empty(8), torch.empty(4)
     tape.add_allocation(middle)
-    tape.add_launch(copy, [first, middle], (32,))
+    tape.add_launch(partial(copy, 32), [first, middle])
     tape.add_allocation(result)
-    tape.add_launch(copy, [middle[4:], result], (16,))
+    tape.add_launch(partial(copy, 16), [middle[4:], result])
     tape.finish([result, None], "extra")
     for again in (torch.rand(8), torch.rand(8)):
         out, absent = tape.replay([again.data_ptr(), 0])
@@ -403,7 +405,7 @@ def test_a_tape_allocates_and_launches_again_with_other_inputs() -> None:
         assert absent is None
         assert out.data_ptr() != result.data_ptr()
     with pytest.raises(ValueError, match="neither an input of the tape nor allocated on it"):
-        tape.add_launch(copy, [torch.rand(3)], ())
+        tape.add_launch(copy, [torch.rand(3)])
 
 
 @pytest.mark.gpu

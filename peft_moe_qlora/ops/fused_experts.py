@@ -20,7 +20,7 @@ from .fused_steps import (
 )
 from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
-from .kernels.schedule import Tiles, split_routing
+from .kernels.schedule import split_routing, split_tiles
 from .kernels.tape import taped
 from .operands import Factors, Gate, PackedWeight, as_factors
 
@@ -63,7 +63,7 @@ class _FusedExperts(torch.autograd.Function):
                 gate,
             )
             planner = kept.planner
-            cut = [tensor for tiles in planner.cut.values() for tensor in (tiles.tiles, tiles.tile_ends)]
+            cut = [tiles.whole for tiles in planner.cut.values()]
             return [out, *kept[:3], planner.rows.whole, *cut], list(planner.cut)
 
         given = (*tensors, *factors, *biases)
@@ -85,7 +85,7 @@ class _FusedExperts(torch.autograd.Function):
 
         def run() -> tuple[list[Tensor | None], None]:
             rows = split_routing(whole, up.num_experts, gate_input.shape[0])
-            tiles = [Tiles(*pair, heights) for *pair, heights in zip(cut[::2], cut[1::2], ctx.heights)]
+            tiles = [split_tiles(ints, up.num_experts, heights) for ints, heights in zip(cut, ctx.heights)]
             planner = Planner(rows, hidden_states.dtype, tiles)
             grads = experts_backward(
                 grad_out,

@@ -20,7 +20,7 @@ from .tape import allocate
 LARGEST_BLOCKSIZE = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scaling"])
 def _reduce_pairs_kernel(
     X,
     IDS,

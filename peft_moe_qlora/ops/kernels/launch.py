@@ -6,6 +6,7 @@ What decides on the binary is known to the caller, so that it is looked up once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import attrgetter, or_
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .driver import DriverLaunch, can_launch
 from .tape import recording_tape
 
 _address_of = torch.Tensor.data_ptr
@@ -59,10 +61,9 @@ def launch(
     compiled = _compiled.get(key)
     tape = recording_tape()
     if compiled is not None:
-        run = compiled[(*grid, 1, 1)[:3]]
-        run(*tensors, *numbers, *values)
+        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
         if tape is not None:
-            tape.add_launch(run, tensors, (*numbers, *values))
+            tape.add_launch(_launcher(compiled, grid, len(tensors), numbers, values), tensors)
         return
     names = kernel.arg_names
     if list(constants) != names[len(tensors) + len(numbers) :]:
@@ -76,7 +77,18 @@ def launch(
     if addresses % 16 == 0:
         _compiled[key] = compiled
     if tape is not None:
-        tape.add_launch(compiled[(*grid, 1, 1)[:3]], tensors, (*numbers, *values))
+        tape.add_launch(_launcher(compiled, grid, len(tensors), numbers, values), tensors)
+
+
+def _launcher(
+    compiled: Any, grid: tuple[int, ...], num_tensors: int, numbers: tuple[int | float, ...], values: tuple
+) -> Callable[[list[int], int], None]:
+    """What launches a binary with other addresses."""
+    whole_grid = (*grid, 1, 1)[:3]
+    if can_launch(compiled, num_tensors, numbers):
+        return DriverLaunch(compiled, whole_grid, num_tensors, numbers)
+    run = compiled[whole_grid]
+    return lambda addresses, stream: run(*addresses, *numbers, *values, stream=stream)
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -37,11 +37,13 @@ class Tiles(NamedTuple):
         tiles: `(3, bound)` int32: expert, first row, and which of `heights`. Behind the last tile the expert is -1.
         tile_ends: `(E,)` int32, the tile behind each expert's last one.
         heights: in descending order. Rows are cut by the first; the rest of an expert gets the least that holds it.
+        whole: the one tensor that the two are cut out of.
     """
 
     tiles: torch.Tensor
     tile_ends: torch.Tensor
     heights: tuple[int, ...]
+    whole: torch.Tensor
 
     @property
     def bound(self) -> int:
@@ -180,7 +182,12 @@ def _empty_routing(num_experts: int, num_pairs: int, device: torch.device) -> Ro
 
 def _empty_tiles(num_experts: int, num_pairs: int, heights: tuple[int, ...], device: torch.device) -> Tiles:
     bound = num_pairs // heights[0] + min(num_experts, num_pairs)
-    return Tiles(allocate((3, bound), torch.int32, device), allocate((num_experts,), torch.int32, device), heights)
+    return split_tiles(allocate((_aligned(num_experts) + 3 * bound,), torch.int32, device), num_experts, heights)
+
+
+def split_tiles(ints: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> Tiles:
+    """The parts of the one tensor that holds tiles."""
+    return Tiles(ints[_aligned(num_experts) :].view(3, -1), ints[:num_experts], heights, ints)
 
 
 def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> tuple[RoutedRows, Tiles]:

@@ -36,6 +36,8 @@ class Tape:
 
     def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
         self.extra: Any = None
+        self._device = next(tensor.device for tensor in inputs if tensor is not None)
+        self._lock = threading.Lock()
         self._steps: list[tuple] = []
         self._spans: list[tuple[int, int]] = []
         self._outputs: list[int | None] = []
@@ -54,9 +56,9 @@ class Tape:
     def add_allocation(self, tensor: torch.Tensor) -> None:
         self._steps.append((None, self._add_span(tensor), tensor.shape, tensor.dtype, tensor.device))
 
-    def add_launch(self, run: Callable[..., None], tensors: Sequence[torch.Tensor], rest: tuple) -> None:
-        """A launch of `run(*addresses of tensors, *rest)`."""
-        self._steps.append((run, tuple([self._place(tensor.data_ptr()) for tensor in tensors]), rest))
+    def add_launch(self, run: Callable[[list[int], int], None], tensors: Sequence[torch.Tensor]) -> None:
+        """A launch of `run(addresses of tensors, stream)`."""
+        self._steps.append((run, tuple([self._place(tensor.data_ptr()) for tensor in tensors])))
 
     def _place(self, address: int) -> tuple[int, int]:
         """Which input or allocation an address lies in, and where; memory that was reused belongs to the newest."""
@@ -101,16 +103,18 @@ class Tape:
         num_slots = len(self._spans)
         tensors: Outputs = [None] * num_slots
         addresses = addresses + [0] * (num_slots - len(addresses))
-        for run, *step in self._steps:
-            if run is None:
-                slot, shape, dtype, device = step
-                tensors[slot] = tensor = torch.empty(shape, dtype=dtype, device=device)
-                addresses[slot] = tensor.data_ptr()
-            else:
-                places, rest, released = step
-                run(*[addresses[slot] + offset for slot, offset in places], *rest)
-                for slot in released:
-                    tensors[slot] = None
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        with self._lock:
+            for run, *step in self._steps:
+                if run is None:
+                    slot, shape, dtype, device = step
+                    tensors[slot] = tensor = torch.empty(shape, dtype=dtype, device=device)
+                    addresses[slot] = tensor.data_ptr()
+                else:
+                    places, released = step
+                    run([addresses[slot] + offset for slot, offset in places], stream)
+                    for slot in released:
+                        tensors[slot] = None
         return [None if slot is None else tensors[slot] for slot in self._outputs]
 
 
