@@ -448,6 +448,33 @@ def test_equal_inputs_give_equal_bits() -> None:
         assert all(torch.equal(first, second) for first, second in zip(runs[0], again))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [16, 512, 4096, 16384])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_equal_inputs_give_equal_bits_at_real_sizes(num_tokens: int, transposed: bool) -> None:
+    """What a race would change; with the tiles of the table, on a busy device."""
+    num_experts, hidden, intermediate, top_k = 64, 2048, 768, 8
+    shapes = ((2 * intermediate, hidden), (hidden, intermediate))
+    weights = [
+        packed_weight(random_stack((num_experts, *(shape[::-1] if transposed else shape)), transposed, NF4))
+        for shape in shapes
+    ]
+    x, ids = torch.randn(num_tokens, hidden, device=DEVICE).bfloat16(), random_ids(num_tokens, top_k, num_experts)
+    top_k_weights, grad = torch.rand(num_tokens, top_k, device=DEVICE), torch.randn_like(x)
+    factors = [
+        torch.randn(num_experts, *size, device=DEVICE)
+        for size in ((16, hidden), (2 * intermediate, 16), (16, intermediate), (hidden, 16))
+    ]
+    inputs = [tensor.requires_grad_() for tensor in (x, top_k_weights, *factors)]
+    runs = []
+    for _ in range(8):
+        terms = Factors(*factors[:2], 1.0), Factors(*factors[2:], 1.0)
+        out = fused_experts(x, ids, top_k_weights, *weights, Gate("silu"), *terms)
+        runs.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for again in runs[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(runs[0], again))
+
+
 def test_every_measured_table_has_an_answer_for_every_question() -> None:
     table = tuning_table((9, 0))
     for is_packed in (False, True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
+from functools import cache, reduce
 from operator import attrgetter, or_
 from typing import Any
 
@@ -96,3 +96,11 @@ def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@cache
+def has_much_shared_memory(device: torch.device) -> bool:
+    """Whether a program may have 200 KiB, as on compute capability 9.0 and 10.0; others have about 100."""
+    return (
+        device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 2**10
+    )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import Rows, padded_rank, row_places
-from .launch import cdiv, launch
+from .launch import cdiv, has_much_shared_memory, launch
 from .schedule import Tiles, part_of_tile
 from .tape import allocate
 
@@ -70,6 +70,8 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
         part, tile_k, num_stages = height, 256, 3
     elif height == 128:
         part, tile_k, num_stages = height, 64, 3
+    elif rows.tensor.dtype.itemsize == 2 and rank <= 32 and has_much_shared_memory(out.device):
+        part, tile_k, num_stages = min(height, 64), 256, 4
     else:
         part, tile_k, num_stages = min(height, 64), 128, 2
     strides = factor.stride()

@@ -1,0 +1,64 @@
+"""What Triton makes of the kernels for compute capability 9.0, which it compiles for without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+# a process of its own: in this one kernels are interpreted
+COMPILE = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peft_moe_qlora.ops.kernels.code_tables import code_table
+from peft_moe_qlora.ops.kernels.grouped_gemm import _grouped_gemm_kernel
+from peft_moe_qlora.ops.kernels.tuning import tuning_table
+
+table = code_table("nf4", torch.bfloat16, True)
+entries = tuning_table((9, 0)).entries
+tried = dict.fromkeys((along, tiles) for weight, along, _, tiles in entries if weight == "packed")
+for along, tiles in tried:
+    if tiles.decode_first or not tiles.weight_left:
+        continue
+    constants = dict(
+        STRIDE_FE=1, STRIDE_FN=1, STRIDE_FR=1, HEIGHTS=tiles.heights, N=512, K=512, TOP_K=8, GATHER=True,
+        ALONG_COLUMNS=along == "columns", BLOCKSIZE=64, VALUES=table.values, ASSEMBLY=table.assembly,
+        SCALE=table.scale, RANK=0, RANKS=16, HAS_BIAS=False, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
+        WEIGHT_LEFT=True, LOOPS=False,
+    )
+    types = "bf16 i32 u8 fp32 bf16 fp32 bf16 bf16 i32 i32 i32".split()
+    signature = dict(zip(_grouped_gemm_kernel.arg_names, ["*" + kind for kind in types] + ["i32"] * 3))
+    source = ASTSource(
+        _grouped_gemm_kernel,
+        {**signature, **dict.fromkeys(constants, "constexpr")},
+        constants,
+        {(place,): [["tt.divisibility", 16]] for place in range(len(types))},
+    )
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    print("TILES", tiles)
+    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"])
+"""
+
+
+def test_no_product_goes_on_reading_registers_of_the_next_step() -> None:
+    """Weights decoded in registers were overwritten while the tensor cores still read them: rare, wrong tiles.
+
+    A product of registers (`dot_op`) that runs on its own (`isAsync`) has to be waited for, all of it, at once.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("TILES") > 0
+    products = re.findall(r"warp_group_dot (?P<operands>.*isAsync = true.*dot_op.*)\n(?P<following>.*)", result.stdout)
+    assert products, "the tiles of the table have the weight on the left"
+    for _, following in products:
+        assert "warp_group_dot_wait" in following
+        assert "pendings = 0" in following
