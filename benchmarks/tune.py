@@ -33,7 +33,7 @@ from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, RANK = 128, 2048, 768, 8, 16
-TOKENS = (1, 16, 128, 512, 2048, 4096, 16384)
+TOKENS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
 LARGEST_ERROR = 6e-3
 
 

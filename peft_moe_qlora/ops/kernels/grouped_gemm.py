@@ -284,6 +284,8 @@ def _tile(
 @triton.jit
 def _tile_at(
     index,
+    first_tile,
+    num_tiles,
     X,
     PAIR_OF_ROW,
     W,
@@ -316,9 +318,14 @@ def _tile_at(
     TILE_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
 ):
+    # so many tiles of rows go through the columns together: the weight may be larger than the cache
+    GROUP: tl.constexpr = 8
     TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
-    tile = index // TILES_N
-    tile_n = index % TILES_N
+    group = index // (GROUP * TILES_N)
+    group_size = tl.minimum(num_tiles - group * GROUP, GROUP)
+    place = index % (GROUP * TILES_N)
+    tile = first_tile + group * GROUP + place % group_size
+    tile_n = place // group_size
     expert = tl.load(TILES + tile)
     if expert >= 0:
         start = tl.load(TILES + bound + tile)
@@ -376,15 +383,16 @@ def _grouped_gemm_kernel(
         TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
         first_tile = tl.load(TILE_ENDS + first_expert - 1, mask=first_expert > 0, other=0)
         last_tile = tl.load(TILE_ENDS + last_expert)
-        for index in range(first_tile * TILES_N + tl.program_id(0), last_tile * TILES_N, tl.num_programs(0)):
-            _tile_at(index,
+        num_tiles = last_tile - first_tile
+        for index in range(tl.program_id(0), num_tiles * TILES_N, tl.num_programs(0)):
+            _tile_at(index, first_tile, num_tiles,
                 X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
                 bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
                 HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
                 RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
             )  # fmt: skip
     else:
-        _tile_at(tl.program_id(0),
+        _tile_at(tl.program_id(0), 0, bound,
             X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
             bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
             HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
