@@ -146,18 +146,23 @@ def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dty
     assert_close(out.T, stack.decode(torch.float32)[0], 4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize(("quant_type", "share"), [("nf4", 0.6), ("fp4", 1e-3)])
-def test_scaled_tables_round_with_less_error(quant_type: str, share: float) -> None:
-    """The error of the codes in bf16, weighted by their use for Gaussian weights, beside that of unscaled codes."""
+@pytest.mark.parametrize(("quant_type", "share"), [("nf4", 0.8), ("fp4", 1e-3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scaled_tables_round_better_and_without_a_mean(quant_type: str, dtype: torch.dtype, share: float) -> None:
+    """A mean error of the weights adds up where activations have a mean: of 4e-4 it made 1 % of an output."""
     exact = code_table(quant_type, torch.float32, False)
-    rounded = code_table(quant_type, torch.bfloat16, False)
+    rounded = code_table(quant_type, dtype, False)
     codes = torch.tensor(exact.values)
-    weights = torch.randn(512, 64)
-    weights /= weights.abs().amax(1, keepdim=True)
-    used = codes[(weights[..., None] - codes).abs().argmin(-1)]
-    look_up = dict(zip(exact.values, rounded.values))
-    scaled = torch.tensor([look_up[code] for code in used.flatten().tolist()]) / rounded.scale
-    assert relative_error(scaled, used.flatten()) <= share * relative_error(used.bfloat16(), used)
+    weights = torch.randn(8192, 64)
+    absmax = weights.abs().amax(1, keepdim=True)
+    used = ((weights / absmax)[..., None] - codes).abs().argmin(-1)
+
+    def errors(values: torch.Tensor) -> torch.Tensor:
+        return (absmax * (values - codes)[used]).double() / (absmax * codes[used]).pow(2).mean().sqrt()
+
+    scaled = errors(torch.tensor(rounded.values) / rounded.scale)
+    assert scaled.pow(2).mean().sqrt() <= share * errors(codes.to(dtype).float()).pow(2).mean().sqrt()
+    assert scaled.mean().abs() <= 3e-5
 
 
 TILES = [

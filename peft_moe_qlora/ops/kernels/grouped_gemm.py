@@ -318,8 +318,8 @@ def _tile_at(
     TILE_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
 ):
-    # so many tiles of rows go through the columns together: the weight may be larger than the cache
-    GROUP: tl.constexpr = 8
+    # so many tiles of rows go through the columns together, for a weight that may be larger than the cache
+    GROUP: tl.constexpr = 8 if BLOCKSIZE == 0 else 1
     TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
     group = index // (GROUP * TILES_N)
     group_size = tl.minimum(num_tiles - group * GROUP, GROUP)
