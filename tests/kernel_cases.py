@@ -1,0 +1,56 @@
+"""What the tests of the kernels share: inputs, tiles to cut them into, and the comparison."""
+
+from __future__ import annotations
+
+import torch
+
+from peft_moe_qlora.ops import Gate
+from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles
+from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack, Stack
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = 1e-5  # relative L2 error, fp32 against fp32
+
+NF4 = FourBitFormat("nf4", 64)
+GATES = [
+    Gate("silu"),
+    Gate("silu", interleaved=True),
+    Gate("gelu_tanh"),
+    Gate("clamped_silu", limit=0.5),
+    Gate("swiglu_oai", interleaved=True, limit=0.7, alpha=1.702),
+    Gate("swiglu_oai", limit=0.7, alpha=1.702),
+]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, limit: float = TOLERANCE) -> None:
+    assert found.shape == expected.shape
+    error = relative_error(found, expected)
+    assert error <= limit, f"relative error {error:.1e}"
+
+
+def random_stack(shape: tuple[int, int, int], transposed: bool, storage: FourBitFormat | None) -> Stack:
+    weight = torch.randn(shape, device=DEVICE) * 0.2
+    return (
+        DenseStack(weight, transposed) if storage is None else QuantizedStack.from_dense(weight, transposed, storage)
+    )
+
+
+def random_ids(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
+    """Distinct ids per token; the first expert is never chosen, and `num_experts` is one of another rank."""
+    if num_experts == 1:
+        return torch.zeros(num_tokens, top_k, dtype=torch.long, device=DEVICE)
+    scores = torch.rand(num_tokens, num_experts, device=DEVICE)
+    return torch.topk(scores, top_k).indices + 1
+
+
+TILES = [
+    GemmTiles((32, 16), 32, 64, 4, 2, weight_left=False, decode_first=False),
+    GemmTiles((16,), 64, 32, 4, 2, weight_left=True, decode_first=False),
+    GemmTiles((32, 16), 32, 64, 4, 2, weight_left=True, decode_first=True),
+    SAFE_TILES,
+]
