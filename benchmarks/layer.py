@@ -264,7 +264,8 @@ def main() -> None:
     # what is loaded by now stays; collecting the rest takes no time
     gc.freeze()
 
-    results = Results(device_name(args.device), versions(), vars(args))
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "peer_json")}
+    results = Results(device_name(args.device), versions(), settings)
     try:
         Benchmark(args, results).run()
     finally:
