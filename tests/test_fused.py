@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from kernel_cases import DEVICE, GATES, NF4, TILES, assert_close, random_ids, random_stack
 
 from peft_moe_qlora.ops import fused_experts as fused_experts_module
-from peft_moe_qlora.ops import fused_steps
+from peft_moe_qlora.ops import fused_op, fused_steps
 from peft_moe_qlora.ops.fused_experts import fused_experts
 from peft_moe_qlora.ops.fused_steps import experts_forward_by_pairs
 from peft_moe_qlora.ops.kernels.few_rows import fits_few_rows
@@ -309,6 +310,25 @@ def test_under_torch_compile_without_a_graph_break() -> None:
     found_grads = torch.autograd.grad(found, inputs, grad)
     for a, b in zip([found, *found_grads], [expected, *expected_grads]):
         assert_close(a, b, 1e-6)
+
+
+def test_generation_under_torch_compile_goes_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks = random_stack((4, 128, 64), False, NF4), random_stack((4, 64, 64), False, NF4)
+    weights = [packed_weight(stack) for stack in stacks]
+    factors = [torch.randn(4, *shape, device=DEVICE) for shape in ((3, 64), (128, 3), (3, 64), (64, 3))]
+    terms = Factors(*factors[:2], 0.5), Factors(*factors[2:], 2.0)
+    monkeypatch.setattr(fused_op, "experts_forward_by_pairs", Mock(side_effect=experts_forward_by_pairs))
+
+    def layer(x: torch.Tensor, ids: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        return fused_experts(x * 2, ids, top_k_weights, *weights, Gate("silu"), *terms) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for num_tokens, runs in ((3, 1), (5, 2), (60, 2)):
+            x, ids = torch.randn(num_tokens, 64, device=DEVICE), random_ids(num_tokens, 2, 4)
+            top_k_weights = torch.rand(num_tokens, 2, device=DEVICE)
+            assert_close(compiled(x, ids, top_k_weights), layer(x, ids, top_k_weights))
+            assert fused_op.experts_forward_by_pairs.call_count == runs
 
 
 @pytest.mark.gpu

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LARGEST_RANK = 128
 """Of a low-rank term in the fused layer; more does not fit into shared memory beside the tiles."""
@@ -36,8 +39,19 @@ class ComputePath:
         return f"{self.name} ({self.reason})"
 
 
-@torch.compiler.assume_constant_result
-@cache
+def cached_constant(function: Callable[..., T]) -> Callable[..., T]:
+    """Computed once for the same arguments, and a constant to `torch.compile`, which warns of caches that it sees."""
+    cached = cache(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def look_up(*args: Any) -> T:
+        return cached(*args)
+
+    return look_up
+
+
+@cached_constant
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels can't compute in a dtype on a device; None if they can."""
     if device.type != "cuda":
@@ -53,8 +67,7 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-@cache
+@cached_constant
 def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
     """Where the shapes of the kernels' tiles come from."""
     from .kernels.tuning import tuned_for

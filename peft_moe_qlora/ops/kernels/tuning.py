@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..dispatch import cached_constant
+
 _TABLES = Path(__file__).parent / "tables"
 
 
@@ -104,7 +106,7 @@ def choose_tiles(
     return table.choose(is_packed, along_columns, rows_per_expert)
 
 
-@cache
+@cached_constant
 def most_pairs_without_sorting(device: torch.device, dtype: torch.dtype) -> int:
     """Up to how many routed pairs a forward goes pair by pair."""
     table = _table_of(device) if dtype.itemsize == 2 else None
