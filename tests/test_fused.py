@@ -6,6 +6,7 @@ Against plain torch, in Triton's interpreter where there is no GPU, in fp32 eith
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import partial
 from unittest.mock import Mock
 
@@ -154,6 +155,19 @@ def test_a_tape_allocates_and_launches_again_with_other_inputs() -> None:
         assert out.data_ptr() != result.data_ptr()
     with pytest.raises(ValueError, match="neither an input of the tape nor allocated on it"):
         tape.add_launch(copy, [torch.rand(3)])
+
+
+@pytest.mark.gpu
+def test_a_replay_in_a_thread_that_has_not_used_the_device() -> None:
+    arguments = layer_arguments()
+    with torch.no_grad():
+        expected = [fused_experts(**arguments) for _ in range(2)]
+        torch.cuda.synchronize()
+        found = []
+        thread = threading.Thread(target=torch.no_grad()(lambda: found.append(fused_experts(**arguments))))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.gpu
@@ -328,7 +342,7 @@ def test_generation_under_torch_compile_goes_by_pairs(monkeypatch: pytest.Monkey
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
         for num_tokens, runs in ((3, 1), (5, 2), (60, 2)):
-            x, ids = torch.randn(num_tokens, 64, device=DEVICE), random_ids(num_tokens, 2, 4)
+            x, ids = torch.randn(64, num_tokens, device=DEVICE).T, random_ids(num_tokens, 2, 4)
             top_k_weights = torch.rand(num_tokens, 2, device=DEVICE)
             assert_close(compiled(x, ids, top_k_weights), layer(x, ids, top_k_weights))
             assert fused_op.experts_forward_by_pairs.call_count == runs
@@ -400,6 +414,7 @@ def layer_arguments() -> dict:
         ("up_factors", lambda f: f._replace(A=f.A[..., :32]), "factor A has shape"),
         ("down_factors", lambda f: f._replace(B=f.B[..., :1]), "factor B has shape"),
         ("up_factors", lambda f: f._replace(A=f.A[:2], B=f.B[:2]), "factor A has shape"),
+        ("up_factors", lambda f: Factors(f.A[:, :0], f.B[..., :0], 1.0), "factors of rank 0"),
         ("down", lambda w: w._replace(columns=64), "are no gated experts"),
     ],
 )

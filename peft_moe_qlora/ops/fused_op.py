@@ -81,7 +81,7 @@ def _(hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_
       gate_numbers, by_pairs):  # fmt: skip
     if by_pairs:
         nothing = [hidden_states.new_empty(0) for _ in range(3)]
-        return (torch.empty_like(hidden_states), *nothing, hidden_states.new_empty(0, dtype=torch.int32))
+        return (hidden_states.new_empty(hidden_states.shape), *nothing, hidden_states.new_empty(0, dtype=torch.int32))
     num_rows = top_k_index.shape[0] * top_k_index.shape[1]
     features = up_shape[1] if is_transposed else up_shape[0]
     return (

@@ -98,6 +98,8 @@ def _check(
         shapes.append(("weight", weight.tensors[0], weight.tensors[0].shape))
         if factors is not None:
             rank = factors.A.shape[1]
+            if rank == 0:
+                raise ValueError("factors of rank 0; leave them out instead.")
             shapes.append(("factor A", factors.A, (weight.num_experts, rank, weight.in_features)))
             shapes.append(("factor B", factors.B, (weight.num_experts, weight.out_features, rank)))
         if bias is not None:

@@ -47,8 +47,8 @@ class PackedWeight(NamedTuple):
     @property
     def signature(self) -> tuple:
         """All but the numbers."""
-        first = self.tensors[0]
-        return (self.num_experts, first.dtype, first.device, self.is_nested, *self[1:])
+        dtypes = tuple([tensor.dtype for tensor in self.tensors])
+        return (self.num_experts, dtypes, self.tensors[0].device, *self[1:])
 
     @property
     def is_packed(self) -> bool:

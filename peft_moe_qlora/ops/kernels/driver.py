@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 _SPARE = 4
 """Zeros behind the parameters that we know: Triton gives kernels pointers to scratch memory, which ours don't use."""
+
+
+_INVALID_CONTEXT = 201
 
 
 @cache
@@ -28,11 +31,18 @@ class DriverLaunch:
         grid: three numbers of programs.
         num_pointers: how many addresses come first among the kernel's parameters.
         numbers: the parameters that follow.
+        through_triton: the same launch, for a thread that the device has no context in yet.
     """
 
     def __init__(
-        self, compiled: Any, grid: tuple[int, int, int], num_pointers: int, numbers: Sequence[int | float]
+        self,
+        compiled: Any,
+        grid: tuple[int, int, int],
+        num_pointers: int,
+        numbers: Sequence[int | float],
+        through_triton: Callable[[list[int], int], None],
     ) -> None:
+        self._through_triton = through_triton
         self._launch = _cu_launch_kernel()
         self._name = compiled.name
         self._pointers = (ctypes.c_uint64 * num_pointers)()
@@ -59,7 +69,9 @@ class DriverLaunch:
         """
         self._pointers[:] = addresses
         status = self._launch(*self._shape, ctypes.c_void_p(stream), self._parameters, None)
-        if status:
+        if status == _INVALID_CONTEXT:
+            self._through_triton(addresses, stream)  # which makes one current
+        elif status:
             raise RuntimeError(f"{self._name}: cuLaunchKernel failed with CUDA error {status}.")
 
 

@@ -57,7 +57,8 @@ def launch(
     """
     values = tuple(constants.values())
     addresses = reduce(or_, map(_address_of, tensors))
-    key = (kernel, tensors[0].device, *map(_dtype_of, tensors), addresses % 16 == 0, values, num_warps, num_stages)
+    dtypes = (*map(_dtype_of, tensors), *map(type, numbers))
+    key = (kernel, tensors[0].device, dtypes, addresses % 16 == 0, values, num_warps, num_stages)
     compiled = _compiled.get(key)
     tape = recording_tape()
     if compiled is not None:
@@ -85,10 +86,14 @@ def _launcher(
 ) -> Callable[[list[int], int], None]:
     """What launches a binary with other addresses."""
     whole_grid = (*grid, 1, 1)[:3]
-    if can_launch(compiled, num_tensors, numbers):
-        return DriverLaunch(compiled, whole_grid, num_tensors, numbers)
     run = compiled[whole_grid]
-    return lambda addresses, stream: run(*addresses, *numbers, *values, stream=stream)
+
+    def through_triton(addresses: list[int], stream: int) -> None:
+        run(*addresses, *numbers, *values, stream=stream)
+
+    if can_launch(compiled, num_tensors, numbers):
+        return DriverLaunch(compiled, whole_grid, num_tensors, numbers, through_triton)
+    return through_triton
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

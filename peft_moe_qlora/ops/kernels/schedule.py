@@ -62,8 +62,9 @@ def _height_index(rows_left, HEIGHTS: tl.constexpr):
 @triton.jit
 def _load_ids(IDS, pair, num_pairs, NUM_EXPERTS: tl.constexpr):
     """Expert ids; E for pairs that are not computed here, E + 1 behind the last pair."""
-    ids = tl.load(IDS + pair, mask=pair < num_pairs, other=0).to(tl.int32)
-    ids = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS)
+    ids = tl.load(IDS + pair, mask=pair < num_pairs, other=0)
+    # before they are made shorter
+    ids = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS).to(tl.int32)
     return tl.where(pair < num_pairs, ids, NUM_EXPERTS + 1)
 
 
