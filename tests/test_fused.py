@@ -94,6 +94,7 @@ CASES = {
     "many rows, high rank": (90, 4, 64, 32, 5, False, NF4, Gate("silu"), 20, False),
     "more pairs than one program sorts": (150, 2, 64, 32, 3, False, NF4, Gate("silu"), 3, False),
 }
+FEW_TOKENS = {name: case for name, case in CASES.items() if case[0] <= 10}
 
 
 @pytest.mark.parametrize("tuned", TILES, ids=lambda t: f"{'left' if t.weight_left else 'right'}-{t.decode_first}")
@@ -112,12 +113,10 @@ def test_layer_and_all_gradients(case: tuple, tuned: GemmTiles, monkeypatch: pyt
             assert_close(found, torch.zeros_like(found) if expected is None else expected)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", FEW_TOKENS.values(), ids=FEW_TOKENS.keys())
 @pytest.mark.parametrize("storage", [None, FourBitFormat("nf4", 64, True)], ids=["of the case", "nested"])
 def test_forward_by_pairs(case: tuple, storage: FourBitFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
     num_tokens, top_k, hidden, intermediate, num_experts, transposed, of_case, gate, rank, has_bias = case
-    if num_tokens > 10:
-        pytest.skip("many tokens")
     shapes = ((2 * intermediate, hidden), (hidden, intermediate))
     stacks = tuple(
         random_stack((num_experts, *(shape[::-1] if transposed else shape)), transposed, storage or of_case)

@@ -163,13 +163,15 @@ def fused_experts(
         `(T, H)` in the dtype of the hidden states. Deterministic; no copy to the host.
 
     Raises:
-        ValueError: shapes or devices don't fit each other.
+        ValueError: shapes or devices don't fit each other, or factors are of rank 0.
     """
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     arguments = (hidden_states, top_k_index, top_k_weights, up, down)
     rest = (up_factors, down_factors, up_bias, down_bias)
-    trainable = [hidden_states, top_k_weights, *[factor for pair in rest[:2] if pair for factor in pair[:2]]]
-    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trainable)
+    needs_gradients = torch.is_grad_enabled() and any(
+        tensor.requires_grad
+        for tensor in (hidden_states, top_k_weights, *(up_factors or ())[:2], *(down_factors or ())[:2])
+    )
     by_pairs = not needs_gradients and goes_by_pairs(
         top_k_index.numel(), hidden_states.dtype, up, down, up_factors, down_factors
     )

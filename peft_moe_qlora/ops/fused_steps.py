@@ -163,10 +163,9 @@ def goes_by_pairs(
     down_factors: Factors | None,
 ) -> bool:
     """Whether `experts_forward_by_pairs` can compute a forward, and is the faster one."""
-    factors = [factor for pair in (up_factors, down_factors) if pair is not None for factor in pair[:2]]
     return (
         num_pairs <= most_pairs_without_sorting(up.tensors[0].device, dtype)
-        and all(factor.is_contiguous() for factor in factors)
+        and all(pair.A.is_contiguous() and pair.B.is_contiguous() for pair in (up_factors, down_factors) if pair)
         and fits_few_rows(up, down)
     )
 

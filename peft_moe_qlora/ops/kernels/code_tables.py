@@ -24,6 +24,9 @@ class CodeTable(NamedTuple):
     scale: float
 
 
+NO_TABLE = CodeTable((), ("", ""), 1.0)
+"""For weights that are not packed."""
+
 _SCALES = {
     ("nf4", torch.bfloat16): 1.18852,
     ("nf4", torch.float16): 1.57519,

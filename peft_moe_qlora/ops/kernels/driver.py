@@ -1,4 +1,4 @@
-"""Launches through CUDA's driver: a third of what Triton's own take, where all but the addresses is known."""
+"""Launches through CUDA's driver, which cost less than Triton's own where all but the addresses is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 _SPARE = 4
 """Zeros behind the parameters that we know: Triton gives kernels pointers to scratch memory, which ours don't use."""
-
 
 _INVALID_CONTEXT = 201
 

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 
 from ..operands import Gate, PackedWeight
-from .code_tables import CodeTable, code_table, runs_ptx
+from .code_tables import NO_TABLE, code_table, runs_ptx
 from .decode import kernel_tensors, load_scales, look_up_codes
 from .gate import gate_value
 from .launch import cdiv, launch, next_power_of_2
 from .tape import allocate
 
 LARGEST_BLOCKSIZE = 512
+"""A step is whole blocks, and has to stay in registers."""
 
 
 @triton.jit(do_not_specialize=["scaling"])
@@ -228,9 +229,11 @@ def _gated_pairs_kernel(
     limit,
     alpha,
     NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    KIND: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    TOP_K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
@@ -240,8 +243,6 @@ def _gated_pairs_kernel(
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    KIND: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
@@ -289,9 +290,9 @@ def _combined_pairs_kernel(
     BIAS,
     OUT,
     NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    TOP_K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
@@ -353,17 +354,39 @@ def fits_few_rows(*weights: PackedWeight) -> bool:
     )
 
 
-def _constants(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]:
-    table = CodeTable((), ("", ""), 1.0)
+def _tensors(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    reduced: torch.Tensor | None,
+    B: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Of one projection, in the order of both kernels; x stands for what is absent."""
+    return (*kernel_tensors(weight), *[x if tensor is None else tensor for tensor in (reduced, B, bias)])
+
+
+def _constants(
+    weight: PackedWeight, dtype: torch.dtype, reduced: torch.Tensor | None, bias: torch.Tensor | None
+) -> dict[str, object]:
+    """Of one projection, the last of both kernels."""
+    table = NO_TABLE
     if weight.is_packed:
         table = code_table(weight.quant_type, dtype, runs_ptx(weight.tensors[0].device))
+    rank = 0 if reduced is None else reduced.shape[1]
     return {
+        "N": weight.out_features,
+        "K": weight.in_features,
         "IS_TRANSPOSED": weight.is_transposed,
         "BLOCKSIZE": weight.blocksize,
         "IS_NESTED": weight.is_nested,
         "VALUES": table.values,
         "ASSEMBLY": table.assembly,
         "SCALE": table.scale,
+        "RANK": rank,
+        "RANKS": next_power_of_2(rank),
+        "HAS_BIAS": bias is not None,
+        "WIDTH": WIDTH,
+        "TILE_K": _step(weight),
     }
 
 
@@ -389,32 +412,16 @@ def gated_pairs(
     """
     num_pairs, features = top_k_index.numel(), weight.out_features // 2
     out = allocate((num_pairs, features), x.dtype, x.device)
-    rank = 0 if reduced is None else reduced.shape[1]
     launch(
         _gated_pairs_kernel,
         (num_pairs, cdiv(features, WIDTH)),
-        (
-            x,
-            top_k_index,
-            *kernel_tensors(weight),
-            x if reduced is None else reduced,
-            x if B is None else B,
-            x if bias is None else bias,
-            out,
-        ),
+        (x, top_k_index, *_tensors(x, weight, reduced, B, bias), out),
         (gate.limit, gate.alpha),
         NUM_EXPERTS=weight.num_experts,
-        N=weight.out_features,
-        K=weight.in_features,
         TOP_K=top_k_index.shape[1],
-        **_constants(weight, x.dtype),
-        RANK=rank,
-        RANKS=next_power_of_2(rank),
-        HAS_BIAS=bias is not None,
         KIND=gate.kind,
         INTERLEAVED=gate.interleaved,
-        WIDTH=WIDTH,
-        TILE_K=_step(weight),
+        **_constants(weight, x.dtype, reduced, bias),
     )
     return out
 
@@ -441,30 +448,13 @@ def combined_pairs(
     """
     num_tokens, top_k = top_k_index.shape
     out = allocate((num_tokens, weight.out_features), x.dtype, x.device)
-    rank = 0 if reduced is None else reduced.shape[1]
     launch(
         _combined_pairs_kernel,
         (num_tokens, cdiv(weight.out_features, WIDTH)),
-        (
-            x,
-            top_k_index,
-            top_k_weights,
-            *kernel_tensors(weight),
-            x if reduced is None else reduced,
-            x if B is None else B,
-            x if bias is None else bias,
-            out,
-        ),
+        (x, top_k_index, top_k_weights, *_tensors(x, weight, reduced, B, bias), out),
         (),
         NUM_EXPERTS=weight.num_experts,
-        N=weight.out_features,
-        K=weight.in_features,
         TOP_K=top_k,
-        **_constants(weight, x.dtype),
-        RANK=rank,
-        RANKS=next_power_of_2(rank),
-        HAS_BIAS=bias is not None,
-        WIDTH=WIDTH,
-        TILE_K=_step(weight),
+        **_constants(weight, x.dtype, reduced, bias),
     )
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..operands import PackedWeight
-from .code_tables import CodeTable, code_table, runs_ptx
+from .code_tables import NO_TABLE, code_table, runs_ptx
 from .decode import decode, decode_codes, look_up_codes, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import Tiles
@@ -433,7 +433,7 @@ def grouped_gemm(
     out = allocate((rows.num_rows, out_features), dtype, device)
     # a tile finds its scales only where rows are whole blocks
     decodes_before = weight.is_packed and (tuned.decode_first or not weight.blocks_follow_rows)
-    table = CodeTable((), ("", ""), 1.0)
+    table = NO_TABLE
     if weight.is_packed and not decodes_before:
         table = code_table(weight.quant_type, dtype, runs_ptx(device))
     tiles_n = cdiv(out_features, tuned.tile_n)
