@@ -8,6 +8,7 @@ from peft import mapping as _mapping
 from .config import MoeQLoraConfig, MoeQLoraPeftType
 from .experts import QuantizedExperts
 from .layer import MoeQLoraExperts
+from .loading import CheckpointError, MoeQuantizationConfig, load_experts, load_quantized, save_bitsandbytes
 from .model import MoeQLoraModel
 from .prepare import prepare_model_for_training, quantize_experts
 from .report import ExpertsReport, StackReport, experts_report
@@ -15,15 +16,20 @@ from .report import ExpertsReport, StackReport, experts_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ExpertsReport",
     "MoeQLoraConfig",
     "MoeQLoraExperts",
     "MoeQLoraModel",
+    "MoeQuantizationConfig",
     "QuantizedExperts",
     "StackReport",
     "experts_report",
+    "load_experts",
+    "load_quantized",
     "prepare_model_for_training",
     "quantize_experts",
+    "save_bitsandbytes",
 ]
 
 # `peft.utils.register_peft_method` insists on a prefix that no other method has. Ours is LoRA's, because one adapter

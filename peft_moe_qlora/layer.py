@@ -110,8 +110,8 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """As `QuantizedExperts.forward`; `adapter_names` gives the adapter of each sample of a mixed batch."""
@@ -120,6 +120,11 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
         elif adapter_names is not None:
+            if top_k_index is None:
+                raise ValueError(
+                    f"adapter_names can't be passed to {self.base_layer.layout.class_name}, which is called with one "
+                    "copy of all tokens for each expert; pass one adapter at a time."
+                )
             self._check_mixed_batch(hidden_states, adapter_names)
             low_rank = self._mixed_low_rank(hidden_states, adapter_names)
         elif not self.merged:

@@ -230,7 +230,7 @@ def test_no_class_is_unknown():
     """A class that neither declares its layout nor is refused by name would be passed over."""
     names = {found.name for found in UNDECORATED}
     # in early versions of transformers, where it is the only kind of experts in its model
-    assert names - {"AriaGroupedExpertsGemm"} == UNSUPPORTED_CLASSES.keys()
+    assert names - {"AriaGroupedExpertsGemm", "Llama4TextExperts"} == UNSUPPORTED_CLASSES.keys()
 
 
 @every_class
@@ -390,7 +390,11 @@ def test_a_step_leaves_the_base_alone(experts_class, storage, device):
     assert [name for name in factors if torch.equal(after[name], factors[name])] == []
 
 
-@pytest.mark.parametrize("experts_class", UNDECORATED, ids=lambda found: found.name)
+@pytest.mark.parametrize(
+    "experts_class",
+    [found for found in UNDECORATED if found.name != "Llama4TextExperts"],
+    ids=lambda found: found.name,
+)
 def test_undecorated_classes_are_refused(experts_class):
     name = experts_class.name
     block = Block(build(experts_class))

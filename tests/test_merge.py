@@ -256,7 +256,7 @@ def test_unquantized_experts_come_back_as_the_class_itself(take_off, tmp_path):
     assert torch.equal(logits(again, token_ids()), logits(base, token_ids()))
 
 
-def test_saving_is_refused_where_linear_layers_are_quantized_by_others(tmp_path):
+def test_saving_where_bitsandbytes_quantized_the_linear_layers(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -266,20 +266,31 @@ def test_saving_is_refused_where_linear_layers_are_quantized_by_others(tmp_path)
     randomize_adapter(model)
     assert logits(model, token_ids()).isfinite().all()
     base = model.unload()
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        base.save_pretrained(tmp_path / "again")
+    base.save_pretrained(tmp_path / "packed")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
+    assert torch.equal(logits(again, token_ids()), logits(base, token_ids()))
     expected = base.model.layers[1].mlp.experts.down_proj.decode(torch.float32)
     base.dequantize(torch.float32)
     assert torch.equal(base.model.layers[1].mlp.experts.down_proj, expected)
     assert type(base.model.layers[1].self_attn.q_proj) is torch.nn.Linear
     base.save_pretrained(tmp_path / "again")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    assert torch.equal(logits(dense, token_ids()), logits(base, token_ids()))
 
 
-def test_saving_packed_experts_as_a_checkpoint_is_refused(tmp_path):
-    """A later from_pretrained would know none of the packed tensors and make the experts up."""
+def test_merged_experts_are_saved_packed(tmp_path):
     merged = adapted_model().merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same_bytes(packed_bytes(again), packed_bytes(merged))
+    assert torch.equal(logits(again, token_ids()), logits(merged, token_ids()))
+
+
+def test_saving_experts_that_were_taken_over_in_16_bits_is_refused(tmp_path):
+    """A later from_pretrained would find none of their names."""
+    model = adapted_model(quant_type=None)
     with pytest.raises(ValueError, match=r"merge_and_unload\(dtype=torch.bfloat16\)"):
-        merged.save_pretrained(tmp_path)
+        model.base_model.model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)

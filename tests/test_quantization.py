@@ -46,9 +46,9 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape, storage, dtype, devic
             compress_statistics=storage.double_quant,
         )
         assert torch.equal(stack.codes[expert], codes.flatten())
-        assert torch.equal(stack.absmax[expert], state.absmax)
+        assert torch.equal(stack.block_absmax[expert], state.absmax)
         if storage.double_quant:
-            assert torch.equal(stack.nested_absmax[expert], state.state2.absmax)
+            assert torch.equal(stack.group_absmax[expert], state.state2.absmax)
             assert torch.equal(stack.offset[expert], state.offset)
 
 
@@ -140,7 +140,7 @@ def test_merging_adds_the_delta_in_its_orientation(storage, is_transposed):
     else:
         once = QuantizedStack.from_dense(exact, is_transposed, storage)
         assert torch.equal(merged.codes, once.codes)
-        assert torch.equal(merged.absmax, once.absmax)
+        assert torch.equal(merged.block_absmax, once.block_absmax)
         error = (once.decode(torch.float32) - exact).norm() / exact.norm()
         assert merged.merge_error == pytest.approx(error.item(), rel=1e-5)
         assert 0.05 < merged.merge_error < 0.15

@@ -1,7 +1,7 @@
 """What an experts module is, with or without an adapter."""
 
 from .convert import check_convertible, convert_experts, find_experts, revert_experts
-from .layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, ExpertsLayout, read_layout
+from .layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, ExpertsLayout, read_layout, refuse_unsupported
 from .quantized import QuantizedExperts, bias_name
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "convert_experts",
     "find_experts",
     "read_layout",
+    "refuse_unsupported",
     "revert_experts",
 ]

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from ..ops import Gate
+from .architectures import architecture_of
 from .layout import ExpertsLayout
 
 _ACTIVATIONS = {SiLUActivation: "silu", nn.SiLU: "silu", GELUTanh: "gelu_tanh"}
@@ -39,7 +40,7 @@ def known_gate(module: nn.Module, layout: ExpertsLayout) -> Gate | str:
             return f"the activation {type(module.act_fn).__name__} is not one of the kernels'"
         return Gate(kind, interleaved, float(getattr(module, limit)), float(getattr(module, alpha)) if alpha else 0.0)
     # what transformers gives to classes without one of their own (integrations/moe.py)
-    if type(module)._apply_gate.__name__ != "_default_apply_gate":
+    if architecture_of(module) is None and type(module)._apply_gate.__name__ != "_default_apply_gate":
         return f"{layout.class_name} has a gate of its own"
     if activation is None:
         return f"the activation {type(module.act_fn).__name__} is not one of the kernels'"

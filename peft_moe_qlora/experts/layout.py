@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .architectures import declaration
+
 _DECLARATIONS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 
 UNSUPPORTED_CLASSES = {
     "DbrxExpertGLU": "its stacks are flat 2-D parameters",
     "InklingSharedExperts": "its experts are always on, not routed",
     "JetMoeParallelExperts": "it is one stack without gate or routing weights",
-    "Llama4TextExperts": "it is dense over all experts and takes no routing",
     "LongcatFlashExperts": "it mixes identity experts with real ones",
     "Step3p7Experts": "its gate clamps differently in every layer",
 }
-"""Experts classes that declare no layout, and what is special about each."""
+"""Experts classes that declare no layout and have no file in `architectures`, and what is special about each."""
 
 ALWAYS_ON_CLASSES = frozenset({"InklingSharedExperts"})
 """Of these, the ones that are not routed: they stay as they are beside a model's routed experts."""
@@ -75,14 +76,14 @@ def up_projection(has_gate: bool) -> str:
 
 
 def declares_layout(module: nn.Module) -> bool:
-    """Whether a module is of a decorated experts class and still holds its stacks."""
-    if not all(hasattr(module, name) for name in _DECLARATIONS):
+    """Whether a module is of an experts class whose layout is known, and still holds its stacks."""
+    if any(declaration(module, name) is None for name in _DECLARATIONS):
         return False
-    return up_projection(module.has_gate) in module._parameters and "down_proj" in module._parameters
+    return up_projection(declaration(module, "has_gate")) in module._parameters and "down_proj" in module._parameters
 
 
 def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
-    """Reads the layout of a decorated experts module.
+    """Reads the layout of an experts module.
 
     Args:
         module: the experts module, in 16 or 32 bits.
@@ -91,7 +92,8 @@ def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
     Raises:
         ValueError: a parameter is missing, has not three dimensions, or does not fit the others.
     """
-    names = (up_projection(module.has_gate), "down_proj")
+    is_transposed, is_concatenated, has_bias, has_gate = (declaration(module, name) for name in _DECLARATIONS)
+    names = (up_projection(has_gate), "down_proj")
     shapes = {}
     for name in names:
         parameter = module._parameters.get(name)
@@ -102,18 +104,18 @@ def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
 
     def features(name: str) -> tuple[int, int]:
         _, rows, columns = shapes[name]
-        return (rows, columns) if module.is_transposed else (columns, rows)
+        return (rows, columns) if is_transposed else (columns, rows)
 
     hidden_size, up_features = features(names[0])
     layout = ExpertsLayout(
         class_name=type(module).__name__,
         num_experts=shapes[names[0]][0],
         hidden_size=hidden_size,
-        intermediate_size=up_features // (2 if module.has_gate else 1),
-        is_transposed=module.is_transposed,
-        is_concatenated=module.is_concatenated,
-        has_bias=module.has_bias,
-        has_gate=module.has_gate,
+        intermediate_size=up_features // (2 if has_gate else 1),
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+        has_bias=has_bias,
+        has_gate=has_gate,
         has_post_expert_norm=getattr(module, "has_post_expert_norm", False),
     )
     for name in names:
@@ -131,7 +133,7 @@ def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype
     Raises:
         ValueError: a stack is offloaded, or packed or scaled by another quantizer.
     """
-    for name in (up_projection(module.has_gate), "down_proj"):
+    for name in (up_projection(declaration(module, "has_gate")), "down_proj"):
         parameter = module._parameters[name]
         if parameter.is_meta:
             raise ValueError(

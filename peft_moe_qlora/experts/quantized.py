@@ -24,6 +24,7 @@ from ..ops import (
     why_no_kernels,
 )
 from ..quantization import Stack
+from .architectures import architecture_of
 from .gates import known_gate
 from .layout import ExpertsLayout
 
@@ -31,7 +32,7 @@ _NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
 
 
 class QuantizedExperts(nn.Module):
-    """Computes a decorated experts class of transformers from `Stack`s.
+    """Computes an experts class of transformers from `Stack`s.
 
     Takes the place of the original module in the model and keeps it as `original`, emptied of what has moved here:
     the class's own gate and activation are called on it, and it gets its parameters back when the 16-bit module is
@@ -57,6 +58,7 @@ class QuantizedExperts(nn.Module):
         self.post_expert_norm = original._modules.pop("post_expert_norm") if layout.has_post_expert_norm else None
         self.original = original
         self._gate = known_gate(original, layout)
+        self._architecture = architecture_of(original)
         self.train(original.training)
 
     def stack(self, projection: str) -> Stack:
@@ -108,18 +110,21 @@ class QuantizedExperts(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
         low_rank: Mapping[str, Sequence[LowRank]] = _NO_ADAPTER,
     ) -> torch.Tensor:
         """The experts' share of a MoE layer: `(T, H)` -> `(T, H)` in the dtype of `hidden_states`.
 
         Args:
             hidden_states: `(T, H)`.
-            top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped.
+            top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped. Left out, with the
+                weights, by classes that are called in a way of their own (`architectures`).
             top_k_weights: `(T, K)`, the router's weights, in any floating dtype.
             low_rank: projection name -> what adapters add to it.
         """
+        if top_k_index is None:
+            top_k_index, top_k_weights = self._architecture.route(hidden_states, self.num_experts)
         dtype = self._compute_dtype(hidden_states)
         if top_k_index.numel():
             reason = self._why_not_fused(hidden_states.device, dtype, low_rank)
@@ -165,6 +170,8 @@ class QuantizedExperts(nn.Module):
         )
 
     def _activate(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._architecture is not None:
+            return self._architecture.apply_gate(self.original, rows)
         if self.layout.has_gate:
             return self.original._apply_gate(rows)
         return self.original.act_fn(rows)
@@ -181,6 +188,8 @@ class QuantizedExperts(nn.Module):
             # one stack at a time is held in both storages
             stack = self._modules.pop(projection)
             weight = stack.decode(dtype or stack.dtype)
+            if stack.is_transposed != self.layout.is_transposed:
+                weight = weight.transpose(1, 2).contiguous()
             self.original.register_parameter(projection, nn.Parameter(weight, requires_grad=False))
             if self.layout.has_bias:
                 name = bias_name(projection)

@@ -13,7 +13,7 @@ class PackedWeight(NamedTuple):
     """What a kernel reads of a stack.
 
     Args:
-        tensors: `(codes, absmax)`, `(codes, absmax, nested_absmax, offset)`, or the 16-bit weight alone.
+        tensors: `(codes, block_absmax)`, `(codes, block_absmax, group_absmax, offset)`, or the 16-bit weight alone.
         rows: of one expert's matrix as stored.
         columns: of one expert's matrix as stored.
         is_transposed: stored `(in, out)`.
@@ -75,9 +75,9 @@ def packed_weight(stack: Stack) -> PackedWeight:
         return PackedWeight((stack.weight,), rows, columns, stack.is_transposed, "", 0)
     if not isinstance(stack, QuantizedStack):
         raise TypeError(f"the kernels read DenseStack and QuantizedStack, not {type(stack).__name__}.")
-    tensors = (stack.codes, stack.absmax)
+    tensors = (stack.codes, stack.block_absmax)
     if stack.storage.double_quant:
-        tensors += (stack.nested_absmax, stack.offset)
+        tensors += (stack.group_absmax, stack.offset)
     storage = stack.storage
     return PackedWeight(tensors, rows, columns, stack.is_transposed, storage.quant_type, storage.blocksize)
 

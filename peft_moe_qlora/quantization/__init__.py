@@ -1,6 +1,6 @@
 """How a stack of expert weights is stored."""
 
-from .four_bit import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat
+from .four_bit import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat, code_values, dynamic_map
 from .stack import DenseStack, QuantizedStack, Stack
 
 __all__ = [
@@ -11,4 +11,6 @@ __all__ = [
     "FourBitFormat",
     "QuantizedStack",
     "Stack",
+    "code_values",
+    "dynamic_map",
 ]

@@ -8,6 +8,8 @@ section 3); bytes and scales here are those of `bitsandbytes.functional.quantize
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -83,7 +85,7 @@ def dequantize(
         dtype=dtype,
         blocksize=storage.blocksize,
         quant_type=storage.quant_type,
-        code=_table(storage.quant_type, codes.device),
+        code=code_values(storage.quant_type, codes.device),
     )
     return bnb.dequantize_4bit(codes.view(-1, 1), state).view(numel)
 
@@ -92,7 +94,7 @@ def dequantize_reference(
     codes: torch.Tensor, absmax: torch.Tensor, numel: int, storage: FourBitFormat, dtype: torch.dtype
 ) -> torch.Tensor:
     """`dequantize` in plain torch."""
-    table = _table(storage.quant_type, codes.device)
+    table = code_values(storage.quant_type, codes.device)
     values = torch.stack((table[(codes >> 4).int()], table[(codes & 15).int()]), dim=-1).flatten()[:numel]
     num_blocks = absmax.numel()
     padded = pad(values, (0, num_blocks * storage.blocksize - numel)).view(num_blocks, storage.blocksize)
@@ -110,14 +112,29 @@ def unnest(nested: NestedAbsmax) -> torch.Tensor:
     """Gives the fp32 scales back; all three tensors may have the same leading dimensions, `(E, ...)`."""
     num_blocks = nested.codes.shape[-1]
     scales = nested.absmax.repeat_interleave(NESTED_BLOCKSIZE, dim=-1)[..., :num_blocks]
-    return _dynamic_map(nested.codes.device)[nested.codes.int()] * scales + nested.offset[..., None]
+    return dynamic_map(nested.codes.device)[nested.codes.int()] * scales + nested.offset[..., None]
 
 
 @cache
-def _table(quant_type: str, device: torch.device) -> torch.Tensor:
-    return bnb.get_4bit_type(quant_type, device=device)
+def code_values(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 fp32 values that the codes stand for."""
+    with _fp32_by_default():
+        return bnb.get_4bit_type(quant_type, device=device)
 
 
 @cache
-def _dynamic_map(device: torch.device) -> torch.Tensor:
-    return bnb.create_dynamic_map().to(device)
+def dynamic_map(device: torch.device) -> torch.Tensor:
+    """The 256 fp32 values that scales in 8 bits stand for."""
+    with _fp32_by_default():
+        return bnb.create_dynamic_map().to(device)
+
+
+@contextmanager
+def _fp32_by_default() -> Iterator[None]:
+    # the library makes its tables in torch's default dtype, which is 16 bits while transformers builds a model
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)

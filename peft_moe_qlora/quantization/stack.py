@@ -82,6 +82,14 @@ class Stack(nn.Module, ABC):
         """`(E, rows, columns)` weights of all experts."""
 
     @abstractmethod
+    def set_expert(self, expert: int, matrix: torch.Tensor) -> None:
+        """Stores `(rows, columns)` weights in the place of one expert.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+
+    @abstractmethod
     def compute_dtype(self, activation_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which activations meet the weights, outside autocast."""
 
@@ -127,6 +135,11 @@ class DenseStack(Stack):
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         return self.weight[expert].to(dtype)
 
+    @torch.no_grad()
+    def set_expert(self, expert: int, matrix: torch.Tensor) -> None:
+        self.weight[expert] = matrix
+        _check_finite(self.weight[expert], expert)
+
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype)
 
@@ -151,11 +164,10 @@ class DenseStack(Stack):
         Raises:
             ValueError: a rounded weight is not finite.
         """
-        weight = torch.empty(shape, dtype=dtype, device=device)
+        stack = cls(torch.empty(shape, dtype=dtype, device=device), is_transposed)
         for expert in range(shape[0]):
-            weight[expert] = matrices(expert)
-            _check_finite(weight[expert], expert)
-        return cls(weight, is_transposed)
+            stack.set_expert(expert, matrices(expert))
+        return stack
 
 
 class QuantizedStack(Stack):
@@ -166,8 +178,8 @@ class QuantizedStack(Stack):
 
     Parameters:
         codes: `(E, ceil(rows * columns / 2))` uint8.
-        absmax: `(E, num_blocks)`, fp32, or uint8 with `double_quant`.
-        nested_absmax: `(E, ceil(num_blocks / 256))` fp32; with `double_quant` only.
+        block_absmax: `(E, num_blocks)`, fp32, or uint8 with `double_quant`.
+        group_absmax: `(E, ceil(num_blocks / 256))` fp32; with `double_quant` only.
         offset: `(E,)` fp32; with `double_quant` only.
     """
 
@@ -190,11 +202,11 @@ class QuantizedStack(Stack):
 
         self.codes = empty(-(-numel // 2), dtype=torch.uint8)
         if storage.double_quant:
-            self.absmax = empty(num_blocks, dtype=torch.uint8)
-            self.nested_absmax = empty(-(-num_blocks // 256), dtype=torch.float32)
+            self.block_absmax = empty(num_blocks, dtype=torch.uint8)
+            self.group_absmax = empty(-(-num_blocks // 256), dtype=torch.float32)
             self.offset = empty(dtype=torch.float32)
         else:
-            self.absmax = empty(num_blocks, dtype=torch.float32)
+            self.block_absmax = empty(num_blocks, dtype=torch.float32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,27 +226,22 @@ class QuantizedStack(Stack):
 
     @torch.no_grad()
     def set_expert(self, expert: int, matrix: torch.Tensor) -> None:
-        """Quantizes a `(rows, columns)` matrix into the place of one expert.
-
-        Raises:
-            ValueError: a weight is not finite, which no code could show.
-        """
         _check_finite(matrix, expert)
         codes, absmax = quantize(matrix.detach(), self.storage)
         self.codes[expert] = codes
         if self.storage.double_quant:
             nested = nest(absmax)
-            self.absmax[expert] = nested.codes
-            self.nested_absmax[expert] = nested.absmax
+            self.block_absmax[expert] = nested.codes
+            self.group_absmax[expert] = nested.absmax
             self.offset[expert] = nested.offset
         else:
-            self.absmax[expert] = absmax
+            self.block_absmax[expert] = absmax
 
     def scales(self, experts: slice) -> torch.Tensor:
         """`(number of experts, num_blocks)` fp32 scales."""
         if not self.storage.double_quant:
-            return self.absmax[experts]
-        return unnest(NestedAbsmax(self.absmax[experts], self.nested_absmax[experts], self.offset[experts]))
+            return self.block_absmax[experts]
+        return unnest(NestedAbsmax(self.block_absmax[experts], self.group_absmax[experts], self.offset[experts]))
 
     @torch.no_grad()
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from bitsandbytes import functional as bnb
+
+from ...quantization import code_values
 
 
 class CodeTable(NamedTuple):
@@ -45,7 +46,7 @@ factor), and the root mean square 1.0e-3 (1.4e-3). FP4 is exact.
 def code_table(quant_type: str, dtype: torch.dtype, on_nvidia: bool) -> CodeTable:
     """The table of a format in a dtype; PTX where the device runs it."""
     scale = _SCALES.get((quant_type, dtype), 1.0)
-    values = (bnb.get_4bit_type(quant_type, device="cpu").double() * scale).to(dtype)
+    values = (code_values(quant_type, torch.device("cpu")).double() * scale).to(dtype)
     if not on_nvidia:
         assembly = ("", "")
     elif dtype == torch.float32:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
-from bitsandbytes import functional as bnb
 
+from ...quantization import dynamic_map
 from ...quantization.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
 from .code_tables import code_table, runs_ptx
@@ -155,12 +153,6 @@ def frozen_tensors(*weights: PackedWeight) -> tuple[torch.Tensor, ...]:
     if any(weight.is_nested for weight in weights):
         tensors += (dynamic_map(tensors[0].device),)
     return tensors
-
-
-@cache
-def dynamic_map(device: torch.device) -> torch.Tensor:
-    """The 256 values of 8-bit scales, as in `bitsandbytes.functional.create_dynamic_map`."""
-    return bnb.create_dynamic_map().to(device)
 
 
 @triton.jit

@@ -1,0 +1,31 @@
+"""What has to be said of an experts class that doesn't declare its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.core_model_loading import WeightTransform
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An experts class without `@use_experts_implementation`.
+
+    Args:
+        class_name: the class.
+        declarations: what the decorator would have set on the instance: `is_transposed`, `is_concatenated`,
+            `has_bias`, `has_gate`.
+        apply_gate: `act_fn(gate) * up`, as a function of the experts module and `(R, 2 * I)` rows -> `(R, I)`.
+        route: what the class is called with, `(hidden states, E)` -> `(R, 1)` expert ids, E for rows that need no
+            computing, and `(R, 1)` weights.
+        conversions: how checkpoints with one tensor per expert become its stacks, where transformers doesn't say.
+    """
+
+    class_name: str
+    declarations: Mapping[str, bool]
+    apply_gate: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    route: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+    conversions: Callable[[], list[WeightTransform]]

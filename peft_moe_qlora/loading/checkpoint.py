@@ -1,0 +1,163 @@
+"""The tensors of a checkpoint: what its headers say, and reading them one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+# https://huggingface.co/docs/safetensors: the names of dtypes in headers
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint can't be used: names the file, the key, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Args:
+        key: its name.
+        file: the shard it is in.
+        shape: of the tensor.
+        dtype: None for one that torch has no name for.
+        dtype_name: as the file calls it.
+    """
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    dtype_name: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * (self.dtype.itemsize if self.dtype is not None else 1)
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.dtype_name} {list(self.shape)} in {self.file.name})"
+
+
+class Checkpoint:
+    """Safetensors shards, opened by their headers; values are read from memory-mapped files when asked for.
+
+    Args:
+        files: the shards, in the order in which they are to be read.
+        weight_map: key -> name of the file that an index promises it in; None without an index.
+
+    Raises:
+        CheckpointError: a file is missing, cut off or not of safetensors, or lacks a key that the index promises.
+    """
+
+    def __init__(self, files: Iterable[str | Path], weight_map: Mapping[str, str] | None = None) -> None:
+        self.files = [Path(file) for file in files]
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
+        self._handles = {}
+        for file in self.files:
+            self._read_header(file)
+        for key, name in (weight_map or {}).items():
+            if key not in self.tensors:
+                raise CheckpointError(
+                    f"{self.files[0].parent / name} lacks the tensor {key}, which {INDEX_NAME} says it has. The index "
+                    "and the shards are not of one checkpoint; download both again."
+                )
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Opens the checkpoint in a directory, with or without an index.
+
+        Raises:
+            CheckpointError: see the class; or there is no checkpoint in safetensors.
+        """
+        directory = Path(directory)
+        index = directory / INDEX_NAME
+        if not index.is_file():
+            if not (directory / SINGLE_NAME).is_file():
+                raise CheckpointError(
+                    f"{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}. A checkpoint in safetensors was "
+                    "expected; pickled ones (.bin) are never read."
+                )
+            return cls([directory / SINGLE_NAME])
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = sorted({str(name) for name in weight_map.values()})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of a checkpoint: {error!r}. Download it again.") from error
+        missing = [name for name in files if not (directory / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index} names {', '.join(missing[:3])}, which {'is' if len(missing) == 1 else 'are'} not there "
+                f"({len(missing)} of {len(files)} shards missing). Download the checkpoint again."
+            )
+        return cls([directory / name for name in files], weight_map)
+
+    def _read_header(self, file: Path) -> None:
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{file} is not in safetensors, the only format that is read. Convert it first.")
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} can't be opened: {error}. It is cut off or no safetensors file; download it again."
+            ) from error
+        self._handles[file] = handle
+        self.metadata[file] = handle.metadata() or {}
+        for key in handle.keys():  # noqa: SIM118 - a handle can't be iterated
+            part = handle.get_slice(key)
+            if key in self.tensors:
+                raise CheckpointError(
+                    f"{file} and {self.tensors[key].file} both have the tensor {key}. Remove what is left of another "
+                    "checkpoint."
+                )
+            name = part.get_dtype()
+            self.tensors[key] = TensorInfo(key, file, tuple(part.get_shape()), _DTYPES.get(name), name)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor, on the CPU."""
+        return self._handles[self.tensors[key].file].get_tensor(key)
+
+    def read_slice(self, key: str, index: int) -> torch.Tensor:
+        """`tensor[index : index + 1]`, on the CPU, without reading the rest."""
+        return self._handles[self.tensors[key].file].get_slice(key)[index : index + 1]
+
+    def position(self, key: str) -> tuple[int, int]:
+        """Sorts keys as they stand on the disk, file by file."""
+        return self._positions()[key]
+
+    @cache  # noqa: B019 - a checkpoint lives as long as the loading of one model
+    def _positions(self) -> dict[str, tuple[int, int]]:
+        order = {file: index for index, file in enumerate(self.files)}
+        positions = {}
+        for file, handle in self._handles.items():
+            for offset, key in enumerate(handle.offset_keys()):
+                positions[key] = (order[file], offset)
+        return positions

@@ -1,0 +1,135 @@
+"""Loading quantized models: whatever a checkpoint holds, and onto a model that has been built on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..experts import refuse_unsupported
+from ..quantization import FourBitFormat
+from .checkpoint import Checkpoint
+from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
+from .sources import DenseSource, NativeSource, Source, SourceFinder
+from .streaming import attach_empty_experts, fill_experts
+
+
+def load_quantized(
+    model_id: str,
+    quantization_config: MoeQuantizationConfig | None = None,
+    model_class: type | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Loads a MoE model with its experts in 4 bits, whichever way the checkpoint's own config asks for.
+
+    A checkpoint that bitsandbytes has packed keeps its codes and scales, and its layers in 16 bits stay so; one that
+    was saved with a `MoeQuantizationConfig` is loaded as it is; any other is quantized while it is read.
+
+    Args:
+        model_id: a directory, or a name on the hub.
+        quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`.
+        model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names, or
+            `AutoModelForCausalLM`.
+        kwargs: of `from_pretrained`. `dtype` is `torch.bfloat16` unless given.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: the checkpoint is quantized in a way that is not known, or a `quantization_config` is given for one
+            that is quantized already.
+        CheckpointError: see `Checkpoint` and `SourceFinder`.
+    """
+    of_hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "subfolder") if name in kwargs}
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model_id, **of_hub)
+    found = quantization_of(config)
+    if found is not None and quantization_config is not None:
+        raise ValueError(
+            f"{model_id} is quantized already ({found.get('quant_method')}), and its experts are loaded as they are. "
+            "Leave quantization_config out."
+        )
+    if found is None:
+        quantization_config = quantization_config or MoeQuantizationConfig()
+    elif found.get("quant_method") == "bitsandbytes":
+        config.quantization_config = MoeQuantizationConfig.from_bitsandbytes(found).to_dict()
+    elif found.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{model_id} is quantized by {found.get('quant_method')!r}, whose experts can't be read. Load an "
+            "unquantized checkpoint, or one by bitsandbytes in 4 bits."
+        )
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    model_class = model_class or _class_of(config)
+    return model_class.from_pretrained(model_id, config=config, **{"dtype": torch.bfloat16, **kwargs})
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The `quantization_config` of a model's config, or of its text model's; None if there is none."""
+    for part in (config, config.get_text_config(decoder=True)):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            return found if isinstance(found, dict) else found.to_dict()
+    return None
+
+
+def _class_of(config: PreTrainedConfig) -> type:
+    for name in config.architectures or ():
+        model_class = getattr(transformers, name, None)
+        if model_class is not None:
+            return model_class
+    return AutoModelForCausalLM
+
+
+def load_experts(
+    model: PreTrainedModel,
+    directory: str | Path,
+    storage: FourBitFormat | None = FourBitFormat(),  # noqa: B008 - frozen
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    skip_modules: list[str] | None = None,
+    progressbar: bool = True,
+) -> None:
+    """Fills the experts of a model on the meta device from a checkpoint, in 4 bits; the other layers stay as they are.
+
+    For whoever builds models without `from_pretrained`: `accelerate.load_checkpoint_and_dispatch` can do the rest, but
+    not fused experts.
+
+    Args:
+        model: built under `torch.device("meta")`, say; its experts modules are replaced by `QuantizedExperts`.
+        directory: of the checkpoint, in safetensors.
+        storage: of the experts, where the checkpoint has them in floating point; None for `dtype`.
+        device: where the stacks are put.
+        dtype: that the experts are cast to before they are quantized. Default: that of the model's parameters.
+        skip_modules: experts modules to leave in `dtype`: paths, ends of paths or regular expressions.
+        progressbar: show one.
+
+    Raises:
+        CheckpointError: see `Checkpoint` and `SourceFinder`; the model is then unchanged.
+        ValueError: an experts class is not supported.
+    """
+    refuse_unsupported(model)
+    checkpoint = Checkpoint.open(directory)
+    finder = SourceFinder(model, checkpoint)
+    sources = finder.find()
+
+    def storage_of(source: Source) -> FourBitFormat | None:
+        skipped = isinstance(source, DenseSource) and not should_convert_module(source.target.path, skip_modules)
+        return None if skipped else storage
+
+    attach_empty_experts(model, sources, storage_of, checkpoint, dtype)
+    for path, of_module in sources.items():
+        for projection, source in of_module.items():
+            stack = model.get_submodule(path).stack(projection)
+            stack.to_empty(device=device)
+            if isinstance(source, NativeSource):
+                source.copy_into(stack, checkpoint)
+    fill_experts(model, sources, checkpoint, progressbar)
+    for name, key in finder.beside_stacks.items():
+        module_path, _, parameter_name = name.rpartition(".")
+        value = checkpoint.read(key).to(device, dtype or model.get_parameter(name).dtype)
+        setattr(model.get_submodule(module_path), parameter_name, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,330 @@
+"""What transformers calls while it loads, saves and dequantizes a model with quantized experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.quantizers import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..experts import QuantizedExperts, refuse_unsupported, revert_experts
+from ..quantization import FourBitFormat
+from ..targets import expert_layouts, is_router
+from .checkpoint import Checkpoint, CheckpointError
+from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
+from .sources import (
+    DenseSource,
+    NativeSource,
+    PackedSource,
+    Source,
+    SourceFinder,
+    Sources,
+    conversions_of,
+    without_stacks,
+)
+from .streaming import attach_empty_experts, fill_experts
+
+
+class _Loading(NamedTuple):
+    """What is remembered while transformers loads the rest of the model."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    sources: Sources
+    names: dict[str, Any]
+
+
+@register_quantizer(QUANT_METHOD)
+class MoeQuantizer(HfQuantizer):
+    """Loads experts straight into 4 bits, and leaves linear layers to bitsandbytes' quantizer.
+
+    transformers loads everything but the experts. Those are read afterwards, expert by expert, into stacks that it has
+    placed on the devices of its device map.
+
+    Args:
+        quantization_config: a `MoeQuantizationConfig`.
+        pre_quantized: whether it is the checkpoint's own, rather than an argument of `from_pretrained`.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: MoeQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.linear: HfQuantizer | None = None
+        if quantization_config.quantize_linear:
+            self.linear = Bnb4BitHfQuantizer(quantization_config.linear_config(), pre_quantized=self.pre_quantized)
+        self._loading: _Loading | None = None
+        self.state_dict_to_save: dict[str, torch.Tensor] | None = None
+        """Saved instead of the model's own, by `save_bitsandbytes`."""
+        self._conversions: list[WeightTransform] | None = None
+
+    # before loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict):
+            devices = {str(device) for device in device_map.values()}
+            if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+                raise ValueError(
+                    "device_map puts modules on the CPU or the disk beside an accelerator, but experts in 4 bits "
+                    "can't be offloaded. Give all of them devices that they fit on, or use device_map='cpu'."
+                )
+        if self.linear is not None:
+            self.linear.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return Bnb4BitHfQuantizer.update_device_map(self, device_map)
+
+    def adjust_max_memory(self, max_memory: dict) -> dict:
+        return max_memory if self.linear is None else self.linear.adjust_max_memory(max_memory)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        if not checkpoint_files:
+            raise ValueError("Quantized experts are read from files; from_pretrained(state_dict=...) can't be used.")
+        refuse_unsupported(model)
+        checkpoint = Checkpoint(checkpoint_files)
+        finder = SourceFinder(model, checkpoint)
+        if not finder.targets:
+            raise ValueError(
+                f"No routed experts found in {type(model).__name__}: no module declares the fused 3-D stacks of "
+                "transformers' @use_experts_implementation. Load dense models with BitsAndBytesConfig."
+            )
+        sources = finder.find()
+        settle_storage(self.quantization_config, sources)
+        routers = _routers(model)
+        attach_empty_experts(model, sources, self._storage_of, checkpoint)
+        self._loading = _Loading(model, checkpoint, sources, dict.fromkeys(model.state_dict()))
+        if self.linear is not None:
+            self._prepare_linear(model, finder, routers, **kwargs)
+        return model
+
+    def _storage_of(self, source: Source) -> FourBitFormat | None:
+        config = self.quantization_config
+        if isinstance(source, DenseSource) and (
+            # what a quantized checkpoint has left in 16 bits stays there
+            self.pre_quantized or not should_convert_module(source.target.path, config.skip_modules)
+        ):
+            return None
+        return config.storage
+
+    def _prepare_linear(self, model: PreTrainedModel, finder: SourceFinder, routers: list[str], **kwargs: Any) -> None:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if self.pre_quantized:
+            packed = finder.packed_names()
+            skipped = [name for name in linear if f"{name}.weight" not in packed]
+            if len(skipped) == len(linear):
+                self.linear, self.quantization_config.quantize_linear = None, False
+                return
+            skipped = [re.escape(name) for name in skipped]
+        else:
+            skipped = self.get_modules_to_not_convert(
+                model, self.quantization_config.skip_modules, model._keep_in_fp32_modules, add_default_skips=True
+            )
+            skipped += map(re.escape, routers)
+        config = self.linear.quantization_config
+        config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
+        config.llm_int8_skip_modules = skipped
+        self.linear._process_model_before_weight_loading(model, **kwargs)
+
+    # while transformers loads
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return self.linear is not None and self.linear.param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        if self.linear is None:
+            return param.element_size()
+        return self.linear.param_element_size(model, param_name, param)
+
+    def get_quantize_ops(self) -> Any:
+        return self.linear.get_quantize_ops()
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
+    ) -> list[WeightTransform]:
+        kept = without_stacks(weight_conversions)
+        if self.linear is not None:
+            kept += self.linear.get_weight_conversions()
+        self._keep_transformers_silent(kept)
+        return kept
+
+    def _keep_transformers_silent(self, conversions: list[WeightTransform]) -> None:
+        """What is read afterwards is neither missing nor unexpected; anything like it that isn't read is an error.
+
+        Raises:
+            CheckpointError: the checkpoint has experts for a layer that the model doesn't have.
+        """
+        model, checkpoint, sources, names = self._loading
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+
+        def pattern_of(key: str) -> str:
+            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+            return _any_number(name)
+
+        read, loaded, missing = set(), set(), set()
+        for of_module in sources.values():
+            for source in of_module.values():
+                if isinstance(source, NativeSource):
+                    loaded.update(pattern_of(key) for key in source.keys)
+                else:
+                    read.update(pattern_of(key) for key in source.keys)
+                    missing.add(_any_number(source.target.name).removesuffix("$") + r"\.")
+        own = {f"{path}.{projection}" for path, of_module in sources.items() for projection in of_module}
+        missing.update(
+            _any_number(name).removesuffix("$") + r"\." for name in set(paths_of_stacks(model)) - own
+        )  # tied
+        known = {key for of_module in sources.values() for source in of_module.values() for key in source.keys}
+        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
+        for key in checkpoint.tensors.keys() - known:
+            is_ignored = any(pattern.search(key) for pattern in ignored)
+            if pattern_of(key) in read | loaded and not is_ignored:
+                raise CheckpointError(
+                    f"{checkpoint.tensors[key]} belongs to experts that the model doesn't have. Checkpoint and config "
+                    "don't belong together."
+                )
+        model._keys_to_ignore_on_load_unexpected |= read
+        model._keys_to_ignore_on_load_missing |= missing
+
+    # after loading
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _, checkpoint, sources, _ = self._loading
+        stacks = {
+            f"{path}.{projection}": model.get_submodule(path).stack(projection)
+            for path, of_module in sources.items()
+            for projection in of_module
+        }
+        for name, stack in stacks.items():
+            if any(parameter.is_meta for parameter in stack.parameters()):
+                raise ValueError(
+                    f"{name} is to be offloaded to the CPU or the disk, which experts in 4 bits can't be. Give the "
+                    "model more memory (device_map, max_memory), or a smaller model less."
+                )
+            stack.requires_grad_(False)
+        fill_experts(model, sources, checkpoint)
+        if self.linear is not None:
+            self.linear._process_model_after_weight_loading(model)
+        # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
+        model.is_loaded_in_4bit = True
+        self._loading = None
+        return model
+
+    # a loaded model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        if self.state_dict_to_save is not None:
+            return self.state_dict_to_save, {}
+        # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
+        # them, and nothing is left for it to undo
+        if self._conversions is None:
+            conversions = getattr(model, "_weight_conversions", None)
+            conversions = conversions_of(model) if conversions is None else conversions
+            self._conversions = [entry for entry in without_stacks(conversions) if not _has_no_inverse(entry)]
+        stacks = tuple(f"{path}." for path in paths_of_stacks(model))
+        tied = getattr(model, "all_tied_weights_keys", {})
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        model._weight_conversions = self._conversions
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith(stacks)}
+        others = revert_weight_conversion(model, others)
+        model._weight_conversions = []
+        return {**others, **{name: tensor for name, tensor in tensors.items() if name.startswith(stacks)}}, {}
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        refuse_adapters(model)
+        revert_experts(model, dtype)
+        if self.linear is not None:
+            model = self.linear._dequantize(model, dtype=dtype or model.config.dtype)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and isinstance(getattr(part, "hf_quantizer", None), MoeQuantizer):
+                part._weight_conversions = None
+                part.is_loaded_in_4bit = False
+                self.remove_quantization_config(part)
+        return model
+
+
+def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
+    """Takes the storage of experts that others have packed over into a configuration.
+
+    Raises:
+        CheckpointError: they are in different ones.
+    """
+    packed = [s for of_module in sources.values() for s in of_module.values() if isinstance(s, PackedSource)]
+    for source in packed:
+        if source.storage != packed[0].storage:
+            raise CheckpointError(
+                f"{source.target.name} is stored as {source.storage} and {packed[0].target.name} as "
+                f"{packed[0].storage}; one storage for all packed experts was expected."
+            )
+    if packed:
+        storage = packed[0].storage
+        config.quant_type, config.blocksize, config.double_quant = storage.quant_type, storage.blocksize, False
+
+
+def paths_of_stacks(model: nn.Module) -> Iterator[str]:
+    """The paths of all stacks of a model's quantized experts."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            yield from (f"{path}.{projection}" for projection in module.layout.projections)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuses to dequantize under an adapter.
+
+    Raises:
+        ValueError: the model has one.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has adapters, so it can't be dequantized; call merge_and_unload(dtype=...) or unload()."
+        )
+
+
+def _routers(model: nn.Module) -> list[str]:
+    layouts = expert_layouts(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_router(name, module, layouts)
+    ]
+
+
+def _any_number(name: str) -> str:
+    """A pattern for a name and its like in other layers and of other experts."""
+    return "^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
+
+
+def _has_no_inverse(conversion: WeightTransform) -> bool:
+    """Whether transformers can load by a conversion, but not save: bitsandbytes' own, up to 5.23."""
+    return isinstance(conversion, WeightConverter) and any(
+        type(operation).__name__ == "Bnb4bitDeserialize" for operation in conversion.operations
+    )

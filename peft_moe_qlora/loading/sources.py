@@ -1,0 +1,570 @@
+"""Which tensors of a checkpoint make up which stack of a model, settled from the headers alone.
+
+transformers knows how the checkpoints of each architecture become fused parameters: its conversion mapping renames
+keys and lists operations on the tensors. Here the same mapping is applied to one expert at a time, so that a stack
+never exists in 16 bits. Keys of weights that bitsandbytes has packed go the way of the keys that they stand for.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ..experts import ExpertsLayout, find_experts, read_layout
+from ..experts.architectures import checkpoint_conversions
+from ..quantization import QUANTIZABLE_DTYPES, DenseStack, FourBitFormat, QuantizedStack, Stack
+from .bnb_format import PackedTensor, packed_tensor, split_suffix
+from .checkpoint import Checkpoint, CheckpointError
+
+_STACK = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+_REARRANGING = ("MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionExperts")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A stack of the model.
+
+    Args:
+        path: of the experts module.
+        projection: name of the stack.
+        shape: `(E, rows, columns)` as the class has it.
+        is_transposed: as the class declares.
+        dtype: of the model's parameter.
+    """
+
+    path: str
+    projection: str
+    shape: tuple[int, int, int]
+    is_transposed: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.projection}"
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape[0]
+
+
+class Source(ABC):
+    """Where a stack comes from.
+
+    Args:
+        target: the stack.
+        keys: all tensors of the checkpoint that it takes.
+    """
+
+    def __init__(self, target: Target, keys: Sequence[str]) -> None:
+        self.target = target
+        self.keys = list(keys)
+        self.is_shared = False
+        """Whether other stacks are tied to this one. transformers' loader takes their names for missing ones and wipes
+        what it has loaded."""
+
+    @abstractmethod
+    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
+        """A stack of the right kind and size on the meta device.
+
+        Args:
+            storage: what the experts of unquantized checkpoints are to be stored as; None for `dtype`.
+            dtype: of the model.
+        """
+
+    @abstractmethod
+    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
+        """Reads and stores one expert after the other."""
+
+
+class NativeSource(Source):
+    """Codes and scales as `save_pretrained` writes them; transformers' loader takes them as they are.
+
+    Args:
+        target: the stack.
+        tensors: name in the model -> key in the checkpoint.
+    """
+
+    def __init__(self, target: Target, tensors: dict[str, str]) -> None:
+        super().__init__(target, list(tensors.values()))
+        self.tensors = tensors
+
+    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
+        return QuantizedStack(torch.Size(self.target.shape), dtype, self.target.is_transposed, storage, "meta")
+
+    def check(self, stack: Stack, checkpoint: Checkpoint) -> None:
+        """Makes sure that everything the stack needs is there and fits.
+
+        Args:
+            stack: an empty one.
+            checkpoint: where the keys are.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape or dtype.
+        """
+        for name, parameter in stack.named_parameters():
+            key = self.tensors.get(f"{self.target.name}.{name}")
+            if key is None:
+                raise CheckpointError(
+                    f"The checkpoint has {self.keys[0]}, but not {self.target.name}.{name}, which belongs to it."
+                )
+            info = checkpoint.tensors[key]
+            if info.shape != tuple(parameter.shape) or info.dtype != parameter.dtype:
+                raise CheckpointError(
+                    f"{info} doesn't fit the stack {tuple(stack.shape)} stored as {stack.storage or stack.dtype}: "
+                    f"{parameter.dtype} {list(parameter.shape)} was expected."
+                )
+
+    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
+        if self.is_shared:
+            self.copy_into(stack, checkpoint)
+
+    @torch.no_grad()
+    def copy_into(self, stack: Stack, checkpoint: Checkpoint) -> None:
+        """What transformers' loader does."""
+        for name, parameter in stack.named_parameters():
+            parameter.copy_(checkpoint.read(self.tensors[f"{self.target.name}.{name}"]))
+
+
+class DenseSource(Source):
+    """Floating-point tensors, one for each expert or one for all, and the operations that make a stack of them.
+
+    Args:
+        target: the stack.
+        lists: source pattern -> keys, in the order of the experts; a single key of a 3-D tensor stands for all.
+        converter: of transformers' mapping; None where the tensor is the stack.
+        config: of the model, which operations may ask.
+        checkpoint: where the keys are.
+        turn: which of the stacks that share the lists this is, counted from 0.
+
+    Raises:
+        CheckpointError: experts are missing, or what comes out isn't the shape of the stack.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        lists: dict[str, list[str]],
+        converter: WeightConverter | None,
+        config: object,
+        checkpoint: Checkpoint,
+        turn: int,
+    ) -> None:
+        super().__init__(target, [key for keys in lists.values() for key in keys])
+        self.lists = lists
+        self.first_expert = turn * target.num_experts
+        self.converter = converter
+        self.config = config
+        self._check(checkpoint)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        count = self.target.num_experts * _num_targets(self.converter)
+        for keys in self.lists.values():
+            infos = [checkpoint.tensors[key] for key in keys]
+            if len(infos) == count:
+                infos = infos[self.first_expert :][: self.target.num_experts]
+            for info in infos:
+                if info.dtype not in QUANTIZABLE_DTYPES:
+                    raise CheckpointError(
+                        f"{info} is in a storage that is not known for experts; floating point, or 4 bits by "
+                        "bitsandbytes, was expected."
+                    )
+                if info.shape != infos[0].shape:
+                    raise CheckpointError(f"{info} differs in shape from {infos[0]}, but both are of one stack.")
+            if len(infos[0].shape) == 3:
+                if len(keys) > 1 or infos[0].shape[0] != self.target.num_experts:
+                    raise CheckpointError(
+                        f"{infos[0]}: one tensor for {self.target.num_experts} experts was expected for "
+                        f"{self.target.name}, found {len(keys)}."
+                    )
+            else:
+                check_expert_ids(keys, count, self.target)
+        self._is_stack = {key: len(checkpoint.tensors[key].shape) == 3 for key in self.keys}
+        found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
+        if tuple(found.shape) != self.target.shape[1:]:
+            examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
+            raise CheckpointError(
+                f"{examples} give experts of shape {tuple(found.shape)} for {self.target.name}; "
+                f"{self.target.shape[1:]} was expected. Checkpoint and config don't belong together."
+            )
+
+    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
+        if storage is None:
+            return DenseStack(torch.empty(self.target.shape, dtype=dtype, device="meta"), self.target.is_transposed)
+        return QuantizedStack(torch.Size(self.target.shape), dtype, self.target.is_transposed, storage, "meta")
+
+    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
+        for expert in range(self.target.num_experts):
+            matrix = self.read_expert(expert, checkpoint).to(stack.device, stack.dtype)
+            try:
+                stack.set_expert(expert, matrix)
+            except ValueError as error:
+                at = self.first_expert + expert
+                keys = [keys[0] if len(keys) == 1 else keys[at] for keys in self.lists.values()]
+                files = {checkpoint.tensors[key].file.name for key in keys}
+                raise CheckpointError(
+                    f"{self.target.name} can't be stored: {error} It comes from {', '.join(keys)} in "
+                    f"{', '.join(sorted(files))}."
+                ) from error
+
+    def read_expert(self, expert: int, checkpoint: Checkpoint) -> torch.Tensor:
+        """`(rows, columns)` on the CPU, in the checkpoint's dtype."""
+
+        def read(key: str) -> torch.Tensor:
+            return checkpoint.read_slice(key, expert) if self._is_stack[key] else checkpoint.read(key)
+
+        return self._matrix(expert, read)
+
+    def _read_shape(self, checkpoint: Checkpoint, key: str) -> tuple[int, ...]:
+        shape = checkpoint.tensors[key].shape
+        return (1, *shape[1:]) if self._is_stack[key] else shape
+
+    def _keys_of(self, expert: int, keys: list[str]) -> list[str]:
+        # where one list serves several stacks, the experts of one come behind those of the other
+        return keys if len(keys) == 1 else keys[expert :: self.target.num_experts]
+
+    def _matrix(self, expert: int, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        tensors = {pattern: [read(key) for key in self._keys_of(expert, keys)] for pattern, keys in self.lists.items()}
+        if self.converter is None:
+            return next(iter(tensors.values()))[0][0]
+        converter = copy.deepcopy(self.converter)
+        for pattern, parts in tensors.items():
+            for part in parts:
+                converter.add_tensor(self.target.name, pattern, pattern, part)
+        made = converter.convert(self.target.name, model=_OneExpert(self.target), config=self.config)
+        return made[self.target.name][0]
+
+
+class PackedSource(Source):
+    """Weights that bitsandbytes has packed, one for each expert and projection or one for all experts.
+
+    Codes and scales are taken as they are. Scales in 8 bits are decoded, as bitsandbytes does at use: a stack has one
+    mean of scales per expert, and here gate and up projection have one each.
+
+    Args:
+        target: the stack.
+        lists: source pattern -> packed tensors in the order of the experts; a single one may stand for all.
+        converter: of transformers' mapping; None where the tensor is the stack.
+        keys: everything that is taken, scales and states included.
+        turn: which of the stacks that share the lists this is, counted from 0.
+
+    Raises:
+        CheckpointError: experts are missing, or the codes can't be put together without decoding them.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        lists: dict[str, list[PackedTensor]],
+        converter: WeightConverter | None,
+        keys: Sequence[str],
+        turn: int,
+    ) -> None:
+        super().__init__(target, keys)
+        self.lists = list(lists.values())
+        self.first_expert = turn * target.num_experts
+        self.is_fused = len(self.lists[0]) == 1 and len(self.lists[0][0].shape) == 3
+        packed = [tensor for tensors in self.lists for tensor in tensors]
+        self.storage = packed[0].storage
+        self.dtype = packed[0].dtype
+        for tensor in packed:
+            if tensor.storage != self.storage:
+                raise CheckpointError(
+                    f"{tensor.key} is stored as {tensor.storage} and {packed[0].key} as {self.storage}, but both are "
+                    f"of the stack {target.name}."
+                )
+            if self.is_fused and tensor.shape[0] != target.num_experts:
+                raise CheckpointError(
+                    f"{tensor.key} holds {tensor.shape[0]} experts; {target.name} has {target.shape}."
+                )
+        if not self.is_fused:
+            for tensors in self.lists:
+                check_expert_ids(
+                    [tensor.key for tensor in tensors], target.num_experts * _num_targets(converter), target
+                )
+        self.is_transposed = self._orientation(converter)
+
+    def _orientation(self, converter: WeightConverter | None) -> bool:
+        """How a matrix is stored, given that codes can be concatenated but not rearranged."""
+        firsts = [tensors[0 if self.is_fused else self.first_expert] for tensors in self.lists]
+        for tensors, first in zip(self.lists, firsts):
+            for tensor in tensors[self.first_expert :][: self.target.num_experts]:
+                if tensor.shape != first.shape:
+                    raise CheckpointError(
+                        f"{tensor.key} is of shape {list(tensor.shape)} and {first.key} of {list(first.shape)}, but "
+                        f"both are of the stack {self.target.name}."
+                    )
+        operations = [] if converter is None else converter.operations
+        unknown = [op for op in operations if type(op).__name__ not in (*_REARRANGING, "Transpose")]
+        blocksize = self.storage.blocksize
+        sizes = [math.prod(tensor.shape[-2:]) for tensor in firsts]
+        if unknown or any(size % blocksize for size in (sizes if self.is_fused else sizes[:-1])):
+            what = f"the operation {unknown[0]}" if unknown else f"blocks of {blocksize} that span two of its parts"
+            raise CheckpointError(
+                f"{firsts[0].key}: {self.target.name} can't be made of packed weights because of {what}. Load the "
+                "unquantized checkpoint with MoeQuantizationConfig."
+            )
+        rows, columns = sum(tensor.shape[-2] for tensor in firsts), firsts[0].shape[-1]
+        transposes = [op for op in operations if isinstance(op, Transpose)]
+        expected = self.target.shape[1:]
+        as_declared = (rows, columns) == expected and (not transposes or transposes[0].check_dims)
+        if not as_declared and (not transposes or (columns, rows) != expected):
+            raise CheckpointError(
+                f"{firsts[0].key} and its like give experts of shape {(rows, columns)} for {self.target.name}; "
+                f"{expected} was expected. Checkpoint and config don't belong together."
+            )
+        return self.target.is_transposed == as_declared
+
+    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
+        shape = self.target.shape
+        if self.is_transposed != self.target.is_transposed:
+            shape = (shape[0], shape[2], shape[1])
+        return QuantizedStack(torch.Size(shape), dtype, self.is_transposed, self.storage, "meta")
+
+    @torch.no_grad()
+    def fill(self, stack: QuantizedStack, checkpoint: Checkpoint) -> None:
+        if self.is_fused:
+            codes, absmax = self.lists[0][0].read(checkpoint)
+            stack.codes.copy_(codes.view_as(stack.codes))
+            stack.block_absmax.copy_(absmax.view_as(stack.block_absmax))
+            return
+        for expert in range(self.target.num_experts):
+            parts = [tensors[self.first_expert + expert].read(checkpoint) for tensors in self.lists]
+            stack.codes[expert] = torch.cat([codes for codes, _ in parts])
+            stack.block_absmax[expert] = torch.cat([absmax for _, absmax in parts])
+
+
+Sources = dict[str, dict[str, Source]]
+"""Path of an experts module -> projection -> where its stack comes from."""
+
+
+def conversions_of(model: nn.Module) -> list[WeightTransform]:
+    """transformers' conversion mapping of a model, and what we add for experts classes that it has none for."""
+    return get_model_conversion_mapping(model) + checkpoint_conversions(model)
+
+
+def without_stacks(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
+    """The conversions that don't make stacks of experts: they rename, or concern other layers."""
+    return [conversion for conversion in conversions if not _STACK.search(conversion.target_patterns[0])]
+
+
+def stack_targets(model: nn.Module) -> list[Target]:
+    """All stacks of a model whose experts are not converted yet, without those that are tied to another."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    targets = []
+    for path, module in find_experts(model):
+        layout: ExpertsLayout = read_layout(module, path)
+        for projection in layout.projections:
+            if f"{path}.{projection}" not in tied:
+                parameter = module._parameters[projection]
+                shape = tuple(parameter.shape)
+                targets.append(Target(path, projection, shape, layout.is_transposed, parameter.dtype))
+    return targets
+
+
+class SourceFinder:
+    """Assigns the tensors of a checkpoint to the stacks of a model.
+
+    Args:
+        model: with its own experts modules, on any device.
+        checkpoint: by its headers.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = getattr(model, "config", None)
+        self.targets = {target.name: target for target in stack_targets(model)}
+        conversions = conversions_of(model)
+        self.renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        self.prefix = getattr(model, "base_model_prefix", "")
+        self.ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        native = [
+            f"{name}.{parameter}"
+            for name in self.targets
+            for parameter in ("codes", "block_absmax", "group_absmax", "offset", "weight")
+        ]
+        self.names = dict.fromkeys([*model.state_dict(), *native], True)
+        self.beside_stacks: dict[str, str] = {}
+        """Name in the model -> key, of biases and norms of the experts modules; known once `find` has run."""
+        self._packed = {split_suffix(key)[0] for key in checkpoint.tensors if split_suffix(key)[1]}
+
+    def packed_names(self) -> set[str]:
+        """Names in the model of all weights that bitsandbytes has packed, linear layers' included."""
+        return {self._rename(key)[0] for key in self._packed}
+
+    def find(self) -> Sources:
+        """All stacks' sources.
+
+        Raises:
+            CheckpointError: a stack has no tensors or not all of them, tensors are of two layouts at once, are packed
+                in an unknown way, or belong to experts that the model doesn't have.
+        """
+        plain: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.native: dict[str, str] = {}
+        paths = tuple(f"{target.path}." for target in self.targets.values())
+        packed = self._packed
+        for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            base, suffix = split_suffix(key)
+            if suffix:
+                if base not in self.checkpoint.tensors:
+                    self._check_orphan(key, base)
+                continue
+            name, pattern = self._rename(base)
+            if name in self.targets:
+                plain[name][pattern].append(key)
+            elif name.rpartition(".")[0] in self.targets:
+                self._add_to_stack(name, key, plain)
+            elif name in self.names and name.startswith(paths):
+                self.beside_stacks[name] = key
+            else:
+                self._check_unexpected(name, key)
+        found: Sources = defaultdict(dict)
+        for target in self.targets.values():
+            found[target.path][target.projection] = self._source(target, plain, packed)
+        return dict(found)
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.names)
+        if name not in self.names and key in self.names:
+            # a name of the model itself is taken as it is, as transformers does
+            name, pattern = rename_source_key(key, [], [], self.prefix, self.names)
+        if pattern is None and name not in self.names:
+            native, _ = rename_source_key(key, self.renamings, [], self.prefix, self.names)
+            name = native if native in self.names else name
+        return name, pattern
+
+    def _add_to_stack(self, name: str, key: str, plain: dict) -> None:
+        target_name, _, parameter = name.rpartition(".")
+        if parameter == "weight":
+            plain[target_name][None].append(key)
+        else:
+            self.native[name] = key
+
+    def _check_orphan(self, key: str, base: str) -> None:
+        name, _ = self._rename(base)
+        if name.removesuffix(".weight") in self.targets:
+            raise CheckpointError(
+                f"{self.checkpoint.tensors[key]} describes {base}, which the checkpoint doesn't have."
+            )
+
+    def _check_unexpected(self, name: str, key: str) -> None:
+        if name in self.names or any(pattern.search(name) for pattern in self.ignored):
+            return
+        for target in self.targets.values():
+            if name.startswith(f"{target.path}."):
+                raise CheckpointError(
+                    f"{self.checkpoint.tensors[key]} belongs to the experts {target.path}, but fits none of their "
+                    f"tensors. Checkpoint and config don't belong together, or the layout is unknown."
+                )
+
+    def _source(self, target: Target, plain: dict, packed: set[str]) -> Source:
+        of_target = {name: key for name, key in self.native.items() if name.rpartition(".")[0] == target.name}
+        lists, converter, turn = self._lists(target, plain)
+        if of_target and lists:
+            self._refuse_mixture(target, next(iter(of_target.values())), next(iter(lists.values()))[0])
+        if of_target:
+            return NativeSource(target, of_target)
+        if not lists:
+            raise CheckpointError(
+                f"The checkpoint has no tensor for {target.name} (looked through "
+                f"{len(self.checkpoint.tensors)} tensors in {len(self.checkpoint.files)} files of "
+                f"{self.checkpoint.files[0].parent}). It is incomplete, of another model, or of an unknown layout."
+            )
+        keys = [key for keys in lists.values() for key in keys]
+        are_packed = [key in packed for key in keys]
+        if any(are_packed) != all(are_packed):
+            self._refuse_mixture(target, keys[are_packed.index(True)], keys[are_packed.index(False)])
+        if not any(are_packed):
+            return DenseSource(target, lists, converter, self.config, self.checkpoint, turn)
+        tensors = {pattern: [packed_tensor(self.checkpoint, key) for key in keys] for pattern, keys in lists.items()}
+        everything = [key for key in self.checkpoint.tensors if split_suffix(key)[0] in set(keys)]
+        return PackedSource(target, tensors, converter, everything, turn)
+
+    def _lists(self, target: Target, plain: dict) -> tuple[dict[str, list[str]], WeightConverter | None, int]:
+        """Keys by source pattern, in the converter's order; the converter; which of its targets this is."""
+        by_pattern = plain.get(target.name, {})
+        if not by_pattern:
+            for converter in self.converters:
+                firsts = converter.target_patterns[0]
+                for turn, pattern in enumerate(converter.target_patterns[1:], start=1):
+                    other = plain.get(target.name.replace(pattern, firsts), {})
+                    if pattern in target.name and converter.source_patterns[0] in other:
+                        return dict(other), converter, turn
+            return {}, None, 0
+        if len(by_pattern) > 1 and None in by_pattern:
+            first, second = (keys[0] for keys in list(by_pattern.values())[:2])
+            self._refuse_mixture(target, first, second)
+        if None in by_pattern:
+            return {target.name: by_pattern[None]}, None, 0
+        converter = self.by_pattern[next(iter(by_pattern))]
+        missing = [pattern for pattern in converter.source_patterns if pattern not in by_pattern]
+        if missing:
+            example = next(iter(by_pattern.values()))[0]
+            raise CheckpointError(
+                f"{target.name} needs tensors {', '.join(missing)} beside {self.checkpoint.tensors[example]}; the "
+                "checkpoint has none."
+            )
+        return {pattern: by_pattern[pattern] for pattern in converter.source_patterns}, converter, 0
+
+    def _refuse_mixture(self, target: Target, one: str, other: str) -> None:
+        raise CheckpointError(
+            f"{self.checkpoint.tensors[one]} and {self.checkpoint.tensors[other]} are both for {target.name}, but in "
+            "different layouts or storages. The checkpoint is a mixture of two; download it again."
+        )
+
+
+def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
+    """Makes sure that a list of keys has every expert once.
+
+    Raises:
+        CheckpointError: names the first that is missing, or too many.
+    """
+    ids = [_expert_id(key) for key in keys]
+    if ids == list(range(count)):
+        return
+    missing = sorted(set(range(count)) - set(ids))
+    if missing:
+        raise CheckpointError(
+            f"{target.name} has {count} experts, but the checkpoint lacks expert {missing[0]} beside {keys[0]} "
+            f"({len(missing)} of {count} missing)."
+        )
+    extra = next(key for key, expert in zip(keys, ids) if expert not in range(count) or ids.count(expert) > 1)
+    raise CheckpointError(f"{extra} is not one of the {count} experts of {target.name}, or there twice.")
+
+
+def _expert_id(key: str) -> int:
+    """The number behind `experts`, or the last one."""
+    found = re.search(r"experts\.(\d+)\.", key) or re.search(r".*\.(\d+)\.", key)
+    return int(found.group(1)) if found else 0
+
+
+class _OneExpert:
+    """Stands for the model where an operation asks for the shape of what it makes: that of one expert."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty((1, *self.target.shape[1:]), device="meta")
+
+
+def _num_targets(converter: WeightConverter | None) -> int:
+    return 1 if converter is None else len(converter.target_patterns)

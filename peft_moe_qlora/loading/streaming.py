@@ -1,0 +1,99 @@
+"""Building quantized experts on the meta device, and filling them from a checkpoint one expert at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..experts import QuantizedExperts, find_experts, read_layout
+from ..quantization import FourBitFormat, Stack
+from .checkpoint import Checkpoint
+from .sources import NativeSource, Source, Sources
+
+
+def attach_empty_experts(
+    model: nn.Module,
+    sources: Sources,
+    storage_of: Callable[[Source], FourBitFormat | None],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Replaces the experts modules of a model on the meta device by `QuantizedExperts` with empty stacks there.
+
+    Args:
+        model: changed in place.
+        sources: where each stack will come from.
+        storage_of: gives the storage of a stack that isn't packed by others, None for `dtype`.
+        checkpoint: where the sources are.
+        dtype: of the weights, also before they are quantized. Default: that of the model's parameters.
+
+    Raises:
+        CheckpointError: a stack that was saved by this package has another size or storage there.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    stacks: dict[str, Stack] = {}
+    for path, of_module in sources.items():
+        for projection, source in of_module.items():
+            stack = source.empty_stack(storage_of(source), dtype or source.target.dtype)
+            if isinstance(source, NativeSource):
+                source.check(stack, checkpoint)
+            stacks[f"{path}.{projection}"] = stack
+    replaced: dict[nn.Module, QuantizedExperts] = {}
+    for path, module in list(find_experts(model)):
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if isinstance(getattr(parent, name), QuantizedExperts):  # a parent that is shared brought it here
+            continue
+        if module not in replaced:
+            layout = read_layout(module, path)
+            of_module = {}
+            for projection in layout.projections:
+                key = f"{path}.{projection}"
+                if key in tied:
+                    sources[tied[key].rpartition(".")[0]][projection].is_shared = True
+                of_module[projection] = stacks[tied.pop(key, key)]
+                del module._parameters[projection]
+            replaced[module] = _without_initialization(QuantizedExperts(module, layout, of_module))
+        setattr(parent, name, replaced[module])
+
+
+def _without_initialization(experts: QuantizedExperts) -> QuantizedExperts:
+    """Tells transformers that there is nothing to initialize in the module itself, its stacks and its shell."""
+    stacks = [experts.stack(projection) for projection in experts.layout.projections]
+    for module in (experts, experts.original, *stacks):
+        module._is_hf_initialized = True
+    return experts
+
+
+def in_order_of_reading(sources: Sources, checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """`(path, projection)` of the stacks that are to be filled, as they stand on the disk."""
+    first = {
+        (path, projection): min(checkpoint.position(key) for key in source.keys)
+        for path, of_module in sources.items()
+        for projection, source in of_module.items()
+        if not isinstance(source, NativeSource) or source.is_shared
+    }
+    return sorted(first, key=first.__getitem__)
+
+
+def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, progressbar: bool = True) -> None:
+    """Reads, quantizes and stores all experts, on the devices where their stacks are.
+
+    At most one expert is in 16 bits at a time. Values are cast to the model's dtype before they are quantized, as if
+    the model had been loaded in it.
+
+    Args:
+        model: with the modules of `attach_empty_experts`, their stacks on real devices.
+        sources: where each stack comes from.
+        checkpoint: where the sources are.
+        progressbar: show one.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
+    order = in_order_of_reading(sources, checkpoint)
+    for path, projection in tqdm(order, desc="Quantizing experts", unit="stack", disable=not progressbar or not order):
+        sources[path][projection].fill(model.get_submodule(path).stack(projection), checkpoint)

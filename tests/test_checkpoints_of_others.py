@@ -1,0 +1,359 @@
+"""Checkpoints that other tools have quantized: every key family, and every way in which one can be broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from bitsandbytes import functional as bnb
+from checkpoint_writers import Tensors, pack, packed, read_tensors, set_bitsandbytes_config, write_tensors
+from shrunken_models import shrunken_model
+from tiny_models import logits, tiny_model, token_ids
+
+from peft_moe_qlora import CheckpointError, MoeQuantizationConfig, experts_report, load_experts, load_quantized
+from peft_moe_qlora.loading import Checkpoint
+from peft_moe_qlora.quantization import DenseStack, QuantizedStack
+
+EXPERT_KEY = re.compile(r"\.experts\..*(proj|w[123])(\.weight)?$")
+
+
+def save_tiny(directory: Path, model_type: str = "qwen3_moe", **sizes) -> Tensors:
+    """Saves a 16-bit model with experts in blocks of whole rows, and gives its tensors."""
+    width = "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
+    tiny_model(model_type, dtype=torch.bfloat16, **{width: 64, **sizes}).save_pretrained(directory)
+    return read_tensors(directory)
+
+
+def is_expert(key: str) -> bool:
+    return EXPERT_KEY.search(key) is not None
+
+
+def fused(tensors: Tensors, suffix: str = "") -> Tensors:
+    """Experts of qwen3_moe under the names of fused stacks."""
+    found = {key: tensor for key, tensor in tensors.items() if not is_expert(key)}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            name: torch.stack([tensors[f"{prefix}.{expert}.{name}.weight"] for expert in range(8)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        found[f"{prefix}.gate_up_proj{suffix}"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
+        found[f"{prefix}.down_proj{suffix}"] = parts["down_proj"]
+    return found
+
+
+def decoded(tensors: Tensors, key: str) -> torch.Tensor:
+    """By bitsandbytes itself."""
+    parts = {name.removeprefix(f"{key}."): part for name, part in tensors.items() if name.startswith(f"{key}.")}
+    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+    return bnb.dequantize_4bit(tensors[key], state)
+
+
+def stacks_of(model: torch.nn.Module, layer: int = 0) -> tuple:
+    experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+    return experts.gate_up_proj, experts.down_proj
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_one_set_of_keys_per_expert(nested, quant_type, num_shards, tmp_path):
+    tensors = pack(save_tiny(tmp_path), is_expert, quant_type=quant_type, nested=nested)
+    write_tensors(tmp_path, tensors, num_shards)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    model = load_quantized(tmp_path)
+    for layer in range(2):
+        gate_up, down = stacks_of(model, layer)
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for expert in range(8):
+            keys = [f"{prefix}.{expert}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+            halves = torch.cat([tensors[key].flatten() for key in keys[:2]])
+            assert torch.equal(gate_up.codes[expert], halves)
+            assert torch.equal(down.codes[expert], tensors[keys[2]].flatten())
+            weights = [decoded(tensors, key) for key in keys]
+            assert torch.equal(gate_up.decode_expert(expert, torch.bfloat16), torch.cat(weights[:2]))
+            assert torch.equal(down.decode_expert(expert, torch.bfloat16), weights[2])
+    assert gate_up.storage.quant_type == model.config.quantization_config.quant_type == quant_type
+    assert not any(parameter.requires_grad for parameter in gate_up.parameters())
+
+
+def test_w1_w2_w3(tmp_path):
+    tensors = pack(save_tiny(tmp_path, "mixtral"), is_expert)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    gate_up, down = stacks_of(load_quantized(tmp_path))
+    prefix = "model.layers.0.block_sparse_moe.experts.3"
+    halves = [decoded(tensors, f"{prefix}.{name}.weight") for name in ("w1", "w3")]
+    assert torch.equal(gate_up.decode_expert(3, torch.bfloat16), torch.cat(halves))
+    assert torch.equal(down.decode_expert(3, torch.bfloat16), decoded(tensors, f"{prefix}.w2.weight"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_one_set_of_keys_per_stack(suffix, nested, tmp_path):
+    tensors = fused(save_tiny(tmp_path), suffix)
+    tensors = pack(tensors, is_expert, nested=nested)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    for stack, name in zip(stacks_of(load_quantized(tmp_path), 1), ("gate_up_proj", "down_proj")):
+        key = f"model.layers.1.mlp.experts.{name}{suffix}"
+        assert torch.equal(stack.codes.flatten(), tensors[key].flatten())
+        assert torch.equal(stack.decode(torch.bfloat16), decoded(tensors, key))
+
+
+@pytest.mark.parametrize("layout", ["fused", "per expert"])
+def test_llama_4(layout, tmp_path):
+    """Stacks stored (in, out) keep their blocks along the outputs; one weight per expert has them along the inputs."""
+    model = shrunken_model("llama4")
+    model.save_pretrained(tmp_path)
+    tensors, cut = read_tensors(tmp_path), {}
+    for key in [key for key in tensors if re.search(r"experts\.(gate_up|down)_proj$", key)]:
+        stack = tensors.pop(key)
+        if layout == "fused":
+            cut[f"{key}.weight"] = stack
+        for expert in range(4) if layout == "per expert" else ():
+            prefix = key.rpartition(".")[0] + f".{expert}."
+            if key.endswith("gate_up_proj"):
+                gate, up = stack[expert].chunk(2, dim=1)
+                cut |= {f"{prefix}gate_proj.weight": gate.T.contiguous(), f"{prefix}up_proj.weight": up.T.contiguous()}
+            else:
+                cut[f"{prefix}down_proj.weight"] = stack[expert].T.contiguous()
+    tensors = pack({**tensors, **cut}, cut.__contains__, nested=True)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    loaded = load_quantized(tmp_path)
+    experts = loaded.get_submodule("language_model.model.layers.0.feed_forward.experts")
+    key = "language_model.model.layers.0.feed_forward.experts"
+    if layout == "fused":
+        assert f"{key}.down_proj.weight.quant_state.bitsandbytes__nf4" in tensors
+        expected = decoded(tensors, f"{key}.down_proj.weight")
+    else:
+        expected = torch.stack([decoded(tensors, f"{key}.{expert}.down_proj.weight") for expert in range(4)])
+    assert torch.equal(experts.down_proj.decode(torch.bfloat16), expected)
+    assert experts.down_proj.is_transposed == (layout == "fused")
+
+    # loads, trains and generates
+    language_model, ids = loaded.language_model, token_ids(length=6)
+    generated = language_model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert generated.shape == (2, 8)
+    restored = load_quantized(tmp_path).dequantize().language_model
+    torch.testing.assert_close(logits(language_model, ids), logits(restored, ids), rtol=0.05, atol=0.05)
+
+
+def test_layers_left_in_16_bits_stay_so(tmp_path):
+    """A "dynamic" checkpoint: the experts of one layer, and one projection of another, are not packed."""
+    original = save_tiny(tmp_path)
+    tensors = pack(original, lambda key: is_expert(key) and ".layers.0." in key and "down_proj" not in key)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    model = load_quantized(tmp_path)
+    kinds = [type(stack) for layer in range(2) for stack in stacks_of(model, layer)]
+    assert kinds == [QuantizedStack, DenseStack, DenseStack, DenseStack]
+    expected = torch.stack([original[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(8)])
+    assert torch.equal(stacks_of(model, 1)[1].weight, expected)
+    assert [stack.storage for stack in experts_report(model).stacks] == ["nf4/64", "bfloat16", "bfloat16", "bfloat16"]
+    model.save_pretrained(tmp_path / "again")
+    again = load_quantized(tmp_path / "again")
+    assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
+
+
+def test_linear_layers_are_quantized_exactly_where_the_checkpoint_has_them_packed(tmp_path):
+    """Whatever its config says."""
+    tensors = save_tiny(tmp_path)
+    tensors = pack(tensors, lambda key: is_expert(key) or (".layers.0." in key and "q_proj" in key))
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head"])
+    model = load_quantized(tmp_path)
+    assert [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"] == [
+        "model.layers.0.self_attn.q_proj"
+    ]
+
+
+def without(key: str):
+    def change(tensors: Tensors) -> None:
+        del tensors[key]
+
+    return change
+
+
+def replaced(key: str, value: torch.Tensor):
+    def change(tensors: Tensors) -> None:
+        assert key in tensors
+        tensors[key] = value
+
+    return change
+
+
+def added(key: str, value: torch.Tensor):
+    def change(tensors: Tensors) -> None:
+        assert key not in tensors
+        tensors[key] = value
+
+    return change
+
+
+GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
+DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+BROKEN_DENSE = {
+    "an expert is missing": (without(GATE), "lacks expert 2"),
+    "a projection of all experts is missing": (
+        lambda t: [t.pop(key) for key in list(t) if "layers.1." in key and "up_proj" in key],
+        "needs tensors .*up_proj",
+    ),
+    "a layer is missing": (
+        lambda t: [t.pop(key) for key in list(t) if "layers.1.mlp.experts" in key],
+        "no tensor for model.layers.1.mlp.experts",
+    ),
+    "one expert too many": (added(GATE.replace(".2.", ".8."), torch.zeros(64, 64)), "experts.8.gate_proj"),
+    "a layer too many": (added(GATE.replace("layers.1", "layers.7"), torch.zeros(64, 64)), "layers.7.mlp.experts"),
+    "a tensor that no expert has": (
+        added(GATE.replace("gate_proj.weight", "gate_proj.bias"), torch.zeros(64)),
+        "gate_proj.bias .* fits none",
+    ),
+    "of another shape": (replaced(DOWN, torch.zeros(64, 32)), r"experts.2.down_proj.weight \(F32 \[64, 32\]"),
+    "all of another shape": (
+        lambda t: [t.update({key: t[key][:, :32]}) for key in list(t) if "down_proj" in key],
+        r"shape \(64, 32\) for model.layers.0.mlp.experts.down_proj; \(64, 64\) was expected",
+    ),
+    "scaled by another scheme": (
+        replaced(GATE, torch.zeros(64, 64, dtype=torch.float8_e4m3fn)),
+        "gate_proj.weight .*F8_E4M3.* storage that is not known",
+    ),
+    "packed by another scheme": (
+        replaced(GATE, torch.zeros(64, 32, dtype=torch.int32)),
+        "gate_proj.weight .*I32.* storage that is not known",
+    ),
+    "fused beside apart": (
+        added("model.layers.1.mlp.experts.gate_up_proj", torch.zeros(8, 128, 64)),
+        "mixture of two",
+    ),
+    "not a number": (replaced(GATE, torch.full((64, 64), float("nan"), dtype=torch.bfloat16)), "experts.2.gate_proj"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_DENSE.values(), ids=BROKEN_DENSE.keys())
+def test_broken_16_bit_checkpoints(change, message, tmp_path):
+    tensors = save_tiny(tmp_path)
+    change(tensors)
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(tmp_path)
+
+
+BROKEN_PACKED = {
+    "no scales": (without(f"{GATE}.absmax"), "lacks .*gate_proj.weight.absmax"),
+    "no state": (without(f"{GATE}.quant_state.bitsandbytes__nf4"), "has 0 tensors .quant_state"),
+    "scales of the wrong length": (replaced(f"{GATE}.absmax", torch.ones(63)), r"absmax \(F32 \[63\].* 64 values"),
+    "codes cut off": (replaced(GATE, torch.zeros(2047, 1, dtype=torch.uint8)), "2048 values was expected"),
+    "codes without their weight": (without(GATE), "which the checkpoint doesn't have"),
+    "another table": (replaced(f"{GATE}.quant_map", torch.linspace(-1, 1, 16)), "not the table of nf4"),
+    "a state that is no text": (
+        replaced(f"{GATE}.quant_state.bitsandbytes__nf4", torch.full((9,), 255, dtype=torch.uint8)),
+        "no quantization state",
+    ),
+    "another storage": (lambda t: t.update(packed(DOWN, torch.randn(64, 64), blocksize=128)), "nf4/128.* nf4/64"),
+    "another shape": (lambda t: t.update(packed(DOWN, torch.randn(128, 32))), r"\[128, 32\]"),
+    "one expert in 16 bits": (
+        lambda t: [t.pop(key) for key in list(t) if key.startswith(GATE)] and t.update({GATE: torch.zeros(64, 64)}),
+        "mixture of two",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_PACKED.values(), ids=BROKEN_PACKED.keys())
+def test_broken_packed_checkpoints(change, message, tmp_path):
+    tensors = pack(save_tiny(tmp_path), is_expert)
+    change(tensors)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(tmp_path)
+
+
+STACK = "model.layers.1.mlp.experts.down_proj"
+BROKEN_OWN = {
+    "no codes": (without(f"{STACK}.codes"), "not model.layers.1.mlp.experts.down_proj.codes"),
+    "no scales": (without(f"{STACK}.block_absmax"), "not model.layers.1.mlp.experts.down_proj.block_absmax"),
+    "scales of the wrong length": (
+        replaced(f"{STACK}.block_absmax", torch.ones(8, 63)),
+        r"block_absmax \(F32 \[8, 63",
+    ),
+    "scales in 16 bits": (replaced(f"{STACK}.block_absmax", torch.ones(8, 64).half()), r"block_absmax \(F16"),
+    "a stack too many": (added(STACK.replace("1", "4") + ".codes", torch.ones(8, 9)), "layers.4.mlp.experts"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_OWN.values(), ids=BROKEN_OWN.keys())
+def test_broken_checkpoints_of_our_own(change, message, tmp_path):
+    save_tiny(tmp_path / "dense")
+    load_quantized(tmp_path / "dense", MoeQuantizationConfig(quantize_linear=False)).save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path)
+    change(tensors)
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(tmp_path)
+
+
+def cut_header(directory: Path) -> None:
+    file = directory / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def cut_values(directory: Path) -> None:
+    file = directory / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def promise_more(directory: Path) -> None:
+    file = directory / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.layers.0.mlp.experts.99.up_proj.weight"] = "model-00002-of-00003.safetensors"
+    file.write_text(json.dumps(index))
+
+
+BROKEN_FILES = {
+    "a shard is missing": (
+        lambda d: (d / "model-00002-of-00003.safetensors").unlink(),
+        "index.json names model-00002-of-00003.safetensors, which is not there",
+    ),
+    "a header is cut off": (cut_header, "model-00002-of-00003.safetensors can't be opened"),
+    "values are cut off": (cut_values, "model-00002-of-00003.safetensors can't be opened"),
+    "the index promises more": (promise_more, "00002-of-00003.safetensors lacks .*experts.99.up_proj"),
+    "the index is no index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "is no index"),
+    "no files": (lambda d: [file.unlink() for file in d.glob("model*")], "neither model.safetensors.index.json nor"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
+def test_broken_files(change, message, tmp_path):
+    tensors = save_tiny(tmp_path)
+    write_tensors(tmp_path, tensors, num_shards=3)
+    change(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(CheckpointError, match=message):
+        load_experts(model, tmp_path)
+    assert type(model.model.layers[0].mlp.experts).__name__ == "Qwen3MoeExperts"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "something_new"])
+def test_unknown_schemes(method, tmp_path):
+    save_tiny(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=f"quantized by '{method}'"):
+        load_quantized(tmp_path)
+
+
+def test_quantizing_what_is_quantized_already(tmp_path):
+    write_tensors(tmp_path, pack(save_tiny(tmp_path), is_expert))
+    set_bitsandbytes_config(tmp_path, ["lm_head"])
+    with pytest.raises(ValueError, match="quantized already"):
+        load_quantized(tmp_path, MoeQuantizationConfig())

@@ -1,0 +1,292 @@
+"""Loading straight into 4 bits: the same bits as by way of 16, for every architecture, and saved and loaded again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from checkpoint_writers import read_tensors
+from packaging.version import Version
+from peft import PeftModel, get_peft_model
+from shrunken_models import shrunken_model
+from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapter, tiny_model, token_ids
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from peft_moe_qlora import (
+    MoeQLoraConfig,
+    MoeQuantizationConfig,
+    QuantizedExperts,
+    experts_report,
+    load_experts,
+    load_quantized,
+    quantize_experts,
+    save_bitsandbytes,
+)
+from peft_moe_qlora.experts import find_experts
+from peft_moe_qlora.quantization import DenseStack, FourBitFormat
+
+EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
+
+# fmt: off
+# every type whose default configuration can be shrunk; checkpoints of the first are not of the standard kind
+MODEL_TYPES = [
+    "ernie4_5_vl_moe", "qwen3_vl_moe", "inkling_mm_model", "inkling2_text", "inkling_text", "minimax_m3_vl",
+    "nemotron_h", "dots3_note", "diffusion_gemma", "llama4", "aria",
+    "granitemoe", "nemotron_h_omni", "kimi_k25", "qwen3_vl_moe_text", "dots3_note_text", "afmoe", "aria_text",
+    "axk1", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite",
+    "glm4v_moe", "gpt_oss", "granitemoe_swa", "granitemoeshared", "hy_v3", "hy_v4", "jamba", "kimi_linear",
+    "kolibri1", "laguna", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "mistral4", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter", "phimoe",
+    "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp", "solar_open",
+    "unlimited_ocr", "zaya",
+]
+# fmt: on
+
+
+def in_4_bits(path, config: MoeQuantizationConfig | None = None, dtype: torch.dtype = torch.bfloat16, **kwargs):
+    return load_quantized(str(path), config or EXPERTS_ONLY, dtype=dtype, **kwargs)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_architecture(model_type, tmp_path):
+    """Written by transformers in the hub's layout; by way of 16 bits or not the same, and again from 4 bits."""
+    if model_type not in CONFIG_MAPPING:
+        assert Version(transformers.__version__) < Version("5.23")
+        pytest.skip("this version of transformers doesn't have it")
+    try:
+        model = shrunken_model(model_type)
+    except (TypeError, ValueError, AttributeError):
+        # early versions describe some models otherwise
+        if Version(transformers.__version__) >= Version("5.23"):
+            raise
+        pytest.skip("this version of transformers has another configuration for it")
+    if not list(find_experts(model)):
+        assert Version(transformers.__version__) < Version("5.23")
+        pytest.skip("this version of transformers has not fused its experts")
+    model_class = type(model)
+    model.save_pretrained(tmp_path / "dense")
+    expected = model_class.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    quantize_experts(expected, progressbar=False)
+    options = {"dtype": torch.bfloat16, "output_loading_info": True}
+    found, info = model_class.from_pretrained(tmp_path / "dense", quantization_config=EXPERTS_ONLY, **options)
+    assert_same_bytes(packed_bytes(found), packed_bytes(expected))
+    assert not any(info.values())
+    found.save_pretrained(tmp_path / "packed")
+    again, info = model_class.from_pretrained(tmp_path / "packed", **options)
+    assert_same_bytes(packed_bytes(again), packed_bytes(expected))
+    assert not any(info.values())
+    assert not any(p.requires_grad for name, p in again.named_parameters() if name.endswith("absmax"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"])
+@pytest.mark.parametrize("storage", [("nf4", 64, False), ("fp4", 128, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_are_those_of_quantizing_after_loading(model_type, storage, dtype, tmp_path):
+    tiny_model(model_type, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    quantize_experts(expected, *storage, progressbar=False)
+    found = in_4_bits(tmp_path, MoeQuantizationConfig(*storage, quantize_linear=False), dtype)
+    assert torch.equal(logits(found, token_ids()), logits(expected, token_ids()))
+
+
+@pytest.mark.parametrize("save", [None, save_bitsandbytes], ids=["save_pretrained", "bitsandbytes"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "phimoe"])
+@pytest.mark.parametrize("quantize_linear", [False, True], ids=["experts", "all"])
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_saved_and_loaded_again(save, model_type, quantize_linear, double_quant, tmp_path):
+    width = "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
+    tiny_model(model_type, dtype=torch.bfloat16, **{width: 64}).save_pretrained(tmp_path / "dense")
+    config = MoeQuantizationConfig(double_quant=double_quant, quantize_linear=quantize_linear)
+    model = in_4_bits(tmp_path / "dense", config)
+    if save is None:
+        model.save_pretrained(tmp_path / "packed", max_shard_size="40KB")
+    else:
+        save(model, tmp_path / "packed", max_shard_size="40KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+    again = load_quantized(str(tmp_path / "packed"))
+    again.save_pretrained(tmp_path / "again")
+    third = load_quantized(str(tmp_path / "again"))
+    expected = logits(model, token_ids())
+    assert torch.equal(logits(again, token_ids()), expected)
+    assert torch.equal(logits(third, token_ids()), expected)
+    if save is None:
+        assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
+
+
+def test_the_layout_of_bitsandbytes_has_the_names_of_the_original(tmp_path):
+    tiny_model("mixtral", dtype=torch.bfloat16, intermediate_size=64).save_pretrained(tmp_path / "dense")
+    save_bitsandbytes(in_4_bits(tmp_path / "dense"), tmp_path / "packed")
+    names = {key for key in read_tensors(tmp_path / "packed") if not key.endswith(("map", "absmax", "__nf4"))}
+    assert names == read_tensors(tmp_path / "dense").keys()
+
+
+def test_experts_quantized_in_memory_are_saved_too(tmp_path):
+    model = tiny_model()
+    quantize_experts(model, "fp4", progressbar=False)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_same_bytes(packed_bytes(again), packed_bytes(model))
+    assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
+
+
+@pytest.mark.parametrize("skipped", ["model.layers.1.mlp.experts", "layers.1.mlp.experts", r"model\.layers\.1.*"])
+def test_skipped_modules_stay_in_16_bits(skipped, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = in_4_bits(tmp_path, MoeQuantizationConfig(skip_modules=[skipped, "q_proj"]))
+    stacks = [stack.storage for stack in experts_report(model).stacks]
+    assert stacks == ["nf4/64", "nf4/64", "bfloat16", "bfloat16"]
+    kinds = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.model.layers[0].self_attn.named_modules()}
+    assert (kinds["q_proj"], kinds["k_proj"]) == ("Linear", "Linear4bit")
+
+
+def test_linear_layers_in_4_bits_and_experts_in_16(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = in_4_bits(tmp_path, MoeQuantizationConfig(quant_type=None))
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, DenseStack)
+    assert isinstance(experts.down_proj, DenseStack)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+
+
+def test_neither_routers_nor_the_head_are_quantized(tmp_path):
+    shrunken_model("afmoe").save_pretrained(tmp_path)
+    model = in_4_bits(tmp_path, MoeQuantizationConfig())
+    kept = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert kept == {"lm_head", "model.layers.1.mlp.router.gate"}
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}])
+def test_device_maps(device_map, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = in_4_bits(tmp_path, device_map=device_map)
+    assert logits(model, token_ids(str(model.device))).isfinite().all()
+
+
+@pytest.mark.parametrize("device_map", [{"model": 0, "lm_head": "cpu"}, {"": "disk"}])
+def test_offloading_is_refused(device_map, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="can't be offloaded"):
+        in_4_bits(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+
+
+def test_dense_models_are_refused(tmp_path):
+    config = transformers.AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="No routed experts found in LlamaForCausalLM"):
+        in_4_bits(tmp_path)
+
+
+@pytest.mark.parametrize("quantize_linear", [False, True], ids=["experts", "all"])
+def test_training_saving_and_merging_an_adapter(quantize_linear, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    config = MoeQuantizationConfig(quantize_linear=quantize_linear)
+    model = in_4_bits(tmp_path / "dense", config)
+    before = packed_bytes(model)
+    model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear"))
+    model.train()
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+    randomize_adapter(model, std=0.05)
+    assert_same_bytes(
+        {n.removeprefix("base_model.model.").replace(".base_layer", ""): t for n, t in packed_bytes(model).items()},
+        before,
+    )
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(in_4_bits(tmp_path / "dense", config), tmp_path / "adapter").eval()
+    live = logits(model, token_ids())
+    assert torch.equal(logits(again, token_ids()), live)
+
+    merged = again.merge_and_unload(dtype=torch.bfloat16)
+    merged.save_pretrained(tmp_path / "merged")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
+    assert not any(isinstance(module, QuantizedExperts) for module in plain.modules())
+    assert hasattr(plain.config, "quantization_config") == quantize_linear
+    assert torch.equal(logits(plain, token_ids()), logits(merged, token_ids()))
+
+
+def test_merging_into_4_bits_saving_and_loading(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = get_peft_model(in_4_bits(tmp_path / "dense"), MoeQLoraConfig(r=4))
+    randomize_adapter(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_quantized(str(tmp_path / "merged"))
+    assert_same_bytes(packed_bytes(again), packed_bytes(merged))
+
+
+@pytest.mark.parametrize("quantize_linear", [False, True], ids=["experts", "all"])
+def test_dequantizing_what_was_loaded(quantize_linear, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense", MoeQuantizationConfig(quantize_linear=quantize_linear))
+    model = model.dequantize()
+    expected = logits(model, token_ids())
+    model.save_pretrained(tmp_path / "plain")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16).eval()
+    assert not hasattr(again.config, "quantization_config")
+    assert torch.equal(logits(again, token_ids()), expected)
+
+
+def test_trainer_and_generation(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense", MoeQuantizationConfig(compute_dtype="float32"), dtype=torch.float32)
+    model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear"))
+    data = [{"input_ids": row, "labels": row} for row in token_ids(batch=16)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), max_steps=6, learning_rate=2e-2, report_to=[], use_cpu=True, logging_steps=1
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    generated = model.generate(input_ids=token_ids(length=4), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (2, 7)
+
+
+def test_a_model_without_an_adapter_is_not_trained(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(
+            in_4_bits(tmp_path / "dense"), transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+        )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "phimoe"])
+@pytest.mark.parametrize("from_packed", [None, "native", "bitsandbytes"])
+def test_experts_onto_a_model_on_meta(model_type, from_packed, tmp_path):
+    width = "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
+    tiny_model(model_type, dtype=torch.bfloat16, **{width: 64}).save_pretrained(tmp_path)
+    expected = in_4_bits(tmp_path)
+    if from_packed == "native":
+        expected.save_pretrained(tmp_path / "packed")
+    elif from_packed == "bitsandbytes":
+        save_bitsandbytes(expected, tmp_path / "packed")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(expected.config, dtype=torch.bfloat16)
+    load_experts(model, tmp_path / "packed" if from_packed else tmp_path, FourBitFormat(), progressbar=False)
+    assert_same_bytes(packed_bytes(model), packed_bytes(expected))
+    assert model.lm_head.weight.is_meta
+    experts = model.model.layers[1].mlp.experts
+    assert not any(parameter.is_meta for parameter in experts.parameters())
+    if model_type == "gpt_oss":
+        assert torch.equal(experts.down_proj_bias, expected.model.layers[1].mlp.experts.down_proj_bias)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant_type": "int4"}, "quant_type='int4' is unknown"),
+        ({"blocksize": 48}, "blocksize=48 is not supported"),
+        ({"load_in_4bit": True}, "no option 'load_in_4bit'"),
+        ({"quant_type": None, "quantize_linear": False}, "nothing to quantize"),
+        ({"compute_dtype": "bfloat17"}, "is no dtype of torch"),
+        ({"format_version": 99}, "format_version 99"),
+        ({"quant_method": "bitsandbytes"}, "is not that of MoeQuantizationConfig"),
+    ],
+)
+def test_configurations_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoeQuantizationConfig(**options)
