@@ -65,7 +65,7 @@ def test_one_set_of_keys_per_expert(nested, quant_type, num_shards, tmp_path):
     tensors = pack(save_tiny(tmp_path), is_expert, quant_type=quant_type, nested=nested)
     write_tensors(tmp_path, tensors, num_shards)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
-    model = load_quantized(tmp_path)
+    model = load_quantized(tmp_path, device_map="cpu")
     for layer in range(2):
         gate_up, down = stacks_of(model, layer)
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -85,7 +85,7 @@ def test_w1_w2_w3(tmp_path):
     tensors = pack(save_tiny(tmp_path, "mixtral"), is_expert)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
-    gate_up, down = stacks_of(load_quantized(tmp_path))
+    gate_up, down = stacks_of(load_quantized(tmp_path, device_map="cpu"))
     prefix = "model.layers.0.block_sparse_moe.experts.3"
     halves = [decoded(tensors, f"{prefix}.{name}.weight") for name in ("w1", "w3")]
     assert torch.equal(gate_up.decode_expert(3, torch.bfloat16), torch.cat(halves))
@@ -99,7 +99,7 @@ def test_one_set_of_keys_per_stack(suffix, nested, tmp_path):
     tensors = pack(tensors, is_expert, nested=nested)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
-    for stack, name in zip(stacks_of(load_quantized(tmp_path), 1), ("gate_up_proj", "down_proj")):
+    for stack, name in zip(stacks_of(load_quantized(tmp_path, device_map="cpu"), 1), ("gate_up_proj", "down_proj")):
         key = f"model.layers.1.mlp.experts.{name}{suffix}"
         assert torch.equal(stack.codes.flatten(), tensors[key].flatten())
         assert torch.equal(stack.decode(torch.bfloat16), decoded(tensors, key))
@@ -125,7 +125,7 @@ def test_llama_4(layout, tmp_path):
     tensors = pack({**tensors, **cut}, cut.__contains__, nested=True)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
-    loaded = load_quantized(tmp_path)
+    loaded = load_quantized(tmp_path, device_map="cpu")
     experts = loaded.get_submodule("language_model.model.layers.0.feed_forward.experts")
     key = "language_model.model.layers.0.feed_forward.experts"
     if layout == "fused":
@@ -140,7 +140,7 @@ def test_llama_4(layout, tmp_path):
     language_model, ids = loaded.language_model, token_ids(length=6)
     generated = language_model.generate(ids, max_new_tokens=2, do_sample=False)
     assert generated.shape == (2, 8)
-    restored = load_quantized(tmp_path).dequantize().language_model
+    restored = load_quantized(tmp_path, device_map="cpu").dequantize().language_model
     torch.testing.assert_close(logits(language_model, ids), logits(restored, ids), rtol=0.05, atol=0.05)
 
 
@@ -150,14 +150,14 @@ def test_layers_left_in_16_bits_stay_so(tmp_path):
     tensors = pack(original, lambda key: is_expert(key) and ".layers.0." in key and "down_proj" not in key)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
-    model = load_quantized(tmp_path)
+    model = load_quantized(tmp_path, device_map="cpu")
     kinds = [type(stack) for layer in range(2) for stack in stacks_of(model, layer)]
     assert kinds == [QuantizedStack, DenseStack, DenseStack, DenseStack]
     expected = torch.stack([original[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(8)])
     assert torch.equal(stacks_of(model, 1)[1].weight, expected)
     assert [stack.storage for stack in experts_report(model).stacks] == ["nf4/64", "bfloat16", "bfloat16", "bfloat16"]
     model.save_pretrained(tmp_path / "again")
-    again = load_quantized(tmp_path / "again")
+    again = load_quantized(tmp_path / "again", device_map="cpu")
     assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
 
 
@@ -167,7 +167,7 @@ def test_linear_layers_are_quantized_exactly_where_the_checkpoint_has_them_packe
     tensors = pack(tensors, lambda key: is_expert(key) or (".layers.0." in key and "q_proj" in key))
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head"])
-    model = load_quantized(tmp_path)
+    model = load_quantized(tmp_path, device_map="cpu")
     assert [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"] == [
         "model.layers.0.self_attn.q_proj"
     ]
@@ -242,7 +242,7 @@ def test_broken_16_bit_checkpoints(change, message, tmp_path):
     change(tensors)
     write_tensors(tmp_path, tensors)
     with pytest.raises(CheckpointError, match=message):
-        load_quantized(tmp_path)
+        load_quantized(tmp_path, device_map="cpu")
 
 
 BROKEN_PACKED = {
@@ -272,7 +272,7 @@ def test_broken_packed_checkpoints(change, message, tmp_path):
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
     with pytest.raises(CheckpointError, match=message):
-        load_quantized(tmp_path)
+        load_quantized(tmp_path, device_map="cpu")
 
 
 STACK = "model.layers.1.mlp.experts.down_proj"
@@ -291,12 +291,14 @@ BROKEN_OWN = {
 @pytest.mark.parametrize(("change", "message"), BROKEN_OWN.values(), ids=BROKEN_OWN.keys())
 def test_broken_checkpoints_of_our_own(change, message, tmp_path):
     save_tiny(tmp_path / "dense")
-    load_quantized(tmp_path / "dense", MoeQuantizationConfig(quantize_linear=False)).save_pretrained(tmp_path)
+    load_quantized(tmp_path / "dense", MoeQuantizationConfig(quantize_linear=False), device_map="cpu").save_pretrained(
+        tmp_path
+    )
     tensors = read_tensors(tmp_path)
     change(tensors)
     write_tensors(tmp_path, tensors)
     with pytest.raises(CheckpointError, match=message):
-        load_quantized(tmp_path)
+        load_quantized(tmp_path, device_map="cpu")
 
 
 def cut_header(directory: Path) -> None:
@@ -349,7 +351,7 @@ def test_unknown_schemes(method, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": method}}))
     with pytest.raises(ValueError, match=f"quantized by '{method}'"):
-        load_quantized(tmp_path)
+        load_quantized(tmp_path, device_map="cpu")
 
 
 def test_quantizing_what_is_quantized_already(tmp_path):

@@ -45,7 +45,12 @@ MODEL_TYPES = [
 
 
 def in_4_bits(path, config: MoeQuantizationConfig | None = None, dtype: torch.dtype = torch.bfloat16, **kwargs):
-    return load_quantized(str(path), config or EXPERTS_ONLY, dtype=dtype, **kwargs)
+    return load_quantized(str(path), config or EXPERTS_ONLY, dtype=dtype, **{"device_map": "cpu", **kwargs})
+
+
+def loaded_again(path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """As transformers loads what has been saved, whatever it is."""
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cpu").eval()
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -68,7 +73,7 @@ def test_every_architecture(model_type, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     expected = model_class.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
     quantize_experts(expected, progressbar=False)
-    options = {"dtype": torch.bfloat16, "output_loading_info": True}
+    options = {"dtype": torch.bfloat16, "output_loading_info": True, "device_map": "cpu"}
     found, info = model_class.from_pretrained(tmp_path / "dense", quantization_config=EXPERTS_ONLY, **options)
     assert_same_bytes(packed_bytes(found), packed_bytes(expected))
     assert not any(info.values())
@@ -104,9 +109,9 @@ def test_saved_and_loaded_again(save, model_type, quantize_linear, double_quant,
     else:
         save(model, tmp_path / "packed", max_shard_size="40KB")
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
-    again = load_quantized(str(tmp_path / "packed"))
+    again = load_quantized(str(tmp_path / "packed"), device_map="cpu")
     again.save_pretrained(tmp_path / "again")
-    third = load_quantized(str(tmp_path / "again"))
+    third = load_quantized(str(tmp_path / "again"), device_map="cpu")
     expected = logits(model, token_ids())
     assert torch.equal(logits(again, token_ids()), expected)
     assert torch.equal(logits(third, token_ids()), expected)
@@ -125,7 +130,7 @@ def test_experts_quantized_in_memory_are_saved_too(tmp_path):
     model = tiny_model()
     quantize_experts(model, "fp4", progressbar=False)
     model.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    again = loaded_again(tmp_path, torch.float32)
     assert_same_bytes(packed_bytes(again), packed_bytes(model))
     assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
 
@@ -202,7 +207,7 @@ def test_training_saving_and_merging_an_adapter(quantize_linear, tmp_path):
 
     merged = again.merge_and_unload(dtype=torch.bfloat16)
     merged.save_pretrained(tmp_path / "merged")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
+    plain = loaded_again(tmp_path / "merged")
     assert not any(isinstance(module, QuantizedExperts) for module in plain.modules())
     assert hasattr(plain.config, "quantization_config") == quantize_linear
     assert torch.equal(logits(plain, token_ids()), logits(merged, token_ids()))
@@ -214,7 +219,7 @@ def test_merging_into_4_bits_saving_and_loading(tmp_path):
     randomize_adapter(model)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    again = load_quantized(str(tmp_path / "merged"))
+    again = load_quantized(str(tmp_path / "merged"), device_map="cpu")
     assert_same_bytes(packed_bytes(again), packed_bytes(merged))
 
 
@@ -225,7 +230,7 @@ def test_dequantizing_what_was_loaded(quantize_linear, tmp_path):
     model = model.dequantize()
     expected = logits(model, token_ids())
     model.save_pretrained(tmp_path / "plain")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16).eval()
+    again = loaded_again(tmp_path / "plain")
     assert not hasattr(again.config, "quantization_config")
     assert torch.equal(logits(again, token_ids()), expected)
 

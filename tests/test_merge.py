@@ -267,7 +267,9 @@ def test_saving_where_bitsandbytes_quantized_the_linear_layers(tmp_path):
     assert logits(model, token_ids()).isfinite().all()
     base = model.unload()
     base.save_pretrained(tmp_path / "packed")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32, device_map="cpu"
+    ).eval()
     assert torch.equal(logits(again, token_ids()), logits(base, token_ids()))
     expected = base.model.layers[1].mlp.experts.down_proj.decode(torch.float32)
     base.dequantize(torch.float32)
@@ -281,7 +283,7 @@ def test_saving_where_bitsandbytes_quantized_the_linear_layers(tmp_path):
 def test_merged_experts_are_saved_packed(tmp_path):
     merged = adapted_model().merge_and_unload()
     merged.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu").eval()
     assert_same_bytes(packed_bytes(again), packed_bytes(merged))
     assert torch.equal(logits(again, token_ids()), logits(merged, token_ids()))
 

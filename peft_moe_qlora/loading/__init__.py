@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint, CheckpointError
 from .in_memory import restore_experts, store_experts
+from .inspection import Inspection, inspect_checkpoint
 from .load import load_experts, load_quantized
 from .quantization_config import MoeQuantizationConfig
 from .quantizer import MoeQuantizer
@@ -10,8 +11,10 @@ from .save_bnb import save_bitsandbytes
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Inspection",
     "MoeQuantizationConfig",
     "MoeQuantizer",
+    "inspect_checkpoint",
     "load_experts",
     "load_quantized",
     "restore_experts",

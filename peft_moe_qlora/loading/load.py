@@ -14,8 +14,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..experts import refuse_unsupported
 from ..quantization import FourBitFormat
 from .checkpoint import Checkpoint
+from .finder import SourceFinder
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
-from .sources import DenseSource, NativeSource, Source, SourceFinder
+from .sources import DenseSource, NativeSource, Source
 from .streaming import attach_empty_experts, fill_experts
 
 
@@ -33,8 +34,7 @@ def load_quantized(
     Args:
         model_id: a directory, or a name on the hub.
         quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`.
-        model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names, or
-            `AutoModelForCausalLM`.
+        model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names.
         kwargs: of `from_pretrained`. `dtype` is `torch.bfloat16` unless given.
 
     Returns:
@@ -64,7 +64,7 @@ def load_quantized(
         )
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    model_class = model_class or _class_of(config)
+    model_class = model_class or class_of(config)
     return model_class.from_pretrained(model_id, config=config, **{"dtype": torch.bfloat16, **kwargs})
 
 
@@ -77,12 +77,22 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def _class_of(config: PreTrainedConfig) -> type:
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class that a checkpoint's config names.
+
+    Raises:
+        ValueError: it names none that transformers has.
+    """
     for name in config.architectures or ():
         model_class = getattr(transformers, name, None)
         if model_class is not None:
             return model_class
-    return AutoModelForCausalLM
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    raise ValueError(
+        f"The config names the classes {config.architectures}, none of which transformers {transformers.__version__} "
+        "has. Upgrade transformers, or pass model_class."
+    )
 
 
 def load_experts(

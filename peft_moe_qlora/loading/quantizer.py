@@ -26,17 +26,9 @@ from ..experts import QuantizedExperts, refuse_unsupported, revert_experts
 from ..quantization import FourBitFormat
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError
+from .finder import SourceFinder, conversions_of, without_stacks
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
-from .sources import (
-    DenseSource,
-    NativeSource,
-    PackedSource,
-    Source,
-    SourceFinder,
-    Sources,
-    conversions_of,
-    without_stacks,
-)
+from .sources import DenseSource, NativeSource, PackedSource, Source, Sources
 from .streaming import attach_empty_experts, fill_experts
 
 

@@ -1,0 +1,56 @@
+"""The command line: `peft-moe-qlora`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .loading import inspect_checkpoint
+from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-moe-qlora", description="QLoRA for mixture-of-experts models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds and what training it would take, from its headers",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    inspect.add_argument("checkpoint", help="directory with config.json and safetensors")
+    inspect.add_argument("--quant-type", choices=QUANT_TYPES, default="nf4", help="storage of experts in 16 bits")
+    inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64, help="weights that share a scale")
+    inspect.add_argument("--double-quant", action="store_true", help="scales in 8 bits")
+    inspect.add_argument("--r", type=_positive, default=16, help="rank on linear layers")
+    inspect.add_argument("--expert-r", type=_positive, help="rank on experts; that of --r unless given")
+    inspect.add_argument("--seq", type=_positive, default=2048, help="tokens in a sequence")
+    inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step")
+    inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    storage = FourBitFormat(args.quant_type, args.blocksize, args.double_quant)
+    found = inspect_checkpoint(args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch)
+    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; errors of the checkpoint are one line on stderr, and 1."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"peft-moe-qlora {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,202 @@
+"""Finds the tensors of a checkpoint that make up the stacks of a model, from the headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ..experts import ExpertsLayout, find_experts, read_layout
+from ..experts.architectures import checkpoint_conversions
+from .bnb_format import packed_tensor, split_suffix
+from .checkpoint import Checkpoint, CheckpointError
+from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, Target
+
+_STACK = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+
+
+def conversions_of(model: nn.Module) -> list[WeightTransform]:
+    """transformers' conversion mapping of a model, and what we add for experts classes that it has none for."""
+    return get_model_conversion_mapping(model) + checkpoint_conversions(model)
+
+
+def without_stacks(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
+    """The conversions that don't make stacks of experts: they rename, or concern other layers."""
+    return [conversion for conversion in conversions if not _STACK.search(conversion.target_patterns[0])]
+
+
+def stack_targets(model: nn.Module) -> list[Target]:
+    """All stacks of a model whose experts are not converted yet, without those that are tied to another."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    targets = []
+    for path, module in find_experts(model):
+        layout: ExpertsLayout = read_layout(module, path)
+        for projection in layout.projections:
+            if f"{path}.{projection}" not in tied:
+                parameter = module._parameters[projection]
+                shape = tuple(parameter.shape)
+                targets.append(Target(path, projection, shape, layout.is_transposed, parameter.dtype))
+    return targets
+
+
+class SourceFinder:
+    """Assigns the tensors of a checkpoint to the stacks of a model.
+
+    Args:
+        model: with its own experts modules, on any device.
+        checkpoint: by its headers.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = getattr(model, "config", None)
+        self.targets = {target.name: target for target in stack_targets(model)}
+        conversions = conversions_of(model)
+        self.renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        self.prefix = getattr(model, "base_model_prefix", "")
+        self.ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        native = [
+            f"{name}.{parameter}"
+            for name in self.targets
+            for parameter in ("codes", "block_absmax", "group_absmax", "offset", "weight")
+        ]
+        self.names = dict.fromkeys([*model.state_dict(), *native], True)
+        self.beside_stacks: dict[str, str] = {}
+        """Name in the model -> key, of biases and norms of the experts modules; known once `find` has run."""
+        self._packed = {split_suffix(key)[0] for key in checkpoint.tensors if split_suffix(key)[1]}
+
+    def packed_names(self) -> set[str]:
+        """Names in the model of all weights that bitsandbytes has packed, linear layers' included."""
+        return {self._rename(key)[0] for key in self._packed}
+
+    def find(self) -> Sources:
+        """All stacks' sources.
+
+        Raises:
+            CheckpointError: a stack has no tensors or not all of them, tensors are of two layouts at once, are packed
+                in an unknown way, or belong to experts that the model doesn't have.
+        """
+        plain: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.native: dict[str, str] = {}
+        paths = tuple(f"{target.path}." for target in self.targets.values())
+        packed = self._packed
+        for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            base, suffix = split_suffix(key)
+            if suffix:
+                if base not in self.checkpoint.tensors:
+                    self._check_orphan(key, base)
+                continue
+            name, pattern = self._rename(base)
+            if name in self.targets:
+                plain[name][pattern].append(key)
+            elif name.rpartition(".")[0] in self.targets:
+                self._add_to_stack(name, key, plain)
+            elif name in self.names and name.startswith(paths):
+                self.beside_stacks[name] = key
+            else:
+                self._check_unexpected(name, key)
+        found: Sources = defaultdict(dict)
+        for target in self.targets.values():
+            found[target.path][target.projection] = self._source(target, plain, packed)
+        return dict(found)
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.names)
+        if name not in self.names and key in self.names:
+            # a name of the model itself is taken as it is, as transformers does
+            name, pattern = rename_source_key(key, [], [], self.prefix, self.names)
+        if pattern is None and name not in self.names:
+            native, _ = rename_source_key(key, self.renamings, [], self.prefix, self.names)
+            name = native if native in self.names else name
+        return name, pattern
+
+    def _add_to_stack(self, name: str, key: str, plain: dict) -> None:
+        target_name, _, parameter = name.rpartition(".")
+        if parameter == "weight":
+            plain[target_name][None].append(key)
+        else:
+            self.native[name] = key
+
+    def _check_orphan(self, key: str, base: str) -> None:
+        name, _ = self._rename(base)
+        if name.removesuffix(".weight") in self.targets:
+            raise CheckpointError(
+                f"{self.checkpoint.tensors[key]} describes {base}, which the checkpoint doesn't have."
+            )
+
+    def _check_unexpected(self, name: str, key: str) -> None:
+        if name in self.names or any(pattern.search(name) for pattern in self.ignored):
+            return
+        for target in self.targets.values():
+            if name.startswith(f"{target.path}."):
+                raise CheckpointError(
+                    f"{self.checkpoint.tensors[key]} belongs to the experts {target.path}, but fits none of their "
+                    f"tensors. Checkpoint and config don't belong together, or the layout is unknown."
+                )
+
+    def _source(self, target: Target, plain: dict, packed: set[str]) -> Source:
+        of_target = {name: key for name, key in self.native.items() if name.rpartition(".")[0] == target.name}
+        lists, converter, turn = self._lists(target, plain)
+        if of_target and lists:
+            self._refuse_mixture(target, next(iter(of_target.values())), next(iter(lists.values()))[0])
+        if of_target:
+            return NativeSource(target, of_target)
+        if not lists:
+            raise CheckpointError(
+                f"The checkpoint has no tensor for {target.name} (looked through "
+                f"{len(self.checkpoint.tensors)} tensors in {len(self.checkpoint.files)} files of "
+                f"{self.checkpoint.files[0].parent}). It is incomplete, of another model, or of an unknown layout."
+            )
+        keys = [key for keys in lists.values() for key in keys]
+        are_packed = [key in packed for key in keys]
+        if any(are_packed) != all(are_packed):
+            self._refuse_mixture(target, keys[are_packed.index(True)], keys[are_packed.index(False)])
+        if not any(are_packed):
+            return DenseSource(target, lists, converter, self.config, self.checkpoint, turn)
+        tensors = {pattern: [packed_tensor(self.checkpoint, key) for key in keys] for pattern, keys in lists.items()}
+        everything = [key for key in self.checkpoint.tensors if split_suffix(key)[0] in set(keys)]
+        return PackedSource(target, tensors, converter, everything, turn)
+
+    def _lists(self, target: Target, plain: dict) -> tuple[dict[str, list[str]], WeightConverter | None, int]:
+        """Keys by source pattern, in the converter's order; the converter; which of its targets this is."""
+        by_pattern = plain.get(target.name, {})
+        if not by_pattern:
+            for converter in self.converters:
+                firsts = converter.target_patterns[0]
+                for turn, pattern in enumerate(converter.target_patterns[1:], start=1):
+                    other = plain.get(target.name.replace(pattern, firsts), {})
+                    if pattern in target.name and converter.source_patterns[0] in other:
+                        return dict(other), converter, turn
+            return {}, None, 0
+        if len(by_pattern) > 1 and None in by_pattern:
+            first, second = (keys[0] for keys in list(by_pattern.values())[:2])
+            self._refuse_mixture(target, first, second)
+        if None in by_pattern:
+            return {target.name: by_pattern[None]}, None, 0
+        converter = self.by_pattern[next(iter(by_pattern))]
+        missing = [pattern for pattern in converter.source_patterns if pattern not in by_pattern]
+        if missing:
+            example = next(iter(by_pattern.values()))[0]
+            raise CheckpointError(
+                f"{target.name} needs tensors {', '.join(missing)} beside {self.checkpoint.tensors[example]}; the "
+                "checkpoint has none."
+            )
+        return {pattern: by_pattern[pattern] for pattern in converter.source_patterns}, converter, 0
+
+    def _refuse_mixture(self, target: Target, one: str, other: str) -> None:
+        raise CheckpointError(
+            f"{self.checkpoint.tensors[one]} and {self.checkpoint.tensors[other]} are both for {target.name}, but in "
+            "different layouts or storages. The checkpoint is a mixture of two; download it again."
+        )

@@ -1,0 +1,83 @@
+"""`peft-moe-qlora inspect`: what it says is what loading gives, and it reads no weight."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from checkpoint_writers import pack, read_tensors, write_tensors
+from peft import get_peft_model
+from shrunken_models import shrunken_model
+from tiny_models import tiny_model
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, experts_report, load_quantized
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.loading import Checkpoint
+
+
+def inspected(capsys: pytest.CaptureFixture, *arguments) -> dict:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe"])
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_sizes_are_those_of_the_loaded_model(model_type, double_quant, tmp_path, capsys):
+    tiny_model(model_type, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    options = ["--r", 8, "--expert-r", 2, *(["--double-quant"] if double_quant else [])]
+    found = inspected(capsys, tmp_path, *options)
+    model = load_quantized(
+        tmp_path, MoeQuantizationConfig(double_quant=double_quant, quantize_linear=False), device_map="cpu"
+    )
+    report = experts_report(model)
+    assert sum(group["packed_nbytes"] for group in found["stacks"]) == report.nbytes
+    assert sum(group["dense_nbytes"] for group in found["stacks"]) == report.dense_nbytes
+    assert sum(group["count"] for group in found["stacks"]) == len(report.stacks)
+    config = MoeQLoraConfig(r=8, expert_r=2, double_quant=double_quant, target_modules="all-linear")
+    model = get_peft_model(model, config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    on_experts = sum(group["adapter_parameters"] for group in found["stacks"])
+    assert on_experts == model.experts_report().num_adapter_parameters
+    assert on_experts + found["linear_adapter_parameters"] == trained
+    assert found["memory"]["trained"] == 16 * trained
+
+
+def test_no_weight_is_read(tmp_path, capsys, monkeypatch):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.delattr(Checkpoint, "read")
+    monkeypatch.delattr(Checkpoint, "read_slice")
+    assert inspected(capsys, tmp_path)["model_class"] == "Qwen3MoeForCausalLM"
+
+
+@pytest.mark.parametrize("model_type", ["gemma4", "ernie4_5_vl_moe", "nemotron_h", "llama4"])
+def test_other_architectures(model_type, tmp_path, capsys):
+    shrunken_model(model_type).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "training, 1 x 2048 tokens" in capsys.readouterr().out
+
+
+def test_what_others_have_packed(tmp_path, capsys):
+    tiny_model(dtype=torch.bfloat16, moe_intermediate_size=64).save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path)
+    write_tensors(tmp_path, pack(tensors, lambda key: ".experts." in key and ".0.mlp" in key, quant_type="fp4"))
+    stacks = inspected(capsys, tmp_path)["stacks"]
+    found = {group["found"] for group in stacks}
+    assert found == {"bitsandbytes fp4/64", "bfloat16, one tensor per expert"}
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"12345678")
+    assert main(["inspect", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch("peft-moe-qlora inspect: .*model.safetensors can't be opened.*", printed.err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("option", ["--r=0", "--seq=-3", "--blocksize=48", "--quant-type=int4"])
+def test_options_that_make_no_sense(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path), option])
+    assert option.split("=")[0] in capsys.readouterr().err
