@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,19 @@ import torch
 import transformers
 from bitsandbytes import functional as bnb
 from checkpoint_writers import Tensors, pack, packed, read_tensors, set_bitsandbytes_config, write_tensors
+from peft import get_peft_model
 from shrunken_models import shrunken_model
 from tiny_models import logits, tiny_model, token_ids
 
-from peft_moe_qlora import CheckpointError, MoeQuantizationConfig, experts_report, load_experts, load_quantized
+from peft_moe_qlora import (
+    CheckpointError,
+    MoeQLoraConfig,
+    MoeQuantizationConfig,
+    experts_report,
+    load_experts,
+    load_quantized,
+    save_bitsandbytes,
+)
 from peft_moe_qlora.loading import Checkpoint
 from peft_moe_qlora.quantization import DenseStack, QuantizedStack
 
@@ -136,6 +146,14 @@ def test_llama_4(layout, tmp_path):
     assert torch.equal(experts.down_proj.decode(torch.bfloat16), expected)
     assert experts.down_proj.is_transposed == (layout == "fused")
 
+    for save in (loaded.save_pretrained, partial(save_bitsandbytes, loaded)):
+        save(tmp_path / "again")
+        again = load_quantized(tmp_path / "again", device_map="cpu")
+        again = again.get_submodule("language_model.model.layers.0.feed_forward.experts")
+        for stack, one in ((again.down_proj, experts.down_proj), (again.gate_up_proj, experts.gate_up_proj)):
+            assert torch.equal(stack.codes, one.codes)
+            assert stack.is_transposed == one.is_transposed
+
     # loads, trains and generates
     language_model, ids = loaded.language_model, token_ids(length=6)
     generated = language_model.generate(ids, max_new_tokens=2, do_sample=False)
@@ -159,6 +177,18 @@ def test_layers_left_in_16_bits_stay_so(tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = load_quantized(tmp_path / "again", device_map="cpu")
     assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
+
+
+def test_an_adapter_on_a_checkpoint_with_layers_left_in_16_bits(tmp_path):
+    tensors = pack(save_tiny(tmp_path), lambda key: is_expert(key) and ".layers.0." in key)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
+    model = get_peft_model(
+        load_quantized(tmp_path, device_map="cpu"), MoeQLoraConfig(r=4, target_modules="all-linear")
+    )
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert [stack.storage for stack in model.experts_report().stacks] == ["nf4/64"] * 2 + ["bfloat16"] * 2
 
 
 def test_linear_layers_are_quantized_exactly_where_the_checkpoint_has_them_packed(tmp_path):
@@ -343,6 +373,14 @@ def test_broken_files(change, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         load_experts(model, tmp_path)
     assert type(model.model.layers[0].mlp.experts).__name__ == "Qwen3MoeExperts"
+
+
+def test_missing_biases(tmp_path):
+    tensors = save_tiny(tmp_path, "gpt_oss")
+    del tensors["model.layers.1.mlp.experts.down_proj_bias"]
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.1\.mlp\.experts\.down_proj_bias"):
+        load_quantized(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "something_new"])

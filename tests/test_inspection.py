@@ -67,6 +67,23 @@ def test_what_others_have_packed(tmp_path, capsys):
     assert found == {"bitsandbytes fp4/64", "bfloat16, one tensor per expert"}
 
 
+def test_what_is_saved_in_4_bits_counts_as_it_is(tmp_path, capsys):
+    """Whatever storage the command asks for; and linear layers in 16 bits are counted so."""
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    config = MoeQuantizationConfig("fp4", 32, quantize_linear=False, skip_modules=["layers.1.mlp.experts"])
+    model = load_quantized(tmp_path / "dense", config, device_map="cpu")
+    model.save_pretrained(tmp_path / "packed")
+    found = inspected(capsys, tmp_path / "packed", "--blocksize", 256)
+    assert {group["found"] for group in found["stacks"]} == {"fp4/32", "bfloat16, fused"}
+    assert sum(group["packed_nbytes"] for group in found["stacks"]) == experts_report(model).nbytes
+    assert found["memory"]["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_no_such_directory(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is no directory" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(tmp_path, capsys):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345678")

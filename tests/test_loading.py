@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapt
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_moe_qlora import (
+    CheckpointError,
     MoeQLoraConfig,
     MoeQuantizationConfig,
     QuantizedExperts,
@@ -295,3 +298,119 @@ def test_experts_onto_a_model_on_meta(model_type, from_packed, tmp_path):
 def test_configurations_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         MoeQuantizationConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_vl_moe", "ernie4_5_vl_moe", "granitemoe", "inkling2_text", "nemotron_h", "gemma4"]
+)
+def test_the_layout_of_bitsandbytes_for_other_architectures(model_type, tmp_path):
+    shrunken_model(model_type).save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense")
+    save_bitsandbytes(model, tmp_path / "packed")
+    found = load_quantized(str(tmp_path / "packed"), device_map="cpu")
+    assert_same_bytes(packed_bytes(found), packed_bytes(model))
+
+
+def test_the_layout_of_bitsandbytes_is_for_models_without_adapters(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = get_peft_model(in_4_bits(tmp_path), MoeQLoraConfig(r=4))
+    with pytest.raises(ValueError, match="has adapters"):
+        save_bitsandbytes(model.base_model.model, tmp_path / "packed")
+    with pytest.raises(ValueError, match="nothing in 4 bits to save"):
+        save_bitsandbytes(tiny_model(), tmp_path / "packed")
+
+
+def test_packed_linear_layers_that_their_checkpoint_has_in_another_shape(tmp_path):
+    shrunken_model("minimax_m3_vl").save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense", MoeQuantizationConfig())
+    for save in (model.save_pretrained, lambda path: save_bitsandbytes(model, path)):
+        with pytest.raises(ValueError, match="is in 4 bits, but checkpoints of MiniMaxM3"):
+            save(tmp_path / "packed")
+
+
+def test_parts_of_a_model_are_saved_too(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense")
+    model.model.save_pretrained(tmp_path / "part")
+    part = transformers.AutoModel.from_pretrained(tmp_path / "part", device_map="cpu")
+    assert_same_bytes(packed_bytes(part), packed_bytes(model.model))
+    assert model.model.dequantize() is model.model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_dequantizing_after_saving(dtype, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense", MoeQuantizationConfig())
+    model.save_pretrained(tmp_path / "packed")
+    model = model.dequantize(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
+    assert logits(model, token_ids()).isfinite().all()
+    model.save_pretrained(tmp_path / "plain")
+    assert read_tensors(tmp_path / "plain").keys() == read_tensors(tmp_path / "dense").keys()
+
+
+def test_merging_after_saving_in_memory(tmp_path):
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "dense")
+    model = get_peft_model(model, MoeQLoraConfig(r=4)).unload()
+    model.save_pretrained(tmp_path / "packed")
+    model.dequantize().save_pretrained(tmp_path / "plain")
+    assert read_tensors(tmp_path / "plain").keys() == read_tensors(tmp_path / "dense").keys()
+
+
+def test_an_adapter_on_a_model_with_skipped_modules(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = MoeQuantizationConfig(skip_modules=["layers.1.mlp.experts"], quantize_linear=False)
+    model = get_peft_model(in_4_bits(tmp_path, config), MoeQLoraConfig(r=4))
+    randomize_adapter(model)
+    live = logits(model, token_ids())
+    model.save_pretrained(tmp_path / "adapter")
+    second = PeftModel.from_pretrained(in_4_bits(tmp_path, config), tmp_path / "adapter").eval()
+    assert torch.equal(logits(second, token_ids()), live)
+    second.add_adapter("other", MoeQLoraConfig(r=2))
+    assert len(second.unload().model.layers[1].mlp.experts.gate_up_proj.weight) == 8
+
+
+@pytest.mark.parametrize("skipped", ["layers.9.mlp.experts", "gate_up_proj"])
+def test_skipping_what_is_not_there(skipped, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"skip_modules names '{skipped}'"):
+        in_4_bits(tmp_path, MoeQuantizationConfig(skip_modules=[skipped]))
+
+
+def test_values_of_the_config(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = in_4_bits(tmp_path, num_experts_per_tok=1)
+    assert model.config.num_experts_per_tok == model.model.layers[0].mlp.gate.top_k == 1
+
+
+def test_the_callers_configuration_is_left_alone(tmp_path):
+    tiny_model(dtype=torch.bfloat16, moe_intermediate_size=64).save_pretrained(tmp_path / "dense")
+    save_bitsandbytes(
+        in_4_bits(tmp_path / "dense", MoeQuantizationConfig("fp4", quantize_linear=False)), tmp_path / "packed"
+    )
+    file = tmp_path / "packed" / "config.json"
+    plain = json.loads(file.read_text())
+    del plain["quantization_config"]
+    file.write_text(json.dumps(plain))
+    config = MoeQuantizationConfig("nf4", 128, quantize_linear=False)
+    before = config.to_dict()
+    found = in_4_bits(tmp_path / "packed", config)
+    assert found.config.quantization_config.storage == FourBitFormat("fp4", 64)
+    assert config.to_dict() == before
+
+
+def test_experts_onto_a_model_on_meta_have_the_storage_of_the_checkpoint(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    expected = in_4_bits(tmp_path / "dense", MoeQuantizationConfig("fp4", quantize_linear=False))
+    expected.save_pretrained(tmp_path / "packed")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(expected.config, dtype=torch.bfloat16)
+    load_experts(model, tmp_path / "packed", None, progressbar=False)
+    assert model.model.layers[0].mlp.experts.down_proj.storage == FourBitFormat("fp4", 64)
+    assert_same_bytes(packed_bytes(model), packed_bytes(expected))
+    (tmp_path / "packed" / "config.json").unlink()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(expected.config, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_experts(model, tmp_path / "packed", progressbar=False)

@@ -32,10 +32,11 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     refuse_unsupported(model)
     paths = []
     found = False
+    is_mixed = _has_packed_stack(model)
     for path, module in find_experts(model):
         found = True
         if isinstance(module, QuantizedExperts):
-            _check_storage(path, module, storage)
+            _check_storage(path, module, storage, is_mixed)
             continue
         read_layout(module, path)
         check_floating_point(module, path, QUANTIZABLE_DTYPES)
@@ -49,9 +50,15 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     return paths
 
 
-def _check_storage(path: str, experts: QuantizedExperts, storage: FourBitFormat | None) -> None:
+def _has_packed_stack(model: nn.Module) -> bool:
+    return any(isinstance(module, Stack) and module.storage is not None for module in model.modules())
+
+
+def _check_storage(path: str, experts: QuantizedExperts, storage: FourBitFormat | None, is_mixed: bool) -> None:
     for projection in experts.layout.projections:
         found = experts.stack(projection).storage
+        if found is None and is_mixed:  # a checkpoint, or skip_modules, has left it in 16 bits
+            continue
         if found != storage:
             raise ValueError(
                 f"{path}.{projection} is already stored as {found or 'unquantized'}, but {storage or 'unquantized'} "

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -161,9 +161,9 @@ class Checkpoint:
 
     def position(self, key: str) -> tuple[int, int]:
         """Sorts keys as they stand on the disk, file by file."""
-        return self._positions()[key]
+        return self._positions[key]
 
-    @cache  # noqa: B019 - a checkpoint lives as long as the loading of one model
+    @cached_property
     def _positions(self) -> dict[str, tuple[int, int]]:
         order = {file: index for index, file in enumerate(self.files)}
         positions = {}

@@ -55,10 +55,12 @@ class SourceFinder:
     Args:
         model: with its own experts modules, on any device.
         checkpoint: by its headers.
+        flipped: stacks that it has in the other orientation than their class, if this package has saved it.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, flipped: Iterable[str] = ()) -> None:
         self.checkpoint = checkpoint
+        self.flipped = frozenset(flipped)
         self.config = getattr(model, "config", None)
         self.targets = {target.name: target for target in stack_targets(model)}
         conversions = conversions_of(model)
@@ -110,6 +112,12 @@ class SourceFinder:
         found: Sources = defaultdict(dict)
         for target in self.targets.values():
             found[target.path][target.projection] = self._source(target, plain, packed)
+        for name in self.names:
+            is_of_stack = name in self.targets or name.rpartition(".")[0] in self.targets
+            if name.startswith(paths) and not is_of_stack and name not in self.beside_stacks:
+                raise CheckpointError(
+                    f"The checkpoint has no tensor for {name}, which belongs to the experts. It is incomplete."
+                )
         return dict(found)
 
     def _rename(self, key: str) -> tuple[str, str | None]:
@@ -152,12 +160,13 @@ class SourceFinder:
         if of_target and lists:
             self._refuse_mixture(target, next(iter(of_target.values())), next(iter(lists.values()))[0])
         if of_target:
-            return NativeSource(target, of_target)
+            return NativeSource(target, of_target, target.name in self.flipped)
         if not lists:
             raise CheckpointError(
                 f"The checkpoint has no tensor for {target.name} (looked through "
                 f"{len(self.checkpoint.tensors)} tensors in {len(self.checkpoint.files)} files of "
-                f"{self.checkpoint.files[0].parent}). It is incomplete, of another model, or of an unknown layout."
+                f"{self.checkpoint.files[0].parent}). It is incomplete, of another model, or of an unknown layout; a "
+                "key_mapping isn't applied to experts."
             )
         keys = [key for keys in lists.values() for key in keys]
         are_packed = [key in packed for key in keys]

@@ -82,6 +82,11 @@ class UnsavableQuantizer(HfQuantizer):
 def store_experts(model: nn.Module, storage: FourBitFormat | None, progressbar: bool) -> None:
     """`convert_experts`, and transformers knows of it."""
     convert_experts(model, storage, progressbar)
+    register_storage(model, storage)
+
+
+def register_storage(model: nn.Module, storage: FourBitFormat | None) -> None:
+    """Lets transformers know how the experts of a model are stored, unless it has loaded them so."""
     if any(type(getattr(module, "hf_quantizer", None)) is MoeQuantizer for module in _transformers_models(model)):
         return
     for module in _transformers_models(model):
@@ -106,6 +111,8 @@ def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
             module.hf_quantizer = quantizer.inner
             module.is_loaded_in_4bit = quantizer.was_loaded_in_4bit
             _set_config(module, quantizer.inner)
+            if not getattr(module, "_weight_conversions", True):  # emptied when the model was saved
+                module._weight_conversions = None
         elif isinstance(quantizer, MoeQuantizer):
             module.hf_quantizer = quantizer.linear
             module.is_loaded_in_4bit = quantizer.linear is not None

@@ -18,8 +18,9 @@ from ..quantization import FourBitFormat
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint
 from .finder import SourceFinder
-from .load import class_of, quantization_of
-from .sources import PackedSource, Source
+from .load import class_of, quantization_of, saved_config
+from .quantization_config import MoeQuantizationConfig
+from .sources import DenseSource, NativeSource, PackedSource, Source
 
 GIB = 2**30
 BYTES_PER_TRAINED_PARAMETER = 16
@@ -163,12 +164,17 @@ def inspect_checkpoint(
         ValueError: the model has no routed experts, or of a class that is not supported.
     """
     expert_r = r if expert_r is None else expert_r
-    config = AutoConfig.from_pretrained(directory)
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory} is no directory.")
     checkpoint = Checkpoint.open(directory)
+    config = AutoConfig.from_pretrained(directory)
+    quantization = quantization_of(config)
+    saved = saved_config(Path(directory))
     with torch.device("meta"):
         model = class_of(config)._from_config(config)
     refuse_unsupported(model)
-    sources = SourceFinder(model, checkpoint).find()
+    finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())
+    sources = finder.find()
     if not sources:
         raise ValueError(f"{directory}: {type(model).__name__} has no routed experts.")
     groups: dict[tuple, list[tuple[Source, int, int]]] = defaultdict(list)
@@ -181,10 +187,13 @@ def inspect_checkpoint(
             *(["no gate"] if not layout.has_gate else []),
         ]
         for projection, source in of_module.items():
-            packed = source.empty_stack(storage, torch.bfloat16)
+            # what a quantized checkpoint has left in 16 bits stays so
+            is_left = quantization is not None and isinstance(source, DenseSource)
+            of_source = saved.storage if isinstance(source, NativeSource) else None if is_left else storage
+            packed = source.empty_stack(of_source, torch.bfloat16)
             added = expert_r * layout.num_experts * sum(layout.features(projection))
             name = re.sub(r"\b\d+\b", "N", source.target.name)
-            key = (name, layout.class_name, source.target.shape, ", ".join(words), _found(source, checkpoint))
+            key = (name, layout.class_name, source.target.shape, ", ".join(words), _found(source, checkpoint, saved))
             groups[key].append((source, packed.nbytes, added))
     stacks = tuple(
         StackGroup(
@@ -201,7 +210,13 @@ def inspect_checkpoint(
         for (name, class_name, shape, words, stored), found in groups.items()
     )
     linear = _quantizable_linear(model)
-    linear_weights = sum(module.weight.numel() for module in linear)
+    if quantization is not None:
+        packed_names = finder.packed_names()
+        stored = {f"{name}.weight": module for name, module in model.named_modules()}
+        packed_linear = [module for name, module in stored.items() if name in packed_names]
+    else:
+        packed_linear = linear
+    linear_weights = sum(module.weight.numel() for module in packed_linear)
     linear_adapter = sum(r * (module.in_features + module.out_features) for module in linear)
     of_experts = sum(torch.Size(source.target.shape).numel() for found in groups.values() for source, _, _ in found)
     other_weights = sum(parameter.numel() for parameter in model.parameters()) - of_experts - linear_weights
@@ -211,10 +226,9 @@ def inspect_checkpoint(
         + int(linear_weights * (0.5 + _scale_bytes(storage.double_quant)))
         + 2 * other_weights
     )
-    found = quantization_of(config)
     return Inspection(
         model_class=type(model).__name__,
-        quantization=None if found is None else str(found.get("quant_method")),
+        quantization=None if quantization is None else str(quantization.get("quant_method")),
         num_files=len(checkpoint.files),
         stacks=stacks,
         linear_weights=linear_weights,
@@ -225,13 +239,13 @@ def inspect_checkpoint(
     )
 
 
-def _found(source: Source, checkpoint: Checkpoint) -> str:
+def _found(source: Source, checkpoint: Checkpoint, saved: MoeQuantizationConfig | None) -> str:
     if isinstance(source, PackedSource):
         return f"bitsandbytes {source.storage}"
+    if isinstance(source, NativeSource):
+        return str(saved.storage)
     info = checkpoint.tensors[source.keys[0]]
-    per_expert = len(source.keys) >= source.target.num_experts > 1
-    dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "U8": "4 bits"}.get(info.dtype_name, "4 bits")
-    return f"{dtype}, {'one tensor per expert' if per_expert else 'fused'}"
+    return f"{info.dtype}, {'one tensor per expert' if len(info.shape) == 2 else 'fused'}".removeprefix("torch.")
 
 
 def _quantizable_linear(model: nn.Module) -> list[nn.Linear]:

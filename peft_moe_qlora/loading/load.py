@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..experts import refuse_unsupported
-from ..quantization import FourBitFormat
-from .checkpoint import Checkpoint
+from ..quantization import FourBitFormat, QuantizedStack
+from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder
+from .in_memory import register_storage
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
+from .quantizer import settle_storage
 from .sources import DenseSource, NativeSource, Source
 from .streaming import attach_empty_experts, fill_experts
+
+_OF_HUB = (
+    "revision",
+    "cache_dir",
+    "token",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "trust_remote_code",
+)
 
 
 def load_quantized(
@@ -35,7 +50,7 @@ def load_quantized(
         model_id: a directory, or a name on the hub.
         quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`.
         model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names.
-        kwargs: of `from_pretrained`. `dtype` is `torch.bfloat16` unless given.
+        kwargs: of `from_pretrained`, values of the model's config among them. `dtype` is `torch.bfloat16` by default.
 
     Returns:
         The model, in evaluation mode.
@@ -45,8 +60,10 @@ def load_quantized(
             that is quantized already.
         CheckpointError: see `Checkpoint` and `SourceFinder`.
     """
-    of_hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "subfolder") if name in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model_id, **of_hub)
+    of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
+    config = copy.deepcopy(kwargs.pop("config", None)) or AutoConfig.from_pretrained(model_id, **of_hub)
+    for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))
     found = quantization_of(config)
     if found is not None and quantization_config is not None:
         raise ValueError(
@@ -74,6 +91,19 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
         found = getattr(part, "quantization_config", None)
         if found is not None:
             return found if isinstance(found, dict) else found.to_dict()
+    return None
+
+
+def saved_config(directory: Path) -> MoeQuantizationConfig | None:
+    """The configuration of a checkpoint that this package has saved; None for any other."""
+    file = directory / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    for part in (config, config.get("text_config") or {}):
+        found = part.get("quantization_config") or {}
+        if found.get("quant_method") == QUANT_METHOD:
+            return MoeQuantizationConfig.from_dict(found)
     return None
 
 
@@ -112,22 +142,34 @@ def load_experts(
     Args:
         model: built under `torch.device("meta")`, say; its experts modules are replaced by `QuantizedExperts`.
         directory: of the checkpoint, in safetensors.
-        storage: of the experts, where the checkpoint has them in floating point; None for `dtype`.
+        storage: of the experts, where the checkpoint has them in floating point; None for `dtype`. A quantized
+            checkpoint has its own.
         device: where the stacks are put.
         dtype: that the experts are cast to before they are quantized. Default: that of the model's parameters.
         skip_modules: experts modules to leave in `dtype`: paths, ends of paths or regular expressions.
         progressbar: show one.
 
     Raises:
-        CheckpointError: see `Checkpoint` and `SourceFinder`; the model is then unchanged.
+        CheckpointError: see `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight is not finite,
+            after which the model is of no use.
         ValueError: an experts class is not supported.
     """
     refuse_unsupported(model)
     checkpoint = Checkpoint.open(directory)
-    finder = SourceFinder(model, checkpoint)
+    saved = saved_config(Path(directory))
+    finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())
     sources = finder.find()
+    for source in (source for of_module in sources.values() for source in of_module.values()):
+        if isinstance(source, NativeSource) and saved is None:
+            raise CheckpointError(
+                f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
+                "again with save_pretrained."
+            )
+    settle_storage(MoeQuantizationConfig(), sources)
 
     def storage_of(source: Source) -> FourBitFormat | None:
+        if isinstance(source, NativeSource):
+            return saved.storage
         skipped = isinstance(source, DenseSource) and not should_convert_module(source.target.path, skip_modules)
         return None if skipped else storage
 
@@ -143,3 +185,5 @@ def load_experts(
         module_path, _, parameter_name = name.rpartition(".")
         value = checkpoint.read(key).to(device, dtype or model.get_parameter(name).dtype)
         setattr(model.get_submodule(module_path), parameter_name, nn.Parameter(value, requires_grad=False))
+    packed = [module for module in model.modules() if isinstance(module, QuantizedStack)]
+    register_storage(model, packed[0].storage if packed else None)

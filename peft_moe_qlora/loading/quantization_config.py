@@ -32,6 +32,8 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         skip_modules: modules to leave in 16 bits: paths, ends of paths or regular expressions of linear layers, and
             of experts modules.
         compute_dtype: of the linear layers, such as `"bfloat16"`. Default: the dtype of the model.
+        flipped_stacks: stacks whose matrices are stored in the other orientation than their class has; set when a
+            model is saved.
         format_version: of the saved checkpoint; set by this package.
 
     Raises:
@@ -46,6 +48,7 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         quantize_linear: bool = True,
         skip_modules: list[str] | None = None,
         compute_dtype: torch.dtype | str | None = None,
+        flipped_stacks: list[str] | None = None,
         format_version: int = CHECKPOINT_FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -74,6 +77,7 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         self.quantize_linear = quantize_linear
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.compute_dtype = compute_dtype
+        self.flipped_stacks = None if flipped_stacks is None else list(flipped_stacks)
         self.format_version = format_version
 
     @property

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,14 +59,15 @@ class MoeQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: MoeQuantizationConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # a caller may load several models with one configuration, and packed experts settle their own storage
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.linear: HfQuantizer | None = None
         if quantization_config.quantize_linear:
             self.linear = Bnb4BitHfQuantizer(quantization_config.linear_config(), pre_quantized=self.pre_quantized)
         self._loading: _Loading | None = None
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
         """Saved instead of the model's own, by `save_bitsandbytes`."""
-        self._conversions: list[WeightTransform] | None = None
+        self._conversions: WeakKeyDictionary[PreTrainedModel, list[WeightTransform]] = WeakKeyDictionary()
 
     # before loading
 
@@ -95,7 +99,7 @@ class MoeQuantizer(HfQuantizer):
             raise ValueError("Quantized experts are read from files; from_pretrained(state_dict=...) can't be used.")
         refuse_unsupported(model)
         checkpoint = Checkpoint(checkpoint_files)
-        finder = SourceFinder(model, checkpoint)
+        finder = SourceFinder(model, checkpoint, self.quantization_config.flipped_stacks or ())
         if not finder.targets:
             raise ValueError(
                 f"No routed experts found in {type(model).__name__}: no module declares the fused 3-D stacks of "
@@ -103,6 +107,8 @@ class MoeQuantizer(HfQuantizer):
             )
         sources = finder.find()
         settle_storage(self.quantization_config, sources)
+        if not self.pre_quantized:
+            self._check_skipped(model)
         routers = _routers(model)
         attach_empty_experts(model, sources, self._storage_of, checkpoint)
         self._loading = _Loading(model, checkpoint, sources, dict.fromkeys(model.state_dict()))
@@ -119,13 +125,23 @@ class MoeQuantizer(HfQuantizer):
             return None
         return config.storage
 
+    def _check_skipped(self, model: PreTrainedModel) -> None:
+        names = [name for name, _ in model.named_modules()]
+        for pattern in self.quantization_config.skip_modules or ():
+            if all(should_convert_module(name, [pattern]) for name in names):
+                raise ValueError(
+                    f"skip_modules names {pattern!r}, which is no module of {type(model).__name__}. Correct or remove "
+                    "it."
+                )
+
     def _prepare_linear(self, model: PreTrainedModel, finder: SourceFinder, routers: list[str], **kwargs: Any) -> None:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if self.pre_quantized:
             packed = finder.packed_names()
             skipped = [name for name in linear if f"{name}.weight" not in packed]
             if len(skipped) == len(linear):
-                self.linear, self.quantization_config.quantize_linear = None, False
+                self.linear = None
+                self.quantization_config.quantize_linear = self.quantization_config.quant_type is None
                 return
             skipped = [re.escape(name) for name in skipped]
         else:
@@ -215,6 +231,9 @@ class MoeQuantizer(HfQuantizer):
                 )
             stack.requires_grad_(False)
         fill_experts(model, sources, checkpoint)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.hf_quantizer = self  # parts can be saved by themselves
         if self.linear is not None:
             self.linear._process_model_after_weight_loading(model)
         # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
@@ -238,14 +257,16 @@ class MoeQuantizer(HfQuantizer):
             return self.state_dict_to_save, {}
         # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
         # them, and nothing is left for it to undo
-        if self._conversions is None:
+        if model not in self._conversions:
             conversions = getattr(model, "_weight_conversions", None)
             conversions = conversions_of(model) if conversions is None else conversions
-            self._conversions = [entry for entry in without_stacks(conversions) if not _has_no_inverse(entry)]
+            self._conversions[model] = [entry for entry in without_stacks(conversions) if not _has_no_inverse(entry)]
+        check_linear_can_be_saved(model, self._conversions[model])
+        self.quantization_config.flipped_stacks = flipped_stacks(model) or None
         stacks = tuple(f"{path}." for path in paths_of_stacks(model))
         tied = getattr(model, "all_tied_weights_keys", {})
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-        model._weight_conversions = self._conversions
+        model._weight_conversions = self._conversions[model]
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith(stacks)}
         others = revert_weight_conversion(model, others)
         model._weight_conversions = []
@@ -253,15 +274,16 @@ class MoeQuantizer(HfQuantizer):
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_adapters(model)
+        found = model.dtype
         revert_experts(model, dtype)
         if self.linear is not None:
-            model = self.linear._dequantize(model, dtype=dtype or model.config.dtype)
+            model = self.linear._dequantize(model, dtype=dtype or found)
         for part in model.modules():
             if isinstance(part, PreTrainedModel) and isinstance(getattr(part, "hf_quantizer", None), MoeQuantizer):
                 part._weight_conversions = None
                 part.is_loaded_in_4bit = False
                 self.remove_quantization_config(part)
-        return model
+        return model if dtype is None else model.to(dtype)
 
 
 def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
@@ -287,6 +309,41 @@ def paths_of_stacks(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
             yield from (f"{path}.{projection}" for projection in module.layout.projections)
+
+
+def flipped_stacks(model: nn.Module) -> list[str]:
+    """The stacks that are stored in the other orientation than their class has them."""
+    return [
+        f"{path}.{projection}"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedExperts)
+        for projection in module.layout.projections
+        if module.stack(projection).is_transposed != module.layout.is_transposed
+    ]
+
+
+def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransform]) -> None:
+    """Refuses to save packed linear layers that the checkpoint's layout has in another shape.
+
+    Raises:
+        ValueError: names the first.
+    """
+    made = {
+        target: entry
+        for entry in conversions
+        if isinstance(entry, WeightConverter)
+        for target in entry.target_patterns
+    }
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        for target, entry in made.items():
+            if target in f"{name}.weight":
+                raise ValueError(
+                    f"{name} is in 4 bits, but checkpoints of {type(model).__name__} have it in another shape "
+                    f"({', '.join(type(op).__name__ for op in entry.operations)}), which packed weights can't be "
+                    "brought to. Load with quantize_linear=False or the layer in skip_modules, or dequantize() first."
+                )
 
 
 def refuse_adapters(model: nn.Module) -> None:

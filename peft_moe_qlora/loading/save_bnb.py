@@ -12,16 +12,18 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..experts import QuantizedExperts
-from ..quantization import QuantizedStack, code_values
-from .quantizer import MoeQuantizer
+from ..quantization import QuantizedStack, Stack, code_values
+from .finder import conversions_of, without_stacks
+from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, refuse_adapters
 
 
 def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
     """Saves a model with quantized experts as bitsandbytes' checkpoints are laid out.
 
     One set of keys per expert and projection, under the names of the original checkpoint; where those are fused, one
-    set per stack. Codes are copied; scales in 8 bits are written in fp32, as they are decoded at use. `load_quantized`
-    reads it back with the same codes and scales.
+    set per stack; where the original has its weights in another order, under the model's own names. Codes are copied;
+    scales in 8 bits are written in fp32, as they are decoded at use. `load_quantized` reads it back with the same
+    codes and scales.
 
     Args:
         model: with quantized experts, without an adapter.
@@ -29,8 +31,9 @@ def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: A
         kwargs: of `save_pretrained`.
 
     Raises:
-        ValueError: the model's experts are not quantized, or blocks span gate and up projection.
+        ValueError: the model has an adapter, its experts are not quantized, or blocks span gate and up projection.
     """
+    refuse_adapters(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MoeQuantizer):
         raise ValueError(
@@ -67,11 +70,13 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         if isinstance(module, QuantizedExperts)
         for projection in module.layout.projections
     }
+    check_linear_can_be_saved(model, without_stacks(conversions_of(model)))
     of_stacks = tuple(f"{name}." for name in stacks)
     others = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(of_stacks)}
     found = _reverted(model, others)
+    flipped = set(flipped_stacks(model))
     for name, stack in stacks.items():
-        found |= _of_stack(model, name, stack)
+        found |= _of_stack(model, name, stack, name in flipped)
     return found
 
 
@@ -85,18 +90,19 @@ def _reverted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[
             model._weight_conversions = before
 
 
-def _of_stack(model: PreTrainedModel, name: str, stack: nn.Module) -> dict[str, torch.Tensor]:
-    num_parts = 1 if name.endswith(("down_proj", ".up_proj")) else 2
-    # numbers take the place of the weights, so that transformers' operations show which part goes where
-    numbers = torch.arange(stack.num_experts * num_parts).view(-1, num_parts, 1)
-    reverted = _reverted(model, {name: numbers})
-    if not all(part.numel() == 1 for part in reverted.values()):
-        reverted = {name: numbers}
+def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool) -> dict[str, torch.Tensor]:
+    projection = name.rpartition(".")[2]
+    num_parts = 2 if projection == "gate_up_proj" else 1
+    keys = _keys_of_parts(model, name, stack.num_experts, num_parts)
     if not isinstance(stack, QuantizedStack):
-        reverted_weights = _reverted(model, {name: stack.weight})
-        return {key: tensor.contiguous() for key, tensor in reverted_weights.items()}
-    if len(reverted) == 1:
-        return _packed(next(iter(reverted)), stack.codes, stack.scales(slice(None)), tuple(stack.shape), stack)
+        weights = {keys: stack.weight} if isinstance(keys, str) else _reverted(model, {name: stack.weight})
+        return {key: tensor.contiguous() for key, tensor in weights.items()}
+    if is_flipped:
+        names = ("gate_proj", "up_proj") if num_parts == 2 else (projection,)
+        path = name.rpartition(".")[0]
+        keys = [f"{path}.{expert}.{part}.weight" for expert in range(stack.num_experts) for part in names]
+    if isinstance(keys, str):
+        return _packed(keys, stack.codes, stack.scales(slice(None)), tuple(stack.shape), stack)
     _, rows, columns = stack.shape
     part_size = rows // num_parts * columns
     if part_size % stack.storage.blocksize or part_size % 2:
@@ -105,12 +111,30 @@ def _of_stack(model: PreTrainedModel, name: str, stack: nn.Module) -> dict[str, 
             f"{columns} each), which bitsandbytes' layout has apart. Save with save_pretrained."
         )
     found = {}
-    for key, number in reverted.items():
-        expert, part = divmod(number.item(), num_parts)
+    for number, key in enumerate(keys):
+        expert, part = divmod(number, num_parts)
         codes = stack.codes[expert].view(num_parts, -1)[part]
         absmax = stack.scales(slice(expert, expert + 1))[0].view(num_parts, -1)[part]
         found |= _packed(key, codes, absmax, (rows // num_parts, columns), stack)
     return found
+
+
+def _keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts: int) -> list[str] | str:
+    """The keys of all parts of a stack, expert by expert, gate before up, or the one key that holds all of them."""
+    # numbers take the place of the weights, two for each part, so that transformers' operations show what goes where
+    numbers = torch.arange(num_experts * num_parts * 2).view(num_experts, -1, 1)
+    try:
+        reverted = _reverted(model, {name: numbers})
+    except (AttributeError, ValueError):
+        # operations that ask for the shape of a parameter, or for several stacks at once
+        return name
+    in_order = sorted(reverted, key=lambda key: reverted[key].flatten()[0].item())
+    pairs = numbers.view(-1, 2, 1)
+    if len(in_order) == len(pairs) and all(torch.equal(reverted[key], pair) for key, pair in zip(in_order, pairs)):
+        return in_order
+    if len(in_order) == 1 and torch.equal(reverted[in_order[0]], numbers):
+        return in_order[0]
+    return name
 
 
 def _packed(

@@ -53,6 +53,11 @@ class Target:
     def num_experts(self) -> int:
         return self.shape[0]
 
+    def stored_shape(self, is_transposed: bool) -> torch.Size:
+        """`(E, rows, columns)` of a stack that is stored in one orientation or the other."""
+        num_experts, rows, columns = self.shape
+        return torch.Size(self.shape if is_transposed == self.is_transposed else (num_experts, columns, rows))
+
 
 class Source(ABC):
     """Where a stack comes from.
@@ -89,14 +94,16 @@ class NativeSource(Source):
     Args:
         target: the stack.
         tensors: name in the model -> key in the checkpoint.
+        is_flipped: whether matrices are stored in the other orientation than the class has.
     """
 
-    def __init__(self, target: Target, tensors: dict[str, str]) -> None:
+    def __init__(self, target: Target, tensors: dict[str, str], is_flipped: bool) -> None:
         super().__init__(target, list(tensors.values()))
         self.tensors = tensors
+        self.is_transposed = target.is_transposed != is_flipped
 
     def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
-        return QuantizedStack(torch.Size(self.target.shape), dtype, self.target.is_transposed, storage, "meta")
+        return QuantizedStack(self.target.stored_shape(self.is_transposed), dtype, self.is_transposed, storage, "meta")
 
     def check(self, stack: Stack, checkpoint: Checkpoint) -> None:
         """Makes sure that everything the stack needs is there and fits.
@@ -272,7 +279,6 @@ class PackedSource(Source):
         self.is_fused = len(self.lists[0]) == 1 and len(self.lists[0][0].shape) == 3
         packed = [tensor for tensors in self.lists for tensor in tensors]
         self.storage = packed[0].storage
-        self.dtype = packed[0].dtype
         for tensor in packed:
             if tensor.storage != self.storage:
                 raise CheckpointError(
@@ -322,10 +328,8 @@ class PackedSource(Source):
         return self.target.is_transposed == as_declared
 
     def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
-        shape = self.target.shape
-        if self.is_transposed != self.target.is_transposed:
-            shape = (shape[0], shape[2], shape[1])
-        return QuantizedStack(torch.Size(shape), dtype, self.is_transposed, self.storage, "meta")
+        shape = self.target.stored_shape(self.is_transposed)
+        return QuantizedStack(shape, dtype, self.is_transposed, self.storage, "meta")
 
     @torch.no_grad()
     def fill(self, stack: QuantizedStack, checkpoint: Checkpoint) -> None:
