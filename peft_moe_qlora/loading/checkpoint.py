@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +82,6 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         self._handles = {}
-        self._read_ahead: set[Path] = set()
         for file in self.files:
             self._read_header(file)
         for key, name in (weight_map or {}).items():
@@ -144,13 +141,6 @@ class Checkpoint:
             name = part.get_dtype()
             self.tensors[key] = TensorInfo(key, file, tuple(part.get_shape()), _DTYPES.get(name), name)
 
-    def read_ahead(self, key: str) -> None:
-        """Has the operating system read the key's file in long strides, beside whatever is done with its values."""
-        file = self.tensors[key].file
-        if file not in self._read_ahead and hasattr(os, "posix_fadvise"):
-            self._read_ahead.add(file)
-            threading.Thread(target=_will_need, args=(file,), daemon=True).start()
-
     def read(self, key: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         return self._handles[self.tensors[key].file].get_tensor(key)
@@ -171,11 +161,3 @@ class Checkpoint:
             for offset, key in enumerate(handle.offset_keys()):
                 positions[key] = (order[file], offset)
         return positions
-
-
-def _will_need(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(descriptor)

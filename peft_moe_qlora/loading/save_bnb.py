@@ -121,16 +121,16 @@ def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool)
 
 def _keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts: int) -> list[str] | str:
     """The keys of all parts of a stack, expert by expert, gate before up, or the one key that holds all of them."""
-    # numbers take the place of the weights, two for each part, so that transformers' operations show what goes where
-    numbers = torch.arange(num_experts * num_parts * 2).view(num_experts, -1, 1)
+    # numbers take the place of the weights, 2 x 2 for each part, so that transformers' operations show what goes where
+    numbers = torch.arange(num_experts * num_parts * 4).view(num_experts, -1, 2)
     try:
         reverted = _reverted(model, {name: numbers})
     except (AttributeError, ValueError):
         # operations that ask for the shape of a parameter, or for several stacks at once
         return name
     in_order = sorted(reverted, key=lambda key: reverted[key].flatten()[0].item())
-    pairs = numbers.view(-1, 2, 1)
-    if len(in_order) == len(pairs) and all(torch.equal(reverted[key], pair) for key, pair in zip(in_order, pairs)):
+    parts = numbers.view(-1, 2, 2)
+    if len(in_order) == len(parts) and all(torch.equal(reverted[key], part) for key, part in zip(in_order, parts)):
         return in_order
     if len(in_order) == 1 and torch.equal(reverted[in_order[0]], numbers):
         return in_order[0]

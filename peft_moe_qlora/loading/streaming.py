@@ -96,7 +96,4 @@ def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, pro
     """
     order = in_order_of_reading(sources, checkpoint)
     for path, projection in tqdm(order, desc="Quantizing experts", unit="stack", disable=not progressbar or not order):
-        source = sources[path][projection]
-        for key in source.keys:
-            checkpoint.read_ahead(key)
-        source.fill(model.get_submodule(path).stack(projection), checkpoint)
+        sources[path][projection].fill(model.get_submodule(path).stack(projection), checkpoint)
