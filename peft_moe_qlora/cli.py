@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .export import TARGETS, convert_adapter
 from .loading import inspect_checkpoint
 from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
 
@@ -29,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step")
     inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
     inspect.set_defaults(run=_inspect)
+    convert = commands.add_parser("convert", help="write a saved adapter in the layout of others")
+    convert.add_argument("adapter", help="directory of the adapter")
+    convert.add_argument("out", help="directory to be written to")
+    convert.add_argument("--to", choices=TARGETS, required=True, help="the layout")
+    convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -42,6 +49,11 @@ def _inspect(args: argparse.Namespace) -> None:
     storage = FourBitFormat(args.quant_type, args.blocksize, args.double_quant)
     found = inspect_checkpoint(args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch)
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    found = convert_adapter(args.adapter, args.out, args.to, args.base)
+    print(f"{len(found.experts)} stacks and {len(found.others)} other tensors written to {args.out} as {args.to}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .quantization import FourBitFormat
 
@@ -168,7 +168,7 @@ class MoeQLoraConfig(LoraConfig):
         """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed.
 
         Raises:
-            ValueError: the tensors beside the config are pickled.
+            ValueError: the tensors beside the config are pickled, or their file is cut off.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         directory = Path(pretrained_model_name_or_path, subfolder or "")
@@ -179,9 +179,12 @@ class MoeQLoraConfig(LoraConfig):
                 "save_pretrained(..., safe_serialization=True)."
             )
         if file.is_file():
-            with safe_open(file, framework="pt") as tensors:
-                keys = tensors.keys()
-                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    keys = tensors.keys()
+                    shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+            except SafetensorError as error:
+                raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
             config.stored = StoredAdapter(shapes, config.resolved_expert_r, dict(config.rank_pattern))
         return config
 

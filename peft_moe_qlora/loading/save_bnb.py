@@ -93,7 +93,7 @@ def _reverted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[
 def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool) -> dict[str, torch.Tensor]:
     projection = name.rpartition(".")[2]
     num_parts = 2 if projection == "gate_up_proj" else 1
-    keys = _keys_of_parts(model, name, stack.num_experts, num_parts)
+    keys = keys_of_parts(model, name, stack.num_experts, num_parts)
     if not isinstance(stack, QuantizedStack):
         weights = {keys: stack.weight} if isinstance(keys, str) else _reverted(model, {name: stack.weight})
         return {key: tensor.contiguous() for key, tensor in weights.items()}
@@ -119,7 +119,7 @@ def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool)
     return found
 
 
-def _keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts: int) -> list[str] | str:
+def keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts: int) -> list[str] | str:
     """The keys of all parts of a stack, expert by expert, gate before up, or the one key that holds all of them."""
     # numbers take the place of the weights, 2 x 2 for each part, so that transformers' operations show what goes where
     numbers = torch.arange(num_experts * num_parts * 4).view(num_experts, -1, 2)

@@ -1,0 +1,117 @@
+"""A saved adapter as plain data: the factors of experts, and everything else as PEFT names it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+
+from ..config import MoeQLoraConfig
+from ..targets import resolve_rank_and_alpha
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """What an adapter adds to one stack: `scaling * B[e] @ A[e]`.
+
+    Args:
+        path: of the experts module.
+        projection: name of the stack.
+        A: `(E, r, in)`.
+        B: `(E, out, r)`.
+        scaling: of the product.
+        alpha: that gives the scaling at this rank.
+    """
+
+    path: str
+    projection: str
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    alpha: float
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.projection}"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A saved adapter.
+
+    Args:
+        config: as saved.
+        experts: the factors of all adapted stacks; of one module, those of its first projection first.
+        others: key without PEFT's prefix -> tensor, of linear layers and whatever else was saved.
+    """
+
+    config: MoeQLoraConfig
+    experts: tuple[ExpertFactors, ...]
+    others: dict[str, torch.Tensor]
+
+
+def read_adapter(directory: str | Path) -> AdapterFile:
+    """Reads an adapter that `PeftModel.save_pretrained` has written.
+
+    Raises:
+        ValueError: the directory holds no MoE-QLoRA adapter, or one that is cut off, lacks a tensor, or has values
+            that are not finite or shapes that don't fit each other. The error names the file and the key.
+    """
+    file = Path(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not Path(directory, "adapter_config.json").is_file() or not file.is_file():
+        raise ValueError(f"{directory} has no adapter_config.json with {file.name}; a saved adapter was expected.")
+    config = MoeQLoraConfig.from_pretrained(str(directory))
+    if not isinstance(config, MoeQLoraConfig):
+        raise ValueError(f"{directory} holds an adapter of type {config.peft_type}; MOE_QLORA was expected.")
+    tensors = load_file(file)
+    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
+        name = key.removeprefix(PREFIX)
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            others[name] = tensor
+        else:
+            factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
+    experts = [_factors(file, config, *at, found) for at, found in factors.items()]
+    # the first projection of a module is the one that isn't down_proj
+    experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    if not experts:
+        raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
+    return AdapterFile(config, tuple(experts), others)
+
+
+def _factors(
+    file: Path, config: MoeQLoraConfig, path: str, projection: str, found: dict[str, torch.Tensor]
+) -> ExpertFactors:
+    r, alpha = resolve_rank_and_alpha(config, path, projection)
+    name = f"{path}.lora_{projection}"
+    if found.keys() != {"A", "B"}:
+        raise ValueError(f"{file} has {name}_{next(iter(found))}, but not the other factor of {path}.{projection}.")
+    A, B = found["A"], found["B"]
+    if A.dim() != 3 or B.dim() != 3 or A.shape[:2] != (B.shape[0], r) or B.shape[2] != r:
+        raise ValueError(
+            f"{file}: {name}_A {list(A.shape)} and {name}_B {list(B.shape)} are not (E, r, in) and (E, out, r) of "
+            f"rank {r}, which the config has for {path}.{projection}."
+        )
+    return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
+
+
+def linear_rank_and_alpha(config: MoeQLoraConfig, name: str) -> tuple[int, float]:
+    """Rank and alpha of a linear layer, as PEFT settles them."""
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)

@@ -1,0 +1,109 @@
+"""Adapters as PEFT's own LoRA on fused parameters (`target_parameters`) has them, from 0.19.1 on.
+
+`PATH.base_layer.lora_A.weight` and `lora_B` belong to the first projection, those without `base_layer` to the second;
+a module with one adapted projection has no `base_layer`. A is `(E * r, in)`, experts slowest; B is `(out, r * E)`,
+experts fastest. Layout: `peft.tuners.lora.layer.ParamWrapper`, peft 0.19.1 to 0.21.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from .adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+
+_KEPT_OPTIONS = (
+    "base_model_name_or_path",
+    "lora_alpha",
+    "modules_to_save",
+    "r",
+    "revision",
+    "task_type",
+    "use_rslora",
+)
+_OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
+
+
+def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Path | None = None) -> None:
+    """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
+
+    Ranks and alphas that differ between layers are kept as patterns, so that no factor is changed.
+
+    Args:
+        adapter: one of this package.
+        directory: created if it isn't there.
+        base: directory of the base model, of which the config is read where the layout depends on it. Default: what
+            the adapter's config names.
+
+    Raises:
+        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or the base's config is needed and not
+            there.
+    """
+    if adapter.config.bias != "none":
+        raise ValueError(
+            f"The adapter was trained with bias={adapter.config.bias!r}, which LoRA on parameters can't have. Merge "
+            "it instead."
+        )
+    of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
+    for factors in adapter.experts:
+        of_module[factors.path].append(factors)
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in adapter.others.items()}
+    for path, projections in of_module.items():
+        is_mistaken = _is_mistaken(path, adapter, base)
+        for depth, factors in enumerate(reversed(projections)):
+            segment = ".base_layer" * depth
+            A, B = factors.A, factors.B
+            if is_mistaken:
+                A, B = B.transpose(1, 2), A.transpose(1, 2)
+            num_experts, r, in_features = A.shape
+            A = A.reshape(num_experts * r, in_features)
+            B = B.permute(1, 2, 0).reshape(B.shape[1], r * num_experts)
+            tensors[f"{PREFIX}{path}{segment}.lora_A.weight"] = A.contiguous()
+            tensors[f"{PREFIX}{path}{segment}.lora_B.weight"] = B.contiguous()
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    _config(adapter).save_pretrained(directory)
+
+
+def _config(adapter: AdapterFile) -> LoraConfig:
+    config = adapter.config
+    suffix = ".lora_A.weight"
+    linear = sorted(key.removesuffix(suffix) for key in adapter.others if key.endswith(suffix))
+    as_parameters = [f"{name}.weight" for name in linear if name.rpartition(".")[2] in _OLD_NAMES]
+    settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
+    settled |= {name: linear_rank_and_alpha(config, name.removesuffix(".weight")) for name in as_parameters}
+    # the first pattern that matches counts
+    ranks = {name: r for name, (r, _) in settled.items() if r != config.r}
+    alphas = {name: alpha for name, (_, alpha) in settled.items() if alpha != config.lora_alpha}
+    return LoraConfig(
+        **{option: getattr(config, option) for option in _KEPT_OPTIONS},
+        target_modules=[name for name in linear if f"{name}.weight" not in as_parameters],
+        target_parameters=list(settled),
+        rank_pattern={**ranks, **config.rank_pattern},
+        alpha_pattern={**alphas, **config.alpha_pattern},
+        inference_mode=True,
+    )
+
+
+def _is_mistaken(path: str, adapter: AdapterFile, base: str | Path | None) -> bool:
+    """Whether PEFT takes the stacks of an experts module for (out, in), though they are (in, out).
+
+    It does where the class declares nothing, which is Llama 4's.
+    """
+    if not path.endswith("feed_forward.experts"):
+        return False
+    base = base or adapter.config.base_model_name_or_path
+    file = Path(base or "", "config.json")
+    if not base or not file.is_file():
+        raise ValueError(
+            f"{path} may be experts of Llama 4, which PEFT lays out in another way. Name the directory of the base "
+            f"model (the adapter's own, {base}, is not here)."
+        )
+    return str(json.loads(file.read_text()).get("model_type", "")).startswith("llama4")

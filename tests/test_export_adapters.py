@@ -1,0 +1,173 @@
+"""Adapters converted for others say there what they say here, and come back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from checkpoint_writers import read_tensors
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from shrunken_models import shrunken_config
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+
+from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.export import convert_adapter, read_adapter
+
+
+def save_adapter(directory, model_type: str = "qwen3_moe", **options):
+    """Saves base and adapter, in fp32 so that logits can be compared closely; gives the live logits."""
+    model = llama4() if model_type == "llama4_text" else tiny_model(model_type)
+    model.save_pretrained(directory / "base")
+    model.name_or_path = str(directory / "base")
+    config = MoeQLoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "quant_type": None, **options})
+    model = get_peft_model(model, config).eval()
+    randomize_adapter(model)
+    model.save_pretrained(directory / "adapter")
+    return logits(model, token_ids())
+
+
+def llama4():
+    torch.manual_seed(0)
+    return transformers.Llama4ForCausalLM(shrunken_config("llama4_text")).eval()
+
+
+LOADED_BY_STOCK_PEFT = """
+    import sys
+    sys.modules["peft_moe_qlora"] = None  # can't be imported
+    import torch, transformers
+    from peft import PeftModel
+    directory = sys.argv[1]
+    base = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, f"{directory}/converted").eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
+"""
+
+
+def stock_peft_logits(directory) -> torch.Tensor:
+    torch.save(token_ids(), directory / "ids.pt")
+    script = textwrap.dedent(LOADED_BY_STOCK_PEFT)
+    subprocess.run([sys.executable, "-c", script, str(directory)], check=True, capture_output=True)
+    return torch.load(directory / "logits.pt")
+
+
+OPTIONS = {
+    "one rank": {},
+    "experts of another rank": {"expert_r": 2, "expert_alpha": 5},
+    "rslora": {"use_rslora": True, "expert_r": 3},
+    "patterns": {
+        "rank_pattern": {"layers.1.mlp.experts.down_proj": 3, "q_proj": 2},
+        "alpha_pattern": {"layers.1.mlp.experts": 3, "layers.0.self_attn.q_proj": 9},
+    },
+    "one projection": {"target_modules": ["experts.down_proj", "o_proj"]},
+    "the first projection": {"target_modules": ["gate_up_proj"]},
+    "experts alone": {"target_modules": ["experts"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    # every option where there are dense layers and shared experts too
+    [("deepseek_v3", name) for name in OPTIONS]
+    + [(model_type, name) for model_type in ("qwen3_moe", "mixtral", "gpt_oss") for name in ("one rank", "patterns")],
+)
+def test_stock_peft_says_the_same(model_type, options, tmp_path):
+    live = save_adapter(tmp_path, model_type, **OPTIONS[options])
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
+    assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+
+
+def test_llama_4_is_laid_out_as_peft_does_it(tmp_path):
+    live = save_adapter(tmp_path, "llama4_text")
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
+    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    with pytest.raises(ValueError, match="may be experts of Llama 4"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "again", "peft-lora", base=tmp_path / "nowhere")
+
+
+def merged_by_hand(directory) -> dict[str, torch.Tensor]:
+    """The base's checkpoint plus a per-expert adapter, by nothing but names."""
+    weights = read_tensors(directory / "base")
+    factors = load_file(directory / "converted" / "adapter_model.safetensors")
+    config = json.loads((directory / "converted" / "adapter_config.json").read_text())
+    used = set()
+    for key in [key for key in factors if key.endswith(".lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        B = factors[key.replace("lora_A", "lora_B")]
+        assert factors[key].shape[0] == B.shape[1] == config["r"]
+        weights[name] = weights[name] + config["lora_alpha"] / config["r"] * (B @ factors[key])
+        used |= {key, key.replace("lora_A", "lora_B")}
+    assert used == factors.keys()
+    return weights
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_factors_of_single_experts_are_the_checkpoints(model_type, options, tmp_path):
+    """Added to the tensors of the same names, they give the model that the live adapter gives."""
+    live = save_adapter(tmp_path, model_type, **options)
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert")
+    save_file(merged_by_hand(tmp_path), tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=2e-5 * live.abs().max().item())
+
+
+def test_interleaved_rows_are_told_apart(tmp_path):
+    save_adapter(tmp_path, "gpt_oss", target_modules=["experts"])
+    found = convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert")
+    factors = load_file(tmp_path / "converted" / "adapter_model.safetensors")
+    gate_up = next(one for one in found.experts if one.name == "model.layers.1.mlp.experts.gate_up_proj")
+    prefix = "base_model.model.model.layers.1.mlp.experts.2"
+    assert torch.equal(factors[f"{prefix}.gate_proj.lora_B.weight"], gate_up.B[2, ::2])
+    assert torch.equal(factors[f"{prefix}.up_proj.lora_B.weight"], gate_up.B[2, 1::2])
+    assert torch.equal(factors[f"{prefix}.up_proj.lora_A.weight"], gate_up.A[2])
+
+
+@pytest.mark.parametrize("target", ["peft-lora", "per-expert"])
+def test_the_command(target, tmp_path):
+    save_adapter(tmp_path)
+    command = ["convert", str(tmp_path / "adapter"), str(tmp_path / "converted"), "--to", target]
+    assert main(command) == 0
+    assert {file.name for file in (tmp_path / "converted").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert main(command) == 1  # not empty any more
+
+
+def test_what_cannot_be_converted(tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
+        read_adapter(tmp_path)
+    save_adapter(tmp_path)
+    adapter, out = tmp_path / "adapter", tmp_path / "converted"
+    with pytest.raises(ValueError, match="target='vlmm' is unknown"):
+        convert_adapter(adapter, out, "vlmm")
+    with pytest.raises(ValueError, match=r"config\.json, which is not in"):
+        convert_adapter(adapter, out, "per-expert", base=tmp_path / "nowhere")
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has no experts model\.layers\.0\.mlp\.experts"):
+        convert_adapter(adapter, out, "per-expert", base=tmp_path / "other")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
+    save_file({name: t for name, t in tensors.items() if name != key}, file)
+    with pytest.raises(ValueError, match="lora_down_proj_B, but not the other factor"):
+        convert_adapter(adapter, out, "peft-lora")
+    save_file({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, file)
+    with pytest.raises(ValueError, match=r"lora_down_proj_A .* are not \(E, r, in\)"):
+        convert_adapter(adapter, out, "peft-lora")
+    save_file({**tensors, key: tensors[key] * float("nan")}, file)
+    with pytest.raises(ValueError, match="lora_down_proj_A has values that are not finite"):
+        convert_adapter(adapter, out, "peft-lora")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        convert_adapter(adapter, out, "peft-lora")
+    assert not out.exists()
