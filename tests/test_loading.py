@@ -125,6 +125,24 @@ def test_saved_and_loaded_again(save, model_type, quantize_linear, double_quant,
         assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
 
 
+@pytest.mark.parametrize("model_type", ["gemma4", "jamba", "llama4", "nemotron_h", "qwen3_next", "qwen4_exp"])
+def test_other_architectures_with_linear_layers_in_4_bits(model_type, tmp_path):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers doesn't have it")
+    model = shrunken_model(model_type)
+    model.save_pretrained(tmp_path / "dense")
+    options = {"dtype": torch.bfloat16, "output_loading_info": True, "device_map": "cpu"}
+    expected, info = type(model).from_pretrained(
+        tmp_path / "dense", quantization_config=MoeQuantizationConfig(), **options
+    )
+    assert not any(info.values())
+    assert any(type(module).__name__ == "Linear4bit" for module in expected.modules())
+    expected.save_pretrained(tmp_path / "packed")
+    found, info = type(model).from_pretrained(tmp_path / "packed", **options)
+    assert not any(info.values())
+    assert_same_bytes(dict(found.state_dict()), dict(expected.state_dict()))
+
+
 def test_the_layout_of_bitsandbytes_has_the_names_of_the_original(tmp_path):
     tiny_model("mixtral", dtype=torch.bfloat16, intermediate_size=64).save_pretrained(tmp_path / "dense")
     save_bitsandbytes(in_4_bits(tmp_path / "dense"), tmp_path / "packed")

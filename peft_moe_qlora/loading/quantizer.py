@@ -148,7 +148,8 @@ class MoeQuantizer(HfQuantizer):
             skipped = self.get_modules_to_not_convert(
                 model, self.quantization_config.skip_modules, model._keep_in_fp32_modules, add_default_skips=True
             )
-            skipped += map(re.escape, routers)
+            # `weight` in the name of a layer is taken for the weight itself when it is loaded packed (transformers 5.23)
+            skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
         config = self.linear.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
         config.llm_int8_skip_modules = skipped
@@ -199,9 +200,8 @@ class MoeQuantizer(HfQuantizer):
                     read.update(pattern_of(key) for key in source.keys)
                     missing.add(_any_number(source.target.name).removesuffix("$") + r"\.")
         own = {f"{path}.{projection}" for path, of_module in sources.items() for projection in of_module}
-        missing.update(
-            _any_number(name).removesuffix("$") + r"\." for name in set(paths_of_stacks(model)) - own
-        )  # tied
+        tied = set(paths_of_stacks(model)) - own
+        missing.update(_any_number(name).removesuffix("$") + r"\." for name in tied)
         known = {key for of_module in sources.values() for source in of_module.values() for key in source.keys}
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
         for key in checkpoint.tensors.keys() - known:
@@ -227,7 +227,7 @@ class MoeQuantizer(HfQuantizer):
             if any(parameter.is_meta for parameter in stack.parameters()):
                 raise ValueError(
                     f"{name} is to be offloaded to the CPU or the disk, which experts in 4 bits can't be. Give the "
-                    "model more memory (device_map, max_memory), or a smaller model less."
+                    "model more memory (device_map, max_memory), or use device_map='cpu'."
                 )
             stack.requires_grad_(False)
         fill_experts(model, sources, checkpoint)
