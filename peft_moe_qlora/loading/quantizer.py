@@ -148,7 +148,7 @@ class MoeQuantizer(HfQuantizer):
             skipped = self.get_modules_to_not_convert(
                 model, self.quantization_config.skip_modules, model._keep_in_fp32_modules, add_default_skips=True
             )
-            # `weight` in the name of a layer is taken for the weight itself when it is loaded packed (transformers 5.23)
+            # `weight` in the name of a layer is taken for the weight itself when it loads packed (transformers 5.23)
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
         config = self.linear.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
