@@ -247,6 +247,27 @@ def unmatched_patterns(
     return sorted(pattern for pattern in patterns if all(get_pattern_key([pattern], key) == key for key in keys))
 
 
+def check_pattern_order(config: MoeQLoraConfig, keys: list[str]) -> None:
+    """Refuses patterns of which the order matters: PEFT sorts them when it saves, and the first that matches counts.
+
+    Args:
+        config: the configuration.
+        keys: paths of modules, and of projections of experts, that patterns are held against.
+
+    Raises:
+        ValueError: names the two patterns, and what both match.
+    """
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, option) or {}
+        for key in keys if len(patterns) > 1 else ():
+            matching = [pattern for pattern in patterns if get_pattern_key([pattern], key) != key or pattern == key]
+            if matching and patterns[matching[0]] != patterns[min(matching)]:
+                raise ValueError(
+                    f"{option}: {matching[0]!r} and {min(matching)!r} both match {key}. The adapter file has them "
+                    "sorted, so that the second would count after loading. Make them exclude each other."
+                )
+
+
 def is_router(name: str, module: nn.Module, layouts: dict[str, ExpertsLayout]) -> bool:
     """Whether a linear layer is, or belongs to, the router of one of the experts modules.
 

@@ -273,3 +273,12 @@ def test_router_index_may_be_empty():
     assert out.shape == (0, 64)
     out.sum().backward()
     assert all(p.grad is not None for n, p in layer.named_parameters() if "lora_" in n)
+
+
+def test_patterns_of_which_the_order_matters():
+    """PEFT sorts them when it saves, and after loading another one would come first."""
+    base = tiny_model()
+    for patterns in ({"layers.1.mlp.experts": 4, "experts": 3}, {r"layers\.1\..*": 3, ".*": 11}):
+        with pytest.raises(ValueError, match="both match model"):
+            get_peft_model(base, MoeQLoraConfig(rank_pattern=patterns, target_modules=["experts"]))
+    get_peft_model(base, MoeQLoraConfig(rank_pattern={"layers.1.mlp.experts": 3, "experts": 3}))

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 from checkpoint_writers import read_tensors
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from shrunken_models import shrunken_config
+from shrunken_models import shrunken_config, shrunken_model
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig
@@ -65,6 +65,10 @@ OPTIONS = {
     "patterns": {
         "rank_pattern": {"layers.1.mlp.experts.down_proj": 3, "q_proj": 2},
         "alpha_pattern": {"layers.1.mlp.experts": 3, "layers.0.self_attn.q_proj": 9},
+    },
+    "patterns on layers that look like experts": {
+        "rank_pattern": {"down_proj": 2},
+        "alpha_pattern": {"(up|gate)_proj": 9, "self_attn.*": 3},
     },
     "one projection": {"target_modules": ["experts.down_proj", "o_proj"]},
     "the first projection": {"target_modules": ["gate_up_proj"]},
@@ -143,6 +147,42 @@ def test_the_command(target, tmp_path):
     assert main(command) == 1  # not empty any more
 
 
+def test_linear_layers_have_the_checkpoints_names_too(tmp_path):
+    model = shrunken_model("hy_v3", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, MoeQLoraConfig(r=2, quant_type=None, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert", tmp_path / "base")
+    names = {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        for key in load_file(tmp_path / "converted" / "adapter_model.safetensors")
+        if key.endswith("lora_A.weight")
+    }
+    assert any("shared" in name for name in names)
+    assert names <= read_tensors(tmp_path / "base").keys()
+
+
+def test_embeddings_and_modules_trained_in_full(tmp_path):
+    live = save_adapter(tmp_path, target_modules=["experts", "embed_tokens"], modules_to_save=["norm"])
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
+    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    with pytest.raises(ValueError, match="readers of LoRA don't know"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "again", "per-expert")
+
+
+def test_trained_tokens_are_refused(tmp_path):
+    save_adapter(tmp_path, target_modules=["experts"], trainable_token_indices=[4, 5])
+    with pytest.raises(ValueError, match="token"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
+
+
+def test_stock_adapters_are_none_of_ours(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type LORA; MOE_QLORA was expected"):
+        read_adapter(tmp_path)
+
+
 def test_what_cannot_be_converted(tmp_path):
     with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
         read_adapter(tmp_path)
@@ -161,6 +201,10 @@ def test_what_cannot_be_converted(tmp_path):
     save_file({name: t for name, t in tensors.items() if name != key}, file)
     with pytest.raises(ValueError, match="lora_down_proj_B, but not the other factor"):
         convert_adapter(adapter, out, "peft-lora")
+    lonely = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    save_file({name: t for name, t in tensors.items() if name != lonely}, file)
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight, but not .*q_proj\.lora_B\.weight"):
+        convert_adapter(adapter, out, "per-expert")
     save_file({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, file)
     with pytest.raises(ValueError, match=r"lora_down_proj_A .* are not \(E, r, in\)"):
         convert_adapter(adapter, out, "peft-lora")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from ..config import MoeQLoraConfig
+from ..config import MoeQLoraConfig, MoeQLoraPeftType
 from ..targets import resolve_rank_and_alpha
 
 PREFIX = "base_model.model."
+A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 _FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
 
 
@@ -69,12 +71,17 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         ValueError: the directory holds no MoE-QLoRA adapter, or one that is cut off, lacks a tensor, or has values
             that are not finite or shapes that don't fit each other. The error names the file and the key.
     """
-    file = Path(directory, SAFETENSORS_WEIGHTS_NAME)
-    if not Path(directory, "adapter_config.json").is_file() or not file.is_file():
-        raise ValueError(f"{directory} has no adapter_config.json with {file.name}; a saved adapter was expected.")
+    file, config_file = Path(directory, SAFETENSORS_WEIGHTS_NAME), Path(directory, CONFIG_NAME)
+    if not config_file.is_file():
+        raise ValueError(f"{directory} has no {CONFIG_NAME}; a saved adapter was expected.")
+    found_type = json.loads(config_file.read_text()).get("peft_type")
+    if found_type != MoeQLoraPeftType.MOE_QLORA.value:
+        raise ValueError(
+            f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value} was expected."
+        )
     config = MoeQLoraConfig.from_pretrained(str(directory))
-    if not isinstance(config, MoeQLoraConfig):
-        raise ValueError(f"{directory} holds an adapter of type {config.peft_type}; MOE_QLORA was expected.")
+    if not file.is_file():
+        raise ValueError(f"{directory} has no {file.name} beside {CONFIG_NAME}; a saved adapter was expected.")
     tensors = load_file(file)
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     others = {}
@@ -82,11 +89,17 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
         name = key.removeprefix(PREFIX)
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen embedding or head
         match = _FACTOR.fullmatch(name)
         if match is None:
             others[name] = tensor
         else:
             factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
+    for own, other in ((A_SUFFIX, B_SUFFIX), (B_SUFFIX, A_SUFFIX)):
+        for key in others:
+            if key.endswith(own) and key.removesuffix(own) + other not in others:
+                raise ValueError(f"{file} has {key}, but not {key.removesuffix(own)}{other}; it is damaged.")
     experts = [_factors(file, config, *at, found) for at, found in factors.items()]
     # the first projection of a module is the one that isn't down_proj
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
 
 _KEPT_OPTIONS = (
     "base_model_name_or_path",
@@ -26,6 +26,7 @@ _KEPT_OPTIONS = (
     "task_type",
     "use_rslora",
 )
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
@@ -50,6 +51,7 @@ def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Pat
             f"The adapter was trained with bias={adapter.config.bias!r}, which LoRA on parameters can't have. Merge "
             "it instead."
         )
+    _check_others(adapter)
     of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
     for factors in adapter.experts:
         of_module[factors.path].append(factors)
@@ -74,22 +76,34 @@ def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Pat
 
 def _config(adapter: AdapterFile) -> LoraConfig:
     config = adapter.config
-    suffix = ".lora_A.weight"
-    linear = sorted(key.removesuffix(suffix) for key in adapter.others if key.endswith(suffix))
+    suffixes = (A_SUFFIX, _EMBEDDING_A)
+    linear = sorted(key.removesuffix(suffix) for key in adapter.others for suffix in suffixes if key.endswith(suffix))
     as_parameters = [f"{name}.weight" for name in linear if name.rpartition(".")[2] in _OLD_NAMES]
     settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
-    settled |= {name: linear_rank_and_alpha(config, name.removesuffix(".weight")) for name in as_parameters}
-    # the first pattern that matches counts
+    parameters = [*settled, *as_parameters]
+    settled |= {
+        name: linear_rank_and_alpha(config, name.removesuffix(".weight")) for name in (*linear, *as_parameters)
+    }
+    # names instead of the patterns: of patterns the first counts that matches, and PEFT sorts them when it saves
     ranks = {name: r for name, (r, _) in settled.items() if r != config.r}
     alphas = {name: alpha for name, (_, alpha) in settled.items() if alpha != config.lora_alpha}
     return LoraConfig(
         **{option: getattr(config, option) for option in _KEPT_OPTIONS},
         target_modules=[name for name in linear if f"{name}.weight" not in as_parameters],
-        target_parameters=list(settled),
-        rank_pattern={**ranks, **config.rank_pattern},
-        alpha_pattern={**alphas, **config.alpha_pattern},
+        target_parameters=parameters,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         inference_mode=True,
     )
+
+
+def _check_others(adapter: AdapterFile) -> None:
+    """Refuses what would be written, but not loaded."""
+    saved = adapter.config.modules_to_save or ()
+    for key in adapter.others:
+        is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, _EMBEDDING_A, _EMBEDDING_B))
+        if not is_of_lora and not any(f"{name}." in key for name in saved):
+            raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
 
 
 def _is_mistaken(path: str, adapter: AdapterFile, base: str | Path | None) -> bool:

@@ -7,6 +7,7 @@ padded with zeros, scalings that differ are multiplied into B, and what wasn't t
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,11 +21,9 @@ from transformers import AutoConfig
 
 from ..experts import ExpertsLayout
 from ..loading.load import class_of
-from ..loading.save_bnb import keys_of_parts
+from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts
-from .adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
 
 
 def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Path | None = None) -> None:
@@ -45,7 +44,7 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
             f"What experts are called in the base's checkpoint follows from its config.json, which is not in {base}. "
             "Name the directory of the base model."
         )
-    strange = [key for key in adapter.others if not key.endswith((_A, _B))]
+    strange = [key for key in adapter.others if not key.endswith((A_SUFFIX, B_SUFFIX))]
     if strange or adapter.config.bias != "none":
         raise ValueError(
             f"The adapter has {strange[0] if strange else 'biases'}, which readers of LoRA don't know. Merge it."
@@ -61,19 +60,20 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
                 f"{base} has no experts {factors.path}, for which the adapter has factors of {factors.name}."
             )
         of_module[factors.path][factors.projection] = factors
-    linear = {key.removesuffix(_A) for key in adapter.others if key.endswith(_A)}
-    scalings = {factors.scaling for factors in adapter.experts} | {_linear_scaling(adapter, name) for name in linear}
-    scaling = scalings.pop() if len(scalings) == 1 else 1.0
-    ranks = [factors.r for factors in adapter.experts] + [adapter.others[name + _A].shape[0] for name in linear]
+    linear = {key.removesuffix(A_SUFFIX) for key in adapter.others if key.endswith(A_SUFFIX)}
+    scalings = [factors.scaling for factors in adapter.experts] + [_linear_scaling(adapter, name) for name in linear]
+    scaling = scalings[0] if all(math.isclose(one, scalings[0]) for one in scalings) else 1.0
+    ranks = [factors.r for factors in adapter.experts] + [adapter.others[name + A_SUFFIX].shape[0] for name in linear]
     rank = max(ranks)
 
     tensors: dict[str, torch.Tensor] = {}
 
     def add(name: str, A: torch.Tensor, B: torch.Tensor, own_scaling: float) -> None:
         missing = rank - A.shape[0]
-        B = B if own_scaling == scaling else B * (own_scaling / scaling)
-        tensors[f"{PREFIX}{name}{_A}"] = pad(A, (0, 0, 0, missing)).contiguous().clone()
-        tensors[f"{PREFIX}{name}{_B}"] = pad(B, (0, missing)).contiguous().clone()
+        if not math.isclose(own_scaling, scaling):
+            B = (B.float() * (own_scaling / scaling)).to(B.dtype)
+        tensors[f"{PREFIX}{name}{A_SUFFIX}"] = pad(A, (0, 0, 0, missing)).contiguous().clone()
+        tensors[f"{PREFIX}{name}{B_SUFFIX}"] = pad(B, (0, missing)).contiguous().clone()
 
     for path, projections in of_module.items():
         layout = layouts[path]
@@ -82,8 +82,8 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
             factors = projections.get(projection)
             if factors is None:
                 A, B = (
-                    torch.zeros(layout.num_experts, 1, in_features),
-                    torch.zeros(layout.num_experts, out_features, 1),
+                    adapter.experts[0].A.new_zeros(layout.num_experts, 1, in_features),
+                    adapter.experts[0].A.new_zeros(layout.num_experts, out_features, 1),
                 )
                 own_scaling = scaling
             else:
@@ -98,12 +98,13 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
             for number, name in enumerate(names):
                 expert, part = divmod(number, len(parts))
                 add(name, A[expert], parts[part][expert], own_scaling)
-    for name in linear:
-        add(name, adapter.others[name + _A], adapter.others[name + _B], _linear_scaling(adapter, name))
+    for name in sorted(linear):
+        A, B = adapter.others[name + A_SUFFIX], adapter.others[name + B_SUFFIX]
+        add(_name_of_linear(model, name), A, B, _linear_scaling(adapter, name))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-    targets = sorted({key.removesuffix(_A).rpartition(".")[2] for key in tensors if key.endswith(_A)})
+    targets = sorted({key.removesuffix(A_SUFFIX).rpartition(".")[2] for key in tensors if key.endswith(A_SUFFIX)})
     LoraConfig(
         r=rank,
         lora_alpha=scaling * rank,
@@ -116,6 +117,21 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
 
 def _linear_scaling(adapter: AdapterFile, name: str) -> float:
     return adapter.config.scaling(*linear_rank_and_alpha(adapter.config, name))
+
+
+def _name_of_linear(model: nn.Module, name: str) -> str:
+    """What a linear layer is called in the checkpoint.
+
+    Raises:
+        ValueError: its weight is a part of another tensor there, or made of several.
+    """
+    key = key_of_tensor(model, f"{name}.weight")
+    if key is None:
+        raise ValueError(
+            f"{name} is no layer of its own in the base's checkpoint, so that its factors have no name there. Merge "
+            "the adapter, or leave the layer out of it."
+        )
+    return key.removesuffix(".weight")
 
 
 def _names(model: nn.Module, name: str, layout: ExpertsLayout) -> list[str]:

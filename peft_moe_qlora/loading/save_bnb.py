@@ -137,6 +137,17 @@ def keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts
     return name
 
 
+def key_of_tensor(model: PreTrainedModel, name: str) -> str | None:
+    """The key that a parameter has in the original checkpoint; None if it isn't a tensor of its own there."""
+    numbers = torch.arange(16).view(4, 4)
+    try:
+        reverted = _reverted(model, {name: numbers})
+    except (AttributeError, RuntimeError, ValueError):
+        return None
+    key, found = next(iter(reverted.items()))
+    return key if len(reverted) == 1 and torch.equal(found, numbers) else None
+
+
 def _packed(
     key: str, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], stack: QuantizedStack
 ) -> dict[str, torch.Tensor]:
