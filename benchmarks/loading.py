@@ -164,12 +164,12 @@ class AnonymousMemory:
     """Samples the process's anonymous memory, which leaves memory-mapped files out."""
 
     def __init__(self) -> None:
-        self.start = self.peak = self._now()
+        self.start = self.peak = self.now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     @staticmethod
-    def _now() -> int:
+    def now() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
@@ -177,7 +177,7 @@ class AnonymousMemory:
 
     def _sample(self) -> None:
         while not self._done.wait(0.005):
-            self.peak = max(self.peak, self._now())
+            self.peak = max(self.peak, self.now())
 
     def __enter__(self) -> AnonymousMemory:
         self._thread.start()
@@ -200,7 +200,7 @@ def measure_loading(directory: Path, device: str, config: MoeQuantizationConfig)
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-        resident_cpu = memory._now() - memory.start
+        resident_cpu = memory.now() - memory.start
     found = {
         "seconds": seconds,
         "weights": sum(parameter.nbytes for parameter in model.parameters()),

@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
 
 from ..experts import ExpertsLayout, find_experts, read_layout
 from ..experts.architectures import checkpoint_conversions
-from .bnb_format import packed_tensor, split_suffix
+from .bnb_format import SUFFIXES, packed_tensor, split_suffix
 from .checkpoint import Checkpoint, CheckpointError
 from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, Target
 
@@ -77,6 +77,8 @@ class SourceFinder:
         self.names = dict.fromkeys([*model.state_dict(), *native], True)
         self.beside_stacks: dict[str, str] = {}
         """Name in the model -> key, of biases and norms of the experts modules; known once `find` has run."""
+        self.native: dict[str, str] = {}
+        """Name in the model -> key, of stacks that this package has saved; known once `find` has run."""
         self._packed = {split_suffix(key)[0] for key in checkpoint.tensors if split_suffix(key)[1]}
 
     def packed_names(self) -> set[str]:
@@ -91,7 +93,6 @@ class SourceFinder:
                 in an unknown way, or belong to experts that the model doesn't have.
         """
         plain: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
-        self.native: dict[str, str] = {}
         paths = tuple(f"{target.path}." for target in self.targets.values())
         packed = self._packed
         for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
@@ -175,7 +176,8 @@ class SourceFinder:
         if not any(are_packed):
             return DenseSource(target, lists, converter, self.config, self.checkpoint, turn)
         tensors = {pattern: [packed_tensor(self.checkpoint, key) for key in keys] for pattern, keys in lists.items()}
-        everything = [key for key in self.checkpoint.tensors if split_suffix(key)[0] in set(keys)]
+        with_scales = (key + suffix for key in keys for suffix in ("", *SUFFIXES))
+        everything = [key for key in with_scales if key in self.checkpoint.tensors]
         return PackedSource(target, tensors, converter, everything, turn)
 
     def _lists(self, target: Target, plain: dict) -> tuple[dict[str, list[str]], WeightConverter | None, int]:

@@ -20,7 +20,7 @@ from .finder import SourceFinder
 from .in_memory import register_storage
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
 from .quantizer import settle_storage
-from .sources import DenseSource, NativeSource, Source
+from .sources import DenseSource, NativeSource, Source, each_source
 from .streaming import attach_empty_experts, fill_experts
 
 _OF_HUB = (
@@ -159,7 +159,7 @@ def load_experts(
     saved = saved_config(Path(directory))
     finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())
     sources = finder.find()
-    for source in (source for of_module in sources.values() for source in of_module.values()):
+    for source in each_source(sources):
         if isinstance(source, NativeSource) and saved is None:
             raise CheckpointError(
                 f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "

@@ -26,12 +26,12 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..experts import QuantizedExperts, refuse_unsupported, revert_experts
-from ..quantization import FourBitFormat
+from ..quantization import FourBitFormat, Stack
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder, conversions_of, without_stacks
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
-from .sources import DenseSource, NativeSource, PackedSource, Source, Sources
+from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, each_source
 from .streaming import attach_empty_experts, fill_experts
 
 
@@ -192,17 +192,16 @@ class MoeQuantizer(HfQuantizer):
             return _any_number(name)
 
         read, loaded, missing = set(), set(), set()
-        for of_module in sources.values():
-            for source in of_module.values():
-                if isinstance(source, NativeSource):
-                    loaded.update(pattern_of(key) for key in source.keys)
-                else:
-                    read.update(pattern_of(key) for key in source.keys)
-                    missing.add(_any_number(source.target.name).removesuffix("$") + r"\.")
-        own = {f"{path}.{projection}" for path, of_module in sources.items() for projection in of_module}
-        tied = set(paths_of_stacks(model)) - own
+        for source in each_source(sources):
+            if isinstance(source, NativeSource):
+                loaded.update(pattern_of(key) for key in source.keys)
+            else:
+                read.update(pattern_of(key) for key in source.keys)
+                missing.add(_any_number(source.target.name).removesuffix("$") + r"\.")
+        own = {source.target.name for source in each_source(sources)}
+        tied = {name for name, _, _ in quantized_stacks(model)} - own
         missing.update(_any_number(name).removesuffix("$") + r"\." for name in tied)
-        known = {key for of_module in sources.values() for source in of_module.values() for key in source.keys}
+        known = {key for source in each_source(sources) for key in source.keys}
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
         for key in checkpoint.tensors.keys() - known:
             is_ignored = any(pattern.search(key) for pattern in ignored)
@@ -218,12 +217,7 @@ class MoeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _, checkpoint, sources, _ = self._loading
-        stacks = {
-            f"{path}.{projection}": model.get_submodule(path).stack(projection)
-            for path, of_module in sources.items()
-            for projection in of_module
-        }
-        for name, stack in stacks.items():
+        for name, _, stack in quantized_stacks(model):
             if any(parameter.is_meta for parameter in stack.parameters()):
                 raise ValueError(
                     f"{name} is to be offloaded to the CPU or the disk, which experts in 4 bits can't be. Give the "
@@ -263,7 +257,7 @@ class MoeQuantizer(HfQuantizer):
             self._conversions[model] = [entry for entry in without_stacks(conversions) if not _has_no_inverse(entry)]
         check_linear_can_be_saved(model, self._conversions[model])
         self.quantization_config.flipped_stacks = flipped_stacks(model) or None
-        stacks = tuple(f"{path}." for path in paths_of_stacks(model))
+        stacks = tuple(f"{name}." for name, _, _ in quantized_stacks(model))
         tied = getattr(model, "all_tied_weights_keys", {})
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         model._weight_conversions = self._conversions[model]
@@ -292,7 +286,7 @@ def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
     Raises:
         CheckpointError: they are in different ones.
     """
-    packed = [s for of_module in sources.values() for s in of_module.values() if isinstance(s, PackedSource)]
+    packed = [source for source in each_source(sources) if isinstance(source, PackedSource)]
     for source in packed:
         if source.storage != packed[0].storage:
             raise CheckpointError(
@@ -304,21 +298,17 @@ def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
         config.quant_type, config.blocksize, config.double_quant = storage.quant_type, storage.blocksize, False
 
 
-def paths_of_stacks(model: nn.Module) -> Iterator[str]:
-    """The paths of all stacks of a model's quantized experts."""
+def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, Stack]]:
+    """Path, experts module and stack of everything that a model's `QuantizedExperts` own."""
     for path, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
-            yield from (f"{path}.{projection}" for projection in module.layout.projections)
+            yield from ((f"{path}.{name}", module, module.stack(name)) for name in module.layout.projections)
 
 
 def flipped_stacks(model: nn.Module) -> list[str]:
     """The stacks that are stored in the other orientation than their class has them."""
     return [
-        f"{path}.{projection}"
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedExperts)
-        for projection in module.layout.projections
-        if module.stack(projection).is_transposed != module.layout.is_transposed
+        name for name, experts, stack in quantized_stacks(model) if stack.is_transposed != experts.layout.is_transposed
     ]
 
 

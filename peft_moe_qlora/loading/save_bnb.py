@@ -11,10 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..experts import QuantizedExperts
 from ..quantization import QuantizedStack, Stack, code_values
 from .finder import conversions_of, without_stacks
-from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, refuse_adapters
+from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, quantized_stacks, refuse_adapters
 
 
 def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
@@ -64,12 +63,7 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: see `save_bitsandbytes`.
     """
-    stacks = {
-        f"{path}.{projection}": module.stack(projection)
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedExperts)
-        for projection in module.layout.projections
-    }
+    stacks = {name: stack for name, _, stack in quantized_stacks(model)}
     check_linear_can_be_saved(model, without_stacks(conversions_of(model)))
     of_stacks = tuple(f"{name}." for name in stacks)
     others = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(of_stacks)}

@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -346,6 +346,10 @@ class PackedSource(Source):
 
 Sources = dict[str, dict[str, Source]]
 """Path of an experts module -> projection -> where its stack comes from."""
+
+
+def each_source(sources: Sources) -> Iterator[Source]:
+    return (source for of_module in sources.values() for source in of_module.values())
 
 
 def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
