@@ -6,10 +6,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from .export import TARGETS, convert_adapter
+import torch
+
+from .export import LAYOUTS, ONTO, TARGETS, convert_adapter, merge_checkpoint, merge_quantized, verify_merge
 from .loading import inspect_checkpoint
+from .model import ROUNDINGS
 from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +36,28 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step")
     inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
     inspect.set_defaults(run=_inspect)
+    merge = commands.add_parser(
+        "merge",
+        help="write base and adapter as one checkpoint",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    merge.add_argument("base", help="directory of the base model")
+    merge.add_argument("adapter", help="directory of the adapter")
+    merge.add_argument("out", help="directory to be written to; an interrupted merge is taken up")
+    merge.add_argument("--onto", choices=ONTO, default="quantized", help="weights as trained on, or the checkpoint's")
+    merge.add_argument("--dtype", choices=_DTYPES, help="of the result; the checkpoint's unless given")
+    merge.add_argument("--quantize", choices=QUANT_TYPES, help="experts in 4 bits; loads the model into memory")
+    merge.add_argument("--layout", choices=LAYOUTS, default="native", help="of a quantized result")
+    merge.add_argument("--rounding", choices=ROUNDINGS, default="second-order", help="of a quantized result")
+    merge.add_argument("--calibration", metavar="TEXT", help="file that the rounding is good for; else random tokens")
+    merge.add_argument("--verify", metavar="TEXT", help="file on which live adapter and result are compared")
+    merge.add_argument(
+        "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
+    )
+    merge.add_argument("--device", default="cpu", help="for what runs the model: --quantize and --verify")
+    merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
+    merge.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    merge.set_defaults(run=_merge)
     convert = commands.add_parser("convert", help="write a saved adapter in the layout of others")
     convert.add_argument("adapter", help="directory of the adapter")
     convert.add_argument("out", help="directory to be written to")
@@ -49,6 +77,37 @@ def _inspect(args: argparse.Namespace) -> None:
     storage = FourBitFormat(args.quant_type, args.blocksize, args.double_quant)
     found = inspect_checkpoint(args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch)
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    if args.quantize is None:
+        _check_unused(args, "--quantize", layout="native", rounding="second-order", calibration=None)
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        report = merge_checkpoint(args.base, args.adapter, args.out, args.onto, dtype, args.dry_run)
+    else:
+        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None)
+        report = merge_quantized(
+            args.base,
+            args.adapter,
+            args.out,
+            args.quantize,
+            args.layout,
+            args.rounding,
+            args.calibration,
+            args.device,
+            args.dry_run,
+        )
+    if args.verify is not None and not args.dry_run:
+        verify_dtype = None if args.verify_dtype is None else getattr(torch, args.verify_dtype)
+        report = verify_merge(report, args.out, args.verify, verify_dtype, args.device)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
+
+
+def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None:
+    """Refuses options that would have no effect."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} is an option of {place}. Leave it out.")
 
 
 def _convert(args: argparse.Namespace) -> None:

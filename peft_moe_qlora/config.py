@@ -98,6 +98,7 @@ class MoeQLoraConfig(LoraConfig):
         double_quant: store the scales in 8 bits, 0.37 bits a weight less at block size 64.
         rank_pattern, alpha_pattern: keys are matched against the path of an experts module, and before that against
             that of a projection of it, such as `"layers.3.mlp.experts.down_proj"`.
+        base: what the adapter was trained on (`BaseIdentity`); set by this package when the adapter is created.
         format_version: of the adapter file; set by this package.
 
     Raises:
@@ -117,10 +118,14 @@ class MoeQLoraConfig(LoraConfig):
     )
     blocksize: int = field(default=64, metadata={"help": "Weights of an expert that share a scale."})
     double_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits."})
+    base: dict | None = field(default=None, metadata={"help": "What the adapter was trained on; set when created."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
 
     stored: ClassVar[StoredAdapter | None] = None
     """What stands beside the file that the config was read from; set on instances, never saved."""
+
+    is_read: ClassVar[bool] = False
+    """Whether `base` comes from a file; set on instances, never saved."""
 
     def __post_init__(self) -> None:
         if self.format_version > FORMAT_VERSION:
@@ -171,6 +176,7 @@ class MoeQLoraConfig(LoraConfig):
             ValueError: the tensors beside the config are pickled, or their file is cut off.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.is_read = True
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
         if pickled.is_file() and not file.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,12 +128,13 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
             self._check_mixed_batch(hidden_states, adapter_names)
             low_rank = self._mixed_low_rank(hidden_states, adapter_names)
         elif not self.merged:
-            low_rank = self._low_rank(self.active_adapters)
+            low_rank = self.low_rank_terms(self.active_adapters)
         return self.base_layer(hidden_states, top_k_index, top_k_weights, low_rank=low_rank)
 
-    def _low_rank(
+    def low_rank_terms(
         self, adapter_names: Sequence[str], token_masks: dict[str, torch.Tensor] | None = None
     ) -> dict[str, list[LowRank]]:
+        """What the given adapters add: projection -> terms, for the tokens of their masks if there are any."""
         terms: dict[str, list[LowRank]] = {}
         for adapter_name in adapter_names:
             for projection in self.r.get(adapter_name, ()):
@@ -166,18 +167,27 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
         for adapter_name in dict.fromkeys(name for name in adapter_names if name != BASE):
             of_sample = torch.tensor([name == adapter_name for name in adapter_names], device=hidden_states.device)
             masks[adapter_name] = of_sample.repeat_interleave(tokens_per_sample)
-        return self._low_rank(list(masks), masks)
+        return self.low_rank_terms(list(masks), masks)
 
     def expert_delta(self, projection: str, adapter_names: Sequence[str], expert: int) -> torch.Tensor:
         """`(out, in)` fp32: what the given adapters add to one expert's matrix."""
+        A, B = self.expert_factors(projection, adapter_names, expert)
+        return B @ A
+
+    def expert_factors(
+        self, projection: str, adapter_names: Sequence[str], expert: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A (R, in)` and `B (out, R)` fp32 of one expert: the given adapters' side by side, scaling in B."""
         stack = self.base_layer.stack(projection)
-        delta = torch.zeros(stack.out_features, stack.in_features, device=stack.device)
+        A = [torch.zeros(0, stack.in_features, device=stack.device)]
+        B = [torch.zeros(stack.out_features, 0, device=stack.device)]
         for adapter_name in adapter_names:
             factors = self.factors(projection, adapter_name)
             if factors is not None:
-                A, B = (factor[expert].detach().to(stack.device, torch.float32) for factor in factors)
-                delta += self.scaling[adapter_name][projection] * (B @ A)
-        return delta
+                of_expert = (factor[expert].detach().to(stack.device, torch.float32) for factor in factors)
+                A.append(next(of_expert))
+                B.append(self.scaling[adapter_name][projection] * next(of_expert))
+        return torch.cat(A), torch.cat(B, dim=1)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -202,19 +212,30 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
             projection: self._base_stack(projection).merged(
                 lambda expert, projection=projection: self.expert_delta(projection, names, expert)
             )
-            for projection in self._adapted_projections(names)
+            for projection in self.adapted_projections(names)
         }
-        for projection, stack in merged.items():
+        for projection in merged:
             self._unmerged_stacks.setdefault(projection, self.base_layer.stack(projection))
+        self.replace_stacks(merged, names)
+
+    def replace_stacks(self, merged: Mapping[str, Stack], adapter_names: Sequence[str]) -> None:
+        """Puts merged stacks in the place of those that they were made from.
+
+        Args:
+            merged: projection -> stack.
+            adapter_names: what is merged into them.
+        """
+        for projection, stack in merged.items():
             self.base_layer.add_module(projection, stack)
-        self.merged_adapters = names
+        self.merged_adapters = list(adapter_names)
 
     def _base_stack(self, projection: str) -> Stack:
         current = self.base_layer.stack(projection)
         # the model may have been moved or cast since
         return self._unmerged_stacks.get(projection, current).to(current.device, current.dtype)
 
-    def _adapted_projections(self, adapter_names: Sequence[str]) -> list[str]:
+    def adapted_projections(self, adapter_names: Sequence[str]) -> list[str]:
+        """Names of the projections that one of the adapters has factors for."""
         return [
             projection
             for projection in self.base_layer.layout.projections

@@ -17,6 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
+from .base_identity import differing_sample, identify_base
+from .calibration import merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .layer import BASE, MoeQLoraExperts
@@ -35,6 +37,8 @@ from .targets import (
     unmatched_patterns,
 )
 from .weighted import Combination, combine_experts, combined_rank
+
+ROUNDINGS = ("second-order", "nearest")
 
 
 class MoeQLoraModel(LoraModel):
@@ -82,6 +86,23 @@ class MoeQLoraModel(LoraModel):
         if any(self._check_target_module_exists(peft_config, name) for name in module_names):
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
             skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
+        self._settle_base(peft_config, model)
+
+    @staticmethod
+    def _settle_base(config: MoeQLoraConfig, model: nn.Module) -> None:
+        """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on."""
+        found = identify_base(model)
+        if config.base is None or not config.is_read:
+            config.base = found.to_dict()
+            return
+        differing = differing_sample(config.base["samples"], found.samples)
+        if differing is not None:
+            warnings.warn(
+                f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "
+                f"loaded; it was made for {config.base_model_name_or_path}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _check_matched_modules(
         self, config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]
@@ -332,8 +353,14 @@ class MoeQLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         dtype: torch.dtype | None = None,
+        rounding: str = "second-order",
+        calibration: torch.Tensor | None = None,
     ) -> nn.Module:
         """Merges adapters and takes the tuner off the model.
+
+        Rounding to the nearest 4-bit value can lose much of what was trained. By default the model is run once, and
+        each layer of experts is rounded such that what it gives for its inputs changes least (`second_order`). Random
+        tokens do for that; a text like the one that the model is for does a little better.
 
         Args:
             progressbar: show one.
@@ -341,27 +368,71 @@ class MoeQLoraModel(LoraModel):
             adapter_names: what to merge. Default: the active adapters.
             dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
                 with dequantized and merged stacks, ready for `save_pretrained`.
+            rounding: of experts in 4 bits, `"second-order"` or `"nearest"`, which needs no forward.
+            calibration: `(N, L)` token ids for the forward. Default: `random_token_ids`.
 
         Returns:
             The base model, changed in place.
 
         Raises:
-            ValueError: an adapter is unknown or has values that are not finite, or `dtype` is none of floating point.
+            ValueError: an adapter is unknown or has values that are not finite, `dtype` is none of floating point,
+                `rounding` is unknown, or `calibration` is given where nothing is rounded by it.
         """
         self._check_mergeable(adapter_names)
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={rounding!r} is unknown; choose one of {ROUNDINGS}.")
+        if calibration is not None and (dtype is not None or rounding == "nearest"):
+            raise ValueError(
+                "calibration is for experts that are rounded to 4 bits by second-order rounding; leave it out, or "
+                "dtype and rounding."
+            )
+        if dtype is None and rounding == "second-order":
+            self._merge_for_inputs(adapter_names, calibration, progressbar)
         if dtype is None:
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype={dtype} can't hold merged weights; choose torch.bfloat16, float16 or float32.")
         for layer in tqdm(list(self.expert_layers()), desc="Merging experts", disable=not progressbar):
             layer.merge_into_dense(dtype, adapter_names)
-        # the experts are merged; what is left are linear layers
-        for path, layer in list(self.model.named_modules()):
-            if isinstance(layer, MoeQLoraExperts):
-                parent_path, _, name = path.rpartition(".")
-                self._replace_module(self.model.get_submodule(parent_path), name, layer.base_layer, layer)
+        self._unwrap([path for path, layer in self.model.named_modules() if isinstance(layer, MoeQLoraExperts)])
         restore_experts(self.model, dtype)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _merge_for_inputs(
+        self, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool
+    ) -> None:
+        """Merges the quantized experts that adapters reach; what is left, PEFT does."""
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        layers = {}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, MoeQLoraExperts) and not layer.base_layer.is_dense:
+                of_layer = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
+                if layer.merged:
+                    layer.unmerge()
+                names = list(dict.fromkeys([*of_layer, *names]))
+                if layer.adapted_projections(names):
+                    layers[path] = layer
+        if not layers:
+            return
+        if calibration is None:
+            calibration = random_token_ids(self.model.config)
+        self.set_adapter(names, inference_mode=True)
+        missed = merge_for_inputs(self.model, layers, names, calibration, progressbar)
+        self._unwrap([path for path in layers if path not in missed])
+        if missed:
+            warnings.warn(
+                f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "
+                "they are rounded to the nearest value.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _unwrap(self, paths: Sequence[str]) -> None:
+        """Puts experts in the place of their layers, which are merged; what is left are linear layers."""
+        for path in paths:
+            parent_path, _, name = path.rpartition(".")
+            layer = self.model.get_submodule(path)
+            self._replace_module(self.model.get_submodule(parent_path), name, layer.base_layer, layer)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -30,6 +30,7 @@ class StackReport:
         trainable: adapters whose factors require gradients.
         merged: adapters merged into the stack.
         merge_error: relative L2 error of the stack against the exact merged weights; None if nothing was merged.
+        delta_kept: share of the delta that the stack holds, 1 for all of it; None if nothing was merged.
         compute_path: what computes it, and why.
     """
 
@@ -45,6 +46,7 @@ class StackReport:
     trainable: tuple[str, ...]
     merged: tuple[str, ...]
     merge_error: float | None
+    delta_kept: float | None
     compute_path: str
 
 
@@ -96,11 +98,24 @@ class ExpertsReport:
                 _join(stack.trainable),
                 _join(stack.merged),
                 "" if stack.merge_error is None else f"{stack.merge_error:.4f}",
+                "" if stack.delta_kept is None else f"{stack.delta_kept:.3f}",
                 stack.compute_path,
             )
             for stack in self.stacks
         ]
-        header = ("stack", "class", "shape", "storage", "MiB", "rank", "trainable", "merged", "error", "computed by")
+        header = (
+            "stack",
+            "class",
+            "shape",
+            "storage",
+            "MiB",
+            "rank",
+            "trainable",
+            "merged",
+            "error",
+            "kept",
+            "computed by",
+        )
         lines = [tabulate(rows, header, disable_numparse=True)]
         lines += [f"left alone: {path} ({reason})" for path, reason in self.left_alone.items()]
         lines.append(
@@ -156,7 +171,8 @@ def _of_stack(path: str, experts: QuantizedExperts, projection: str, layer: MoeQ
         num_adapter_parameters=sizes,
         trainable=tuple(trainable),
         merged=tuple(merged),
-        merge_error=stack.merge_error,
+        merge_error=None if stack.fidelity is None else stack.fidelity.relative_error,
+        delta_kept=None if stack.fidelity is None else stack.fidelity.delta_kept,
         compute_path=str(experts.compute_path(projection)),
     )
 
@@ -177,6 +193,7 @@ def _of_plain_module(path: str, module: nn.Module) -> list[StackReport]:
             trainable=(),
             merged=(),
             merge_error=None,
+            delta_kept=None,
             compute_path="transformers",
         )
         for name in layout.projections

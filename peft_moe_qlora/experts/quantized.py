@@ -13,6 +13,7 @@ from ..ops import (
     ComputePath,
     Factors,
     LowRank,
+    Routing,
     choose_path,
     combine_rows,
     gather_rows,
@@ -123,8 +124,7 @@ class QuantizedExperts(nn.Module):
             top_k_weights: `(T, K)`, the router's weights, in any floating dtype.
             low_rank: projection name -> what adapters add to it.
         """
-        if top_k_index is None:
-            top_k_index, top_k_weights = self._architecture.route(hidden_states, self.num_experts)
+        hidden_states, top_k_index, top_k_weights = self.routed(hidden_states, top_k_index, top_k_weights)
         dtype = self._compute_dtype(hidden_states)
         if top_k_index.numel():
             reason = self._why_not_fused(hidden_states.device, dtype, low_rank)
@@ -135,13 +135,8 @@ class QuantizedExperts(nn.Module):
             if hidden_states.device.type == "cuda" and not torch.compiler.is_compiling():
                 log_once(f"{self.layout.class_name} is not computed by the fused kernels: {reason}.")
         routing = route(top_k_index, self.num_experts)
-        rows = gather_rows(hidden_states.to(dtype), routing)
-        for projection in self.layout.projections:
-            rows = grouped_linear(
-                rows, self.stack(projection), routing, self.projection_bias(projection), low_rank.get(projection, ())
-            )
-            if projection == self.layout.up_name:
-                rows = self._activate(rows).to(dtype)
+        rows = self._activated(gather_rows(hidden_states.to(dtype), routing), routing, low_rank)
+        rows = self._project(self.layout.projections[1], rows, routing, low_rank)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
         return combine_rows(rows, top_k_weights, routing).to(hidden_states.dtype)
@@ -168,6 +163,44 @@ class QuantizedExperts(nn.Module):
             self.projection_bias(up),
             self.projection_bias(down),
         )
+
+    def routed(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arguments of `forward`, complete where the class is called in a way of its own."""
+        if top_k_index is None:
+            top_k_index, top_k_weights = self._architecture.route(hidden_states, self.num_experts)
+        return hidden_states, top_k_index, top_k_weights
+
+    def projection_inputs(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, low_rank: Mapping[str, Sequence[LowRank]]
+    ) -> tuple[Routing, dict[str, torch.Tensor]]:
+        """What each projection gets to see: projection -> `(S, in)` routed rows, sorted by expert as the routing says.
+
+        Args:
+            hidden_states: `(T, H)`.
+            top_k_index: `(T, K)` ids of the chosen experts.
+            low_rank: projection name -> what adapters add to it.
+        """
+        up, down = self.layout.projections
+        routing = route(top_k_index, self.num_experts)
+        rows = gather_rows(hidden_states.to(self._compute_dtype(hidden_states)), routing)
+        return routing, {up: rows, down: self._activated(rows, routing, low_rank)}
+
+    def _activated(
+        self, rows: torch.Tensor, routing: Routing, low_rank: Mapping[str, Sequence[LowRank]]
+    ) -> torch.Tensor:
+        up = self._project(self.layout.up_name, rows, routing, low_rank)
+        return self._activate(up).to(rows.dtype)
+
+    def _project(
+        self, projection: str, rows: torch.Tensor, routing: Routing, low_rank: Mapping[str, Sequence[LowRank]]
+    ) -> torch.Tensor:
+        bias, terms = self.projection_bias(projection), low_rank.get(projection, ())
+        return grouped_linear(rows, self.stack(projection), routing, bias, terms)
 
     def _activate(self, rows: torch.Tensor) -> torch.Tensor:
         if self._architecture is not None:

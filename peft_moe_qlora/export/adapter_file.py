@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
+from torch import nn
 
 from ..config import MoeQLoraConfig, MoeQLoraPeftType
-from ..targets import resolve_rank_and_alpha
+from ..targets import resolve_rank_and_alpha, targeted_projections
+from .base_model import BaseModel
 
 PREFIX = "base_model.model."
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -62,6 +65,43 @@ class AdapterFile:
     config: MoeQLoraConfig
     experts: tuple[ExpertFactors, ...]
     others: dict[str, torch.Tensor]
+
+    def check_complete(self, base: BaseModel) -> None:
+        """Makes sure that a base has what the adapter adapts, and the adapter all that its config promises.
+
+        Raises:
+            ValueError: names the first layer that is missing on either side, or has another size.
+        """
+        found = {one.name: one for one in self.experts}
+        for path, layout in base.layouts.items():
+            for projection in targeted_projections(self.config, path, layout):
+                factors = found.pop(f"{path}.{projection}", None)
+                if factors is None:
+                    raise ValueError(
+                        f"The adapter has no factors of {path}.{projection}, which its config targets. The file is "
+                        f"incomplete, or {base.directory} isn't its base."
+                    )
+                in_features, out_features = layout.features(projection)
+                expected = (layout.num_experts, factors.r, in_features), (layout.num_experts, out_features, factors.r)
+                if (factors.A.shape, factors.B.shape) != expected:
+                    raise ValueError(
+                        f"{factors.name} has factors {list(factors.A.shape)} and {list(factors.B.shape)}, but "
+                        f"{base.directory} has {layout.num_experts} experts with {in_features} features in and "
+                        f"{out_features} out."
+                    )
+        if found:
+            raise ValueError(
+                f"The adapter has factors of {next(iter(found))}, which is no stack of {base.directory}, or none that "
+                "the adapter's config targets."
+            )
+        adapted = {key.removesuffix(A_SUFFIX) for key in self.others if key.endswith(A_SUFFIX)}
+        for name, module in base.model.named_modules():
+            is_target = isinstance(module, nn.Linear) and check_target_module_exists(self.config, name)
+            if is_target and name not in adapted and not any(f"{parent}." in name for parent in base.layouts):
+                raise ValueError(
+                    f"The adapter has no factors of {name}, which its config targets. The file is incomplete, or "
+                    f"{base.directory} isn't its base."
+                )
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
@@ -122,6 +162,11 @@ def _factors(
             f"rank {r}, which the config has for {path}.{projection}."
         )
     return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
+
+
+def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
+    """The factor of `B @ A` of a linear layer."""
+    return config.scaling(*linear_rank_and_alpha(config, name))
 
 
 def linear_rank_and_alpha(config: MoeQLoraConfig, name: str) -> tuple[int, float]:

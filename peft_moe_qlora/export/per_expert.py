@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from ..experts import ExpertsLayout
-from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_scaling
 from .base_model import BaseModel
 
 
@@ -45,7 +45,9 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
         found.layout(factors.path, factors.name)
         of_module[factors.path][factors.projection] = factors
     linear = {key.removesuffix(A_SUFFIX) for key in adapter.others if key.endswith(A_SUFFIX)}
-    scalings = [factors.scaling for factors in adapter.experts] + [_linear_scaling(adapter, name) for name in linear]
+    scalings = [factors.scaling for factors in adapter.experts] + [
+        linear_scaling(adapter.config, name) for name in linear
+    ]
     scaling = scalings[0] if all(math.isclose(one, scalings[0]) for one in scalings) else 1.0
     ranks = [factors.r for factors in adapter.experts] + [adapter.others[name + A_SUFFIX].shape[0] for name in linear]
     rank = max(ranks)
@@ -84,7 +86,7 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
                 add(name, A[expert], parts[part][expert], own_scaling)
     for name in sorted(linear):
         A, B = adapter.others[name + A_SUFFIX], adapter.others[name + B_SUFFIX]
-        add(found.name_of_linear(name), A, B, _linear_scaling(adapter, name))
+        add(found.name_of_linear(name), A, B, linear_scaling(adapter.config, name))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
@@ -97,10 +99,6 @@ def write_per_expert(adapter: AdapterFile, directory: str | Path, base: str | Pa
         task_type=adapter.config.task_type,
         inference_mode=True,
     ).save_pretrained(directory)
-
-
-def _linear_scaling(adapter: AdapterFile, name: str) -> float:
-    return adapter.config.scaling(*linear_rank_and_alpha(adapter.config, name))
 
 
 def _parts(B: torch.Tensor, projection: str, layout: ExpertsLayout) -> list[torch.Tensor]:

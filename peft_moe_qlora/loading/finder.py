@@ -85,6 +85,15 @@ class SourceFinder:
         """Names in the model of all weights that bitsandbytes has packed, linear layers' included."""
         return {self._rename(key)[0] for key in self._packed}
 
+    def plain_tensors(self) -> dict[str, str]:
+        """Name in the model -> key of each tensor that only has another name in the checkpoint, if that."""
+        found = {}
+        for key in self.checkpoint.tensors:
+            name, pattern = self._rename(key)
+            if pattern is None and name in self.names:
+                found[name] = key
+        return found
+
     def find(self) -> Sources:
         """All stacks' sources.
 

@@ -139,6 +139,27 @@ class NativeSource(Source):
             parameter.copy_(checkpoint.read(self.tensors[f"{self.target.name}.{name}"]))
 
 
+@dataclass(frozen=True)
+class ExpertPart:
+    """One tensor of a checkpoint, or a slice of it, as a rearranged part of an expert's matrix.
+
+    Args:
+        key: of the tensor.
+        is_stack: whether it holds all experts, `(E, ...)`; the part then is one slice.
+        shape: of the tensor, or of the slice with a leading 1.
+        places: `(numel,)` int64: where in the flattened matrix each of its elements is.
+    """
+
+    key: str
+    is_stack: bool
+    shape: tuple[int, ...]
+    places: torch.Tensor
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The part of a `(rows, columns)` matrix, in the tensor's own order."""
+        return matrix.flatten()[self.places].view(self.shape)
+
+
 class DenseSource(Source):
     """Floating-point tensors, one for each expert or one for all, and the operations that make a stack of them.
 
@@ -168,6 +189,7 @@ class DenseSource(Source):
         self.first_expert = turn * target.num_experts
         self.converter = converter
         self.config = config
+        self._places: dict[int, torch.Tensor] | None = None
         self._check(checkpoint)
 
     def _check(self, checkpoint: Checkpoint) -> None:
@@ -227,6 +249,48 @@ class DenseSource(Source):
             return checkpoint.read_slice(key, expert) if self._is_stack[key] else checkpoint.read(key)
 
         return self._matrix(expert, read)
+
+    def parts_of_expert(self, expert: int, checkpoint: Checkpoint) -> list[ExpertPart]:
+        """The tensors, or slices of such, that an expert's matrix is rearranged from.
+
+        Args:
+            expert: its number in the stack.
+            checkpoint: where the keys are.
+
+        Raises:
+            CheckpointError: the matrix is not a rearrangement of them.
+        """
+        if self._places is None:
+            self._places = self._find_places(checkpoint)
+        keys = [key for keys in self.lists.values() for key in self._keys_of(expert, keys)]
+        return [
+            ExpertPart(keys[number], self._is_stack[keys[number]], self._read_shape(checkpoint, keys[number]), places)
+            for number, places in self._places.items()
+        ]
+
+    def _find_places(self, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+        """Number of a tensor among those of an expert -> `ExpertPart.places`, the same for all experts."""
+        keys = [key for keys in self.lists.values() for key in self._keys_of(0, keys)]
+        counts = [math.prod(self._read_shape(checkpoint, key)) for key in keys]
+        starts = [sum(counts[:number]) for number in range(len(keys))]
+
+        def number_elements(key: str) -> torch.Tensor:
+            start, count = starts[keys.index(key)], counts[keys.index(key)]
+            return torch.arange(start, start + count).view(self._read_shape(checkpoint, key))
+
+        # the operations are applied to numbers, which then show what went where
+        origins = self._matrix(0, number_elements).flatten()
+        if origins.bincount(minlength=sum(counts)).max() > 1:
+            raise CheckpointError(f"{self.target.name} is computed from {keys[0]} and its like, not rearranged.")
+        found = {}
+        for number, (key, start, count) in enumerate(zip(keys, starts, counts)):
+            taken = ((origins >= start) & (origins < start + count)).nonzero()[:, 0]
+            if len(taken) not in (0, count):
+                raise CheckpointError(f"{self.target.name} takes a part of {key} only, which can't be changed alone.")
+            if len(taken):
+                found[number] = torch.empty(count, dtype=torch.int64)
+                found[number][origins[taken] - start] = taken
+        return found
 
     def _read_shape(self, checkpoint: Checkpoint, key: str) -> tuple[int, ...]:
         shape = checkpoint.tensors[key].shape

@@ -8,6 +8,7 @@ section 3); bytes and scales here are those of `bitsandbytes.functional.quantize
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,18 @@ class FourBitFormat:
 
     def __str__(self) -> str:
         return f"{self.quant_type}/{self.blocksize}" + ("+dq" if self.double_quant else "")
+
+    @classmethod
+    def parse(cls, text: str) -> FourBitFormat:
+        """Reads what `str` writes.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        match = re.fullmatch(r"(\w+)/(\d+)(\+dq)?", text)
+        if match is None:
+            raise ValueError(f"{text!r} is no 4-bit format; one such as 'nf4/64' or 'nf4/64+dq' was expected.")
+        return cls(match[1], int(match[2]), match[3] is not None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
+from .fidelity import Fidelity
 from .four_bit import FourBitFormat, NestedAbsmax, dequantize, nest, quantize, unnest
 
 Delta = Callable[[int], torch.Tensor]
@@ -39,8 +41,8 @@ class Stack(nn.Module, ABC):
         super().__init__()
         self.shape = torch.Size(shape)
         self.is_transposed = is_transposed
-        self.merge_error: float | None = None
-        """Relative L2 error of the stored weights against the exact merged ones; None if nothing was merged."""
+        self.fidelity: Fidelity | None = None
+        """Of the stored weights to the exact merged ones; None if nothing was merged into 4 bits."""
 
     @property
     def num_experts(self) -> int:
@@ -229,6 +231,11 @@ class QuantizedStack(Stack):
         _check_finite(matrix, expert)
         codes, absmax = quantize(matrix.detach(), self.storage)
         self.codes[expert] = codes
+        self.set_scales(expert, absmax)
+
+    @torch.no_grad()
+    def set_scales(self, expert: int, absmax: torch.Tensor) -> None:
+        """Stores `(num_blocks,)` fp32 scales; with `double_quant` they are rounded to 8 bits."""
         if self.storage.double_quant:
             nested = nest(absmax)
             self.block_absmax[expert] = nested.codes
@@ -236,6 +243,13 @@ class QuantizedStack(Stack):
             self.offset[expert] = nested.offset
         else:
             self.block_absmax[expert] = absmax
+
+    @torch.no_grad()
+    def set_codes(self, expert: int, codes: torch.Tensor) -> None:
+        """Stores `(rows, columns)` uint8 codes, one to a byte."""
+        flat = codes.flatten()
+        pairs = pad(flat, (0, len(flat) % 2)).view(-1, 2)
+        self.codes[expert] = pairs[:, 0] << 4 | pairs[:, 1]
 
     def scales(self, experts: slice) -> torch.Tensor:
         """`(number of experts, num_blocks)` fp32 scales."""
@@ -274,14 +288,13 @@ class QuantizedStack(Stack):
     def merged(self, delta: Delta) -> QuantizedStack:
         stack = QuantizedStack(self.shape, self.dtype, self.is_transposed, self.storage, self.device)
         matrices = self.merged_matrices(delta)
-        squared_error = torch.zeros((), dtype=torch.float64, device=self.device)
-        squared_norm = torch.zeros_like(squared_error)
+        fidelity = Fidelity()
         for expert in range(self.num_experts):
             exact = matrices(expert)
             stack.set_expert(expert, exact)
-            squared_error += (stack.decode_expert(expert, torch.float32) - exact).double().square().sum()
-            squared_norm += exact.double().square().sum()
-        stack.merge_error = (squared_error / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().item()
+            before = self.decode_expert(expert, torch.float32)
+            fidelity.add(before, exact, stack.decode_expert(expert, torch.float32))
+        stack.fidelity = fidelity
         return stack
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedStack:

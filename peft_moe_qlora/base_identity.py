@@ -1,0 +1,128 @@
+"""Which weights an adapter was trained on: enough to tell them from others of the same shape, and to make them anew.
+
+Stored in the adapter's config. Samples are scales of quantized experts, or weights of those in 16 bits: few, of
+experts spread over the model. Scales are the same whatever device quantizes; codes might not be, where two are near.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+from .experts import QuantizedExperts
+from .quantization import FourBitFormat, Stack
+
+_SAMPLED_STACKS = 8
+_SAMPLES = 16
+_TOLERANCE = 1e-4
+_LEAST_EQUAL = 0.9
+"""Of the samples; scales in 8 bits may differ in the last of them from device to device."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What an adapter's config says of its base.
+
+    Args:
+        model_type: of transformers.
+        dtype: that weights were cast to before they were quantized, such as `"bfloat16"`.
+        dense_stacks: experts that were left in `dtype` although the others are in 4 bits.
+        linear: 4-bit format, such as `"nf4/64+dq"` -> linear layers stored in it; `*` stands for any number.
+        samples: name of a stack -> scales of the first blocks of expert 0, or its first weights.
+    """
+
+    model_type: str
+    dtype: str
+    dense_stacks: list[str] = field(default_factory=list)
+    linear: dict[str, list[str]] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def linear_storage(self, name: str) -> FourBitFormat | None:
+        """How a linear layer was stored, None for floating point."""
+        for storage, patterns in self.linear.items():
+            if name in patterns or _any_number(name) in patterns:
+                return FourBitFormat.parse(storage)
+        return None
+
+
+def identify_base(model: nn.Module) -> BaseIdentity:
+    """Describes a model whose experts are stored as they are trained on; nothing is read of weights on meta."""
+    stacks = _stacks(model)
+    quantized = [name for name, stack in stacks.items() if stack.storage is not None]
+    names = list(stacks)[:: -(-len(stacks) // _SAMPLED_STACKS) or 1]
+    config = getattr(model, "config", None)
+    return BaseIdentity(
+        model_type=str(getattr(config, "model_type", "")),
+        dtype=str(next(iter(stacks.values())).dtype).removeprefix("torch.") if stacks else "",
+        dense_stacks=[name for name in stacks if name not in quantized] if quantized else [],
+        linear=_linear_storage(model),
+        samples={name: sample(stacks[name]) for name in names if stacks[name].device.type != "meta"},
+    )
+
+
+def sample(stack: Stack) -> list[float]:
+    """What is kept of a stack to know it again."""
+    if stack.storage is None:
+        return stack.decode_expert(0, torch.float32).flatten()[:_SAMPLES].tolist()
+    return stack.scales(slice(0, 1))[0, :_SAMPLES].tolist()
+
+
+def differing_sample(recorded: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> str | None:
+    """Name of the first stack whose samples are others than recorded; None if all that both have agree."""
+    for name, expected in recorded.items():
+        values = found.get(name)
+        if values is None or len(values) != len(expected):
+            continue
+        largest = max(map(abs, expected), default=0.0)
+        equal = sum(abs(a - b) <= _TOLERANCE * largest for a, b in zip(expected, values))
+        if equal < _LEAST_EQUAL * len(expected):
+            return name
+    return None
+
+
+def _stacks(model: nn.Module) -> dict[str, Stack]:
+    return {
+        f"{path.removesuffix('.base_layer')}.{projection}": module.stack(projection)
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedExperts)
+        for projection in module.layout.projections
+    }
+
+
+def _linear_storage(model: nn.Module) -> dict[str, list[str]]:
+    """Linear layers by their storage, as patterns where all that fit one are stored alike."""
+    storages = {
+        path.removesuffix(".base_layer"): _storage(module) if isinstance(module, Linear4bit) else ""
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    by_pattern: dict[str, set[str]] = defaultdict(set)
+    for name, storage in storages.items():
+        by_pattern[_any_number(name)].add(storage)
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, storage in storages.items():
+        if storage:
+            pattern = _any_number(name)
+            found[storage].add(pattern if len(by_pattern[pattern]) == 1 else name)
+    return {storage: sorted(names) for storage, names in sorted(found.items())}
+
+
+def _storage(module: Linear4bit) -> str:
+    weight = module.weight
+    state = weight.quant_state
+    blocksize = weight.blocksize if state is None else state.blocksize
+    return str(FourBitFormat(weight.quant_type, blocksize, bool(weight.compress_statistics)))
+
+
+def _any_number(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

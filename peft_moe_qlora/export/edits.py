@@ -1,0 +1,287 @@
+"""What merging an adapter changes in a checkpoint, tensor by tensor; planned from headers, computed when asked for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..base_identity import BaseIdentity, differing_sample, sample
+from ..loading.checkpoint import Checkpoint, CheckpointError
+from ..loading.finder import SourceFinder
+from ..loading.sources import DenseSource, ExpertPart, each_source
+from ..quantization import FourBitFormat, QuantizedStack
+from .adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile, ExpertFactors, linear_scaling
+from .base_model import BaseModel
+
+ONTO = ("quantized", "base")
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."
+
+
+class Edit(NamedTuple):
+    """New values of a tensor of the checkpoint, or of a slice of one.
+
+    Args:
+        before: fp32, what is merged onto.
+        exact: fp32, with the delta.
+        has_delta: whether the adapter changes anything here.
+    """
+
+    before: torch.Tensor
+    exact: torch.Tensor
+    has_delta: bool
+
+
+@dataclass(frozen=True)
+class StackEdit:
+    """A stack of experts: as the training has seen it, plus the adapter.
+
+    Args:
+        source: where it is in the checkpoint.
+        factors: what is added; None where the adapter leaves the stack alone.
+        storage: that the experts were trained in, None for that of the checkpoint.
+        dtype: that they were cast to before they were quantized; None for that of the checkpoint.
+    """
+
+    source: DenseSource
+    factors: ExpertFactors | None
+    storage: FourBitFormat | None
+    dtype: torch.dtype | None
+
+    @property
+    def name(self) -> str:
+        return self.source.target.name
+
+    def edits(self, expert: int, checkpoint: Checkpoint) -> Iterator[tuple[ExpertPart, Edit]]:
+        """The tensors, or slices, of one expert.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        matrix = self.source.read_expert(expert, checkpoint)
+        is_transposed = self.source.target.is_transposed
+        before = _as_trained(matrix, is_transposed, self.storage, self.dtype, self.name)
+        exact, has_delta = before, False
+        if self.factors is not None:
+            A, B = self.factors.A[expert].float(), self.factors.B[expert].float()
+            delta = self.factors.scaling * (B @ A)
+            exact = before + (delta.T if is_transposed else delta)
+            has_delta = bool(delta.any())
+        for part in self.source.parts_of_expert(expert, checkpoint):
+            here = part.of(exact)
+            yield part, Edit(part.of(before), here, has_delta)
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """A tensor of its own: as the training has seen it, plus a delta; or replaced.
+
+    Args:
+        name: in the model.
+        delta: gives what is added, fp32; None for nothing.
+        replacement: gives what takes its place.
+        storage: as in `StackEdit`.
+        dtype: as in `StackEdit`.
+    """
+
+    name: str
+    delta: Callable[[], torch.Tensor] | None = None
+    replacement: torch.Tensor | None = None
+    storage: FourBitFormat | None = None
+    dtype: torch.dtype | None = None
+
+    def edit(self, tensor: torch.Tensor) -> Edit:
+        before = _as_trained(tensor, False, self.storage, self.dtype, self.name)
+        if self.replacement is not None:
+            exact = self.replacement.float()
+            return Edit(before, exact, not torch.equal(before, exact))
+        if self.delta is None:
+            return Edit(before, before, False)
+        delta = self.delta()
+        return Edit(before, before + delta, bool(delta.any()))
+
+
+@dataclass
+class MergePlan:
+    """What happens to each tensor of a checkpoint; one that is in neither dictionary is copied.
+
+    Args:
+        of_experts: key -> stack and expert that it holds; all experts of a stack where it is one tensor.
+        of_tensors: key -> edit.
+    """
+
+    of_experts: dict[str, list[tuple[StackEdit, int]]] = field(default_factory=lambda: defaultdict(list))
+    of_tensors: dict[str, TensorEdit] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> list[StackEdit]:
+        return list({id(edit): edit for edits in self.of_experts.values() for edit, _ in edits}.values())
+
+
+def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, onto: str) -> MergePlan:
+    """Settles what an adapter changes in the checkpoint of its base.
+
+    Args:
+        base: the model.
+        checkpoint: its weights, in floating point.
+        adapter: what is to be merged.
+        onto: `"quantized"`: onto the weights that the training has seen; `"base"`: onto those of the checkpoint.
+
+    Raises:
+        ValueError: the adapter belongs to another base, lacks what its config promises, or changes something that is
+            no tensor of its own in the checkpoint. The error names it.
+        CheckpointError: the checkpoint is quantized, incomplete, or not of this model.
+    """
+    identity = BaseIdentity(**adapter.config.base) if adapter.config.base is not None else None
+    model_type = base.model.config.model_type
+    if identity is not None and identity.model_type != model_type:
+        raise ValueError(
+            f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} is of type "
+            f"{model_type}. Merge it into its own base."
+        )
+    finder = SourceFinder(base.model, checkpoint)
+    sources = {source.target.name: source for source in each_source(finder.find())}
+    for source in sources.values():
+        if not isinstance(source, DenseSource):
+            raise CheckpointError(
+                f"{checkpoint.tensors[source.keys[0]]} is quantized; a checkpoint in floating point was expected. "
+                "Name the unquantized base, or merge in memory with merge_and_unload."
+            )
+    adapter.check_complete(base)
+    if identity is not None:
+        _check_samples(identity, sources, checkpoint, adapter.config.storage, base)
+    plan = MergePlan()
+    trained = onto == "quantized"
+    dtype = getattr(torch, identity.dtype) if identity is not None and identity.dtype else None
+    factors = {one.name: one for one in adapter.experts}
+    for name, source in sources.items():
+        is_dense = identity is not None and name in identity.dense_stacks
+        storage = adapter.config.storage if trained and not is_dense else None
+        edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
+        if edit.factors is None and storage is None:
+            continue
+        for expert in range(source.target.num_experts):
+            for part in source.parts_of_expert(expert, checkpoint):
+                plan.of_experts[part.key].append((edit, expert))
+    if factors:
+        raise ValueError(f"{base.directory} has no stack {next(iter(factors))} of its own. {_REMEDY}")
+    keys = finder.beside_stacks | finder.plain_tensors()
+    _plan_tensors(plan, base, checkpoint, adapter, keys, identity if trained else None)
+    return plan
+
+
+def _check_samples(
+    identity: BaseIdentity,
+    sources: dict[str, DenseSource],
+    checkpoint: Checkpoint,
+    storage: FourBitFormat | None,
+    base: BaseModel,
+) -> None:
+    """Refuses a base with other weights than the adapter was trained on."""
+    found = {}
+    for name in identity.samples.keys() & sources.keys():
+        target = sources[name].target
+        matrix = sources[name].read_expert(0, checkpoint)
+        if identity.dtype:
+            matrix = matrix.to(getattr(torch, identity.dtype))
+        if storage is None or name in identity.dense_stacks:
+            found[name] = matrix.float().flatten()[: len(identity.samples[name])].tolist()
+        else:
+            found[name] = sample(QuantizedStack.from_dense(matrix[None], target.is_transposed, storage))
+    differing = differing_sample(identity.samples, found)
+    if differing is not None:
+        raise ValueError(
+            f"{base.directory} has other weights than the adapter was trained on: {differing} differs. Merge it into "
+            "its own base; if it has been merged already, there is nothing left to do."
+        )
+
+
+def _plan_tensors(
+    plan: MergePlan,
+    base: BaseModel,
+    checkpoint: Checkpoint,
+    adapter: AdapterFile,
+    keys: dict[str, str],
+    identity: BaseIdentity | None,
+) -> None:
+    """Linear layers, embeddings, biases and modules that were trained in full.
+
+    Args:
+        plan: filled.
+        base: the model.
+        checkpoint: its weights.
+        adapter: what is to be merged.
+        keys: name in the model -> key in the checkpoint.
+        identity: of what was trained on, if the merge is onto that.
+    """
+
+    def add(edit: TensorEdit, shape: tuple[int, ...]) -> None:
+        key = keys.get(edit.name)
+        if key is None:
+            raise ValueError(
+                f"The adapter changes {edit.name}, which is no tensor of its own in {base.directory}: it is tied to "
+                f"another, part of a larger one, or not there. {_REMEDY}"
+            )
+        found = checkpoint.tensors[key].shape
+        if found != shape:
+            raise ValueError(
+                f"The adapter changes {edit.name} in the shape {list(shape)}, but {checkpoint.tensors[key]} is of "
+                "another. It belongs to another base."
+            )
+        plan.of_tensors[key] = edit
+
+    def stored(module: str) -> dict:
+        storage = identity.linear_storage(module) if identity is not None else None
+        return {} if storage is None else {"storage": storage, "dtype": getattr(torch, identity.dtype)}
+
+    others = dict(adapter.others)
+    for key in list(others):
+        for suffixes in ((A_SUFFIX, B_SUFFIX), (_EMBEDDING_A, _EMBEDDING_B)):
+            if not key.endswith(suffixes[0]):
+                continue
+            module = key.removesuffix(suffixes[0])
+            A, B = others.pop(key), others.pop(module + suffixes[1])
+            is_embedding = suffixes[0] == _EMBEDDING_A
+            if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+                raise ValueError(f"{module} has factors {list(A.shape)} and {list(B.shape)}, which don't multiply.")
+            delta = _product(A, B, linear_scaling(adapter.config, module), is_embedding)
+            shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
+            add(TensorEdit(f"{module}.weight", delta=delta, **stored(module)), shape)
+    for name, tensor in others.items():
+        if name not in keys:
+            raise ValueError(f"The adapter has {name}, which is no tensor of {base.directory}. {_REMEDY}")
+        add(TensorEdit(name, replacement=tensor), tuple(tensor.shape))
+    if identity is not None:
+        for name, module in base.model.named_modules():
+            weight = f"{name}.weight"
+            if isinstance(module, nn.Linear) and stored(name) and keys.get(weight) not in plan.of_tensors:
+                add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
+
+
+def _product(A: torch.Tensor, B: torch.Tensor, scaling: float, is_embedding: bool) -> Callable[[], torch.Tensor]:
+    def delta() -> torch.Tensor:
+        product = scaling * (B.float() @ A.float())
+        return product.T if is_embedding else product
+
+    return delta
+
+
+def _as_trained(
+    matrix: torch.Tensor, is_transposed: bool, storage: FourBitFormat | None, dtype: torch.dtype | None, name: str
+) -> torch.Tensor:
+    """fp32 weights as they were in training.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
+    if not torch.isfinite(matrix).all():
+        raise CheckpointError(f"{name} has weights that are not finite; the checkpoint is broken.")
+    if storage is None:
+        return matrix.float()
+    stack = QuantizedStack.from_dense(matrix.to(dtype or matrix.dtype)[None], is_transposed, storage)
+    return stack.decode_expert(0, torch.float32)

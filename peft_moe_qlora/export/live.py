@@ -1,0 +1,105 @@
+"""An adapter on its base as it was trained, loaded anew; and what a model makes of a text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..base_identity import BaseIdentity
+from ..config import MoeQLoraConfig
+from ..loading import MoeQuantizationConfig, load_quantized
+from ..loading.load import class_of, quantization_of
+from .base_model import BaseModel
+
+_WINDOW, _MOST_WINDOWS = 512, 16
+
+
+def load_live(base: BaseModel, adapter: str | Path, dtype: torch.dtype | None, device: str) -> PeftModel:
+    """Base and adapter, the base stored as the adapter's config says it was.
+
+    Args:
+        base: whose directory is loaded.
+        adapter: directory of the adapter.
+        dtype: of the model. Default: that of the training, or of the checkpoint.
+        device: where it is put.
+
+    Raises:
+        ValueError: linear layers were stored in another way than the experts, which can't be made again.
+    """
+    config = MoeQLoraConfig.from_pretrained(str(adapter))
+    identity = BaseIdentity(**config.base) if config.base is not None else None
+    dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
+    quantization = None if quantization_of(base.model.config) is not None else _quantization(base, config, identity)
+    if config.storage is None and quantization is None:
+        model_class = class_of(base.model.config)
+        model = model_class.from_pretrained(base.directory, dtype=dtype, device_map=device)
+    else:
+        model = load_quantized(str(base.directory), quantization, dtype=dtype, device_map=device)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def _quantization(
+    base: BaseModel, config: MoeQLoraConfig, identity: BaseIdentity | None
+) -> MoeQuantizationConfig | None:
+    """How a base in floating point has to be loaded to be what the adapter was trained on."""
+    linear = list(identity.linear) if identity is not None else []
+    if config.storage is None and not linear:
+        return None
+    experts = config.storage
+    expected = [str(experts).replace(f"/{experts.blocksize}", "/64")] if experts is not None else linear[:1]
+    if linear and linear != expected:
+        raise ValueError(
+            f"The adapter was trained with linear layers in {', '.join(linear)} beside experts in {experts}, which "
+            "can't be loaded by one configuration. Load the model as it was, and call merge_and_unload."
+        )
+    skipped = list(identity.dense_stacks) if identity is not None else []
+    skipped = {name.rpartition(".")[0] for name in skipped}
+    if linear:
+        skipped |= {
+            name
+            for name, module in base.model.named_modules()
+            if isinstance(module, nn.Linear) and identity.linear_storage(name) is None
+        }
+    return MoeQuantizationConfig(
+        None if experts is None else experts.quant_type,
+        blocksize=64 if experts is None else experts.blocksize,
+        double_quant=linear[0].endswith("+dq") if experts is None else experts.double_quant,
+        quantize_linear=bool(linear),
+        skip_modules=[f"^{re.escape(name)}$" for name in sorted(skipped)] or None,
+    )
+
+
+def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
+    """`(N, L)` token ids of a text, at most 16 windows of 512.
+
+    Args:
+        file: of plain text.
+        tokenizer_of: directory of a model.
+
+    Raises:
+        ValueError: the text has less than two tokens.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    ids = torch.tensor(tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"])
+    length = min(_WINDOW, len(ids))
+    if length < 2:
+        raise ValueError(f"{file} has {len(ids)} tokens; a text of some hundreds was expected.")
+    return ids[: len(ids) // length * length].view(-1, length)[:_MOST_WINDOWS]
+
+
+@torch.no_grad()
+def next_token_distributions(model: nn.Module | PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """`(N, L, V)` fp32 log-probabilities, on the CPU; windows go through one by one."""
+    device = next(model.parameters()).device
+    logits = [model(input_ids=window[None].to(device), use_cache=False).logits.float().cpu() for window in windows]
+    return torch.cat(logits).log_softmax(dim=-1)
+
+
+def kl_divergence(of: torch.Tensor, against: torch.Tensor) -> float:
+    """Mean over positions of `KL(of || against)` in nats, both `(N, L, V)` log-probabilities."""
+    return (of.exp() * (of - against)).sum(dim=-1).double().mean().item()

@@ -1,0 +1,148 @@
+"""Merging an adapter into a checkpoint in 4 bits.
+
+The model is in memory as it was in training: what rounding costs least depends on what the layers get to see.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from .. import __version__
+from ..layer import MoeQLoraExperts
+from ..loading import save_bitsandbytes
+from ..loading.quantizer import quantized_stacks
+from .adapter_file import read_adapter
+from .base_model import BaseModel
+from .live import load_live, read_windows
+from .merge import adapter_digest, config_for_all, refuse_merged
+from .merge_report import REPORT_NAME, FidelityRow, MergeReport
+from .partial_directory import PartialDirectory
+
+LAYOUTS = ("native", "bitsandbytes")
+
+
+def merge_quantized(
+    base: str | Path,
+    adapter: str | Path,
+    directory: str | Path,
+    quant_type: str = "nf4",
+    layout: str = "native",
+    rounding: str = "second-order",
+    calibration: str | Path | None = None,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progressbar: bool = True,
+) -> MergeReport:
+    """Writes base and adapter as one checkpoint with its experts in 4 bits.
+
+    Args:
+        base: directory of the base's checkpoint, in floating point, or in 4 bits as it was trained on.
+        adapter: directory of the adapter.
+        directory: to be written to; must be empty or not there.
+        quant_type: of the experts; has to be what the adapter was trained on.
+        layout: `"native"`, which this package loads, or `"bitsandbytes"`, one set of keys per expert.
+        rounding: of experts, as in `MoeQLoraModel.merge_and_unload`.
+        calibration: file of plain text that the rounding is good for. Default: random tokens.
+        device: where the model is put.
+        dry_run: settle everything, load and write nothing.
+        progressbar: show one.
+
+    Returns:
+        What was done, which also stands in `merge_report.json`.
+
+    Raises:
+        ValueError: see `read_adapter`, `load_live` and `PartialDirectory`; or the adapter was trained on another
+            storage, or a stack or layer is the same after the merge as before.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
+    base, adapter = Path(base), Path(adapter)
+    found = read_adapter(adapter)
+    if found.config.quant_type != quant_type:
+        raise ValueError(
+            f"The adapter was trained on experts in {found.config.storage or '16 bits'}, not {quant_type}. Merge it "
+            "without quantizing, then load the result with MoeQuantizationConfig and save it."
+        )
+    digest = adapter_digest(adapter)
+    refuse_merged(base, digest)
+    model = BaseModel.open(base)
+    found.check_complete(model)
+    task = {
+        "adapter_sha256": digest,
+        "quant_type": quant_type,
+        "layout": layout,
+        "rounding": rounding,
+        "calibration": str(calibration),
+        "version": __version__,
+    }
+    output = PartialDirectory(directory, task)
+
+    def report(expected: int, changed: int, rows: tuple[FidelityRow, ...], written: int) -> MergeReport:
+        return MergeReport(
+            base=str(base),
+            adapter=str(adapter),
+            adapter_sha256=digest,
+            onto="quantized",
+            storage=f"{found.config.storage}, {rounding} rounding",
+            tensors_expected=expected,
+            tensors_changed=changed,
+            tensors_written=written,
+            stacks=rows,
+        )
+
+    if dry_run:
+        return report(len(found.experts), 0, (), 0)
+    live = load_live(model, adapter, None, device)
+    before = _checksums_of_adapted(live)
+    tokens = None if calibration is None else read_windows(calibration, base)
+    merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
+    unchanged = [
+        name for name, before_merge in before.items() if _checksum(merged.get_parameter(name)) == before_merge
+    ]
+    if unchanged:
+        raise ValueError(
+            f"{len(unchanged)} of {len(before)} stacks and layers are the same after the merge, {unchanged[0]} first: "
+            "their deltas are lost in rounding. Merge into 16 bits instead."
+        )
+    rows = tuple(
+        FidelityRow.of(name, stack.fidelity)
+        for name, _, stack in quantized_stacks(merged)
+        if stack.fidelity is not None
+    )
+    output.start()
+    if layout == "native":
+        merged.save_pretrained(output.partial)
+    else:
+        save_bitsandbytes(merged, output.partial)
+    done = report(len(before), len(before), rows, len(merged.state_dict()))
+    output.copy_beside(base, {"config.json": config_for_all(output.partial, None), REPORT_NAME: done.to_dict()})
+    output.finish([])
+    return done
+
+
+def _checksums_of_adapted(model: PeftModel) -> dict[str, int]:
+    """One for the weights of every stack and layer that the adapter has a delta for."""
+    found = {}
+    for path, layer in model.base_model.model.named_modules():
+        if isinstance(layer, MoeQLoraExperts):
+            for projection in layer.adapted_projections(layer.active_adapters):
+                if any(layer.factors(projection, name)[1].any() for name in layer.active_adapters):
+                    weight = next(layer.base_layer.stack(projection).named_parameters())
+                    found[f"{path}.{projection}.{weight[0]}"] = _checksum(weight[1])
+        elif isinstance(layer, LoraLayer) and any(
+            layer.get_delta_weight(name).any() for name in layer.active_adapters
+        ):
+            found[f"{path}.weight"] = _checksum(layer.get_base_layer().weight)
+    return found
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    total = 0
+    for number, part in enumerate(tensor.detach().contiguous().flatten().view(torch.uint8).split(2**22)):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total += (number + 1) * int((part.long() * places).sum())
+    return total

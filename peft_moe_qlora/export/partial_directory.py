@@ -1,0 +1,109 @@
+"""A directory that appears when everything in it is written, and not before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PLAN = "unfinished.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+
+
+class PartialDirectory:
+    """Files are written to `DIRECTORY.partial`, which has no config.json and so can't be loaded, and is renamed last.
+
+    What an interrupted run has finished is kept for the next one of the same task.
+
+    Args:
+        directory: what is to appear; must not be there, or be empty.
+        task: what identifies the work, as plain data.
+
+    Raises:
+        ValueError: the directory holds something, or unfinished work of another task.
+    """
+
+    def __init__(self, directory: str | Path, task: Mapping[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.partial = self.directory.with_name(f"{self.directory.name}.partial")
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise ValueError(
+                f"{self.directory} is there already and not empty. If it is a finished merge, nothing is left to do; "
+                "name another directory, or remove it."
+            )
+        plan = self.partial / _PLAN
+        if self.partial.exists() and (not plan.is_file() or json.loads(plan.read_text()) != task):
+            raise ValueError(
+                f"{self.partial} holds unfinished work of another merge: another adapter, base or option. Finish that "
+                "with the same command, or remove the directory."
+            )
+        self.task = task
+
+    def start(self) -> None:
+        """Creates the directory, or takes up what is there."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        for left in self.partial.glob("*.writing"):
+            left.unlink()
+        self.write_json(_PLAN, self.task)
+
+    def is_written(self, name: str) -> bool:
+        return (self.partial / name).is_file()
+
+    def path_to_write(self, name: str) -> Path:
+        """Where to write a file; it counts as written after `written`."""
+        path = self.partial / f"{name}.writing"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def written(self, name: str) -> None:
+        """Gives a file its name, once it is on the disk."""
+        path = self.partial / f"{name}.writing"
+        _sync(path)
+        os.replace(path, self.partial / name)
+
+    def write_json(self, name: str, values: Any) -> None:
+        self.path_to_write(name).write_text(json.dumps(values, indent=2) + "\n")
+        self.written(name)
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.partial / name).read_text())
+
+    def copy_beside(self, source: Path, changed: Mapping[str, Any]) -> None:
+        """Copies everything of a checkpoint that isn't weights.
+
+        Args:
+            source: directory of the checkpoint.
+            changed: name -> plain data, of files to be written instead.
+        """
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source)
+            is_hidden = any(part.startswith(".") for part in name.parts)
+            if path.is_file() and not is_hidden and not path.name.endswith(_WEIGHTS) and str(name) not in changed:
+                shutil.copyfile(path, self.path_to_write(str(name)))
+                self.written(str(name))
+        for name, values in changed.items():
+            self.write_json(name, values)
+
+    def finish(self, scraps: list[str]) -> None:
+        """Removes what was needed for taking up work, and lets the directory appear.
+
+        Args:
+            scraps: names of such files.
+        """
+        for name in (*scraps, _PLAN):
+            (self.partial / name).unlink(missing_ok=True)
+        _sync(self.partial)
+        if self.directory.exists():
+            self.directory.rmdir()
+        os.replace(self.partial, self.directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
