@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from .quantization import FourBitFormat, Stack
 
 _SAMPLED_STACKS = 8
 _SAMPLES = 16
-_TOLERANCE = 1e-4
+_TOLERANCE, _TOLERANCE_ACROSS_DTYPES = 1e-4, 2.0**-7
 _LEAST_EQUAL = 0.9
 """Of the samples; scales in 8 bits may differ in the last of them from device to device."""
 
@@ -77,14 +76,15 @@ def sample(stack: Stack) -> list[float]:
     return stack.scales(slice(0, 1))[0, :_SAMPLES].tolist()
 
 
-def differing_sample(recorded: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> str | None:
+def differing_sample(recorded: BaseIdentity, found: BaseIdentity) -> str | None:
     """Name of the first stack whose samples are others than recorded; None if all that both have agree."""
-    for name, expected in recorded.items():
-        values = found.get(name)
+    tolerance = _TOLERANCE if recorded.dtype == found.dtype else _TOLERANCE_ACROSS_DTYPES
+    for name, expected in recorded.samples.items():
+        values = found.samples.get(name)
         if values is None or len(values) != len(expected):
             continue
         largest = max(map(abs, expected), default=0.0)
-        equal = sum(abs(a - b) <= _TOLERANCE * largest for a, b in zip(expected, values))
+        equal = sum(abs(a - b) <= tolerance * largest for a, b in zip(expected, values))
         if equal < _LEAST_EQUAL * len(expected):
             return name
     return None

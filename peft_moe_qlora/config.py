@@ -6,12 +6,13 @@ import enum
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .model_card import add_loading
 from .quantization import FourBitFormat
 
 FORMAT_VERSION = 1
@@ -167,6 +168,11 @@ class MoeQLoraConfig(LoraConfig):
             raise ValueError(f"lora_dropout={self.lora_dropout!r}: a probability below 1 was expected.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'lora_only'.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and the README beside it says how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading(save_directory, self.base_model_name_or_path, self.format_version)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
-from .base_identity import differing_sample, identify_base
+from .base_identity import BaseIdentity, differing_sample, identify_base
 from .calibration import merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
@@ -95,7 +95,7 @@ class MoeQLoraModel(LoraModel):
         if config.base is None or not config.is_read:
             config.base = found.to_dict()
             return
-        differing = differing_sample(config.base["samples"], found.samples)
+        differing = differing_sample(BaseIdentity(**config.base), found)
         if differing is not None:
             warnings.warn(
                 f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "

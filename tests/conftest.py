@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from trained_model import save_trained, sentences
 
 if not torch.cuda.is_available():
     # Triton reads this where a kernel is defined: kernels then run in its interpreter
@@ -39,3 +41,11 @@ def seed() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """Directory of a base and of an adapter, both trained, and a text in what the adapter has learnt."""
+    directory = tmp_path_factory.mktemp("trained")
+    save_trained(directory)
+    return directory, sentences(2, 64, 24, torch.Generator().manual_seed(9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig
 
@@ -276,3 +278,42 @@ def test_auto_peft_model_is_a_peft_model(tmp_path):
     expected = save(tmp_path)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
     assert torch.equal(logits(model.eval(), token_ids()), expected)
+
+
+def test_the_readme_says_how_the_adapter_is_loaded(tmp_path):
+    """Once, however often it is saved; and what it says works."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(model, MoeQLoraConfig(r=2))
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert text.count("import peft_moe_qlora") == 1
+    code = text[text.index("```python") + len("```python") :]
+    code = code[: code.index("```")].replace("this directory, or its name on the hub", str(tmp_path / "adapter"))
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    model.add_adapter("other", MoeQLoraConfig(r=2))
+    model.save_pretrained(tmp_path / "adapter", selected_adapters=["other"])
+    assert "import peft_moe_qlora" in (tmp_path / "adapter" / "other" / "README.md").read_text()
+
+
+def test_the_base_is_known_again(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), MoeQLoraConfig(r=2))
+    base = model.peft_config["default"].base
+    assert base["model_type"] == "qwen3_moe"
+    assert base["samples"]
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The adapter was trained on other weights")
+        for dtype in (torch.float32, torch.bfloat16):
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+            again = PeftModel.from_pretrained(again, tmp_path / "adapter")
+            assert again.peft_config["default"].base == base
+        # a configuration that was used before is none of a file
+        config = MoeQLoraConfig(r=2)
+        get_peft_model(tiny_model(), config)
+        other = get_peft_model(tiny_model(std=0.1), config)
+        assert other.peft_config["default"].base["samples"] != base["samples"]
+    with pytest.warns(RuntimeWarning, match="trained on other weights"):
+        PeftModel.from_pretrained(tiny_model(std=0.16), tmp_path / "adapter")

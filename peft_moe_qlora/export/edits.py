@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -193,7 +193,7 @@ def _check_samples(
             found[name] = matrix.float().flatten()[: len(identity.samples[name])].tolist()
         else:
             found[name] = sample(QuantizedStack.from_dense(matrix[None], target.is_transposed, storage))
-    differing = differing_sample(identity.samples, found)
+    differing = differing_sample(identity, replace(identity, samples=found))
     if differing is not None:
         raise ValueError(
             f"{base.directory} has other weights than the adapter was trained on: {differing} differs. Merge it into "
@@ -252,9 +252,13 @@ def _plan_tensors(
             delta = _product(A, B, linear_scaling(adapter.config, module), is_embedding)
             shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
             add(TensorEdit(f"{module}.weight", delta=delta, **stored(module)), shape)
-    for name, tensor in others.items():
+    for saved, tensor in others.items():
+        if ".original_module." in saved:
+            continue  # PEFT's copy of what a module that is trained in full was before
+        # biases of layers that are adapted or trained in full
+        name = saved.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if name not in keys:
-            raise ValueError(f"The adapter has {name}, which is no tensor of {base.directory}. {_REMEDY}")
+            raise ValueError(f"The adapter has {saved}, which is no tensor of {base.directory}. {_REMEDY}")
         add(TensorEdit(name, replacement=tensor), tuple(tensor.shape))
     if identity is not None:
         for name, module in base.model.named_modules():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from ..base_identity import BaseIdentity
 from ..config import MoeQLoraConfig
@@ -93,13 +93,17 @@ def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def next_token_distributions(model: nn.Module | PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
-    """`(N, L, V)` fp32 log-probabilities, on the CPU; windows go through one by one."""
+def next_token_logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """`(N, L, V)` fp32 on the CPU; windows go through one by one."""
     device = next(model.parameters()).device
-    logits = [model(input_ids=window[None].to(device), use_cache=False).logits.float().cpu() for window in windows]
-    return torch.cat(logits).log_softmax(dim=-1)
+    found = [model(input_ids=window[None].to(device), use_cache=False).logits.float().cpu() for window in windows]
+    return torch.cat(found)
 
 
 def kl_divergence(of: torch.Tensor, against: torch.Tensor) -> float:
-    """Mean over positions of `KL(of || against)` in nats, both `(N, L, V)` log-probabilities."""
-    return (of.exp() * (of - against)).sum(dim=-1).double().mean().item()
+    """Mean over positions of the KL divergence in nats, from logits `(N, L, V)`, computed in fp64."""
+    total = 0.0
+    for left, right in zip(of, against):
+        left, right = left.double().log_softmax(dim=-1), right.double().log_softmax(dim=-1)
+        total += (left.exp() * (left - right)).sum().item()
+    return total / (of.shape[0] * of.shape[1])

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from .. import __version__
 from ..layer import MoeQLoraExperts
-from ..loading import save_bitsandbytes
+from ..loading import Checkpoint, save_bitsandbytes
 from ..loading.quantizer import quantized_stacks
 from .adapter_file import read_adapter
 from .base_model import BaseModel
@@ -118,7 +118,7 @@ def merge_quantized(
         merged.save_pretrained(output.partial)
     else:
         save_bitsandbytes(merged, output.partial)
-    done = report(len(before), len(before), rows, len(merged.state_dict()))
+    done = report(len(before), len(before), rows, len(Checkpoint.open(output.partial).tensors))
     output.copy_beside(base, {"config.json": config_for_all(output.partial, None), REPORT_NAME: done.to_dict()})
     output.finish([])
     return done

@@ -11,7 +11,7 @@ import torch
 from ..loading import load_quantized
 from ..loading.load import class_of, quantization_of
 from .base_model import BaseModel
-from .live import kl_divergence, load_live, next_token_distributions, read_windows
+from .live import kl_divergence, load_live, next_token_logits, read_windows
 from .merge_report import REPORT_NAME, MergeReport, Verification
 
 
@@ -39,13 +39,13 @@ def verify_merge(
     windows = read_windows(text, report.base)
     model = load_live(base, report.adapter, dtype, device)
     dtype = model.dtype
-    live = next_token_distributions(model, windows)
+    live = next_token_logits(model, windows)
     with model.disable_adapter():
-        of_base = next_token_distributions(model, windows)
+        of_base = next_token_logits(model, windows)
     del model
     kl_of_base = kl_divergence(live, of_base)
     del of_base
-    merged = next_token_distributions(_load_merged(Path(directory), dtype, device), windows)
+    merged = next_token_logits(_load_merged(Path(directory), dtype, device), windows)
     found = Verification(
         num_tokens=windows.numel(),
         kl=kl_divergence(live, merged),

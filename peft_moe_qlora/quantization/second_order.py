@@ -21,7 +21,7 @@ from .stack import QuantizedStack
 # of a block's largest magnitude; a smaller scale clips the largest weight and is finer for the others
 _SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85)
 _COLUMNS_AT_A_TIME = 128
-_LARGEST_BATCH_BYTES = 2**29
+_LARGEST_BATCH_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 SHARE_OF_ALL = 0.02
 """How much the second moment over all experts counts beside an expert's own, which may come from few tokens."""
@@ -61,8 +61,8 @@ def quantize_second_order(
         ValueError: a merged weight is not finite.
     """
     result = QuantizedStack(stack.shape, stack.dtype, stack.is_transposed, stack.storage, stack.device)
-    size = stack.in_features * (3 * stack.out_features + 6 * stack.in_features) * 4
-    step = max(1, _LARGEST_BATCH_BYTES // size)
+    size = stack.in_features * (4 * stack.out_features + 10 * stack.in_features) * 4
+    step = max(1, _LARGEST_BATCH_BYTES.get(stack.device.type, 2**29) // size)
     fidelity = Fidelity()
     for start in range(0, stack.num_experts, step):
         experts = range(start, min(start + step, stack.num_experts))

@@ -1,0 +1,475 @@
+"""Merging on disk: what comes out says what the live adapter says, and nothing half-done ever looks whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+import transformers
+from checkpoint_writers import read_tensors, set_bitsandbytes_config, write_tensors
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from shrunken_models import shrunken_config, shrunken_model
+from test_loading import MODEL_TYPES
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.export import merge_checkpoint
+from peft_moe_qlora.export.live import kl_divergence
+
+STOCK = """
+    import sys
+    sys.modules["peft_moe_qlora"] = None  # can't be imported
+    import torch, transformers
+    directory, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/merged", dtype=dtype).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
+"""
+
+
+def stock_logits(directory, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of the merged model, in a process that has nothing but transformers."""
+    torch.save(ids, directory / "ids.pt")
+    command = [sys.executable, "-c", textwrap.dedent(STOCK), str(directory), str(dtype).removeprefix("torch.")]
+    subprocess.run(command, check=True, capture_output=True)
+    return torch.load(directory / "logits.pt")
+
+
+def base_model(model_type: str, dtype: torch.dtype = torch.float32):
+    # square stacks: gate and up of qwen3_moe are as wide as the model, gpt_oss's down projection too
+    if model_type not in ("llama4_text", "gemma4_text"):
+        return tiny_model(model_type, dtype=dtype)
+    torch.manual_seed(0)
+    # with weights of default size all tokens are about equally likely
+    if model_type == "llama4_text":
+        model = transformers.Llama4ForCausalLM(shrunken_config("llama4_text")).to(dtype).eval()
+        model.lm_head.weight.data *= 20
+        return model
+    model = shrunken_model("gemma4_text", dtype=dtype)
+    for layer in model.model.layers:
+        layer.post_feedforward_layernorm.weight.data *= 20
+    model.model.norm.weight.data *= 20
+    return model
+
+
+def save_adapter(directory, model_type: str = "qwen3_moe", dtype=torch.float32, std: float = 0.1, **options):
+    """Saves base and adapter, and gives the live model."""
+    base_model(model_type, dtype).save_pretrained(directory / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype)
+    model = get_peft_model(model, MoeQLoraConfig(**{"r": 4, "target_modules": "all-linear", **options})).eval()
+    randomize_adapter(model, std=std)
+    model.save_pretrained(directory / "adapter")
+    return model
+
+
+def merge(directory, **options):
+    out = directory / options.pop("out", "merged")
+    return merge_checkpoint(directory / "base", directory / "adapter", out, progressbar=False, **options)
+
+
+def expert_keys(tensors: dict[str, torch.Tensor]) -> set[str]:
+    return {key for key in tensors if "experts" in key and "bias" not in key and "shared" not in key}
+
+
+# per expert: qwen3_moe, mixtral, deepseek_v3; fused: gpt_oss and llama4 (transposed), gemma4
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "gemma4_text"]
+)
+def test_stock_transformers_says_what_the_live_adapter_says(model_type, tmp_path):
+    model = save_adapter(tmp_path, model_type, std=0.3)
+    ids = token_ids()
+    live = logits(model, ids)
+    with model.disable_adapter():
+        assert kl_divergence(live, logits(model, ids)) >= 0.5
+    report = merge(tmp_path)
+    assert kl_divergence(live, stock_logits(tmp_path, ids, torch.float32)) <= 1e-8
+    before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
+    assert after.keys() == before.keys()
+    assert expert_keys(after)
+    assert all(not torch.equal(after[key], before[key]) for key in expert_keys(after))
+    assert all(row.relative_error < 1e-6 and abs(row.delta_kept - 1) < 1e-6 for row in report.stacks)
+    changed = sum(not torch.equal(after[key], before[key]) for key in after)
+    assert report.tensors_expected == report.tensors_changed <= changed
+
+
+def test_a_trained_adapter(trained, tmp_path):
+    """What a bf16 checkpoint holds is within 1e-4; run in bf16 it is as near as two such runs are."""
+    directory, ids = trained
+
+    def live(dtype: torch.dtype) -> torch.Tensor:
+        base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype)
+        model = PeftModel.from_pretrained(base, directory / "adapter").eval()
+        found = logits(model, ids)
+        with model.disable_adapter():
+            assert kl_divergence(found, logits(model, ids)) >= 0.5
+        return found
+
+    exact, rounded = live(torch.float32), live(torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = tmp_path / str(dtype) / "merged"
+        merge_checkpoint(directory / "base", directory / "adapter", out, dtype=dtype, progressbar=False)
+    assert abs(kl_divergence(exact, stock_logits(tmp_path / "torch.float32", ids, torch.float32))) <= 1e-8
+    assert kl_divergence(exact, stock_logits(tmp_path / "torch.bfloat16", ids, torch.float32)) <= 1e-4
+    of_bf16 = kl_divergence(rounded, stock_logits(tmp_path / "torch.bfloat16", ids, torch.bfloat16))
+    assert of_bf16 <= 2 * kl_divergence(exact, rounded)
+
+
+# diffusion_gemma's encoder and decoder share their stacks
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "diffusion_gemma"])
+def test_every_architecture(model_type, tmp_path):
+    """Tensor by tensor what merging in memory and saving give."""
+    model = shrunken_model(model_type, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(model, MoeQLoraConfig(r=2, target_modules=["experts"]))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path)
+    model.merge_and_unload(dtype=torch.float32).save_pretrained(tmp_path / "in-memory")
+    found, expected = read_tensors(tmp_path / "merged"), read_tensors(tmp_path / "in-memory")
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-6)
+    before = read_tensors(tmp_path / "base")
+    changed = sum(not torch.equal(found[key], before[key]) for key in found)
+    assert report.tensors_expected == report.tensors_changed == changed > 0
+    assert report.tensors_written == len(found)
+
+
+@pytest.mark.parametrize("onto", ["quantized", "base"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_linear_layers_are_merged_as_they_were_trained(onto, double_quant, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    quantization = MoeQuantizationConfig(double_quant=double_quant)
+    model = load_quantized(str(tmp_path / "base"), quantization, dtype=torch.float32)
+    model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=double_quant)).eval()
+    randomize_adapter(model, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    # evaluating on a CPU, bitsandbytes computes linear layers in bf16
+    live = logits(model.train(), token_ids())
+    report = merge(tmp_path, onto=onto)
+    difference = kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32))
+    assert difference <= 1e-8 if onto == "quantized" else difference > 1e-5
+    assert {row.name for row in report.others} >= {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"}
+    if onto == "base":
+        before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
+        A, B = (
+            load_file(tmp_path / "adapter" / "adapter_model.safetensors")[
+                f"base_model.model.model.layers.0.self_attn.q_proj.lora_{name}.weight"
+            ]
+            for name in "AB"
+        )
+        key = "model.layers.0.self_attn.q_proj.weight"
+        torch.testing.assert_close(after[key] - before[key], 2 * B @ A, rtol=0, atol=1e-6)
+
+
+def test_everything_else_that_an_adapter_can_hold(tmp_path):
+    model = save_adapter(
+        tmp_path,
+        "gpt_oss",
+        target_modules=["experts", "embed_tokens", "q_proj"],
+        modules_to_save=["norm", "router"],
+        bias="all",
+        use_rslora=True,
+        rank_pattern={"layers.1.mlp.experts.down_proj": 2},
+        alpha_pattern={"q_proj": 3},
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_" not in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    model.save_pretrained(tmp_path / "adapter")
+    live = logits(model, token_ids())
+    report = merge(tmp_path)
+    assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
+    changed = {row.name for row in report.others}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.router.weight"} <= changed
+    assert "model.layers.0.mlp.experts.gate_up_proj_bias" in changed
+
+
+def test_shards_that_part_what_belongs_together(tmp_path):
+    """Gate and up projection of an expert in different files; experts of a layer too."""
+    save_adapter(tmp_path)
+    merge(tmp_path, out="whole")
+    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=7)
+    report = merge(tmp_path, out="sharded")
+    expected, found = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "sharded")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) == 7
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", dtype=torch.float32)
+    assert len(again.state_dict()) > 0
+    assert report.tensors_written == len(found)
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path):
+    save_adapter(tmp_path)
+    base = tmp_path / "base"
+    (base / "tokenizer.json").write_text("{}")
+    (base / "assets").mkdir()
+    (base / "assets" / "template.jinja").write_text("{{ messages }}")
+    (base / ".cache").mkdir()
+    (base / ".cache" / "lock").write_text("")
+    (base / "pytorch_model.bin").write_bytes(b"old")
+    merge(tmp_path, dtype=torch.bfloat16)
+    names = {str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*") if path.is_file()}
+    assert names == {
+        "assets/template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merge_report.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["num_experts"] == config["num_local_experts"] == 8
+    assert config["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["tensors_changed"] == report["tensors_expected"] > 0
+    assert not (tmp_path / "merged.partial").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    save_adapter(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    report = merge(tmp_path, dry_run=True)
+    assert report.tensors_expected > 0
+    assert report.tensors_written == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
+    save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-9)
+    with pytest.raises(ValueError, match=r"its delta is lost in rounding"):
+        merge(tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
+KILLED = """
+    import sys, time
+    import peft_moe_qlora
+    from peft_moe_qlora.export import merge, merge_checkpoint
+    directory = sys.argv[1]
+    written = merge.save_file
+    def slowly(tensors, path, metadata):  # so that there is a time to be killed at
+        written(tensors, path, metadata)
+        with open(path, "r+b") as file:
+            whole = file.read()
+            file.truncate(len(whole) // 2)
+            file.flush()
+            time.sleep(0.3)
+            file.seek(0)
+            file.write(whole)
+    merge.save_file = slowly
+    print("started", flush=True)
+    merge_checkpoint(f"{directory}/base", f"{directory}/adapter", f"{directory}/merged", progressbar=False)
+"""
+
+
+def test_killed_at_any_point_and_finished_by_another_run(tmp_path):
+    save_adapter(tmp_path)
+    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=12)
+    merge(tmp_path, out="expected")
+    expected = read_tensors(tmp_path / "expected")
+    generator = random.Random(0)
+    kills = finished = 0
+    while not finished:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "started\n"
+        time.sleep(generator.uniform(0.2, 1.0) if kills < 4 else 60)
+        process.send_signal(signal.SIGKILL)
+        finished = process.wait() == 0
+        process.stdout.close()
+        kills += not finished
+        if not finished:
+            assert not (tmp_path / "merged").exists()
+            assert not (tmp_path / "merged.partial" / "config.json").exists()
+            for file in (tmp_path / "merged.partial").glob("*.safetensors"):
+                assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(file).items())
+    assert kills
+    found = read_tensors(tmp_path / "merged")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("merged", "expected")]
+    assert names[0] == names[1]
+
+
+FULL = """
+    import resource, signal, sys
+    import peft_moe_qlora
+    from peft_moe_qlora.export import merge_checkpoint
+    directory = sys.argv[1]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+    try:
+        merge_checkpoint(f"{directory}/base", f"{directory}/adapter", f"{directory}/merged", progressbar=False)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """The system refuses to let a file grow; so would a full disk."""
+    save_adapter(tmp_path)
+    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
+    largest = max(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    command = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), str(largest // 2)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "File too large" in output
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "merged.partial" / "config.json").exists()
+    merge(tmp_path)
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_a_disk_known_to_be_too_small(tmp_path, monkeypatch):
+    save_adapter(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"GB left; the merged checkpoint takes"):
+        merge(tmp_path)
+    assert not (tmp_path / "merged.partial").exists()
+
+
+def test_what_is_refused_before_anything_is_written(tmp_path):
+    save_adapter(tmp_path)
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+
+    def refused(match: str, **options) -> None:
+        with pytest.raises((ValueError, OSError), match=match):
+            merge(tmp_path, **options)
+        assert not (tmp_path / options.get("out", "merged")).exists()
+        assert not (tmp_path / "merged.partial").exists()
+
+    refused("onto='bases' is unknown", onto="bases")
+    refused(r"dtype=torch\.int8 can't hold", dtype=torch.int8)
+    file = adapter / "adapter_model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    key = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
+    partner = key.removesuffix("A") + "B"
+    layer = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.experts" not in name}
+    for damaged, match in (
+        ({**tensors, key: tensors[key] * float("nan")}, "lora_down_proj_A has values that are not finite"),
+        ({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, r"lora_down_proj_A .* are not \(E, r, in\)"),
+        (
+            {name: t for name, t in tensors.items() if name not in (key, partner)},
+            r"no factors of .*1\.mlp\.experts\.d",
+        ),
+        (layer, r"no factors of model\.layers\.1\.mlp\.experts\.gate_up_proj"),
+        ({n: t for n, t in tensors.items() if "0.self_attn.q_proj" not in n}, r"no factors of .*0\.self_attn\.q_proj"),
+        ({**tensors, "base_model.model.model.other.weight": torch.ones(2)}, r"model\.other\.weight, which is no tens"),
+        (
+            {
+                **tensors,
+                key.replace("1.mlp", "7.mlp"): tensors[key],
+                partner.replace("1.mlp", "7.mlp"): tensors[partner],
+            },
+            r"factors of model\.layers\.7\.mlp\.experts\.down_proj, which is no stack",
+        ),
+    ):
+        save_file({name: tensor.clone() for name, tensor in damaged.items()}, file)
+        refused(match)
+    file.write_bytes(whole[:-1])
+    refused(r"adapter_model\.safetensors")
+    file.write_bytes(whole)
+
+    tiny_model("mixtral").save_pretrained(tmp_path / "other")
+    shutil.move(base, tmp_path / "own")
+    shutil.move(tmp_path / "other", base)
+    refused("trained on a model of type qwen3_moe, but .* is of type mixtral")
+    shutil.rmtree(base)
+    tiny_model(std=0.16).save_pretrained(base)
+    refused(r"other weights than the adapter was trained on: model\.layers\.0\.mlp\.experts\.\w+ differs")
+    tiny_model(num_experts=6).save_pretrained(base)
+    refused("has 6 experts with")
+    tiny_model(num_hidden_layers=1).save_pretrained(base)
+    refused(r"factors of model\.layers\.1\.mlp\.experts\.\w+, which is no stack")
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "own", base)
+    set_bitsandbytes_config(base, [])
+    refused("is quantized by 'bitsandbytes'")
+
+
+def test_merging_twice_is_refused(tmp_path):
+    save_adapter(tmp_path)
+    merge(tmp_path)
+    with pytest.raises(ValueError, match="merged is there already and not empty"):
+        merge(tmp_path)
+    with pytest.raises(ValueError, match="has this adapter merged into it already"):
+        merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
+    (tmp_path / "merged" / "merge_report.json").unlink()
+    with pytest.raises(ValueError, match="other weights than the adapter was trained on"):
+        merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
+
+
+def test_unfinished_work_of_another_merge_is_not_taken_up(tmp_path):
+    save_adapter(tmp_path)
+    (tmp_path / "merged.partial").mkdir()
+    (tmp_path / "merged.partial" / "unfinished.json").write_text(json.dumps({"onto": "base"}))
+    with pytest.raises(ValueError, match=r"merged\.partial holds unfinished work of another merge"):
+        merge(tmp_path)
+
+
+def test_merging_the_command(tmp_path, capsys):
+    save_adapter(tmp_path)
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert main(["merge", *paths, "--dtype", "bfloat16"]) == 0
+    output = capsys.readouterr().out
+    assert "model.layers.0.mlp.experts.gate_up_proj" in output
+    assert "merged onto quantized as bfloat16" in output
+    assert main(["merge", *paths]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert main(["merge", *paths[:2], str(tmp_path / "again"), "--rounding", "nearest"]) == 1
+    assert "--rounding is an option of --quantize" in capsys.readouterr().err
+
+
+def test_memory_stays_at_one_shard(tmp_path):
+    """Of a checkpoint of many shards only one is in memory, whatever the size of all."""
+    model = tiny_model(hidden_size=512, moe_intermediate_size=256, num_experts=32, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "base", max_shard_size="16MB")
+    model = get_peft_model(model, MoeQLoraConfig(r=2)).eval()
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    del model
+    script = """
+        import sys, resource
+        import peft_moe_qlora
+        from peft_moe_qlora.export import merge_checkpoint
+        directory = sys.argv[1]
+        def anonymous():
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+        import threading, time
+        peak, done = [], threading.Event()
+        def watch():
+            while not done.is_set():
+                peak.append(anonymous())
+                time.sleep(0.002)
+        merge_checkpoint(f"{directory}/base", f"{directory}/adapter", f"{directory}/warm", dry_run=True)
+        before = anonymous()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        merge_checkpoint(f"{directory}/base", f"{directory}/adapter", f"{directory}/merged", progressbar=False)
+        done.set()
+        watcher.join()
+        print(max(peak) - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ}).stdout
+    total = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) / 2**20
+    assert total > 90
+    assert float(output.splitlines()[-1]) < 45  # a shard of 16, the adapter, one expert many times over

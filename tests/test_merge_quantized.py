@@ -1,0 +1,153 @@
+"""Merging into a checkpoint in 4 bits, and verifying what a merge says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoint_writers import read_tensors
+from peft import PeftModel, get_peft_model
+from test_merge_checkpoint import save_adapter
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.export import merge_quantized
+
+
+def write_tokenizer(directory) -> None:
+    """Words `w3`, `w4`, ... are the tokens 3, 4, ..."""
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(directory)
+
+
+def write_text(file, ids: torch.Tensor) -> None:
+    file.write_text(" ".join(f"w{number}" for number in ids.flatten().tolist()))
+
+
+def merge(directory, **options):
+    return merge_quantized(
+        directory / "base", directory / "adapter", directory / "merged", progressbar=False, **options
+    )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("layout", ["native", "bitsandbytes"])
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+def test_what_is_loaded_again_is_what_was_merged(model_type, layout, rounding, tmp_path):
+    model = save_adapter(tmp_path, model_type)
+    report = merge(tmp_path, layout=layout, rounding=rounding)
+    found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
+    expected = model.merge_and_unload(rounding=rounding)
+    assert torch.equal(logits(found, token_ids()), logits(expected, token_ids()))
+    assert len(report.stacks) == 4
+    assert all(0 < row.relative_error < 0.2 and row.delta_kept > 0.9 for row in report.stacks)
+    assert report.tensors_expected == report.tensors_changed > len(report.stacks)
+    assert report.tensors_written == len(read_tensors(tmp_path / "merged"))
+    written = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert written["tensors_written"] == report.tensors_written
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["num_local_experts"] == config["num_experts"]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_linear_layers_in_4_bits(is_packed, tmp_path):
+    """From the unquantized base, or from one that was saved in 4 bits."""
+    tiny_model().save_pretrained(tmp_path / "unquantized")
+    quantization = MoeQuantizationConfig(double_quant=True, skip_modules=["layers.1.mlp.experts", "k_proj"])
+    model = load_quantized(str(tmp_path / "unquantized"), quantization, dtype=torch.float32, device_map="cpu")
+    if is_packed:
+        model.save_pretrained(tmp_path / "base")
+    else:
+        shutil.copytree(tmp_path / "unquantized", tmp_path / "base")
+    model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=True)).eval()
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path)
+    found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
+    names = {name for name, module in found.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert names == {f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qvo"}
+    assert found.model.layers[1].mlp.experts.is_dense
+    expected = model.merge_and_unload()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def test_what_is_refused(tmp_path):
+    save_adapter(tmp_path, double_quant=True)
+    with pytest.raises(ValueError, match=r"trained on experts in nf4/64\+dq, not fp4"):
+        merge(tmp_path, quant_type="fp4")
+    with pytest.raises(ValueError, match="layout='gguf' is unknown"):
+        merge(tmp_path, layout="gguf")
+    report = merge(tmp_path, dry_run=True)
+    assert report.tensors_written == 0
+    assert not list(tmp_path.glob("merged*"))
+    merge(tmp_path)
+    with pytest.raises(ValueError, match="merged is there already"):
+        merge(tmp_path)
+    with pytest.raises(ValueError, match="has this adapter merged into it already"):
+        merge_quantized(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
+
+
+def test_a_delta_that_4_bits_cannot_hold(tmp_path):
+    save_adapter(tmp_path, std=1e-6)
+    with pytest.raises(ValueError, match="are the same after the merge, model"):
+        merge(tmp_path, rounding="nearest")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_an_adapter_of_a_part_of_the_layers(tmp_path):
+    save_adapter(tmp_path, target_modules=["experts.down_proj"], layers_to_transform=[1])
+    report = merge(tmp_path)
+    assert [row.name for row in report.stacks] == ["model.layers.1.mlp.experts.down_proj"]
+
+
+def test_verifying(trained, tmp_path, capsys):
+    """The command's figures are those of comparing by hand."""
+    directory, ids = trained
+    shutil.copytree(directory / "base", tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    write_text(tmp_path / "text.txt", ids)
+    paths = [str(tmp_path / "base"), str(directory / "adapter")]
+    found = {}
+    for name, options in {
+        "dense": [],
+        "nearest": ["--quantize", "nf4", "--rounding", "nearest"],
+        "random": ["--quantize", "nf4"],
+        "text": ["--quantize", "nf4", "--calibration", str(tmp_path / "text.txt"), "--layout", "bitsandbytes"],
+    }.items():
+        command = ["merge", *paths, str(tmp_path / name), *options, "--verify", str(tmp_path / "text.txt"), "--json"]
+        assert main(command) == 0
+        output = capsys.readouterr().out
+        report = json.loads(output[output.index("{") :])
+        assert report == json.loads((tmp_path / name / "merge_report.json").read_text())
+        found[name] = report["verification"]
+    assert all(one["num_tokens"] == 64 * 24 for one in found.values())
+    assert all(one["kl_of_base"] >= 0.5 for one in found.values())
+    assert abs(found["dense"]["kl"]) <= 1e-8
+    assert found["dense"]["equal_argmax"] == 1
+    assert found["random"]["kl"] <= 0.5 * found["nearest"]["kl"]
+    assert found["text"]["kl"] <= 0.5 * found["nearest"]["kl"]
+    assert found["nearest"]["equal_argmax"] < found["text"]["equal_argmax"] < 1
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, directory / "adapter").eval()
+    merged = load_quantized(str(tmp_path / "nearest"), dtype=torch.float32, device_map="cpu")
+    windows = ids.view(3, 512)
+    live, other = (logits(one, windows).double().log_softmax(dim=-1) for one in (model, merged))
+    kl = (live.exp() * (live - other)).sum(dim=-1).mean().item()
+    assert found["nearest"]["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_a_text_of_one_word(tmp_path, capsys):
+    save_adapter(tmp_path)
+    write_tokenizer(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("w5")
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert main(["merge", *paths, "--verify", str(tmp_path / "text.txt")]) == 1
+    assert "has 1 tokens" in capsys.readouterr().err

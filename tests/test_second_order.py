@@ -1,0 +1,245 @@
+"""Rounding to 4 bits with regard to what goes in."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+from transformers import AutoModelForCausalLM
+
+from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, experts_report
+from peft_moe_qlora.calibration import random_token_ids
+from peft_moe_qlora.export.live import kl_divergence
+from peft_moe_qlora.quantization import (
+    FourBitFormat,
+    MergedExpert,
+    QuantizedStack,
+    code_values,
+    quantize_second_order,
+)
+from peft_moe_qlora.quantization.second_order import choose_scales, nearest_codes, round_second_order
+
+STORAGES = [FourBitFormat(), FourBitFormat("fp4", 32), FourBitFormat("nf4", 128, double_quant=True)]
+
+
+def randn(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def second_moment(features: int, rank: int, experts: int = 1) -> torch.Tensor:
+    """`(E, in, in)` of inputs that are large in a few directions."""
+    inputs = randn(experts, 256, rank) @ randn(experts, rank, features, seed=1) + 0.1 * randn(256, features, seed=2)
+    return inputs.transpose(1, 2) @ inputs / 256
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_the_nearest_codes_are_those_of_bitsandbytes(storage, device):
+    weight = randn(1, 48, 64, device=device)
+    stack = QuantizedStack.from_dense(weight, False, storage)
+    again = QuantizedStack.from_dense(torch.zeros_like(weight), False, storage)
+    scales = weight.abs().view(-1, storage.blocksize).amax(dim=1)
+    of_weights = scales.repeat_interleave(storage.blocksize).view(48, 64)
+    again.set_scales(0, scales)
+    again.set_codes(0, nearest_codes(weight[0], of_weights, storage))
+    assert torch.equal(again.decode(torch.float32), stack.decode(torch.float32))
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_inputs_alike_in_every_direction_ask_for_the_nearest(storage, device):
+    weights = randn(2, 24, 96, device=device)
+    scales = torch.full_like(weights, 2.5)
+    codes = round_second_order(weights, scales, torch.eye(96, device=device).expand(2, 96, 96), storage)
+    assert torch.equal(codes, nearest_codes(weights, scales, storage))
+
+
+@pytest.mark.parametrize("features", [64, 130, 300])
+def test_what_the_layer_gives_changes_less(features, device):
+    """And the errors are those of the definition, by which every expert has to win."""
+    storage = FourBitFormat()
+    weights = randn(3, 32, features, device=device)
+    scales = weights.abs().amax(dim=2, keepdim=True).expand_as(weights)
+    moments = second_moment(features, 8, experts=3).to(device) + 0.01 * torch.eye(features, device=device)
+    table = code_values("nf4", torch.device(device))
+
+    def cost(codes: torch.Tensor) -> torch.Tensor:
+        error = table[codes.int()] * scales - weights
+        return torch.einsum("eoi,eij,eoj->e", error, moments, error)
+
+    nearest = cost(nearest_codes(weights, scales, storage))
+    found = cost(round_second_order(weights, scales, moments, storage))
+    assert (found < 0.5 * nearest).all()
+
+
+def test_scales_are_the_best_of_those_tried():
+    matrix = randn(16, 128)
+    matrix[0, 0] = 30.0  # a weight so large that its block is better off clipping it, or not
+    storage = FourBitFormat()
+    largest = matrix.view(-1, 64).abs().amax(dim=1)
+    before = largest * 0.97
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        stack = QuantizedStack.from_dense(matrix[None], False, storage)
+        stack.set_scales(0, scales)
+        stack.set_codes(0, nearest_codes(matrix, scales.repeat_interleave(64).view_as(matrix), storage))
+        return (stack.decode_expert(0, torch.float32) - matrix).view(-1, 64).square().sum(dim=1)
+
+    found = error(choose_scales(matrix, before, storage))
+    assert (found <= error(largest)).all()
+    assert (found <= error(before)).all()
+    assert found.sum() < 0.99 * error(largest).sum()
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+# blocks that end inside a row, an odd number of weights, a square
+@pytest.mark.parametrize("shape", [(3, 40, 24), (2, 7, 9), (2, 64, 64)], ids=str)
+def test_a_stack_without_delta_stays_as_it_is(storage, is_transposed, shape, device):
+    stack = QuantizedStack.from_dense(randn(*shape, device=device), is_transposed, storage)
+    features = stack.in_features
+
+    def merged(expert: int) -> MergedExpert:
+        weight = stack.decode_expert(expert, torch.float32)
+        moment = second_moment(features, 3)[0].to(device) * (expert > 0)  # the first has seen no token
+        return MergedExpert(weight.T if is_transposed else weight, moment, torch.zeros(0, features, device=device))
+
+    found = quantize_second_order(stack, merged, second_moment(features, 3)[0].to(device))
+    assert found.fidelity.relative_error < (0.02 if storage.double_quant else 1e-6)
+    if not storage.double_quant:
+        torch.testing.assert_close(found.decode(torch.float32), stack.decode(torch.float32))
+
+
+def test_no_token_at_all():
+    """Every direction counts alike then, but for those that the adapter reads."""
+    stack = QuantizedStack.from_dense(randn(2, 32, 64), False, FourBitFormat())
+    delta = 0.5 * randn(32, 64, seed=3)
+
+    def merged(expert: int) -> MergedExpert:
+        weight = stack.decode_expert(expert, torch.float32) + delta
+        return MergedExpert(weight, torch.zeros(64, 64), torch.linalg.qr(delta).R[:4])
+
+    found = quantize_second_order(stack, merged, torch.zeros(64, 64))
+    assert 0.01 < found.fidelity.relative_error < 0.2
+
+
+def test_what_is_not_finite_is_refused():
+    stack = QuantizedStack.from_dense(randn(1, 8, 64), False, FourBitFormat())
+    moment = torch.eye(64)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        quantize_second_order(
+            stack, lambda _: MergedExpert(torch.full((8, 64), torch.inf), moment, torch.zeros(0, 64)), moment
+        )
+
+
+def load(directory, dtype: torch.dtype = torch.float32) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype)
+    return PeftModel.from_pretrained(base, directory / "adapter").eval()
+
+
+def test_half_the_divergence_of_rounding_to_the_nearest(trained):
+    """What requantizing costs a trained adapter; no text is given."""
+    directory, ids = trained
+    model = load(directory)
+    live = logits(model, ids)
+    with model.disable_adapter():
+        assert kl_divergence(live, logits(model, ids)) >= 0.5
+    nearest = kl_divergence(live, logits(load(directory).merge_and_unload(rounding="nearest"), ids))
+    found = kl_divergence(live, logits(load(directory).merge_and_unload(), ids))
+    assert 0 < found <= 0.5 * nearest
+
+
+def test_more_of_a_small_delta_survives(trained):
+    """A twentieth of the adapter is too little for most codes to change."""
+    directory, _ = trained
+    kept = {}
+    for rounding in ("nearest", "second-order"):
+        model = load(directory)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_B.default"):
+                    parameter.mul_(0.05)
+        merged = model.merge_and_unload(rounding=rounding)
+        kept[rounding] = [stack.delta_kept for stack in experts_report(merged).stacks]
+    assert all(share < 0.6 for share in kept["nearest"])
+    assert all(share > 0.85 for share in kept["second-order"])
+
+
+MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_every_kind_of_layer(model_type, double_quant, device):
+    config = MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=double_quant)
+    model = get_peft_model(tiny_model(model_type, device), config).eval()
+    randomize_adapter(model, std=0.05)
+    ids = token_ids(device)
+    live = logits(model, ids)
+    nearest = copy.deepcopy(model).merge_and_unload(rounding="nearest")
+    merged = model.merge_and_unload()
+    experts = [module for module in merged.modules() if isinstance(module, QuantizedExperts)]
+    assert experts
+    for stack, plain in zip(experts_report(merged).stacks, experts_report(nearest).stacks):
+        assert stack.storage == ("nf4/64+dq" if double_quant else "nf4/64")
+        assert 0 < stack.merge_error < 0.2
+        assert stack.delta_kept > plain.delta_kept - 0.02
+    # on random weights not much better, but never much worse
+    assert kl_divergence(live, logits(merged, ids)) < 2 * kl_divergence(live, logits(nearest, ids)) + 1e-3
+
+
+def test_the_same_at_every_call():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+    randomize_adapter(model)
+    first, second = (logits(copy.deepcopy(model).merge_and_unload(), token_ids()) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_text_can_be_given():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+    randomize_adapter(model)
+    found = logits(copy.deepcopy(model).merge_and_unload(calibration=token_ids()), token_ids())
+    assert not torch.equal(found, logits(copy.deepcopy(model).merge_and_unload(), token_ids()))
+    with pytest.raises(ValueError, match="calibration is for experts that are rounded"):
+        model.merge_and_unload(calibration=token_ids(), rounding="nearest")
+    with pytest.raises(ValueError, match="calibration is for experts that are rounded"):
+        model.merge_and_unload(calibration=token_ids(), dtype=torch.float32)
+    with pytest.raises(ValueError, match="rounding='best' is unknown"):
+        model.merge_and_unload(rounding="best")
+
+
+def test_random_tokens_are_ordinary_ones():
+    config = tiny_model().config
+    ids = random_token_ids(config)
+    assert ids.shape == (16, 128)  # as long as the model takes
+    assert ids.min() >= 3
+    assert ids.max() < config.vocab_size
+    assert len(ids.unique()) > 50
+    assert torch.equal(ids, random_token_ids(config))
+
+
+def test_layers_that_no_token_reaches_are_told():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+    randomize_adapter(model)
+    skipped = model.base_model.model.model.layers[1]
+    skipped.mlp.forward = lambda hidden_states: hidden_states
+    with pytest.warns(RuntimeWarning, match=r"didn't reach 1 layers of experts, model\.layers\.1\.mlp\.experts first"):
+        merged = model.merge_and_unload()
+    assert all(stack.merge_error is not None for stack in experts_report(merged).stacks)
+
+
+def test_two_adapters_and_one_that_is_merged_already():
+    def build():
+        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+        model.add_adapter("other", MoeQLoraConfig(r=2))
+        randomize_adapter(model)
+        return model
+
+    together = build().merge_and_unload(adapter_names=["default", "other"])
+    model = build()
+    model.merge_adapter(["default"])
+    in_turn = model.merge_and_unload(adapter_names=["other"])
+    assert torch.equal(logits(together, token_ids()), logits(in_turn, token_ids()))
+    alone = build().merge_and_unload(adapter_names=["other"])
+    assert not torch.equal(logits(together, token_ids()), logits(alone, token_ids()))
