@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
 from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
 from .base_model import BaseModel
-from .others import A_SUFFIX, B_SUFFIX, check_others
+from .others import A_SUFFIX, B_SUFFIX, adapted_layers, check_others
 
 __all__ = ["A_SUFFIX", "B_SUFFIX", "PREFIX", "AdapterFile", "ExpertFactors"]
 
@@ -118,7 +119,7 @@ def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
     # the first projection of a module is the one that isn't down_proj
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
     if base is not None:
-        _check_against(base, config, experts)
+        _check_against(file, base, config, experts, others)
     check_others(file, config, others, base)
     if not experts:
         raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
@@ -141,13 +142,24 @@ def _factors(
     return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
 
 
-def _check_against(base: BaseModel, config: MoeQLoraConfig, experts: list[ExpertFactors]) -> None:
+def _check_against(
+    file: Path,
+    base: BaseModel,
+    config: MoeQLoraConfig,
+    experts: list[ExpertFactors],
+    others: dict[str, torch.Tensor],
+) -> None:
+    """Refuses experts that the base has otherwise or not at all, and a file without a layer that the config reaches."""
     for factors in experts:
         base.layout(factors.path, factors.name)
     reached = replace(config)
     resolve_all_linear(reached, base.model, base.layouts)
     targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
     check_stored_shapes(config, base.layouts, targets)
+    found = adapted_layers(others)
+    missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
+    if missing:
+        raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
 
 
 def linear_rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:

@@ -97,6 +97,10 @@ class BaseModel:
             return None
         return layer if isinstance(layer, (nn.Linear, nn.Embedding)) else None
 
+    def layers(self) -> list[str]:
+        """The names of all linear layers and embeddings that are no part of experts."""
+        return [name for name, _ in self.model.named_modules() if self.layer(name) is not None]
+
     def shape_of(self, key: str) -> tuple[int, ...] | None:
         """Shape of a parameter or buffer of that name; None if there is none."""
         tensor = self.model.state_dict().get(key)

@@ -163,7 +163,7 @@ def others_by_own_names(
     Raises:
         ValueError: a layer is missing that others of the same kind have.
     """
-    layers = [name for name, _ in source.base.model.named_modules() if source.base.layer(name) is not None]
+    layers = source.base.layers()
     names = {key.partition(".lora_")[0] for key in others if ".lora_" in key}
     in_checkpoint = dict.fromkeys(layers, ())
     if not names <= set(layers):

@@ -69,7 +69,7 @@ def read_peft_lora(source: Source) -> AdapterFile:
             if is_flipped:
                 A, B = B.transpose(1, 2), A.transpose(1, 2)
             experts.append(source.factors(path, name, A, B, alpha))
-    layers = [name for name, _ in source.base.model.named_modules() if source.base.layer(name) is not None]
+    layers = source.base.layers()
     as_parameters = [name for name in layers if is_targeted(f"{name}.weight")]
     expected += [name for name in layers if name in as_parameters or source.targets(name)]
     found += [name for name in layers if any(key.startswith(f"{name}.lora_") for key in left)]
