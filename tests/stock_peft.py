@@ -33,6 +33,8 @@ _SCRIPT = """
             model.save_pretrained(job["adapter"])
         else:
             model = PeftModel.from_pretrained(base, job["adapter"]).eval()
+            if "resaved" in job:
+                model.save_pretrained(job["resaved"])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(job["ids"])).logits
         torch.save((__version__, logits), job["logits"])
@@ -44,7 +46,8 @@ def run_stock_peft(jobs: list[dict], directory: Path, version: str = INSTALLED) 
 
     Args:
         jobs: each with `base` and `adapter`, directories, `ids`, and `logits`, a file to be written; those with
-            `options` make an adapter of a `LoraConfig` with random factors and save it, the others load one.
+            `options` make an adapter of a `LoraConfig` with random factors and save it, the others load one, and save
+            it again as `resaved` if they have that.
         directory: for the list of jobs.
         version: of PEFT.
     """

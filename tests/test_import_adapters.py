@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from adapters_of_others import ALPHA, WRITERS, R, random_factors, write_mlx, write_per_expert
+from adapters_of_others import ALPHA, WRITERS, R, random_factors, write_mlx, write_per_expert, write_stacked
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from stock_peft import VERSIONS, run_stock_peft
@@ -177,10 +177,13 @@ def test_factors_of_single_experts_say_what_stock_peft_makes_of_them(model_type,
     save_base(tmp_path / "base", model_type)
     experts, linear = random_factors(num_experts=4 if old else 8)
     write_per_expert(tmp_path / "adapter", tmp_path / "base", experts, linear, old)
-    run_stock_peft([job(tmp_path)], tmp_path)
-    assert_same_logits(logits_here(tmp_path), torch.load(tmp_path / "logits.pt")[1])
+    run_stock_peft([{**job(tmp_path), "resaved": str(tmp_path / "resaved")}], tmp_path)
+    expected = torch.load(tmp_path / "logits.pt")[1]
+    assert_same_logits(logits_here(tmp_path), expected)
     found = read_adapter(tmp_path / "adapter")
     assert [one.r for one in found.experts] == [2 * R, R] * 2
+    # PEFT has fused it, with the rank doubled in a pattern
+    assert_same_logits(logits_here(tmp_path, adapter="resaved"), expected)
     if old:
         # the same under the names of today
         write_per_expert(tmp_path / "today", tmp_path / "base", experts, linear)
@@ -245,13 +248,46 @@ def edit_tensors(directory: Path, changed: dict[str, torch.Tensor | None], name=
     save_file(tensors, directory / name, {"format": "pt"})
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scaling_outlives_the_doubled_rank(use_rslora, tmp_path):
+    save_base(tmp_path / "base", "qwen3_moe")
+    experts, linear = random_factors()
+    write_stacked(tmp_path / "adapter", tmp_path / "base", experts, linear)
+    edit_config(tmp_path / "adapter", use_rslora=use_rslora)
+    scaling = ALPHA / (R**0.5 if use_rslora else R)
+    found = read_adapter(tmp_path / "adapter").experts
+    assert [one.r for one in found] == [2 * R, R] * 2
+    assert [one.scaling for one in found] == pytest.approx([scaling] * 4, rel=1e-12)
+
+
+def test_some_layers_of_many(tmp_path):
+    """PEFT shortens long lists of targets; what isn't adapted stays out all the same, here and saved again."""
+    sizes = {"num_hidden_layers": 14}
+    save_base(tmp_path / "base", "qwen3_moe", **sizes)
+    experts, linear = random_factors(num_layers=12)
+    write_stacked(tmp_path / "adapter", tmp_path / "base", experts, linear)
+    options = ReadOptions(quant_type="none", partial=True)
+    first = logits_here(tmp_path, options)
+    assert len(read_adapter(tmp_path / "adapter-here").config.target_modules) == 36
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter-here")
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "adapter-here"))
+    assert torch.equal(loaded_here(tmp_path, tmp_path / "saved"), first)
+    assert_same_adapter(read_adapter(tmp_path / "saved"), read_adapter(tmp_path / "adapter-here"))
+
+
 class TestOrderOfUnsloth:
     """unsloth trained experts-slowest before 2026.9.6 and noted the order from then on."""
 
+    @pytest.fixture(scope="class")
+    def made_by_peft(self, tmp_path_factory):
+        return stock(tmp_path_factory.mktemp("peft"))
+
     @pytest.fixture
-    def grouped(self, tmp_path):
+    def grouped(self, made_by_peft, tmp_path):
         """A stock adapter with its lora_B in the older order, and a config which says that unsloth wrote it."""
-        directory = stock(tmp_path)
+        directory = shutil.copytree(made_by_peft, tmp_path / "copy")
         tensors = tensors_of(directory / "adapter")
         stacks = {key: B for key, B in tensors.items() if "experts" in key and "lora_B" in key}
         regrouped = {key: B.unflatten(1, (3, 8)).mT.flatten(1) for key, B in stacks.items()}
@@ -290,8 +326,8 @@ class TestOrderOfUnsloth:
         with pytest.raises(ValueError, match=r"'experts-fastest', but the config .* says 'grouped_by_expert'"):
             read_adapter(grouped / "adapter", options=ReadOptions(lora_b_order="experts-fastest"))
 
-    def test_the_newer_marker(self, tmp_path):
-        directory = stock(tmp_path)
+    def test_the_newer_marker(self, made_by_peft, tmp_path):
+        directory = shutil.copytree(made_by_peft, tmp_path / "copy")
         edit_config(directory / "adapter", auto_mapping={"unsloth_fixed": True}, lora_B_layout="rank_major")
         assert_same_logits(logits_here(directory), self.said_by_stock_peft(directory))
 

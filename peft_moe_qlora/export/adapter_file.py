@@ -149,7 +149,7 @@ def _check_against(
     experts: list[ExpertFactors],
     others: dict[str, torch.Tensor],
 ) -> None:
-    """Refuses experts that the base has otherwise or not at all, and a file without a layer that the config reaches."""
+    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches."""
     for factors in experts:
         base.layout(factors.path, factors.name)
     reached = replace(config)
