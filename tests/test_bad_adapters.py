@@ -230,7 +230,8 @@ def test_layouts_at_once(saved, tmp_path):
         ({"bias": "lora_only"}, "trains biases"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to a base whose weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"r": None}, "the config has no r"),
+        ({"r": None}, "the config has r=None; a number was expected"),
+        ({"lora_alpha": "16"}, "the config has lora_alpha='16'"),
         ({"peft_type": "LOHA"}, "type LOHA"),
         ({"format_of_tomorrow": 1}, None),
     ],
@@ -299,6 +300,24 @@ def test_options_have_values():
     ):
         with pytest.raises(ValueError, match=message):
             ReadOptions(**options)
+
+
+@pytest.mark.parametrize("options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}])
+def test_options_that_say_nothing_of_a_layout(saved, options):
+    for name in ("ours", "per-expert", "mlx"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' says nothing of an adapter that is"):
+            read_adapter(saved / name, options=ReadOptions(**options))
+
+
+def test_configs_that_are_none(saved, tmp_path):
+    for text, message in (("{", "can't be read"), ("[]", "holds a list"), ("{}", "of type None")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_adapter(tmp_path)
+    write_mlx(tmp_path / "mlx", saved / "base", *random_factors())
+    edit_config(tmp_path / "mlx", fine_tune_type="dora")
+    with pytest.raises(ValueError, match="fine_tune_type 'dora'"):
+        read_adapter(tmp_path / "mlx")
 
 
 def test_the_command_reads_others(saved, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def job(directory: Path, options: dict | None = None, adapter: str = "adapter") 
 
 def stock(directory: Path, **options) -> Path:
     """An adapter of the installed PEFT with its logits."""
+    directory.mkdir(exist_ok=True)
     save_base(directory / "base", "qwen3_moe")
     run_stock_peft([job(directory, {**PLAIN, **options})], directory)
     return directory
@@ -124,6 +126,7 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
 def test_stock_pefts_adapters_say_the_same_here(of_stock_peft, case):
     directory = of_stock_peft[case]
     version, expected = torch.load(directory / "logits.pt")
+    warnings.filterwarnings("error", "options .* of its config are not known")
     base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).eval()
     assert (logits(base, token_ids()) - expected).abs().max() > 0.01 * expected.abs().max()
     assert_same_logits(logits_here(directory), expected)
@@ -151,6 +154,14 @@ def assert_same_adapter(found: AdapterFile, expected: AdapterFile) -> None:
     for name in adapted_layers(expected.others):
         scalings = [one.config.scaling(*linear_rank_and_alpha(one.config, name)) for one in (found, expected)]
         assert scalings[0] == scalings[1]
+
+
+def test_embeddings_and_trained_tokens(tmp_path):
+    for number, options in enumerate(
+        [{"target_modules": ["embed_tokens", "q_proj"]}, {"trainable_token_indices": [4, 5]}]
+    ):
+        directory = stock(tmp_path / str(number), **options)
+        assert_same_logits(logits_here(directory), torch.load(directory / "logits.pt")[1])
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -30,15 +30,16 @@ def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:
         ValueError: it isn't LoRA, or rank or scale are missing.
     """
     parameters = config.get("lora_parameters") or {}
-    if config.get("fine_tune_type", "lora") != "lora" or not {"rank", "scale"} <= parameters.keys():
+    numbers = [parameters.get(name) for name in ("rank", "scale")]
+    if config.get("fine_tune_type", "lora") != "lora" or not all(isinstance(one, (int, float)) for one in numbers):
         raise ValueError(
             f"{file}: fine_tune_type {config.get('fine_tune_type')!r} with lora_parameters {parameters}; 'lora' with "
             "rank and scale was expected."
         )
-    r = parameters["rank"]
+    r, scale = numbers
     return {
         "base_model_name_or_path": config.get("model"),
-        "lora_alpha": parameters["scale"] * r,
+        "lora_alpha": scale * r,
         "lora_dropout": parameters.get("dropout", 0.0),
         "num_layers": config.get("num_layers", -1),
         "r": r,

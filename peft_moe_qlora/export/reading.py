@@ -50,9 +50,12 @@ def read_adapter(
         config = json.loads(config_file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{config_file} can't be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} holds a {type(config).__name__}; the options of an adapter were expected.")
     found_type = config.get("peft_type")
     is_mlx = "fine_tune_type" in config and found_type is None
     if found_type == MoeQLoraPeftType.MOE_QLORA.value:
+        _check_options_are_used(options, "this package's own", "written_by", "lora_b_order", "partial")
         named = base or config.get("base_model_name_or_path")
         return read_own(directory, BaseModel.open(named) if named and Path(named, "config.json").is_file() else None)
     if found_type != "LORA" and not is_mlx:
@@ -65,7 +68,19 @@ def read_adapter(
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}
     found = BaseModel.open(base or peft_config.get("base_model_name_or_path"))
     source = Source(file, peft_config, tensors, found, options)
-    return read_mlx(source) if is_mlx else _reader(file, tensors, found)(source)
+    reader = read_mlx if is_mlx else _reader(file, tensors, found)
+    if reader is not read_peft_lora:
+        _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")
+    return reader(source)
+
+
+def _check_options_are_used(options: ReadOptions, layout: str, *unused: str) -> None:
+    """Refuses options that say nothing of a layout."""
+    for name in unused:
+        if getattr(options, name):
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} says nothing of an adapter that is {layout}. Drop it."
+            )
 
 
 def _reader(file: Path, tensors: dict[str, torch.Tensor], base: BaseModel) -> Callable[[Source], AdapterFile]:

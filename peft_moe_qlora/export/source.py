@@ -138,9 +138,12 @@ class Source:
             warnings.warn(
                 f"{self.file.parent}: options {unknown} of its config are not known and left out.", stacklevel=2
             )
-        missing = [name for name in ("r", "lora_alpha") if name not in options]
-        if missing:
-            raise ValueError(f"{self.file.parent}: the config has no {missing[0]}, from which the scaling follows.")
+        for name in ("r", "lora_alpha"):
+            if not isinstance(options.get(name), (int, float)):
+                raise ValueError(
+                    f"{self.file.parent}: the config has {name}={options.get(name)!r}; a number was expected, of which the "
+                    "scaling is made."
+                )
         return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
 
     def targets(self, name: str) -> bool:
@@ -237,11 +240,13 @@ class Source:
             quant_type=None if self.reading.quant_type == "none" else self.reading.quant_type,
             inference_mode=True,
         )
-        for factors in experts:
-            if resolve_rank_and_alpha(config, factors.path, factors.projection) != (factors.r, factors.alpha):
+        resolved = {name: linear_rank_and_alpha(config, name) for name in linear}
+        resolved |= {one.name: resolve_rank_and_alpha(config, one.path, one.projection) for one in experts}
+        for name, (r, alpha) in settled.items():
+            if resolved[name] != (r, alpha):
                 raise ValueError(
-                    f"{self.file}: {factors.name} has rank {factors.r} and alpha {factors.alpha}, which patterns "
-                    "can't say, since another layer's name ends in the same way. Give both the same."
+                    f"{self.file}: {name} has rank {r} and alpha {alpha}, which patterns can't say, since another "
+                    "layer's name ends in the same way. Give both the same."
                 )
         return AdapterFile(config, tuple(experts), others)
 
