@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
 from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
-from .base_model import BaseModel
 from .others import A_SUFFIX, B_SUFFIX, adapted_layers, check_others
+
+if TYPE_CHECKING:
+    from .base_model import BaseModel
 
 __all__ = ["A_SUFFIX", "B_SUFFIX", "PREFIX", "AdapterFile", "ExpertFactors"]
 

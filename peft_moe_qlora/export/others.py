@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
 from torch import nn
 
-from .base_model import BaseModel
+if TYPE_CHECKING:
+    from .base_model import BaseModel
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
