@@ -141,8 +141,8 @@ class Source:
         for name in ("r", "lora_alpha"):
             if not isinstance(options.get(name), (int, float)):
                 raise ValueError(
-                    f"{self.file.parent}: the config has {name}={options.get(name)!r}; a number was expected, of which "
-                    "the scaling is made."
+                    f"{self.file.parent}: the config has {name}={options.get(name)!r}; a number was expected, of "
+                    "which the scaling is made."
                 )
         return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
 
