@@ -154,7 +154,8 @@ def _check_against(
 ) -> None:
     """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches."""
     for factors in experts:
-        base.layout(factors.path, factors.name)
+        if factors.path not in base.layouts:
+            raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
     reached = replace(config)
     resolve_all_linear(reached, base.model, base.layouts)
     targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}

@@ -162,7 +162,7 @@ class Source:
         Raises:
             ValueError: they don't fit.
         """
-        layout = self.base.layout(path, f"{path}.{projection}")
+        layout = self.base.layouts[path]
         in_features, out_features = layout.features(projection)
         r = A.shape[1]
         expected = (layout.num_experts, r, in_features), (layout.num_experts, out_features, r)
