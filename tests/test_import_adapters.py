@@ -164,13 +164,21 @@ def test_embeddings_and_trained_tokens(tmp_path):
         assert_same_logits(logits_here(directory), torch.load(directory / "logits.pt")[1])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["moe-qlora", "peft-lora", "per-expert"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text"])
 def test_what_we_write_comes_back(model_type, target, tmp_path):
     live = save_adapter(tmp_path, model_type)
     written = convert_adapter(tmp_path / "adapter", tmp_path / "written", target)
     found = read_adapter(tmp_path / "written", tmp_path / "base", ReadOptions(quant_type="none"))
     assert_same_adapter(found, written)
+    assert_same_logits(logits_here(tmp_path, adapter="written"), live)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_comes_back(target, tmp_path):
+    live = save_adapter(tmp_path, target_modules=["experts", "q_proj", "v_proj"])
+    written = convert_adapter(tmp_path / "adapter", tmp_path / "written", target)
+    assert_same_adapter(read_adapter(tmp_path / "written", tmp_path / "base"), written)
     assert_same_logits(logits_here(tmp_path, adapter="written"), live)
 
 
