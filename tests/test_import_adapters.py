@@ -176,7 +176,7 @@ def test_what_we_write_comes_back(model_type, target, tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_comes_back(target, tmp_path):
-    live = save_adapter(tmp_path, target_modules=["experts", "q_proj", "v_proj"])
+    live = save_adapter(tmp_path, target_modules=["experts", "q_proj", "k_proj", "v_proj"])
     written = convert_adapter(tmp_path / "adapter", tmp_path / "written", target)
     assert_same_adapter(read_adapter(tmp_path / "written", tmp_path / "base"), written)
     assert_same_logits(logits_here(tmp_path, adapter="written"), live)
