@@ -174,6 +174,15 @@ def test_what_we_write_comes_back(model_type, target, tmp_path):
     assert_same_logits(logits_here(tmp_path, adapter="written"), live)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_come_back(bias, tmp_path):
+    save_adapter(tmp_path, "gpt_oss", bias=bias)
+    convert_adapter(tmp_path / "adapter", tmp_path / "again", "moe-qlora")
+    found = tensors_of(tmp_path / "again")
+    assert any(key.endswith("down_proj_bias") for key in found)
+    assert_same_tensors(found, tensors_of(tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_comes_back(target, tmp_path):
     live = save_adapter(tmp_path, target_modules=["experts", "q_proj", "k_proj", "v_proj"])

@@ -59,7 +59,7 @@ def _is_known(config: LoraConfig, key: str) -> bool:
     saved = config.modules_to_save or ()
     return (
         any(f"{name}." in key for name in saved)  # PEFT takes every module whose name ends so
-        or (config.bias != "none" and key.endswith(("bias", "bias_A", "bias_B")))
+        or (config.bias != "none" and key.endswith("bias"))
         or (config.trainable_token_indices is not None and key.endswith(_TOKENS))
     )
 
@@ -87,7 +87,8 @@ def _check_layer(file: Path, name: str, others: dict[str, torch.Tensor], base: B
 
 
 def _check_full(file: Path, key: str, tensor: torch.Tensor, base: BaseModel) -> None:
-    expected = base.shape_of(key)
+    # a bias beside factors stands in what the tuner layer wraps
+    expected = base.shape_of(key.replace(".base_layer.", "."))
     if expected != tuple(tensor.shape):
         raise ValueError(
             f"{file}: {key} has shape {tuple(tensor.shape)}; {base.directory} has "
