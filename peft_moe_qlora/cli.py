@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-from .export import LAYOUTS, ONTO, TARGETS, convert_adapter, merge_checkpoint, merge_quantized, verify_merge
+from .export import (
+    LAYOUTS,
+    LORA_B_ORDERS,
+    ONTO,
+    QUANT_TYPE_NAMES,
+    TARGETS,
+    ReadOptions,
+    convert_adapter,
+    merge_checkpoint,
+    merge_quantized,
+    verify_merge,
+)
 from .loading import inspect_checkpoint
 from .model import ROUNDINGS
 from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
@@ -58,11 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
     merge.add_argument("--json", action="store_true", help="print plain data instead of a table")
     merge.set_defaults(run=_merge)
-    convert = commands.add_parser("convert", help="write a saved adapter in the layout of others")
+    convert = commands.add_parser("convert", help="write a saved adapter in another layout, from that of others too")
     convert.add_argument("adapter", help="directory of the adapter")
     convert.add_argument("out", help="directory to be written to")
     convert.add_argument("--to", choices=TARGETS, required=True, help="the layout")
     convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
+    convert.add_argument(
+        "--quant-type", choices=QUANT_TYPE_NAMES, default="nf4", help="experts' storage, to moe-qlora"
+    )
+    convert.add_argument("--written-by", help="the PEFT that wrote it, as peft==0.18.1, if its config doesn't tell")
+    convert.add_argument("--lora-b-order", choices=LORA_B_ORDERS, help="of fused lora_B, if the config doesn't tell")
+    convert.add_argument("--partial", action="store_true", help="layers that are missing were not adapted")
     convert.set_defaults(run=_convert)
     return parser
 
@@ -111,7 +128,8 @@ def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None
 
 
 def _convert(args: argparse.Namespace) -> None:
-    found = convert_adapter(args.adapter, args.out, args.to, args.base)
+    options = ReadOptions(args.quant_type, args.written_by, args.lora_b_order, args.partial)
+    found = convert_adapter(args.adapter, args.out, args.to, args.base, options)
     print(f"{len(found.experts)} stacks and {len(found.others)} other tensors written to {args.out} as {args.to}")
 
 

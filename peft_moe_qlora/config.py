@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +47,22 @@ _HONOURED = {
     "target_parameters": (None, []),
 }
 _REMEDIES = {"target_parameters": "Name the experts in target_modules, and projections of them in target_experts."}
+
+
+def check_honoured(options: Mapping[str, Any]) -> None:
+    """Refuses options of LoRA that experts can't have.
+
+    Args:
+        options: name -> value; what isn't there has its default.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
+    for option, honoured in _HONOURED.items():
+        value = options.get(option, honoured[0])
+        if value not in honoured:
+            remedy = _REMEDIES.get(option, "Leave it out, or use PEFT's LoraConfig without adapting experts.")
+            raise ValueError(f"{option}={value!r} can't be done for fused experts. {remedy}")
 
 
 class MoeQLoraPeftType(str, enum.Enum):
@@ -134,11 +151,7 @@ class MoeQLoraConfig(LoraConfig):
                 f"The adapter has format_version {self.format_version}; this peft-moe-qlora reads up to "
                 f"{FORMAT_VERSION}. Upgrade peft-moe-qlora."
             )
-        for option, honoured in _HONOURED.items():
-            value = getattr(self, option, honoured[0])
-            if value not in honoured:
-                remedy = _REMEDIES.get(option, "Leave it out, or use PEFT's LoraConfig without adapting experts.")
-                raise ValueError(f"{option}={value!r} can't be done for fused experts. {remedy}")
+        check_honoured(vars(self))
         super().__post_init__()
         self.peft_type = MoeQLoraPeftType.MOE_QLORA
         if isinstance(self.target_experts, str):

@@ -15,9 +15,9 @@ from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, find_experts, read_layout
 
 # names that a projection, or half of a fused one, had when each expert was a module of its own
-_GATE_NAMES = ("gate_proj", "w1")
-_UP_NAMES = ("up_proj", "w3")
-_DOWN_NAMES = ("down_proj", "w2")
+GATE_NAMES = ("gate_proj", "w1")
+UP_NAMES = ("up_proj", "w3")
+DOWN_NAMES = ("down_proj", "w2")
 
 _ROUTER_NAMES = re.compile(r"(gate|router|wg|.*_router|.*router_proj)")
 
@@ -104,12 +104,12 @@ def _matching_projections(
         return any(hits)
 
     found = {name for name in layout.projections if matches(f"{path}.{name}")}
-    if "down_proj" not in found and matches_old(_DOWN_NAMES):
+    if "down_proj" not in found and matches_old(DOWN_NAMES):
         found.add("down_proj")
     if layout.up_name in found:
         return found
-    up = matches_old(_UP_NAMES)
-    if layout.has_gate and matches_old(_GATE_NAMES) != up:
+    up = matches_old(UP_NAMES)
+    if layout.has_gate and matches_old(GATE_NAMES) != up:
         raise ValueError(
             f"{path}: {option} names {'the up projection' if up else 'the gate'} alone, but gate and up projection "
             "are one fused stack here. Name both, or 'gate_up_proj'."
@@ -218,8 +218,8 @@ def unmatched_names(config: MoeQLoraConfig, module_names: list[str], layouts: di
 
 
 def _keys_of_experts(path: str, layout: ExpertsLayout) -> list[str]:
-    up_names = _GATE_NAMES + _UP_NAMES if layout.has_gate else _UP_NAMES
-    old_names = [*up_names, *_DOWN_NAMES]
+    up_names = GATE_NAMES + UP_NAMES if layout.has_gate else UP_NAMES
+    old_names = [*up_names, *DOWN_NAMES]
     return [
         f"{path}.{ALL_EXPERTS}",
         *(f"{path}.{name}" for name in (*layout.projections, *old_names)),
@@ -244,7 +244,12 @@ def unmatched_patterns(
     """
     keys = [*module_names, *(f"{path}.{name}" for path, projections in targets.items() for name in projections)]
     patterns = {*config.rank_pattern, *config.alpha_pattern}
-    return sorted(pattern for pattern in patterns if all(get_pattern_key([pattern], key) == key for key in keys))
+    # get_pattern_key gives the key back where nothing matches, and where the pattern is the key
+    return sorted(
+        pattern
+        for pattern in patterns
+        if all(pattern != key and get_pattern_key([pattern], key) == key for key in keys)
+    )
 
 
 def check_pattern_order(config: MoeQLoraConfig, keys: list[str]) -> None:

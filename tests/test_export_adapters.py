@@ -176,11 +176,14 @@ def test_trained_tokens_are_refused(tmp_path):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
 
 
-def test_stock_adapters_are_none_of_ours(tmp_path):
+def test_adapters_without_experts_are_pefts_business(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type LORA; MOE_QLORA was expected"):
+    with pytest.raises(ValueError, match=r"config\.json, which is not in"):
         read_adapter(tmp_path)
+    with pytest.raises(ValueError, match="has no factors of experts"):
+        read_adapter(tmp_path, tmp_path / "base")
 
 
 def test_what_cannot_be_converted(tmp_path):

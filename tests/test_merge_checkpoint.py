@@ -152,7 +152,7 @@ def test_every_architecture(model_type, tmp_path):
 def test_linear_layers_are_merged_as_they_were_trained(onto, double_quant, tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     quantization = MoeQuantizationConfig(double_quant=double_quant)
-    model = load_quantized(str(tmp_path / "base"), quantization, dtype=torch.float32)
+    model = load_quantized(str(tmp_path / "base"), quantization, dtype=torch.float32, device_map="cpu")
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=double_quant)).eval()
     randomize_adapter(model, std=0.05)
     model.save_pretrained(tmp_path / "adapter")
@@ -367,18 +367,18 @@ def test_what_is_refused_before_anything_is_written(tmp_path):
         ({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, r"lora_down_proj_A .* are not \(E, r, in\)"),
         (
             {name: t for name, t in tensors.items() if name not in (key, partner)},
-            r"no factors of .*1\.mlp\.experts\.d",
+            r"no tensor for .*1\.mlp\.experts\.lora_down_proj_A",
         ),
-        (layer, r"no factors of model\.layers\.1\.mlp\.experts\.gate_up_proj"),
+        (layer, r"no tensor for model\.layers\.1\.mlp\.experts\.lora_gate_up_proj_A"),
         ({n: t for n, t in tensors.items() if "0.self_attn.q_proj" not in n}, r"no factors of .*0\.self_attn\.q_proj"),
-        ({**tensors, "base_model.model.model.other.weight": torch.ones(2)}, r"model\.other\.weight, which is no tens"),
+        ({**tensors, "base_model.model.model.other.weight": torch.ones(2)}, r"model\.other\.weight is nothing that this adapter's config asks for"),
         (
             {
                 **tensors,
                 key.replace("1.mlp", "7.mlp"): tensors[key],
                 partner.replace("1.mlp", "7.mlp"): tensors[partner],
             },
-            r"factors of model\.layers\.7\.mlp\.experts\.down_proj, which is no stack",
+            r"has no experts model\.layers\.7\.mlp\.experts, for which",
         ),
     ):
         save_file({name: tensor.clone() for name, tensor in damaged.items()}, file)
@@ -395,9 +395,9 @@ def test_what_is_refused_before_anything_is_written(tmp_path):
     tiny_model(std=0.16).save_pretrained(base)
     refused(r"other weights than the adapter was trained on: model\.layers\.0\.mlp\.experts\.\w+ differs")
     tiny_model(num_experts=6).save_pretrained(base)
-    refused("has 6 experts with")
+    refused(r"has shape \(8, .* \(6, .* was expected")
     tiny_model(num_hidden_layers=1).save_pretrained(base)
-    refused(r"factors of model\.layers\.1\.mlp\.experts\.\w+, which is no stack")
+    refused(r"has no experts model\.layers\.1\.mlp\.experts, for which")
     shutil.rmtree(base)
     shutil.copytree(tmp_path / "own", base)
     set_bitsandbytes_config(base, [])
@@ -439,7 +439,7 @@ def test_merging_the_command(tmp_path, capsys):
 
 def test_memory_stays_at_one_shard(tmp_path):
     """Of a checkpoint of many shards only one is in memory, whatever the size of all."""
-    model = tiny_model(hidden_size=512, moe_intermediate_size=256, num_experts=32, num_hidden_layers=2)
+    model = tiny_model(hidden_size=512, moe_intermediate_size=256, num_experts=64, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "base", max_shard_size="16MB")
     model = get_peft_model(model, MoeQLoraConfig(r=2)).eval()
     randomize_adapter(model)
@@ -471,5 +471,5 @@ def test_memory_stays_at_one_shard(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ}).stdout
     total = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")) / 2**20
-    assert total > 90
-    assert float(output.splitlines()[-1]) < 45  # a shard of 16, the adapter, one expert many times over
+    assert total > 190
+    assert float(output.splitlines()[-1]) < 90  # a shard of 16 MB, copied when it is written, and one expert

@@ -145,7 +145,8 @@ def test_patterns_set_rank_and_alpha_of_modules_and_projections():
 
 
 def test_patterns_that_match_nothing_are_named(recwarn):
-    get_peft_model(tiny_model(), MoeQLoraConfig(rank_pattern={"down_proj": 2, "nothing_like_it": 3}))
+    in_full = "model.layers.0.mlp.experts.gate_up_proj"
+    get_peft_model(tiny_model(), MoeQLoraConfig(rank_pattern={"down_proj": 2, "nothing_like_it": 3, in_full: 5}))
     messages = [str(warning.message) for warning in recwarn if "pattern" in str(warning.message)]
     assert len(messages) == 1
     assert "['nothing_like_it']" in messages[0]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
-from ..config import MoeQLoraConfig, MoeQLoraPeftType
-from ..targets import resolve_rank_and_alpha, targeted_projections
-from .base_model import BaseModel
+from ..adapter_check import check_stored_shapes
+from ..config import MoeQLoraConfig
+from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
+from .others import A_SUFFIX, B_SUFFIX, adapted_layers, check_others
+
+if TYPE_CHECKING:
+    from .base_model import BaseModel
+
+__all__ = ["A_SUFFIX", "B_SUFFIX", "PREFIX", "AdapterFile", "ExpertFactors"]
 
 PREFIX = "base_model.model."
-A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 _FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
 
 
@@ -66,68 +72,44 @@ class AdapterFile:
     experts: tuple[ExpertFactors, ...]
     others: dict[str, torch.Tensor]
 
-    def check_complete(self, base: BaseModel) -> None:
-        """Makes sure that a base has what the adapter adapts, and the adapter all that its config promises.
 
-        Raises:
-            ValueError: names the first layer that is missing on either side, or has another size.
-        """
-        found = {one.name: one for one in self.experts}
-        for path, layout in base.layouts.items():
-            for projection in targeted_projections(self.config, path, layout):
-                factors = found.pop(f"{path}.{projection}", None)
-                if factors is None:
-                    raise ValueError(
-                        f"The adapter has no factors of {path}.{projection}, which its config targets. The file is "
-                        f"incomplete, or {base.directory} isn't its base."
-                    )
-                in_features, out_features = layout.features(projection)
-                expected = (layout.num_experts, factors.r, in_features), (layout.num_experts, out_features, factors.r)
-                if (factors.A.shape, factors.B.shape) != expected:
-                    raise ValueError(
-                        f"{factors.name} has factors {list(factors.A.shape)} and {list(factors.B.shape)}, but "
-                        f"{base.directory} has {layout.num_experts} experts with {in_features} features in and "
-                        f"{out_features} out."
-                    )
-        if found:
-            raise ValueError(
-                f"The adapter has factors of {next(iter(found))}, which is no stack of {base.directory}, or none that "
-                "the adapter's config targets."
-            )
-        adapted = {key.removesuffix(A_SUFFIX) for key in self.others if key.endswith(A_SUFFIX)}
-        for name, module in base.model.named_modules():
-            is_target = isinstance(module, nn.Linear) and check_target_module_exists(self.config, name)
-            if is_target and name not in adapted and not any(f"{parent}." in name for parent in base.layouts):
-                raise ValueError(
-                    f"The adapter has no factors of {name}, which its config targets. The file is incomplete, or "
-                    f"{base.directory} isn't its base."
-                )
-
-
-def read_adapter(directory: str | Path) -> AdapterFile:
-    """Reads an adapter that `PeftModel.save_pretrained` has written.
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Key -> tensor of an adapter's safetensors.
 
     Raises:
-        ValueError: the directory holds no MoE-QLoRA adapter, or one that is cut off, lacks a tensor, or has values
-            that are not finite or shapes that don't fit each other. The error names the file and the key.
+        ValueError: the file is not there, is cut off, or has values that are not finite. The error names file and key.
     """
-    file, config_file = Path(directory, SAFETENSORS_WEIGHTS_NAME), Path(directory, CONFIG_NAME)
-    if not config_file.is_file():
-        raise ValueError(f"{directory} has no {CONFIG_NAME}; a saved adapter was expected.")
-    found_type = json.loads(config_file.read_text()).get("peft_type")
-    if found_type != MoeQLoraPeftType.MOE_QLORA.value:
-        raise ValueError(
-            f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value} was expected."
-        )
-    config = MoeQLoraConfig.from_pretrained(str(directory))
     if not file.is_file():
-        raise ValueError(f"{directory} has no {file.name} beside {CONFIG_NAME}; a saved adapter was expected.")
-    tensors = load_file(file)
-    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    others = {}
+        pickled = file.with_suffix(".bin")
+        found = f"{pickled.name} is a pickle, which is never read" if pickled.is_file() else "a saved adapter has it"
+        raise ValueError(f"{file.parent} has no {file.name}; {found}.")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
+    return tensors
+
+
+def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
+    """Reads an adapter of this package.
+
+    Args:
+        directory: that `PeftModel.save_pretrained` has written.
+        base: what it belongs to, to hold its tensors against; None if that isn't known.
+
+    Raises:
+        ValueError: it is cut off, lacks a tensor, or has values that are not finite or shapes that don't fit each
+            other or the base. The error names the file and the key.
+    """
+    config = MoeQLoraConfig.from_pretrained(str(directory))
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_tensors(file)
+    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if name.endswith(".base_layer.weight"):
             continue  # PEFT's copy of a frozen embedding or head
@@ -136,13 +118,12 @@ def read_adapter(directory: str | Path) -> AdapterFile:
             others[name] = tensor
         else:
             factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
-    for own, other in ((A_SUFFIX, B_SUFFIX), (B_SUFFIX, A_SUFFIX)):
-        for key in others:
-            if key.endswith(own) and key.removesuffix(own) + other not in others:
-                raise ValueError(f"{file} has {key}, but not {key.removesuffix(own)}{other}; it is damaged.")
     experts = [_factors(file, config, *at, found) for at, found in factors.items()]
     # the first projection of a module is the one that isn't down_proj
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    if base is not None:
+        _check_against(file, base, config, experts, others)
+    check_others(file, config, others, base)
     if not experts:
         raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
     return AdapterFile(config, tuple(experts), others)
@@ -164,12 +145,33 @@ def _factors(
     return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
 
 
+def _check_against(
+    file: Path,
+    base: BaseModel,
+    config: MoeQLoraConfig,
+    experts: list[ExpertFactors],
+    others: dict[str, torch.Tensor],
+) -> None:
+    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches."""
+    for factors in experts:
+        if factors.path not in base.layouts:
+            raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
+    reached = replace(config)
+    resolve_all_linear(reached, base.model, base.layouts)
+    targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
+    check_stored_shapes(config, base.layouts, targets)
+    found = adapted_layers(others)
+    missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
+    if missing:
+        raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
+
+
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
     """The factor of `B @ A` of a linear layer."""
     return config.scaling(*linear_rank_and_alpha(config, name))
 
 
-def linear_rank_and_alpha(config: MoeQLoraConfig, name: str) -> tuple[int, float]:
+def linear_rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
     """Rank and alpha of a linear layer, as PEFT settles them."""
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)

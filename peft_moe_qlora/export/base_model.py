@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..experts import ExpertsLayout
 from ..loading.load import class_of
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
-from ..targets import expert_layouts
+from ..targets import expert_layouts, parents
 
 PARTS_OF_FUSED = ("gate_proj", "up_proj")
 """What readers of single experts call the halves of a stack that the checkpoint has fused."""
@@ -85,3 +86,27 @@ class BaseModel:
                 "Merge the adapter, or leave the layer out of it."
             )
         return key.removesuffix(".weight")
+
+    def layer(self, name: str) -> nn.Linear | nn.Embedding | None:
+        """The linear layer or embedding of that name; None if there is none, or it is a part of experts."""
+        if any(parent in self.layouts for parent in parents(name)):
+            return None
+        try:
+            layer = self.model.get_submodule(name)
+        except AttributeError:
+            return None
+        return layer if isinstance(layer, (nn.Linear, nn.Embedding)) else None
+
+    def layers(self) -> list[str]:
+        """The names of all linear layers and embeddings that are no part of experts."""
+        return [name for name, _ in self.model.named_modules() if self.layer(name) is not None]
+
+    def shape_of(self, key: str) -> tuple[int, ...] | None:
+        """Shape of a parameter or buffer of that name; None if there is none."""
+        tensor = self.model.state_dict().get(key)
+        return None if tensor is None else tuple(tensor.shape)
+
+    def names_of_linear(self, name: str) -> tuple[str, ...]:
+        """What a linear layer is called in the checkpoint; nothing if it is no layer of its own there."""
+        key = key_of_tensor(self.model, f"{name}.weight")
+        return () if key is None else (key.removesuffix(".weight"),)

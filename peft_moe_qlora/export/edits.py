@@ -15,11 +15,11 @@ from ..loading.checkpoint import Checkpoint, CheckpointError
 from ..loading.finder import SourceFinder
 from ..loading.sources import DenseSource, ExpertPart, each_source
 from ..quantization import FourBitFormat, QuantizedStack
-from .adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile, ExpertFactors, linear_scaling
+from .adapter_file import AdapterFile, ExpertFactors, linear_scaling
 from .base_model import BaseModel
+from .others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, is_unused_copy, name_in_model
 
 ONTO = ("quantized", "base")
-_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."
 
 
@@ -152,7 +152,6 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
                 f"{checkpoint.tensors[source.keys[0]]} is quantized; a checkpoint in floating point was expected. "
                 "Name the unquantized base, or merge in memory with merge_and_unload."
             )
-    adapter.check_complete(base)
     if identity is not None:
         _check_samples(identity, sources, checkpoint, adapter.config.storage, base)
     plan = MergePlan()
@@ -241,22 +240,21 @@ def _plan_tensors(
 
     others = dict(adapter.others)
     for key in list(others):
-        for suffixes in ((A_SUFFIX, B_SUFFIX), (_EMBEDDING_A, _EMBEDDING_B)):
+        for suffixes in ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B)):
             if not key.endswith(suffixes[0]):
                 continue
             module = key.removesuffix(suffixes[0])
             A, B = others.pop(key), others.pop(module + suffixes[1])
-            is_embedding = suffixes[0] == _EMBEDDING_A
+            is_embedding = suffixes[0] == EMBEDDING_A
             if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
                 raise ValueError(f"{module} has factors {list(A.shape)} and {list(B.shape)}, which don't multiply.")
             delta = _product(A, B, linear_scaling(adapter.config, module), is_embedding)
             shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
             add(TensorEdit(f"{module}.weight", delta=delta, **stored(module)), shape)
     for saved, tensor in others.items():
-        if ".original_module." in saved:
-            continue  # PEFT's copy of what a module that is trained in full was before
-        # biases of layers that are adapted or trained in full
-        name = saved.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if is_unused_copy(saved):
+            continue
+        name = name_in_model(saved)
         if name not in keys:
             raise ValueError(f"The adapter has {saved}, which is no tensor of {base.directory}. {_REMEDY}")
         add(TensorEdit(name, replacement=tensor), tuple(tensor.shape))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -22,11 +21,12 @@ from .. import __version__
 from ..loading.checkpoint import INDEX_NAME, Checkpoint, TensorInfo
 from ..loading.load import quantization_of
 from ..quantization import Fidelity
-from .adapter_file import AdapterFile, read_adapter
+from .adapter_file import AdapterFile
 from .base_model import BaseModel
 from .edits import ONTO, Edit, MergePlan, plan_merge
 from .merge_report import REPORT_NAME, FidelityRow, MergeReport
 from .partial_directory import PartialDirectory
+from .reading import read_adapter
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -69,7 +69,7 @@ def merge_checkpoint(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, _DTYPES))}.")
     base, adapter = Path(base), Path(adapter)
-    found = read_adapter(adapter)
+    found = read_adapter(adapter, base)
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
     model = BaseModel.open(base)
@@ -292,9 +292,10 @@ def _notes(adapter: AdapterFile, plan: MergePlan, onto: str) -> tuple[str, ...]:
 def adapter_digest(adapter: Path) -> str:
     """SHA-256 of an adapter's weights."""
     digest = hashlib.sha256()
-    with (adapter / SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
+    for path in sorted(adapter.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
     return digest.hexdigest()
 
 

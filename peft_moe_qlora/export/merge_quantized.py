@@ -15,12 +15,12 @@ from .. import __version__
 from ..layer import MoeQLoraExperts
 from ..loading import Checkpoint, save_bitsandbytes
 from ..loading.quantizer import quantized_stacks
-from .adapter_file import read_adapter
 from .base_model import BaseModel
 from .live import load_live, read_windows
 from .merge import adapter_digest, config_for_all, refuse_merged
 from .merge_report import REPORT_NAME, FidelityRow, MergeReport
 from .partial_directory import PartialDirectory
+from .reading import read_adapter
 
 LAYOUTS = ("native", "bitsandbytes")
 
@@ -61,7 +61,7 @@ def merge_quantized(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
     base, adapter = Path(base), Path(adapter)
-    found = read_adapter(adapter)
+    found = read_adapter(adapter, base)
     if found.config.quant_type != quant_type:
         raise ValueError(
             f"The adapter was trained on experts in {found.config.storage or '16 bits'}, not {quant_type}. Merge it "
@@ -70,7 +70,6 @@ def merge_quantized(
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
     model = BaseModel.open(base)
-    found.check_complete(model)
     task = {
         "adapter_sha256": digest,
         "quant_type": quant_type,

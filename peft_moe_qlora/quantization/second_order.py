@@ -21,7 +21,6 @@ from .stack import QuantizedStack
 # of a block's largest magnitude; a smaller scale clips the largest weight and is finer for the others
 _SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85)
 _COLUMNS_AT_A_TIME = 128
-_LARGEST_BATCH_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 SHARE_OF_ALL = 0.02
 """How much the second moment over all experts counts beside an expert's own, which may come from few tokens."""
@@ -62,7 +61,7 @@ def quantize_second_order(
     """
     result = QuantizedStack(stack.shape, stack.dtype, stack.is_transposed, stack.storage, stack.device)
     size = stack.in_features * (4 * stack.out_features + 10 * stack.in_features) * 4
-    step = max(1, _LARGEST_BATCH_BYTES.get(stack.device.type, 2**29) // size)
+    step = max(1, _batch_bytes(stack.device) // size)
     fidelity = Fidelity()
     for start in range(0, stack.num_experts, step):
         experts = range(start, min(start + step, stack.num_experts))
@@ -83,6 +82,13 @@ def quantize_second_order(
             fidelity.add(before, exact, result.decode_expert(expert, torch.float32))
     result.fidelity = fidelity
     return result
+
+
+def _batch_bytes(device: torch.device) -> int:
+    """What several experts at a time may take; on a GPU one expert's columns are too little work."""
+    if device.type != "cuda":
+        return 2**29
+    return min(2**33, torch.cuda.mem_get_info(device)[0] // 4)
 
 
 def _hessian(merged: MergedExpert, moment_of_all: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""Reading a saved adapter, whatever its layout: what is in the directory decides, never a guess."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..config import MoeQLoraPeftType
+from .adapter_file import PREFIX, AdapterFile, load_tensors, read_own
+from .base_model import BaseModel
+from .others import A_SUFFIX
+from .parts import names_of_parts
+from .read_mlx import FILE_NAME, peft_options, read_mlx
+from .read_peft_lora import read_peft_lora
+from .read_per_expert import read_per_expert
+from .read_stacked import read_stacked
+from .source import ReadOptions, Source
+
+
+def read_adapter(
+    directory: str | Path, base: str | Path | None = None, options: ReadOptions | None = None
+) -> AdapterFile:
+    """Reads an adapter of this package, or one of others that has factors of experts.
+
+    Layouts: PEFT's LoRA on fused parameters of every version, unsloth's before and after its change of order; LoRA on
+    one linear layer per expert; 3-D factors (SGLang); mlx-lm.
+
+    Args:
+        directory: of the adapter.
+        base: directory of the base model, of which config.json is read. Default: what the adapter names. One of this
+            package is read without a base too, and then held against itself only.
+        options: what the files of others don't say.
+
+    Raises:
+        ValueError: the directory holds no adapter, one of an unknown layout or of several, or a bad one: cut off,
+            lacking a tensor, a layer or an expert, with tensors that nothing wants, values that are not finite, or
+            shapes that don't fit. The error names the file and the key. Or nothing decides how a tensor is to be read;
+            the error names the option that does.
+    """
+    directory, options = Path(directory), options or ReadOptions()
+    config_file = directory / CONFIG_NAME
+    if not config_file.is_file():
+        raise ValueError(f"{directory} has no {CONFIG_NAME}; a saved adapter was expected.")
+    try:
+        config = json.loads(config_file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config_file} can't be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} holds a {type(config).__name__}; the options of an adapter were expected.")
+    found_type = config.get("peft_type")
+    is_mlx = "fine_tune_type" in config and found_type is None
+    if found_type == MoeQLoraPeftType.MOE_QLORA.value:
+        _check_options_are_used(options, "this package's own", "written_by", "lora_b_order", "partial")
+        named = base or config.get("base_model_name_or_path")
+        return read_own(directory, BaseModel.open(named) if named and Path(named, "config.json").is_file() else None)
+    if found_type != "LORA" and not is_mlx:
+        raise ValueError(
+            f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
+            "mlx-lm was expected."
+        )
+    peft_config = peft_options(config, str(config_file)) if is_mlx else config
+    file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}
+    found = BaseModel.open(base or peft_config.get("base_model_name_or_path"))
+    source = Source(file, peft_config, tensors, found, options)
+    reader = read_mlx if is_mlx else _reader(file, tensors, found)
+    if reader is not read_peft_lora:
+        _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")
+    return reader(source)
+
+
+def _check_options_are_used(options: ReadOptions, layout: str, *unused: str) -> None:
+    """Refuses options that say nothing of a layout."""
+    for name in unused:
+        if getattr(options, name):
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} says nothing of an adapter that is {layout}. Drop it."
+            )
+
+
+def _reader(file: Path, tensors: dict[str, torch.Tensor], base: BaseModel) -> Callable[[Source], AdapterFile]:
+    """What reads a LoRA of that kind of keys."""
+    of_experts = {name for path in base.layouts for name in names_of_parts(base, path)}
+    readers: dict[Any, str] = {}
+    for key, tensor in tensors.items():
+        name = key.partition(".lora_")[0]
+        if name in of_experts:
+            readers[read_per_expert] = key
+        elif ".lora_" in key and tensor.dim() == 3:
+            readers[read_stacked] = key
+        elif name.replace(".base_layer", "") in base.layouts and key.endswith(A_SUFFIX):
+            readers[read_peft_lora] = key
+    if len(readers) == 1:
+        return next(iter(readers))
+    if readers:
+        raise ValueError(
+            f"{file} has several layouts at once: {', '.join(sorted(readers.values()))}. One was expected."
+        )
+    raise ValueError(
+        f"{file} has no factors of experts that {base.directory} has; PEFT's own LoRA does for an adapter of linear "
+        "layers."
+    )

@@ -1,0 +1,340 @@
+"""Adapters that are damaged, or say too little or what can't be had, are refused by the name of what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from adapters_of_others import WRITERS, random_factors, write_lora, write_mlx, write_per_expert, write_stacked
+from test_export_adapters import save_adapter
+from test_import_adapters import edit_config, edit_tensors, save_base, stock, tensors_of
+
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.export import ReadOptions, convert_adapter, read_adapter
+
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Name of a layout -> an adapter of it for the same base; not to be changed."""
+    root = tmp_path_factory.mktemp("saved")
+    save_base(root / "base", "qwen3_moe")
+    experts, linear = random_factors(shared=True)
+    for name, write in WRITERS.items():
+        write(root / name, root / "base", experts, linear)
+    convert_adapter(root / "per-expert", root / "ours", "moe-qlora")
+    convert_adapter(root / "per-expert", root / "peft-lora", "peft-lora")
+    return root
+
+
+# what a tensor of the second layer is called, of the experts' down projection: A, B
+FACTORS = {
+    "ours": (f"{EXPERTS}.lora_down_proj_A", f"{EXPERTS}.lora_down_proj_B"),
+    "peft-lora": (f"{EXPERTS}.lora_A.weight", f"{EXPERTS}.lora_B.weight"),
+    "per-expert": (f"{EXPERTS}.3.down_proj.lora_A.weight", f"{EXPERTS}.3.down_proj.lora_B.weight"),
+    "stacked": (f"{EXPERTS}.down_proj.lora_A.weight", f"{EXPERTS}.down_proj.lora_B.weight"),
+    "stacked, fused": (f"{EXPERTS}.down_proj.lora_A", f"{EXPERTS}.down_proj.lora_B"),
+    "mlx": (
+        "model.layers.1.mlp.switch_mlp.down_proj.lora_a",
+        "model.layers.1.mlp.switch_mlp.down_proj.lora_b",
+    ),
+}
+
+
+@pytest.fixture(params=FACTORS)
+def copied(request, saved, tmp_path):
+    """A layout, a copy of an adapter of it that may be spoilt, its file, and two of its keys."""
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    for file in (saved / request.param).iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    name = "adapters.safetensors" if request.param == "mlx" else "adapter_model.safetensors"
+    return request.param, directory, directory / name, FACTORS[request.param]
+
+
+def test_cut_off(copied):
+    _, directory, file, _ = copied
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{file.name} can't be read: .*It is cut off"):
+        read_adapter(directory)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"has no {file.name}"):
+        read_adapter(directory)
+
+
+def test_pickled(copied):
+    _, directory, file, _ = copied
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="is a pickle, which is never read"):
+        read_adapter(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_not_finite(copied, value):
+    _, directory, file, (key, _) = copied
+    tensor = next(tensor for name, tensor in tensors_of(directory, file.name).items() if name.endswith(key))
+    tensor[..., 0, 0] = value
+    edit_tensors(directory, {key: tensor}, file.name)
+    with pytest.raises(ValueError, match=f"{key} has values that are not finite"):
+        read_adapter(directory)
+
+
+def test_transposed(copied):
+    """A and B are swapped: both fit each other, but not the base."""
+    layout, directory, file, (a, b) = copied
+    tensors = tensors_of(directory, file.name)
+    A, B = (next(tensor for name, tensor in tensors.items() if name.endswith(key)) for key in (a, b))
+    if layout == "peft-lora":
+        # as PEFT wrote it up to 0.18: the experts still slowest in A, fastest in B
+        A, B = (
+            B.unflatten(1, (2, 8)).permute(2, 1, 0).flatten(0, 1),
+            A.unflatten(0, (8, 2)).permute(2, 1, 0).flatten(1),
+        )
+    else:
+        A, B = B.mT, A.mT
+    edit_tensors(directory, {a: A, b: B}, file.name)
+    with pytest.raises(ValueError, match=r"transposed|has shape .* in the adapter; .* was expected"):
+        read_adapter(directory)
+
+
+def test_one_factor_alone(copied):
+    _, directory, file, (key, _) = copied
+    edit_tensors(directory, {key: None}, file.name)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.(experts|switch_mlp)"):
+        read_adapter(directory)
+
+
+def test_a_layer_is_missing(copied):
+    layout, directory, file, _ = copied
+    gone = [key for key in tensors_of(directory, file.name) if "layers.1.mlp" in key]
+    edit_tensors(directory, dict.fromkeys(gone), file.name)
+    with pytest.raises(ValueError, match=r"no (factors of|tensor for) model\.layers\.1\.mlp\.experts"):
+        read_adapter(directory)
+    if layout != "ours":
+        found = read_adapter(directory, options=ReadOptions(partial=True))
+        assert {one.path for one in found.experts} == {"model.layers.0.mlp.experts"}
+        assert f"{EXPERTS}.down_proj" not in found.config.target_modules
+
+
+def test_a_linear_layer_is_missing(copied):
+    _, directory, file, _ = copied
+    gone = [key for key in tensors_of(directory, file.name) if "layers.1.self_attn.q_proj" in key]
+    edit_tensors(directory, dict.fromkeys(gone), file.name)
+    with pytest.raises(ValueError, match=r"no factors of model\.layers\.1\.self_attn\.q_proj"):
+        read_adapter(directory)
+    edit_tensors(directory, {gone[0]: torch.zeros(2, 64)}, file.name)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj"):
+        read_adapter(directory)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.mlp.gate.lora_A.weight",  # the router
+        "model.layers.7.mlp.experts.lora_A.weight",
+        "model.layers.7.mlp.experts.2.up_proj.lora_B.weight",
+        "model.layers.0.mlp.experts.lora_gate_up_proj_magnitude",
+        "model.layers.0.mlp.experts.base_layer.base_layer.lora_A.weight",
+        "optimizer.step",
+    ],
+)
+def test_extra_keys(copied, key):
+    _, directory, file, _ = copied
+    extra = {key: torch.zeros(2, 64)}
+    if "gate.lora_A" in key:
+        extra["model.layers.0.mlp.gate.lora_B.weight"] = torch.zeros(8, 2)
+    edit_tensors(directory, extra, file.name)
+    with pytest.raises(ValueError, match=r"model\.layers|optimizer\.step") as caught:
+        read_adapter(directory)
+    assert key.partition(".lora")[0] in str(caught.value)
+
+
+def test_another_base(copied, tmp_path):
+    layout, directory, _, _ = copied
+    save_base(tmp_path / "narrow", "qwen3_moe", moe_intermediate_size=16)
+    with pytest.raises(ValueError, match=r"of another base|belongs to another base|has shape"):
+        read_adapter(directory, tmp_path / "narrow")
+    save_base(tmp_path / "deeper", "qwen3_moe", num_hidden_layers=3)
+    if layout in ("ours", "peft-lora"):
+        # their config names the layers in full, two of three
+        read_adapter(directory, tmp_path / "deeper")
+        return
+    with pytest.raises(ValueError, match=r"model\.layers\.2"):
+        read_adapter(directory, tmp_path / "deeper")
+
+
+def test_a_rank_that_the_config_does_not_say(copied):
+    """The scaling follows from the config's rank, so that the two have to agree."""
+    layout, directory, _, _ = copied
+    file = directory / "adapter_config.json"
+    config = json.loads(file.read_text())
+    (config["lora_parameters"] if layout == "mlx" else config)["rank" if layout == "mlx" else "r"] = 4
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="rank"):
+        read_adapter(directory)
+
+
+def test_an_expert_is_missing(saved, tmp_path):
+    experts, linear = random_factors()
+    write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
+    keys = [key for key in tensors_of(tmp_path / "adapter") if "layers.0.mlp.experts.5." in key]
+    edit_tensors(tmp_path / "adapter", dict.fromkeys(keys))
+    with pytest.raises(
+        ValueError, match=r"projection of expert 5 of model\.layers\.0\.mlp\.experts, but of 7 of its 8"
+    ):
+        read_adapter(tmp_path / "adapter", options=ReadOptions(partial=True))
+
+
+def test_half_of_a_stack(saved, tmp_path):
+    experts, linear = random_factors()
+    for write in (write_per_expert, write_stacked, write_mlx):
+        some = {at: pair for at, pair in experts.items() if at[1] != "up"}
+        write(tmp_path / write.__name__, saved / "base", some, linear)
+        with pytest.raises(ValueError, match="gate and up projection are one stack"):
+            read_adapter(tmp_path / write.__name__)
+        # a whole projection may be absent
+        some = {at: pair for at, pair in some.items() if at[1] == "down"}
+        write(tmp_path / "down" / write.__name__, saved / "base", some, linear)
+        found = read_adapter(tmp_path / "down" / write.__name__)
+        assert [one.projection for one in found.experts] == ["down_proj"] * 2
+
+
+def test_experts_that_differ(saved, tmp_path):
+    experts, linear = random_factors()
+    write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
+    edit_config(tmp_path / "adapter", alpha_pattern={"experts.3.up_proj": 9})
+    with pytest.raises(ValueError, match=r"up projections .* differ in rank, alpha"):
+        read_adapter(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", alpha_pattern={"up_proj": 9})
+    with pytest.raises(ValueError, match=r"have the scalings 1\.5 and 4\.5"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_layouts_at_once(saved, tmp_path):
+    tensors = {}
+    for name in ("stacked", "per-expert"):
+        tensors |= {key.removeprefix("base_model.model."): t for key, t in tensors_of(saved / name).items()}
+    write_lora(tmp_path / "adapter", tensors, saved / "base", ["q_proj"])
+    with pytest.raises(ValueError, match="several layouts at once"):
+        read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True can't be done"),
+        ({"lora_bias": True}, "lora_bias=True can't be done"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"bias": "lora_only"}, "trains biases"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to a base whose weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
+        ({"r": None}, "the config has r=None; a number was expected"),
+        ({"lora_alpha": "16"}, "the config has lora_alpha='16'"),
+        ({"peft_type": "LOHA"}, "type LOHA"),
+        ({"format_of_tomorrow": 1}, None),
+    ],
+)
+def test_options_that_experts_cannot_have(saved, options, message, tmp_path):
+    experts, linear = random_factors()
+    write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
+    edit_config(tmp_path / "adapter", **options)
+    if message is None:
+        with pytest.warns(UserWarning, match=r"\['format_of_tomorrow'\] of its config are not known"):
+            read_adapter(tmp_path / "adapter")
+        return
+    with pytest.raises(ValueError, match=message):
+        read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("init", [False, "gaussian", "eva", "orthogonal"])
+def test_how_factors_began_does_not_matter(saved, init, tmp_path):
+    experts, linear = random_factors()
+    write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
+    edit_config(tmp_path / "adapter", init_lora_weights=init, eva_config={"rho": 2.0})
+    assert read_adapter(tmp_path / "adapter").config.init_lora_weights is True
+
+
+class TestWhoWroteIt:
+    """Of square stacks only the version tells which factor is whose; it has to agree with the others' shapes."""
+
+    @pytest.fixture
+    def square(self, tmp_path):
+        save_base(tmp_path / "base", "qwen3_moe", moe_intermediate_size=64)
+        A, B = torch.randn(8 * 2, 64), torch.randn(64, 2 * 8)
+        names = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+        tensors = {f"{name}.lora_{factor}.weight": one for name in names for factor, one in (("A", A), ("B", B))}
+        write_lora(tmp_path / "adapter", tensors, tmp_path / "base", [], target_parameters=["mlp.experts.down_proj"])
+        return tmp_path / "adapter"
+
+    @pytest.mark.parametrize("recorded", [None, "0.19.0.dev0@abc", "0.19.1.dev0"])
+    def test_is_asked_for_where_nothing_tells(self, square, recorded):
+        edit_config(square, peft_version=recorded)
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts has as many .*--written-by"):
+            read_adapter(square)
+        new = read_adapter(square, options=ReadOptions(written_by="peft==0.19.1")).experts[0]
+        for version in ("0.17.1", "0.18.0", "0.19.0"):
+            old = read_adapter(square, options=ReadOptions(written_by=f"peft=={version}")).experts[0]
+            torch.testing.assert_close(old.B @ old.A, (new.B @ new.A).mT)
+
+    def test_shapes_tell_where_they_can(self, tmp_path):
+        directory = stock(tmp_path)
+        expected = read_adapter(directory / "adapter")
+        edit_config(directory / "adapter", peft_version=None)
+        found = read_adapter(directory / "adapter")
+        assert all(torch.equal(one.A, other.A) for one, other in zip(found.experts, expected.experts))
+        with pytest.raises(ValueError, match=r"transposed against what PEFT 0\.18\.1 writes"):
+            read_adapter(directory / "adapter", options=ReadOptions(written_by="peft==0.18.1"))
+        edit_config(directory / "adapter", peft_version="new")
+        with pytest.raises(ValueError, match="peft_version='new' is no version"):
+            read_adapter(directory / "adapter")
+
+
+def test_options_have_values():
+    for options, message in (
+        ({"quant_type": "int8"}, "quant_type='int8' is unknown"),
+        ({"lora_b_order": "both"}, "lora_b_order='both' is unknown"),
+        ({"written_by": "peft-0.18"}, "'peft==' and a version"),
+        ({"written_by": "peft==old"}, "'peft==' and a version"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ReadOptions(**options)
+
+
+@pytest.mark.parametrize("options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}])
+def test_options_that_say_nothing_of_a_layout(saved, options):
+    for name in ("ours", "per-expert", "mlx"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' says nothing of an adapter that is"):
+            read_adapter(saved / name, options=ReadOptions(**options))
+
+
+def test_configs_that_are_none(saved, tmp_path):
+    for text, message in (("{", "can't be read"), ("[]", "holds a list"), ("{}", "of type None")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_adapter(tmp_path)
+    write_mlx(tmp_path / "mlx", saved / "base", *random_factors())
+    edit_config(tmp_path / "mlx", fine_tune_type="dora")
+    with pytest.raises(ValueError, match="fine_tune_type 'dora'"):
+        read_adapter(tmp_path / "mlx")
+
+
+def test_the_command_reads_others(saved, tmp_path, capsys):
+    adapter, out = str(saved / "stacked"), tmp_path / "out"
+    command = ["convert", adapter, str(out), "--to", "moe-qlora", "--quant-type", "fp4", "--base", str(saved / "base")]
+    assert main(command) == 0
+    assert "4 stacks and 4 other tensors" in capsys.readouterr().out
+    assert read_adapter(out).config.quant_type == "fp4"
+    edit_config(out, peft_type=None)
+    assert main(["convert", str(out), str(tmp_path / "again"), "--to", "per-expert"]) == 1
+    assert "type None; MOE_QLORA, LORA, or one of mlx-lm was expected" in capsys.readouterr().err
+
+
+def test_without_a_base_ours_is_held_against_itself(tmp_path):
+    save_adapter(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    read_adapter(tmp_path / "adapter")
+    edit_tensors(tmp_path / "adapter", {"optimizer.step": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"optimizer\.step is nothing that this adapter's config asks for"):
+        read_adapter(tmp_path / "adapter")
