@@ -6,10 +6,11 @@
    on the hub are.
 2. It is loaded like any model and adapted to a text it has not seen, Python's language reference as `help()` shows it
    (`pydoc_data.topics`): once with experts in 16 bits, once with experts in 4 bits, on the same batches.
-3. The adapter of the 4-bit experts is reloaded in a fresh process. Then it is merged, into a bf16 checkpoint that
-   plain transformers loads, and into the 4-bit experts.
+3. The adapter of the 4-bit experts is reloaded in a fresh process. Then it is merged on disk, into a bf16 checkpoint
+   that plain transformers loads, and into one with experts in 4 bits.
 
-A table compares sizes and losses on a part of the text that no training sees; a picture shows the trainings.
+A table compares sizes and losses on a part of the text that no training sees, and how far what a merged model says is
+from what the adapter says; a picture shows the trainings.
 
     python examples/quickstart.py --model PATH_OR_ID --device cuda
 
@@ -56,7 +57,14 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from peft_moe_qlora import MoeQLoraConfig, experts_report, prepare_model_for_training, quantize_experts
+from peft_moe_qlora import (
+    MoeQLoraConfig,
+    experts_report,
+    load_quantized,
+    prepare_model_for_training,
+    quantize_experts,
+)
+from peft_moe_qlora.export import kl_divergence, merge_checkpoint, merge_quantized, next_token_logits
 
 BATCH_SIZE = 8
 WINDOW = 128  # tokens
@@ -159,6 +167,11 @@ def evaluate(model: nn.Module, windows: torch.Tensor) -> float:
     return total / len(windows)
 
 
+def first_logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """What a model makes of the first 16 windows; of all, it could be too much for the memory."""
+    return next_token_logits(model.eval(), windows[:16])
+
+
 def train(
     model: nn.Module,
     windows: Windows,
@@ -203,24 +216,28 @@ def train(
 class Results:
     """A table that grows by a row with each part of the work done."""
 
-    header = ("", "experts, MiB", "held-out loss", "perplexity", "seconds")
+    header = ("", "experts, MiB", "held-out loss", "KL from the adapter", "seconds")
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, float, float, float, float]] = []
+        self.rows: list[tuple[str, float, float, str, float]] = []
         self.since = time.perf_counter()
 
-    def add(self, name: str, expert_bytes: int, loss: float) -> None:
+    def add(self, name: str, expert_bytes: int, loss: float, divergence: str = "") -> None:
         now = time.perf_counter()
-        self.rows.append((name, expert_bytes / 2**20, loss, math.exp(loss), now - self.since))
+        self.rows.append((name, expert_bytes / 2**20, loss, divergence, now - self.since))
         self.since = now
 
-    def add_evaluated(self, name: str, model: nn.Module, windows: torch.Tensor) -> float:
+    def add_evaluated(
+        self, name: str, model: nn.Module, windows: torch.Tensor, adapted: torch.Tensor | None = None
+    ) -> float:
+        """Adds a model; what the adapter made of the first windows shows how far it is from that."""
         loss = evaluate(model, windows)
-        self.add(name, experts_report(model).nbytes, loss)
+        divergence = "" if adapted is None else f"{kl_divergence(adapted, first_logits(model, windows)):.1e}"
+        self.add(name, experts_report(model).nbytes, loss, divergence)
         return loss
 
     def __str__(self) -> str:
-        return tabulate(self.rows, self.header, floatfmt=("", ".2f", ".4f", ".1f", ".0f"))
+        return tabulate(self.rows, self.header, floatfmt=("", ".2f", ".4f", "", ".0f"), disable_numparse=[3])
 
 
 def moving_average(losses: list[float], width: int) -> list[float]:
@@ -356,12 +373,25 @@ def evaluate_saved(args: argparse.Namespace) -> None:
     print(json.dumps({"loss": loss, "expert_bytes": model.experts_report().nbytes}))
 
 
-def merge_into_bf16(args: argparse.Namespace) -> Path:
-    """Saves a checkpoint of the base's kind, with the adapter in its weights."""
-    folder = args.output / "merged-bf16"
-    load_adapted(args).merge_and_unload(dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(args.base).save_pretrained(folder)
-    return folder
+def add_merged(args: argparse.Namespace, windows: torch.Tensor, results: Results) -> None:
+    """Merges the 4-bit adapter on disk, into 16 and into 4 bits, and loads what was written."""
+    adapted = first_logits(load_adapted(args), windows)
+    adapter = adapter_folder(args, "4-bit")
+    free_memory()
+    report = merge_checkpoint(args.base, adapter, args.output / "merged-bf16")
+    # plain transformers needs nothing of peft_moe_qlora
+    merged = load(args.output / "merged-bf16", args.device)
+    results.add_evaluated("adapter merged into bf16, reloaded", merged, windows, adapted)
+    del merged
+    for rounding in ("nearest", "second-order"):
+        folder = args.output / f"merged-nf4-{rounding}"
+        free_memory()
+        merge_quantized(args.base, adapter, folder, rounding=rounding, device=args.device)
+        merged = load_quantized(str(folder), device_map=args.device)
+        results.add_evaluated(f"adapter merged into nf4, {rounding} rounding", merged, windows, adapted)
+        del merged
+    # of a real model the whole report has hundreds of lines
+    print(f"\n{report if args.model is None else str(report).splitlines()[-1]}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -377,11 +407,7 @@ def run(args: argparse.Namespace) -> None:
 
     fresh = evaluate_in_fresh_process(args)
     results.add("adapter reloaded in a fresh process", fresh["expert_bytes"], fresh["loss"])
-    # no name for these models: one is freed before the next is loaded
-    results.add_evaluated(
-        "adapter merged into bf16, reloaded", load(merge_into_bf16(args), args.device), windows.held_out
-    )
-    results.add_evaluated("adapter merged into nf4", load_adapted(args).merge_and_unload(), windows.held_out)
+    add_merged(args, windows.held_out, results)
 
     print(f"\n{results}\n")
     difference = fresh["loss"] - curves["4-bit"].held_out[args.steps]

@@ -371,7 +371,10 @@ def test_what_is_refused_before_anything_is_written(tmp_path):
         ),
         (layer, r"no tensor for model\.layers\.1\.mlp\.experts\.lora_gate_up_proj_A"),
         ({n: t for n, t in tensors.items() if "0.self_attn.q_proj" not in n}, r"no factors of .*0\.self_attn\.q_proj"),
-        ({**tensors, "base_model.model.model.other.weight": torch.ones(2)}, r"model\.other\.weight is nothing that this adapter's config asks for"),
+        (
+            {**tensors, "base_model.model.model.other.weight": torch.ones(2)},
+            r"model\.other\.weight is nothing that this adapter's config asks for",
+        ),
         (
             {
                 **tensors,
@@ -390,7 +393,14 @@ def test_what_is_refused_before_anything_is_written(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path / "other")
     shutil.move(base, tmp_path / "own")
     shutil.move(tmp_path / "other", base)
-    refused("trained on a model of type qwen3_moe, but .* is of type mixtral")
+    refused(r"has shape \(8, .* \(4, .* was expected")
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "own", base)
+    config_file = adapter / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "base": {**config["base"], "model_type": "olmoe"}}))
+    refused("trained on a model of type olmoe, but .* is of type qwen3_moe")
+    config_file.write_text(json.dumps(config))
     shutil.rmtree(base)
     tiny_model(std=0.16).save_pretrained(base)
     refused(r"other weights than the adapter was trained on: model\.layers\.0\.mlp\.experts\.\w+ differs")

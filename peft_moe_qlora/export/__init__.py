@@ -3,6 +3,7 @@
 from .adapter_file import AdapterFile, ExpertFactors
 from .convert import TARGETS, convert_adapter
 from .edits import ONTO
+from .live import kl_divergence, next_token_logits
 from .merge import merge_checkpoint
 from .merge_quantized import LAYOUTS, merge_quantized
 from .merge_report import MergeReport, Verification
@@ -22,8 +23,10 @@ __all__ = [
     "ReadOptions",
     "Verification",
     "convert_adapter",
+    "kl_divergence",
     "merge_checkpoint",
     "merge_quantized",
+    "next_token_logits",
     "read_adapter",
     "verify_merge",
 ]
