@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ..experts import ExpertsLayout
 from ..loading.load import class_of
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
-from ..targets import expert_layouts
+from ..targets import expert_layouts, targeted_projections
+from .adapter_file import AdapterFile
 
 PARTS_OF_FUSED = ("gate_proj", "up_proj")
 """What readers of single experts call the halves of a stack that the checkpoint has fused."""
@@ -31,6 +32,11 @@ class BaseModel:
     model: PreTrainedModel
     layouts: dict[str, ExpertsLayout]
 
+    @staticmethod
+    def is_at(directory: str | Path | None) -> bool:
+        """Whether a directory has the config.json of a base."""
+        return bool(directory) and Path(directory, "config.json").is_file()
+
     @classmethod
     def open(cls, directory: str | Path | None) -> BaseModel:
         """Builds the model that config.json names, without memory.
@@ -38,7 +44,7 @@ class BaseModel:
         Raises:
             ValueError: there is no config.json.
         """
-        if not directory or not Path(directory, "config.json").is_file():
+        if not cls.is_at(directory):
             raise ValueError(
                 f"What experts are called in the base's checkpoint follows from its config.json, which is not in "
                 f"{directory}. Name the directory of the base model."
@@ -48,17 +54,48 @@ class BaseModel:
             model = class_of(config)._from_config(config)
         return cls(Path(directory), model, expert_layouts(model))
 
-    def layout(self, path: str, wanted_for: str) -> ExpertsLayout:
-        """The layout of an experts module.
+    @property
+    def quantization(self) -> str | None:
+        """By what the checkpoint is quantized, as its config says."""
+        config = getattr(self.model.config, "quantization_config", None)
+        if config is None:
+            return None
+        return config["quant_method"] if isinstance(config, dict) else config.quant_method
+
+    def check_adapter(self, adapter: AdapterFile) -> None:
+        """Makes sure that an adapter has just the factors that its config says, of this model's shapes.
 
         Raises:
-            ValueError: the model has none there; names what it was wanted for.
+            ValueError: names the stack that is not in the model, of another shape, or without factors.
         """
-        if path not in self.layouts:
-            raise ValueError(
-                f"{self.directory} has no experts {path}, for which the adapter has factors of {wanted_for}."
-            )
-        return self.layouts[path]
+        found = set()
+        for factors in adapter.experts:
+            if factors.path not in self.layouts:
+                raise ValueError(
+                    f"{self.directory} has no experts {factors.path}, for which the adapter has factors of "
+                    f"{factors.name}. Name the base that it was trained on."
+                )
+            layout = self.layouts[factors.path]
+            if factors.projection not in layout.projections:
+                raise ValueError(
+                    f"The adapter has factors of {factors.name}, but {self.directory} has {layout.projections} there."
+                )
+            in_features, out_features = layout.features(factors.projection)
+            num_experts = layout.num_experts
+            if factors.A.shape != (num_experts, factors.r, in_features) or factors.B.shape[1] != out_features:
+                raise ValueError(
+                    f"{factors.name} has factors {list(factors.A.shape)} and {list(factors.B.shape)}, but "
+                    f"{self.directory} has {num_experts} experts with {in_features} features in and {out_features} "
+                    "out."
+                )
+            found.add(factors.name)
+        for path, layout in self.layouts.items():
+            for projection in targeted_projections(adapter.config, path, layout):
+                if f"{path}.{projection}" not in found:
+                    raise ValueError(
+                        f"By its config the adapter adapts {path}.{projection}, but its file has no factors of it; it "
+                        "is damaged, or incomplete."
+                    )
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
         """What the parts of a stack are called in the checkpoint, expert by expert, gate before up, without `.weight`.
