@@ -57,8 +57,8 @@ class Engine:
     max_r: int | None = None
 
 
-# `is_3d_moe_weight` of the class (vllm/model_executor/models) says which layout it reads; the module path in vLLM, after
-# its own renaming, is the checkpoint's for all of these
+# `is_3d_moe_weight` of the class (vllm/model_executor/models) says which layout it reads; the module path in vLLM is
+# the checkpoint's for all of these, after vLLM's own renaming
 VLLM = Engine(
     name="vLLM 0.33.0",
     layouts={

@@ -1,8 +1,8 @@
 """Adapters as mlx-lm 0.32.2 saves its own (`mlx_lm/tuner/utils.py`, `lora.py`).
 
 `adapters.safetensors` has `lora_a` and `lora_b` of each layer: `(in, r)` and `(r, out)` of a linear one, `(E, r, in)`
-and `(E, out, r)` of experts, gate and up apart. `adapter_config.json` has the scaling itself, one rank, and the layers'
-names within a block.
+and `(E, out, r)` of experts, gate and up apart. `adapter_config.json` has the scaling itself, one rank, and the names of
+layers within a block.
 """
 
 from __future__ import annotations
