@@ -1,7 +1,7 @@
 """Adapters as mlx-lm 0.32.2 saves its own (`mlx_lm/tuner/utils.py`, `lora.py`).
 
 `adapters.safetensors` has `lora_a` and `lora_b` of each layer: `(in, r)` and `(r, out)` of a linear one, `(E, r, in)`
-and `(E, out, r)` of experts, gate and up apart. `adapter_config.json` has the scaling itself, one rank, and the names of
+and `(E, out, r)` of experts, gate and up apart. `adapter_config.json` has the scaling itself, one rank, and names of
 layers within a block.
 """
 
