@@ -6,12 +6,10 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from shrunken_models import shrunken_model
-from tiny_models import randomize_adapter, tiny_model
+from saved_adapters import saved_deltas
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig
+from peft_moe_qlora import MoeQuantizationConfig
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.export import TARGETS, convert_adapter
 
@@ -27,26 +25,6 @@ OPTIONS = {
     },
     "one projection of one layer": {"target_modules": ["experts.down_proj"], "layers_to_transform": [1]},
 }
-
-
-def saved_deltas(directory, model_type: str = "qwen3_moe", **options) -> dict[str, torch.Tensor]:
-    """Saves base and adapter; gives what merging the live adapter adds to each weight, `(..., out, in)`."""
-    try:
-        model = tiny_model(model_type)
-    except KeyError:
-        model = shrunken_model(model_type, dtype=torch.float32)
-    model.save_pretrained(directory / "base")
-    model.name_or_path = str(directory / "base")
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    config = MoeQLoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "quant_type": None, **options})
-    model = get_peft_model(model, config)
-    randomize_adapter(model)
-    model.save_pretrained(directory / "adapter")
-    merged = model.merge_and_unload(dtype=torch.float32)
-    deltas = {name: weight.detach() - before[name] for name, weight in merged.named_parameters()}
-    if model_type == "gpt_oss":
-        return {name: delta.mT if delta.dim() == 3 else delta for name, delta in deltas.items()}
-    return deltas
 
 
 class Written:
