@@ -3,9 +3,9 @@
 `python tests/check_engines.py CACHE` downloads pinned wheels into CACHE (375 MB, once), loads the few files of them
 that read adapters, and compares what lies in their buffers with what the live adapter adds to the weights; the figures
 are the largest differences, for an adapter with one rank, one with rslora and patterns, and one of one projection.
-`--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits; PYTHON is an interpreter
-that has mlx-lm, or llama-cpp-python beside torch and transformers, and SOURCES the directory of llama.cpp with its
-converters.
+`--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits; PYTHON is
+an interpreter that has mlx-lm, or llama-cpp-python beside torch and transformers, and SOURCES the directory of
+llama.cpp with its converters.
 """
 
 from __future__ import annotations

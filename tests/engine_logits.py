@@ -47,7 +47,7 @@ _MLX = """
     numpy.savez(directory / "logits.npz", base=base, adapted=numpy.array(model(ids)))
 """
 
-IN_LLAMA_CPP = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe")
+IN_LLAMA_CPP = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3")
 _LLAMA_CPP = """
     import sys
     import llama_cpp
