@@ -23,7 +23,8 @@ from peft_moe_qlora.export import convert_adapter, read_adapter
 
 def save_adapter(directory, model_type: str = "qwen3_moe", **options):
     """Saves base and adapter, in fp32 so that logits can be compared closely; gives the live logits."""
-    model = llama4() if model_type == "llama4_text" else tiny_model(model_type)
+    models = {"llama4_text": llama4, "laguna": lambda: shrunken_model("laguna", dtype=torch.float32)}
+    model = models[model_type]() if model_type in models else tiny_model(model_type)
     model.save_pretrained(directory / "base")
     model.name_or_path = str(directory / "base")
     config = MoeQLoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "quant_type": None, **options})
@@ -93,8 +94,35 @@ def test_llama_4_is_laid_out_as_peft_does_it(tmp_path):
     live = save_adapter(tmp_path, "llama4_text")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
-    with pytest.raises(ValueError, match="may be experts of Llama 4"):
+    with pytest.raises(ValueError, match="may be of Llama 4"):
         convert_adapter(tmp_path / "adapter", tmp_path / "again", "peft-lora", base=tmp_path / "nowhere")
+
+
+def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
+    """PEFT renames their keys, by a pattern that spoils the model's own."""
+    live = save_adapter(tmp_path, "laguna")
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
+    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    with pytest.raises(ValueError, match="may be of Laguna"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "again", "peft-lora", base=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("target", ["peft-lora", "per-expert"])
+def test_a_layer_that_is_missing_altogether(target, tmp_path):
+    save_adapter(tmp_path, target_modules=["experts"], layers_to_transform=[1])
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", target)
+    save_adapter(tmp_path, target_modules=["experts"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "layers.1." not in key}, file)
+    with pytest.raises(ValueError, match=r"no tensor for model\.layers\.1\.mlp\.experts\.lora_gate_up_proj_A"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "again", target)
+
+
+def test_an_adapter_of_another_base(tmp_path):
+    save_adapter(tmp_path)
+    tiny_model("qwen3_moe", num_experts=4).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has shape \(8, 4, 64\) .* \(4, 4, 64\) was expected"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora", base=tmp_path / "other")
 
 
 def merged_by_hand(directory) -> dict[str, torch.Tensor]:

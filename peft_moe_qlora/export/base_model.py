@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ..experts import ExpertsLayout
 from ..loading.load import class_of
@@ -32,34 +34,34 @@ class BaseModel:
     model: PreTrainedModel
     layouts: dict[str, ExpertsLayout]
 
+    @staticmethod
+    def is_at(directory: str | Path | None) -> bool:
+        """Whether a directory has the config.json of a base."""
+        return bool(directory) and Path(directory, "config.json").is_file()
+
     @classmethod
-    def open(cls, directory: str | Path | None) -> BaseModel:
+    def open(cls, base: str | Path | None) -> BaseModel:
         """Builds the model that config.json names, without memory.
+
+        Args:
+            base: a directory, or a name on the hub, of which config.json is downloaded.
 
         Raises:
             ValueError: there is no config.json.
         """
-        if not directory or not Path(directory, "config.json").is_file():
-            raise ValueError(
-                f"What experts are called in the base's checkpoint follows from its config.json, which is not in "
-                f"{directory}. Name the directory of the base model."
-            )
+        directory = Path(base) if cls.is_at(base) else _downloaded(base)
         config = AutoConfig.from_pretrained(directory)
         with torch.device("meta"):
             model = class_of(config)._from_config(config)
-        return cls(Path(directory), model, expert_layouts(model))
+        return cls(directory, model, expert_layouts(model))
 
-    def layout(self, path: str, wanted_for: str) -> ExpertsLayout:
-        """The layout of an experts module.
-
-        Raises:
-            ValueError: the model has none there; names what it was wanted for.
-        """
-        if path not in self.layouts:
-            raise ValueError(
-                f"{self.directory} has no experts {path}, for which the adapter has factors of {wanted_for}."
-            )
-        return self.layouts[path]
+    @property
+    def quantization(self) -> str | None:
+        """By what the checkpoint is quantized, as its config says."""
+        config = getattr(self.model.config, "quantization_config", None)
+        if config is None:
+            return None
+        return config["quant_method"] if isinstance(config, dict) else config.quant_method
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
         """What the parts of a stack are called in the checkpoint, expert by expert, gate before up, without `.weight`.
@@ -79,13 +81,18 @@ class BaseModel:
         Raises:
             ValueError: its weight is a part of another tensor there, or made of several.
         """
-        key = key_of_tensor(self.model, f"{name}.weight")
-        if key is None:
+        names = self.names_of_linear(name)
+        if not names:
             raise ValueError(
                 f"{name} is no layer of its own in the base's checkpoint, so that its factors have no name there. "
                 "Merge the adapter, or leave the layer out of it."
             )
-        return key.removesuffix(".weight")
+        return names[0]
+
+    def names_of_linear(self, name: str) -> tuple[str, ...]:
+        """What a linear layer is called in the checkpoint; nothing if it is no layer of its own there."""
+        key = key_of_tensor(self.model, f"{name}.weight")
+        return () if key is None else (key.removesuffix(".weight"),)
 
     def layer(self, name: str) -> nn.Linear | nn.Embedding | None:
         """The linear layer or embedding of that name; None if there is none, or it is a part of experts."""
@@ -106,7 +113,20 @@ class BaseModel:
         tensor = self.model.state_dict().get(key)
         return None if tensor is None else tuple(tensor.shape)
 
-    def names_of_linear(self, name: str) -> tuple[str, ...]:
-        """What a linear layer is called in the checkpoint; nothing if it is no layer of its own there."""
-        key = key_of_tensor(self.model, f"{name}.weight")
-        return () if key is None else (key.removesuffix(".weight"),)
+
+def _downloaded(base: str | Path | None) -> Path:
+    """Where the config.json of a model on the hub lies.
+
+    Raises:
+        ValueError: there is no such model, or no way to the hub.
+    """
+    message = (
+        f"What experts are called in the base's checkpoint follows from its config.json, which is not in {base}. Name "
+        "the directory of the base model."
+    )
+    if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
+        raise ValueError(message)
+    try:
+        return Path(cached_file(str(base), "config.json")).parent
+    except OSError as error:
+        raise ValueError(f"{message} As a name on the hub: {error}") from error

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .adapter_file import AdapterFile
+from .base_model import BaseModel
+from .engines import LLAMA_CPP, MLX, SGLANG, VLLM, write_for_engine
 from .native import write_native
 from .peft_lora import write_peft_lora
 from .per_expert import write_per_expert
 from .reading import read_adapter
 from .source import ReadOptions
 
-TARGETS: dict[str, Callable[[AdapterFile, Path, str | Path | None], None]] = {
+TARGETS: dict[str, Callable[[AdapterFile, Path, BaseModel | None], None]] = {
     "peft-lora": write_peft_lora,
     "per-expert": write_per_expert,
     "moe-qlora": write_native,
+    "vllm": partial(write_for_engine, VLLM),
+    "sglang": partial(write_for_engine, SGLANG),
+    "llama.cpp": partial(write_for_engine, LLAMA_CPP),
+    "mlx": partial(write_for_engine, MLX),
 }
-"""Name of a layout -> what writes it."""
+"""Name of a layout, or of an engine -> what writes it."""
 
 
 def convert_adapter(
@@ -32,9 +39,10 @@ def convert_adapter(
     Args:
         adapter: directory of an adapter of this package, or of others (`read_adapter` lists the layouts).
         directory: to be written to; has to be empty or not there, since some readers take every file in it.
-        target: `"peft-lora"`: PEFT's own LoRA on fused parameters, for stock PEFT and vLLM's classes with 3-D experts.
-            `"per-expert"`: LoRA on one linear layer per expert, under the names of the base's checkpoint, for vLLM's
-            other classes, SGLang and llama.cpp's converter. `"moe-qlora"`: an adapter of this package.
+        target: a layout or an engine. `"peft-lora"`: PEFT's own LoRA on fused parameters, for stock PEFT, with no
+            factor changed. `"per-expert"`: LoRA on one linear layer per expert, under the names of the base's
+            checkpoint. `"vllm"`, `"sglang"`, `"llama.cpp"` (its `convert_lora_to_gguf.py`), `"mlx"` (mlx-lm): what
+            the engine reads for this base; see `engines` for versions. `"moe-qlora"`: an adapter of this package.
         base: directory of the base model, of which config.json is read. Default: what the adapter names.
         options: what the adapter files of others don't say.
 
@@ -42,7 +50,8 @@ def convert_adapter(
         What was read.
 
     Raises:
-        ValueError: see `read_adapter` and the targets; or the directory is not empty.
+        ValueError: see `read_adapter` and the targets; the directory is not empty; the base's config.json is needed
+            and not there; or the adapter doesn't fit the base, or lacks a stack that it has by its config.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is unknown; choose one of {tuple(TARGETS)}.")
@@ -52,5 +61,8 @@ def convert_adapter(
             f"{directory} is not an empty directory; some readers would take what is in it for the adapter."
         )
     found = read_adapter(adapter, base, options)
-    TARGETS[target](found, directory, base)
+    base = base or found.config.base_model_name_or_path
+    # two layouts mostly don't depend on the base, which may be a name on the hub
+    is_needed = target not in ("peft-lora", "moe-qlora")
+    TARGETS[target](found, directory, BaseModel.open(base) if is_needed or BaseModel.is_at(base) else None)
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -28,6 +29,7 @@ from .merge_report import REPORT_NAME, FidelityRow, MergeReport
 from .partial_directory import PartialDirectory
 from .reading import read_adapter
 
+_NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "original/*"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -46,7 +48,7 @@ def merge_checkpoint(
     taken up by the same call.
 
     Args:
-        base: directory of the base's checkpoint, in floating point.
+        base: directory of the base's checkpoint, in floating point, or its name on the hub.
         adapter: directory of the adapter.
         directory: to be written to; must be empty or not there.
         onto: `"quantized"`: onto the weights as the training has seen them, that is, quantized and dequantized. The
@@ -68,7 +70,7 @@ def merge_checkpoint(
         raise ValueError(f"onto={onto!r} is unknown; choose one of {ONTO}.")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, _DTYPES))}.")
-    base, adapter = Path(base), Path(adapter)
+    base, adapter = checkpoint_directory(base), Path(adapter)
     found = read_adapter(adapter, base)
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
@@ -287,6 +289,11 @@ def _notes(adapter: AdapterFile, plan: MergePlan, onto: str) -> tuple[str, ...]:
             f"{adapter.config.storage or 'in the checkpoint'}, linear layers as in the checkpoint.",
         )
     return ()
+
+
+def checkpoint_directory(base: str | Path) -> Path:
+    """Where a checkpoint is, downloaded from the hub unless it is a directory."""
+    return Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base), ignore_patterns=_NOT_NEEDED))
 
 
 def adapter_digest(adapter: Path) -> str:

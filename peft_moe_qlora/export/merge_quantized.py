@@ -17,7 +17,7 @@ from ..loading import Checkpoint, save_bitsandbytes
 from ..loading.quantizer import quantized_stacks
 from .base_model import BaseModel
 from .live import load_live, read_windows
-from .merge import adapter_digest, config_for_all, refuse_merged
+from .merge import adapter_digest, checkpoint_directory, config_for_all, refuse_merged
 from .merge_report import REPORT_NAME, FidelityRow, MergeReport
 from .partial_directory import PartialDirectory
 from .reading import read_adapter
@@ -40,7 +40,7 @@ def merge_quantized(
     """Writes base and adapter as one checkpoint with its experts in 4 bits.
 
     Args:
-        base: directory of the base's checkpoint, in floating point, or in 4 bits as it was trained on.
+        base: directory of the base's checkpoint, or its name on the hub, in floating point, or in 4 bits as trained.
         adapter: directory of the adapter.
         directory: to be written to; must be empty or not there.
         quant_type: of the experts; has to be what the adapter was trained on.
@@ -60,7 +60,7 @@ def merge_quantized(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
-    base, adapter = Path(base), Path(adapter)
+    base, adapter = checkpoint_directory(base), Path(adapter)
     found = read_adapter(adapter, base)
     if found.config.quant_type != quant_type:
         raise ValueError(

@@ -8,9 +8,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from .adapter_file import PREFIX, AdapterFile
+from .base_model import BaseModel
 
 
-def write_native(adapter: AdapterFile, directory: str | Path, base: str | Path | None = None) -> None:
+def write_native(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
     """Writes an adapter that `PeftModel.from_pretrained` loads once this package is imported.
 
     Args:
@@ -22,7 +23,6 @@ def write_native(adapter: AdapterFile, directory: str | Path, base: str | Path |
     for factors in adapter.experts:
         for factor, tensor in (("A", factors.A), ("B", factors.B)):
             tensors[f"{PREFIX}{factors.path}.lora_{factors.projection}_{factor}"] = tensor
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # cloned, since a safetensors file has every number once and A may be a view
     save_file(

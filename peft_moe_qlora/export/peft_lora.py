@@ -7,7 +7,6 @@ experts fastest. Layout: `peft.tuners.lora.layer.ParamWrapper`, peft 0.19.1 to 0
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+from .base_model import BaseModel
 
 _KEPT_OPTIONS = (
     "base_model_name_or_path",
@@ -31,7 +31,7 @@ _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
 
-def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Path | None = None) -> None:
+def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
     """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
 
     Ranks and alphas that differ between layers are kept as patterns, so that no factor is changed.
@@ -39,12 +39,10 @@ def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Pat
     Args:
         adapter: one of this package.
         directory: created if it isn't there.
-        base: directory of the base model, of which the config is read where the layout depends on it. Default: what
-            the adapter's config names.
+        base: the model that it belongs to; only needed where the layout depends on it.
 
     Raises:
-        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or the base's config is needed and not
-            there.
+        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or the base is needed and not there.
     """
     if adapter.config.bias != "none":
         raise ValueError(
@@ -55,7 +53,7 @@ def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Pat
     of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
     for factors in adapter.experts:
         of_module[factors.path].append(factors)
-    tensors = {f"{PREFIX}{key}": tensor for key, tensor in adapter.others.items()}
+    tensors = {PREFIX + _name_for_peft(key, adapter, base): tensor for key, tensor in adapter.others.items()}
     for path, projections in of_module.items():
         is_mistaken = _is_mistaken(path, adapter, base)
         for depth, factors in enumerate(reversed(projections)):
@@ -68,7 +66,6 @@ def write_peft_lora(adapter: AdapterFile, directory: str | Path, base: str | Pat
             B = B.permute(1, 2, 0).reshape(B.shape[1], r * num_experts)
             tensors[f"{PREFIX}{path}{segment}.lora_A.weight"] = A.contiguous()
             tensors[f"{PREFIX}{path}{segment}.lora_B.weight"] = B.contiguous()
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     _config(adapter).save_pretrained(directory)
@@ -106,18 +103,29 @@ def _check_others(adapter: AdapterFile) -> None:
             raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
 
 
-def _is_mistaken(path: str, adapter: AdapterFile, base: str | Path | None) -> bool:
+def _is_mistaken(path: str, adapter: AdapterFile, base: BaseModel | None) -> bool:
     """Whether PEFT takes the stacks of an experts module for (out, in), though they are (in, out).
 
     It does where the class declares nothing, which is Llama 4's.
     """
-    if not path.endswith("feed_forward.experts"):
-        return False
-    base = base or adapter.config.base_model_name_or_path
-    file = Path(base or "", "config.json")
-    if not base or not file.is_file():
+    return path.endswith("feed_forward.experts") and _model_type(path, "Llama 4", adapter, base).startswith("llama4")
+
+
+def _name_for_peft(key: str, adapter: AdapterFile, base: BaseModel | None) -> str:
+    """The key of a linear layer's factor from which PEFT finds the layer.
+
+    PEFT renames keys as transformers renames those of checkpoints, where `mlp.shared_expert.` of Laguna is a pattern
+    that matches the `mlp.shared_experts` of the model too, and spoils it.
+    """
+    if ".mlp.shared_experts." in key and _model_type(key, "Laguna", adapter, base) == "laguna":
+        return key.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
+    return key
+
+
+def _model_type(name: str, candidate: str, adapter: AdapterFile, base: BaseModel | None) -> str:
+    if base is None:
         raise ValueError(
-            f"{path} may be experts of Llama 4, which PEFT lays out in another way. Name the directory of the base "
-            f"model (the adapter's own, {base}, is not here)."
+            f"{name} may be of {candidate}, for which PEFT needs another layout. Name the directory of the base model "
+            f"(the adapter's own, {adapter.config.base_model_name_or_path}, is not here)."
         )
-    return str(json.loads(file.read_text()).get("model_type", "")).startswith("llama4")
+    return base.model.config.model_type

@@ -1,0 +1,42 @@
+"""Adapters with one A and one B for each stack of experts: `PATH.gate_up_proj.lora_A.weight` `(E, r, in)`, `lora_B`
+`(E, out, r)`, gate rows before up rows whichever way the class has them.
+
+SGLang 0.5.23 reads it (`sglang/srt/lora/mem_pool.py`), and the converter of llama.cpp 0c1e57098 for Gemma 4.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from .base_model import BaseModel
+from .uniform import gate_and_up, names_of_linear, save_lora, uniform
+
+
+def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
+    """Writes an adapter for readers of stacked factors.
+
+    Args:
+        adapter: one of this package.
+        directory: created if it isn't there.
+        base: the model that it belongs to, whose checkpoint has its stacks under the names of the modules.
+
+    Raises:
+        ValueError: the adapter has what these readers don't know (see `uniform`), or a layer that has no name of its
+            own in the checkpoint.
+    """
+    adapter = uniform(adapter, base)
+    tensors = {}
+    for factors in adapter.experts:
+        is_pair = factors.projection == "gate_up_proj"
+        B = torch.cat(gate_and_up(factors.B, base.layouts[factors.path]), dim=1) if is_pair else factors.B
+        tensors[factors.name + A_SUFFIX], tensors[factors.name + B_SUFFIX] = factors.A, B
+    linear = names_of_linear(adapter)
+    for name in linear:
+        name_there = base.name_of_linear(name)
+        tensors[name_there + A_SUFFIX] = adapter.others[name + A_SUFFIX]
+        tensors[name_there + B_SUFFIX] = adapter.others[name + B_SUFFIX]
+    targets = {"gate_proj", "up_proj", "down_proj"} | {name.rpartition(".")[2] for name in linear}
+    save_lora(directory, tensors, adapter.config, targets)

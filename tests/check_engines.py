@@ -1,0 +1,136 @@
+"""Adapters that this package writes, read by the engines' own code, on a CPU.
+
+`python tests/check_engines.py CACHE` downloads pinned wheels into CACHE (375 MB, once), loads the few files of them
+that read adapters, and compares what lies in their buffers with what the live adapter adds to the weights; the figures
+are the largest differences, for an adapter with one rank, one with rslora and patterns, and one of one projection.
+`--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits; PYTHON is
+an interpreter that has mlx-lm, or llama-cpp-python beside torch and transformers, and SOURCES the directory of
+llama.cpp with its converters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from engine_logits import llama_cpp_difference, mlx_difference
+from engine_sglang import Sglang
+from engine_sources import NotToBeHad
+from engine_vllm import Vllm
+from saved_adapters import saved_deltas
+
+from peft_moe_qlora.experts import ExpertsLayout
+from peft_moe_qlora.export import convert_adapter
+from peft_moe_qlora.export.base_model import BaseModel
+
+OPTIONS = {
+    "plain": {"target_modules": r".*\.experts|.*self_attn\.[qv]_proj"},
+    "rslora, patterns": {
+        "target_modules": r".*\.experts|.*self_attn\.q_proj",
+        "use_rslora": True,
+        "expert_r": 3,
+        "rank_pattern": {"layers.1.*experts.down_proj": 2},
+        "alpha_pattern": {"layers.1.*experts": 3},
+    },
+    "one projection": {"target_modules": ["experts.down_proj"]},
+}
+IN_VLLM = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma4_text",
+    "granitemoe",
+    "lfm2_moe",
+    "minimax_m2",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "qwen3_vl_moe",
+)
+IN_SGLANG = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "minimax_m2",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_next",
+    "qwen3_vl_moe",
+)
+ATOL = 1e-6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, help="directory for wheels, and for the files out of them")
+    parser.add_argument("--mlx", metavar="PYTHON", help="interpreter that has mlx-lm")
+    parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "SOURCES"), help="see above")
+    args = parser.parse_args()
+    errors: list[float] = []
+    for engine_class, target, model_types in ((Vllm, "vllm", IN_VLLM), (Sglang, "sglang", IN_SGLANG)):
+        try:
+            engine = engine_class(args.cache)
+        except NotToBeHad as error:
+            print(f"skipped: {error}")
+            continue
+        for model_type in model_types:
+            found = [_error(engine, target, model_type, options) for options in OPTIONS.values()]
+            print(f"{engine.name} {model_type}: " + ", ".join(f"{error:.1e}" for error in found), flush=True)
+            errors += found
+    failed = any(error > ATOL for error in errors)
+    if args.mlx:
+        failed |= mlx_difference(args.mlx)
+    if args.llama_cpp:
+        failed |= llama_cpp_difference(*args.llama_cpp)
+    if not errors and not args.mlx and not args.llama_cpp:
+        print("skipped: nothing could be checked")
+        return 0
+    print("failed" if failed else "passed")
+    return int(failed)
+
+
+def _error(engine: Vllm | Sglang, target: str, model_type: str, options: dict) -> float:
+    """The largest difference of an element of the weights, over all layers with experts."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        deltas = saved_deltas(directory, model_type, **options)
+        convert_adapter(directory / "adapter", directory / "out", target)
+        base = BaseModel.open(directory / "base")
+        sizes = _sizes(base)
+        found = engine.products(directory / "out", type(base.model).__name__, sizes)
+    errors = []
+    for path, layout in base.layouts.items():
+        w13, w2 = found[int(path.partition("layers.")[2].partition(".")[0])]
+        gate_up = deltas[f"{path}.{layout.up_name}"]
+        assert deltas[f"{path}.down_proj"].any(), "the adapter has to do something"
+        errors += [(w13 - gate_up).abs().max().item(), (w2 - deltas[f"{path}.down_proj"]).abs().max().item()]
+    return max(errors)
+
+
+def _sizes(base: BaseModel) -> dict[str, int]:
+    layout: ExpertsLayout = next(iter(base.layouts.values()))
+    return {
+        "layers": base.model.config.get_text_config().num_hidden_layers,
+        "experts": layout.num_experts,
+        "hidden": layout.hidden_size,
+        "intermediate": layout.intermediate_size,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    sys.exit(main())
