@@ -159,7 +159,7 @@ class _Merge:
         """Refuses to begin what the disk can't hold."""
         missing = [file for file in self.checkpoint.files if not self.output.is_written(file.name)]
         needed = sum(
-            info.numel * self._dtype_of(info).itemsize
+            info.numel * self.dtype_of(info).itemsize
             for info in self.checkpoint.tensors.values()
             if info.file in missing
         )
@@ -170,7 +170,8 @@ class _Merge:
         if needed > free:
             raise OSError(f"{parent} has {free / 1e9:.2f} GB left; the merged checkpoint takes {needed / 1e9:.2f} GB.")
 
-    def _dtype_of(self, info: TensorInfo) -> torch.dtype:
+    def dtype_of(self, info: TensorInfo) -> torch.dtype:
+        """What a tensor is written in."""
         if info.dtype is None or not info.dtype.is_floating_point or info.dtype.itemsize < 2 or self.dtype is None:
             return info.dtype or torch.uint8
         is_kept = info.dtype == torch.float32 and any(name in info.key for name in self.kept_in_fp32)
@@ -179,10 +180,11 @@ class _Merge:
     def shard(self, file: Path) -> dict[str, Any]:
         """Writes one file; gives what is to be known of it, as plain data."""
         keys = [key for key, info in self.checkpoint.tensors.items() if info.file == file]
+        keys.sort(key=self.checkpoint.position)
         if not self.output.is_written(_result_name(file)):
-            written = _Shard(self, file)
+            written = _Shard(self, file, keys)
             for key in keys:
-                if key not in written.tensors:
+                if key not in written.done:
                     written.add(key)
                 self.bar.update()
             save_file(written.tensors, self.output.path_to_write(file.name), self.checkpoint.metadata[file] or None)
@@ -205,7 +207,7 @@ class _Merge:
         if len(self.checkpoint.files) == 1:
             return
         infos = self.checkpoint.tensors.values()
-        size = sum(info.numel * self._dtype_of(info).itemsize for info in infos)
+        size = sum(info.numel * self.dtype_of(info).itemsize for info in infos)
         weight_map = {info.key: info.file.name for info in sorted(infos, key=lambda info: info.key)}
         self.output.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
@@ -213,51 +215,54 @@ class _Merge:
 class _Shard:
     """The tensors of one file, as they come to be."""
 
-    def __init__(self, merge: _Merge, file: Path) -> None:
+    def __init__(self, merge: _Merge, file: Path, keys: list[str]) -> None:
         self.merge = merge
         self.checkpoint = merge.checkpoint
         self.file = file
-        self.tensors: dict[str, torch.Tensor] = {}
+        # all at once: what is freed between them would leave gaps as large as themselves
+        self.tensors = {
+            info.key: torch.empty(info.shape, dtype=merge.dtype_of(info))
+            for info in (self.checkpoint.tensors[key] for key in keys)
+        }
+        self.done: set[str] = set()
         self.fidelity: dict[str, Fidelity] = defaultdict(Fidelity)
         self.with_delta: set[str] = set()
         self.changed: set[str] = set()
 
     def add(self, key: str) -> None:
         """One tensor, and those of the same expert that are in this file too."""
-        plan, info = self.merge.plan, self.checkpoint.tensors[key]
+        plan = self.merge.plan
         if key in plan.of_tensors:
             edit = plan.of_tensors[key]
-            self.tensors[key] = self._rounded(key, edit.name, edit.edit(self.checkpoint.read(key)))
+            self._put(key, self.tensors[key], edit.name, edit.edit(self.checkpoint.read(key)))
         elif key in plan.of_experts:
             for stack, expert in plan.of_experts[key]:
                 for part, edit in stack.edits(expert, self.checkpoint):
-                    if self.checkpoint.tensors[part.key].file != self.file:
-                        continue
-                    rounded = self._rounded(part.key, stack.name, edit)
-                    if part.is_stack:
-                        found = self.checkpoint.tensors[part.key]
-                        whole = torch.empty(found.shape, dtype=rounded.dtype)
-                        self.tensors.setdefault(part.key, whole)[expert] = rounded[0]
-                    else:
-                        self.tensors[part.key] = rounded
+                    if part.key in self.tensors:
+                        whole = self.tensors[part.key]
+                        place = whole[expert : expert + 1] if part.is_stack else whole
+                        self._put(part.key, place, stack.name, edit)
         else:
-            self.tensors[key] = self.checkpoint.read(key).to(self.merge._dtype_of(info))
+            self.tensors[key].copy_(self.checkpoint.read(key))
+            self.done.add(key)
 
-    def _rounded(self, key: str, name: str, edit: Edit) -> torch.Tensor:
-        dtype = self.merge._dtype_of(self.checkpoint.tensors[key])
-        rounded = edit.exact.to(dtype)
-        if not torch.isfinite(rounded).all():
-            raise ValueError(f"{key} would have values that are not finite in {dtype}. Choose a dtype of wider range.")
-        self.fidelity[name].add(edit.before, edit.exact, rounded)
+    def _put(self, key: str, place: torch.Tensor, name: str, edit: Edit) -> None:
+        """Rounds new values and puts them in their place."""
+        place.copy_(edit.exact)
+        if not torch.isfinite(place).all():
+            raise ValueError(
+                f"{key} would have values that are not finite in {place.dtype}. Choose a dtype of wider range."
+            )
+        self.fidelity[name].add(edit.before, edit.exact, place)
         if edit.has_delta:
             self.with_delta.add(key)
-            if not torch.equal(rounded, edit.before.to(dtype)):
+            if not torch.equal(place, edit.before.to(place.dtype)):
                 self.changed.add(key)
-        return rounded.contiguous()
+        self.done.add(key)
 
     def result(self) -> dict[str, Any]:
         return {
-            "written": len(self.tensors),
+            "written": len(self.done),
             "changed": len(self.changed),
             "unchanged": sorted(self.with_delta - self.changed),
             "fidelity": {

@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers.core_model_loading import (
@@ -189,7 +190,6 @@ class DenseSource(Source):
         self.first_expert = turn * target.num_experts
         self.converter = converter
         self.config = config
-        self._places: dict[int, torch.Tensor] | None = None
         self._check(checkpoint)
 
     def _check(self, checkpoint: Checkpoint) -> None:
@@ -260,15 +260,13 @@ class DenseSource(Source):
         Raises:
             CheckpointError: the matrix is not a rearrangement of them.
         """
-        if self._places is None:
-            self._places = self._find_places(checkpoint)
         keys = [key for keys in self.lists.values() for key in self._keys_of(expert, keys)]
         return [
             ExpertPart(keys[number], self._is_stack[keys[number]], self._read_shape(checkpoint, keys[number]), places)
-            for number, places in self._places.items()
+            for number, places in _places(self, checkpoint).items()
         ]
 
-    def _find_places(self, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+    def find_places(self, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
         """Number of a tensor among those of an expert -> `ExpertPart.places`, the same for all experts."""
         keys = [key for keys in self.lists.values() for key in self._keys_of(0, keys)]
         counts = [math.prod(self._read_shape(checkpoint, key)) for key in keys]
@@ -310,6 +308,12 @@ class DenseSource(Source):
                 converter.add_tensor(self.target.name, pattern, pattern, part)
         made = converter.convert(self.target.name, model=_OneExpert(self.target), config=self.config)
         return made[self.target.name][0]
+
+
+@lru_cache(maxsize=4)
+def _places(source: DenseSource, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+    """Those of the stacks that are being worked on; of all stacks they would be as large as the model."""
+    return source.find_places(checkpoint)
 
 
 class PackedSource(Source):
