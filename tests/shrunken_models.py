@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_moe_qlora.experts import find_experts
+
+# fmt: off
+# every type whose default configuration can be shrunk; checkpoints of the first are not of the standard kind
+MODEL_TYPES = [
+    "ernie4_5_vl_moe", "qwen3_vl_moe", "inkling_mm_model", "inkling2_text", "inkling_text", "minimax_m3_vl",
+    "nemotron_h", "dots3_note", "diffusion_gemma", "llama4", "aria",
+    "granitemoe", "nemotron_h_omni", "kimi_k25", "qwen3_vl_moe_text", "dots3_note_text", "afmoe", "aria_text",
+    "axk1", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite",
+    "glm4v_moe", "gpt_oss", "granitemoe_swa", "granitemoeshared", "hy_v3", "hy_v4", "jamba", "kimi_linear",
+    "kolibri1", "laguna", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "mistral4", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter", "phimoe",
+    "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp", "solar_open",
+    "unlimited_ocr", "zaya",
+]
+# fmt: on
 
 _SIZES = {
     "hidden_size": 64,
@@ -101,6 +120,23 @@ def shrunken_model(model_type: str, device: str = "cpu", dtype: torch.dtype = to
                 if not parameter.is_meta:
                     nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def shrunken_model_or_skip(model_type: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """As `shrunken_model`; versions of transformers before 5.23 lack some types, or have them otherwise."""
+    try:
+        missing = None if model_type in CONFIG_MAPPING else "it"
+        model = None if missing else shrunken_model(model_type, dtype=dtype)
+    except (TypeError, ValueError, AttributeError):
+        if Version(transformers.__version__) >= Version("5.23"):
+            raise
+        missing = "this configuration of it"
+    if missing is None and not list(find_experts(model)):
+        missing = "its experts fused"
+    if missing is not None:
+        assert Version(transformers.__version__) < Version("5.23")
+        pytest.skip(f"this version of transformers doesn't have {missing}")
+    return model
 
 
 def _build(config: PreTrainedConfig, model_type: str, dtype: torch.dtype) -> nn.Module:

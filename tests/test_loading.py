@@ -8,9 +8,8 @@ import pytest
 import torch
 import transformers
 from checkpoint_writers import read_tensors, write_tensors
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from shrunken_models import shrunken_model
+from shrunken_models import MODEL_TYPES, shrunken_model, shrunken_model_or_skip
 from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapter, tiny_model, token_ids
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -25,29 +24,12 @@ from peft_moe_qlora import (
     quantize_experts,
     save_bitsandbytes,
 )
-from peft_moe_qlora.experts import find_experts
 from peft_moe_qlora.loading import Checkpoint
 from peft_moe_qlora.loading.finder import SourceFinder
 from peft_moe_qlora.loading.streaming import in_order_of_reading
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
-
-# fmt: off
-# every type whose default configuration can be shrunk; checkpoints of the first are not of the standard kind
-MODEL_TYPES = [
-    "ernie4_5_vl_moe", "qwen3_vl_moe", "inkling_mm_model", "inkling2_text", "inkling_text", "minimax_m3_vl",
-    "nemotron_h", "dots3_note", "diffusion_gemma", "llama4", "aria",
-    "granitemoe", "nemotron_h_omni", "kimi_k25", "qwen3_vl_moe_text", "dots3_note_text", "afmoe", "aria_text",
-    "axk1", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4",
-    "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite",
-    "glm4v_moe", "gpt_oss", "granitemoe_swa", "granitemoeshared", "hy_v3", "hy_v4", "jamba", "kimi_linear",
-    "kolibri1", "laguna", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
-    "minimax_m3_vl_text", "mistral4", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter", "phimoe",
-    "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp", "solar_open",
-    "unlimited_ocr", "zaya",
-]
-# fmt: on
 
 
 def in_4_bits(path, config: MoeQuantizationConfig | None = None, dtype: torch.dtype = torch.bfloat16, **kwargs):
@@ -62,19 +44,7 @@ def loaded_again(path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_architecture(model_type, tmp_path):
     """Written by transformers in the hub's layout; by way of 16 bits or not the same, and again from 4 bits."""
-    if model_type not in CONFIG_MAPPING:
-        assert Version(transformers.__version__) < Version("5.23")
-        pytest.skip("this version of transformers doesn't have it")
-    try:
-        model = shrunken_model(model_type)
-    except (TypeError, ValueError, AttributeError):
-        # early versions describe some models otherwise
-        if Version(transformers.__version__) >= Version("5.23"):
-            raise
-        pytest.skip("this version of transformers has another configuration for it")
-    if not list(find_experts(model)):
-        assert Version(transformers.__version__) < Version("5.23")
-        pytest.skip("this version of transformers has not fused its experts")
+    model = shrunken_model_or_skip(model_type)
     model_class = type(model)
     model.save_pretrained(tmp_path / "dense")
     expected = model_class.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
