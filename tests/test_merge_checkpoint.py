@@ -24,7 +24,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.export import merge_checkpoint
-from peft_moe_qlora.export.live import kl_divergence
+from peft_moe_qlora.export.merging.live import kl_divergence
 
 STOCK = """
     import sys
@@ -259,7 +259,8 @@ def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
 KILLED = """
     import sys, time
     import peft_moe_qlora
-    from peft_moe_qlora.export import merge, merge_checkpoint
+    from peft_moe_qlora.export import merge_checkpoint
+    from peft_moe_qlora.export.merging import checkpoint as merge
     directory = sys.argv[1]
     written = merge.save_file
     def slowly(tensors, path, metadata):  # so that there is a time to be killed at

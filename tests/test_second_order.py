@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, experts_report
 from peft_moe_qlora.calibration import random_token_ids
-from peft_moe_qlora.export.live import kl_divergence
+from peft_moe_qlora.export.merging.live import kl_divergence
 from peft_moe_qlora.quantization import (
     FourBitFormat,
     MergedExpert,

@@ -2,14 +2,14 @@
 
 from .adapter_file import AdapterFile, ExpertFactors
 from .convert import TARGETS, convert_adapter
-from .edits import ONTO
-from .live import kl_divergence, next_token_logits
-from .merge import merge_checkpoint
-from .merge_quantized import LAYOUTS, merge_quantized
-from .merge_report import MergeReport, Verification
-from .reading import read_adapter
-from .source import LORA_B_ORDERS, QUANT_TYPE_NAMES, ReadOptions
-from .verify import verify_merge
+from .merging.checkpoint import merge_checkpoint
+from .merging.edits import ONTO
+from .merging.live import kl_divergence, next_token_logits
+from .merging.quantized import LAYOUTS, merge_quantized
+from .merging.report import MergeReport, Verification
+from .merging.verify import verify_merge
+from .readers.read import read_adapter
+from .readers.source import LORA_B_ORDERS, QUANT_TYPE_NAMES, ReadOptions
 
 __all__ = [
     "LAYOUTS",

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from .adapter_file import AdapterFile
 from .base_model import BaseModel
-from .engines import LLAMA_CPP, MLX, SGLANG, VLLM, write_for_engine
-from .native import write_native
-from .peft_lora import write_peft_lora
-from .per_expert import write_per_expert
-from .reading import read_adapter
-from .source import ReadOptions
+from .readers.read import read_adapter
+from .readers.source import ReadOptions
+from .writers.engines import LLAMA_CPP, MLX, SGLANG, VLLM, write_for_engine
+from .writers.native import write_native
+from .writers.peft_lora import write_peft_lora
+from .writers.per_expert import write_per_expert
 
 TARGETS: dict[str, Callable[[AdapterFile, Path, BaseModel | None], None]] = {
     "peft-lora": write_peft_lora,

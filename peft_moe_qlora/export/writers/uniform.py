@@ -11,10 +11,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
-from ..config import MoeQLoraConfig
-from ..experts import ExpertsLayout
-from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_scaling
-from .base_model import BaseModel
+from ...config import MoeQLoraConfig
+from ...experts import ExpertsLayout
+from ..adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_scaling
+from ..base_model import BaseModel
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:

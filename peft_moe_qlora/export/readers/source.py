@@ -18,12 +18,12 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-from ..config import MoeQLoraConfig, check_honoured
-from ..quantization import QUANT_TYPES
-from ..targets import resolve_rank_and_alpha
-from .adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
-from .base_model import BaseModel
-from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
+from ...config import MoeQLoraConfig, check_honoured
+from ...quantization import QUANT_TYPES
+from ...targets import resolve_rank_and_alpha
+from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
+from ..base_model import BaseModel
+from ..others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
 
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
 QUANT_TYPE_NAMES = (*QUANT_TYPES, "none")

@@ -18,16 +18,16 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .. import __version__
-from ..loading.checkpoint import INDEX_NAME, Checkpoint, TensorInfo
-from ..loading.load import quantization_of
-from ..quantization import Fidelity
-from .adapter_file import AdapterFile
-from .base_model import BaseModel
+from ... import __version__
+from ...loading.checkpoint import INDEX_NAME, Checkpoint, TensorInfo
+from ...loading.load import quantization_of
+from ...quantization import Fidelity
+from ..adapter_file import AdapterFile
+from ..base_model import BaseModel
+from ..readers.read import read_adapter
 from .edits import ONTO, Edit, MergePlan, plan_merge
-from .merge_report import REPORT_NAME, FidelityRow, MergeReport
 from .partial_directory import PartialDirectory
-from .reading import read_adapter
+from .report import REPORT_NAME, FidelityRow, MergeReport
 
 _NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "original/*"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from packaging.version import InvalidVersion, Version
 
-from ..experts import ExpertsLayout
-from .adapter_file import AdapterFile, linear_rank_and_alpha
-from .others import A_SUFFIX, B_SUFFIX
+from ...experts import ExpertsLayout
+from ..adapter_file import AdapterFile, linear_rank_and_alpha
+from ..others import A_SUFFIX, B_SUFFIX
 from .source import LORA_B_ORDERS, Source
 
 _ORDER_OF_MARKER = {"rank_major": "experts-fastest", "grouped_by_expert": "experts-slowest"}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..loading import load_quantized
-from ..loading.load import class_of, quantization_of
-from .base_model import BaseModel
+from ...loading import load_quantized
+from ...loading.load import class_of, quantization_of
+from ..base_model import BaseModel
 from .live import kl_divergence, load_live, next_token_logits, read_windows
-from .merge_report import REPORT_NAME, MergeReport, Verification
+from .report import REPORT_NAME, MergeReport, Verification
 
 
 def verify_merge(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .adapter_file import AdapterFile, linear_rank_and_alpha
+from ..adapter_file import AdapterFile, linear_rank_and_alpha
 from .parts import Part, check_layers, containers_of, join_parts, others_by_own_names, part_names, with_rows_in_order
 from .source import Source
 

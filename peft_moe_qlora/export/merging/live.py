@@ -10,11 +10,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..base_identity import BaseIdentity
-from ..config import MoeQLoraConfig
-from ..loading import MoeQuantizationConfig, load_quantized
-from ..loading.load import class_of, quantization_of
-from .base_model import BaseModel
+from ...base_identity import BaseIdentity
+from ...config import MoeQLoraConfig
+from ...loading import MoeQuantizationConfig, load_quantized
+from ...loading.load import class_of, quantization_of
+from ..base_model import BaseModel
 
 _WINDOW, _MOST_WINDOWS = 512, 16
 

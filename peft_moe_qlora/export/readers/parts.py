@@ -8,11 +8,11 @@ from math import sqrt
 
 import torch
 
-from ..experts import ExpertsLayout
-from ..targets import DOWN_NAMES, GATE_NAMES, UP_NAMES
-from .adapter_file import ExpertFactors
-from .base_model import BaseModel
-from .others import A_SUFFIX, EMBEDDING_A
+from ...experts import ExpertsLayout
+from ...targets import DOWN_NAMES, GATE_NAMES, UP_NAMES
+from ..adapter_file import ExpertFactors
+from ..base_model import BaseModel
+from ..others import A_SUFFIX, EMBEDDING_A
 from .source import Source, kind
 
 _PART_NAMES = {"gate": GATE_NAMES, "up": UP_NAMES, "down": DOWN_NAMES}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..quantization import Fidelity
+from ...quantization import Fidelity
 
 REPORT_NAME = "merge_report.json"
 

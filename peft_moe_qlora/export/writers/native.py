@@ -7,8 +7,8 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .adapter_file import PREFIX, AdapterFile
-from .base_model import BaseModel
+from ..adapter_file import PREFIX, AdapterFile
+from ..base_model import BaseModel
 
 
 def write_native(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:

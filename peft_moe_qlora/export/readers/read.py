@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..config import MoeQLoraPeftType
-from .adapter_file import PREFIX, AdapterFile, load_tensors, read_own
-from .base_model import BaseModel
-from .others import A_SUFFIX
+from ...config import MoeQLoraPeftType
+from ..adapter_file import PREFIX, AdapterFile, load_tensors, read_own
+from ..base_model import BaseModel
+from ..others import A_SUFFIX
+from .mlx import FILE_NAME, peft_options, read_mlx
 from .parts import names_of_parts
-from .read_mlx import FILE_NAME, peft_options, read_mlx
-from .read_peft_lora import read_peft_lora
-from .read_per_expert import read_per_expert
-from .read_stacked import read_stacked
+from .peft_lora import read_peft_lora
+from .per_expert import read_per_expert
 from .source import ReadOptions, Source
+from .stacked import read_stacked
 
 
 def read_adapter(

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
-from .base_model import PARTS_OF_FUSED, BaseModel
+from ..adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from ..base_model import PARTS_OF_FUSED, BaseModel
 from .uniform import gate_and_up, names_of_linear, uniform
 
 _BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..loading.quantization_config import QUANT_METHOD
-from .adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
-from .base_model import BaseModel
+from ...loading.quantization_config import QUANT_METHOD
+from ..adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from ..base_model import BaseModel
 from .mlx import write_mlx
 from .peft_lora import write_peft_lora
 from .per_expert import write_per_expert

@@ -11,16 +11,16 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from .. import __version__
-from ..layer import MoeQLoraExperts
-from ..loading import Checkpoint, save_bitsandbytes
-from ..loading.quantizer import quantized_stacks
-from .base_model import BaseModel
+from ... import __version__
+from ...layer import MoeQLoraExperts
+from ...loading import Checkpoint, save_bitsandbytes
+from ...loading.quantizer import quantized_stacks
+from ..base_model import BaseModel
+from ..readers.read import read_adapter
+from .checkpoint import adapter_digest, checkpoint_directory, config_for_all, refuse_merged
 from .live import load_live, read_windows
-from .merge import adapter_digest, checkpoint_directory, config_for_all, refuse_merged
-from .merge_report import REPORT_NAME, FidelityRow, MergeReport
 from .partial_directory import PartialDirectory
-from .reading import read_adapter
+from .report import REPORT_NAME, FidelityRow, MergeReport
 
 LAYOUTS = ("native", "bitsandbytes")
 

@@ -11,8 +11,8 @@ from collections import defaultdict
 
 import torch
 
-from .adapter_file import AdapterFile, linear_rank_and_alpha
-from .others import A_SUFFIX, B_SUFFIX
+from ..adapter_file import AdapterFile, linear_rank_and_alpha
+from ..others import A_SUFFIX, B_SUFFIX
 from .parts import Part, check_layers, join_parts, names_of_parts, others_by_own_names
 from .source import Source
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..base_identity import BaseIdentity, differing_sample, sample
-from ..loading.checkpoint import Checkpoint, CheckpointError
-from ..loading.finder import SourceFinder
-from ..loading.sources import DenseSource, ExpertPart, each_source
-from ..quantization import FourBitFormat, QuantizedStack
-from .adapter_file import AdapterFile, ExpertFactors, linear_scaling
-from .base_model import BaseModel
-from .others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, is_unused_copy, name_in_model
+from ...base_identity import BaseIdentity, differing_sample, sample
+from ...loading.checkpoint import Checkpoint, CheckpointError
+from ...loading.finder import SourceFinder
+from ...loading.sources import DenseSource, ExpertPart, each_source
+from ...quantization import FourBitFormat, QuantizedStack
+from ..adapter_file import AdapterFile, ExpertFactors, linear_scaling
+from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, is_unused_copy, name_in_model
 
 ONTO = ("quantized", "base")
 _REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."

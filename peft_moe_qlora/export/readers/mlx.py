@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter_file import AdapterFile
-from .others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B
+from ..adapter_file import AdapterFile
+from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B
 from .parts import Part, check_layers, containers_of, join_parts, others_by_own_names, part_names
 from .source import Source
 

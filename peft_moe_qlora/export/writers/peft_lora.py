@@ -14,8 +14,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
-from .base_model import BaseModel
+from ..adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+from ..base_model import BaseModel
 
 _KEPT_OPTIONS = (
     "base_model_name_or_path",

@@ -1,0 +1,1 @@
+"""Merged checkpoints, and how true they are."""

@@ -1,0 +1,1 @@
+"""Reads adapters of this package and of others."""

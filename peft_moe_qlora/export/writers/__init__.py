@@ -1,0 +1,1 @@
+"""Writes adapters in the layouts of others."""
