@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -46,6 +47,20 @@ class BaseIdentity:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def of(cls, recorded: dict[str, Any] | None) -> BaseIdentity | None:
+        """What an adapter's config has; None if it has nothing.
+
+        Raises:
+            ValueError: it has something else.
+        """
+        if recorded is None:
+            return None
+        try:
+            return cls(**recorded)
+        except TypeError as error:
+            raise ValueError(f"What the adapter's config says of its base can't be read: {error}.") from error
+
     def linear_storage(self, name: str) -> FourBitFormat | None:
         """How a linear layer was stored, None for floating point."""
         for storage, patterns in self.linear.items():
@@ -54,11 +69,19 @@ class BaseIdentity:
         return None
 
 
-def identify_base(model: nn.Module) -> BaseIdentity:
-    """Describes a model whose experts are stored as they are trained on; nothing is read of weights on meta."""
+def identify_base(model: nn.Module, adapted: Collection[str] = ()) -> BaseIdentity:
+    """Describes a model whose experts are stored as they are trained on; nothing is read of weights on meta.
+
+    Args:
+        model: with its experts converted.
+        adapted: stacks that are adapted, which most samples are of: a merge changes these.
+    """
     stacks = _stacks(model)
     quantized = [name for name, stack in stacks.items() if stack.storage is not None]
-    names = list(stacks)[:: -(-len(stacks) // _SAMPLED_STACKS) or 1]
+    names = [
+        *_spread([name for name in stacks if name in adapted], _SAMPLED_STACKS),
+        *_spread([name for name in stacks if name not in adapted], _SAMPLED_STACKS // 2),
+    ]
     config = getattr(model, "config", None)
     return BaseIdentity(
         model_type=str(getattr(config, "model_type", "")),
@@ -67,6 +90,10 @@ def identify_base(model: nn.Module) -> BaseIdentity:
         linear=_linear_storage(model),
         samples={name: sample(stacks[name]) for name in names if stacks[name].device.type != "meta"},
     )
+
+
+def _spread(names: list[str], most: int) -> list[str]:
+    return names[:: -(-len(names) // most) or 1]
 
 
 def sample(stack: Stack) -> list[float]:

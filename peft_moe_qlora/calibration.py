@@ -1,18 +1,19 @@
 """Merging into 4 bits while the model runs, so that each layer of experts is rounded for the inputs that it gets.
 
 One forward is enough: every layer sees what it sees in the live model, is merged when its own forward is done, and
-lets go of what it was merged from. At no time are there second moments of more than a few experts.
+takes itself off the model then. At no time are there second moments of more than a few experts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .layer import MoeQLoraExperts
 from .quantization import MergedExpert, QuantizedStack, quantize_second_order
@@ -31,8 +32,9 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
         num_sequences: how many.
         length: of each; cut to what the model can take.
     """
-    config = config.get_text_config(decoder=True)
-    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    outer, config = config, config.get_text_config(decoder=True)
+    options = [*outer.to_dict().items(), *config.to_dict().items()]
+    special = [value for name, value in options if name.endswith("token_id")]
     special = {
         one for value in special if value is not None for one in (value if isinstance(value, list) else [value])
     }
@@ -48,6 +50,7 @@ def merge_for_inputs(
     layers: Mapping[str, MoeQLoraExperts],
     adapter_names: Sequence[str],
     token_ids: torch.Tensor,
+    on_merged: Callable[[str], None],
     progressbar: bool = False,
 ) -> list[str]:
     """Runs a model, and merges adapters into its quantized experts on the way.
@@ -57,6 +60,7 @@ def merge_for_inputs(
         layers: path -> layer; merged in place, without a way back.
         adapter_names: what to merge.
         token_ids: `(N, L)`.
+        on_merged: called with the path of each layer that is merged.
         progressbar: show one.
 
     Returns:
@@ -67,17 +71,17 @@ def merge_for_inputs(
 
     def merge(layer: MoeQLoraExperts, args: tuple, kwargs: dict[str, Any], _: torch.Tensor) -> None:
         if layer in paths:
-            bar.set_postfix_str(paths.pop(layer))
             merge_layer(layer, adapter_names, *_inputs(layer, args, kwargs))
+            on_merged(paths.pop(layer))
             bar.update()
 
     was_training = model.training
     model.eval()
     handles = [layer.register_forward_hook(merge, with_kwargs=True) for layer in layers.values()]
-    # nobody looks at logits, which for a large vocabulary are larger than all else
-    shorten = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # without its head: nobody looks at logits, which for a large vocabulary are larger than all else
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
     try:
-        model(input_ids=token_ids.to(next(model.parameters()).device), use_cache=False, **shorten)
+        body(input_ids=token_ids.to(next(model.parameters()).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

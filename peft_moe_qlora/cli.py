@@ -16,10 +16,12 @@ from .export import (
     ONTO,
     QUANT_TYPE_NAMES,
     TARGETS,
+    MergeReport,
     ReadOptions,
     convert_adapter,
     merge_checkpoint,
     merge_quantized,
+    read_windows,
     verify_merge,
 )
 from .loading import inspect_checkpoint
@@ -66,9 +68,22 @@ def _parser() -> argparse.ArgumentParser:
         "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
     )
     merge.add_argument("--device", default="cpu", help="for what runs the model: --quantize and --verify")
+    merge.add_argument("--allow-unchanged", action="store_true", help="go on where a delta is too small for the dtype")
+    merge.add_argument(
+        "--quant-type", choices=QUANT_TYPE_NAMES, default="none", help="that an adapter of others was trained on"
+    )
     merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
     merge.add_argument("--json", action="store_true", help="print plain data instead of a table")
     merge.set_defaults(run=_merge)
+    verify = commands.add_parser("verify", help="compare a merged checkpoint with the live adapter on a text")
+    verify.add_argument("merged", help="directory that merge has written")
+    verify.add_argument("text", help="file of plain text")
+    verify.add_argument(
+        "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
+    )
+    verify.add_argument("--device", default="cpu", help="for the models")
+    verify.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    verify.set_defaults(run=_verify)
     convert = commands.add_parser("convert", help="write a saved adapter in another layout, from that of others too")
     convert.add_argument("adapter", help="directory of the adapter")
     convert.add_argument("out", help="directory to be written to")
@@ -97,12 +112,25 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    if args.verify is None:
+        _check_unused(args, "--verify", verify_dtype=None)
+    else:
+        read_windows(args.verify, args.base)  # before the work
     if args.quantize is None:
         _check_unused(args, "--quantize", layout="native", rounding="second-order", calibration=None)
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        report = merge_checkpoint(args.base, args.adapter, args.out, args.onto, dtype, args.dry_run)
+        report = merge_checkpoint(
+            args.base,
+            args.adapter,
+            args.out,
+            args.onto,
+            dtype,
+            args.dry_run,
+            options=ReadOptions(quant_type=args.quant_type),
+            allow_unchanged=args.allow_unchanged,
+        )
     else:
-        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None)
+        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None, allow_unchanged=False)
         report = merge_quantized(
             args.base,
             args.adapter,
@@ -114,9 +142,18 @@ def _merge(args: argparse.Namespace) -> None:
             args.device,
             args.dry_run,
         )
-    if args.verify is not None and not args.dry_run:
-        verify_dtype = None if args.verify_dtype is None else getattr(torch, args.verify_dtype)
-        report = verify_merge(report, args.out, args.verify, verify_dtype, args.device)
+    if args.verify is None or args.dry_run:
+        _print(report, args)
+    else:
+        _verify(argparse.Namespace(**{**vars(args), "merged": args.out, "text": args.verify}))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    dtype = None if args.verify_dtype is None else getattr(torch, args.verify_dtype)
+    _print(verify_merge(args.merged, args.text, dtype, args.device), args)
+
+
+def _print(report: MergeReport, args: argparse.Namespace) -> None:
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
 
 
@@ -124,7 +161,7 @@ def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None
     """Refuses options that would have no effect."""
     for name, default in defaults.items():
         if getattr(args, name) != default:
-            raise ValueError(f"--{name} is an option of {place}. Leave it out.")
+            raise ValueError(f"--{name.replace('_', '-')} is an option of {place}. Leave it out.")
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -183,9 +183,10 @@ class MoeQLoraConfig(LoraConfig):
             raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'lora_only'.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, and the README beside it says how the adapter is loaded."""
+        """As PEFT's; where an adapter lies beside it, its README says how that is loaded."""
         super().save_pretrained(save_directory, **kwargs)
-        add_loading(save_directory, self.base_model_name_or_path, self.format_version)
+        if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
+            add_loading(save_directory, self.base_model_name_or_path, self.format_version)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):

@@ -86,16 +86,16 @@ class MoeQLoraModel(LoraModel):
         if any(self._check_target_module_exists(peft_config, name) for name in module_names):
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
             skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
-        self._settle_base(peft_config, model)
+        self._settle_base(peft_config, model, stacks)
 
     @staticmethod
-    def _settle_base(config: MoeQLoraConfig, model: nn.Module) -> None:
+    def _settle_base(config: MoeQLoraConfig, model: nn.Module, adapted: list[str]) -> None:
         """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on."""
-        found = identify_base(model)
+        found = identify_base(model, adapted)
         if config.base is None or not config.is_read:
             config.base = found.to_dict()
             return
-        differing = differing_sample(BaseIdentity(**config.base), found)
+        differing = differing_sample(BaseIdentity.of(config.base), found)
         if differing is not None:
             warnings.warn(
                 f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "
@@ -360,7 +360,8 @@ class MoeQLoraModel(LoraModel):
 
         Rounding to the nearest 4-bit value can lose much of what was trained. By default the model is run once, and
         each layer of experts is rounded such that what it gives for its inputs changes least (`second_order`). Random
-        tokens do for that; a text like the one that the model is for does a little better.
+        tokens do for that; a text like the one that the model is for does a little better. Should the forward fail,
+        the layers that it has passed are merged for good, and the same call goes on with the others.
 
         Args:
             progressbar: show one.
@@ -386,6 +387,13 @@ class MoeQLoraModel(LoraModel):
                 "calibration is for experts that are rounded to 4 bits by second-order rounding; leave it out, or "
                 "dtype and rounding."
             )
+        if calibration is not None and (
+            not isinstance(calibration, torch.Tensor)
+            or calibration.dim() != 2
+            or calibration.is_floating_point()
+            or not calibration.numel()
+        ):
+            raise ValueError("calibration has to be a tensor of token ids, (sequences, length), and not empty.")
         if dtype is None and rounding == "second-order":
             self._merge_for_inputs(adapter_names, calibration, progressbar)
         if dtype is None:
@@ -415,10 +423,18 @@ class MoeQLoraModel(LoraModel):
         if not layers:
             return
         if calibration is None:
+            if not hasattr(self.model, "config"):
+                raise ValueError(
+                    f"{type(self.model).__name__} has no config that tells its vocabulary. Pass token ids as "
+                    "calibration, or rounding='nearest'."
+                )
             calibration = random_token_ids(self.model.config)
+        self.enable_adapter_layers()
         self.set_adapter(names, inference_mode=True)
-        missed = merge_for_inputs(self.model, layers, names, calibration, progressbar)
-        self._unwrap([path for path in layers if path not in missed])
+        # each at once: should the forward fail later, what is merged is not merged again
+        missed = merge_for_inputs(
+            self.model, layers, names, calibration, lambda path: self._unwrap([path]), progressbar
+        )
         if missed:
             warnings.warn(
                 f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
 from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
-from .others import A_SUFFIX, B_SUFFIX, adapted_layers, check_others
+from .others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, adapted_layers, check_others
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
@@ -124,6 +124,14 @@ def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
     if base is not None:
         _check_against(file, base, config, experts, others)
     check_others(file, config, others, base)
+    for name in adapted_layers(others):
+        A = others[name + A_SUFFIX] if name + A_SUFFIX in others else others[name + EMBEDDING_A]
+        r, _ = linear_rank_and_alpha(config, name)
+        if A.shape[0] != r:
+            raise ValueError(
+                f"{file}: the factors of {name} have rank {A.shape[0]}, but the config says {r}, from which the "
+                "scaling follows. The two don't belong together."
+            )
     if not experts:
         raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
     return AdapterFile(config, tuple(experts), others)

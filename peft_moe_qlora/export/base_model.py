@@ -16,6 +16,9 @@ from ..loading.load import class_of
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts, parents
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""What a model on the hub may be called."""
+
 PARTS_OF_FUSED = ("gate_proj", "up_proj")
 """What readers of single experts call the halves of a stack that the checkpoint has fused."""
 
@@ -124,7 +127,7 @@ def _downloaded(base: str | Path | None) -> Path:
         f"What experts are called in the base's checkpoint follows from its config.json, which is not in {base}. Name "
         "the directory of the base model."
     )
-    if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
+    if not base or Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
         raise ValueError(message)
     try:
         return Path(cached_file(str(base), "config.json")).parent

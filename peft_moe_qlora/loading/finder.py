@@ -94,6 +94,15 @@ class SourceFinder:
                 found[name] = key
         return found
 
+    def known_keys(self) -> set[str]:
+        """Keys of tensors that become part of a parameter of the model, packed ones' scales included."""
+        known = set()
+        for key in self.checkpoint.tensors:
+            name, pattern = self._rename(split_suffix(key)[0])
+            if pattern is not None or name in self.names:
+                known.add(key)
+        return known
+
     def find(self) -> Sources:
         """All stacks' sources.
 

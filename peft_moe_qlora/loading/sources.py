@@ -13,7 +13,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from transformers.core_model_loading import (
@@ -161,6 +160,10 @@ class ExpertPart:
         return matrix.flatten()[self.places].view(self.shape)
 
 
+Places = dict[int, torch.Tensor]
+"""Number of a tensor among those of an expert -> `ExpertPart.places`."""
+
+
 class DenseSource(Source):
     """Floating-point tensors, one for each expert or one for all, and the operations that make a stack of them.
 
@@ -250,24 +253,26 @@ class DenseSource(Source):
 
         return self._matrix(expert, read)
 
-    def parts_of_expert(self, expert: int, checkpoint: Checkpoint) -> list[ExpertPart]:
+    def parts_of_expert(self, expert: int, checkpoint: Checkpoint, places: Places) -> list[ExpertPart]:
         """The tensors, or slices of such, that an expert's matrix is rearranged from.
 
         Args:
             expert: its number in the stack.
             checkpoint: where the keys are.
+            places: of this stack.
+        """
+        keys = [key for keys in self.lists.values() for key in self._keys_of(expert, keys)]
+        return [
+            ExpertPart(keys[number], self._is_stack[keys[number]], self._read_shape(checkpoint, keys[number]), of_part)
+            for number, of_part in places.items()
+        ]
+
+    def find_places(self, checkpoint: Checkpoint) -> Places:
+        """Where the tensors of an expert are in its matrix, the same for all experts.
 
         Raises:
             CheckpointError: the matrix is not a rearrangement of them.
         """
-        keys = [key for keys in self.lists.values() for key in self._keys_of(expert, keys)]
-        return [
-            ExpertPart(keys[number], self._is_stack[keys[number]], self._read_shape(checkpoint, keys[number]), places)
-            for number, places in _places(self, checkpoint).items()
-        ]
-
-    def find_places(self, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
-        """Number of a tensor among those of an expert -> `ExpertPart.places`, the same for all experts."""
         keys = [key for keys in self.lists.values() for key in self._keys_of(0, keys)]
         counts = [math.prod(self._read_shape(checkpoint, key)) for key in keys]
         starts = [sum(counts[:number]) for number in range(len(keys))]
@@ -308,12 +313,6 @@ class DenseSource(Source):
                 converter.add_tensor(self.target.name, pattern, pattern, part)
         made = converter.convert(self.target.name, model=_OneExpert(self.target), config=self.config)
         return made[self.target.name][0]
-
-
-@lru_cache(maxsize=4)
-def _places(source: DenseSource, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
-    """Those of the stacks that are being worked on; of all stacks they would be as large as the model."""
-    return source.find_places(checkpoint)
 
 
 class PackedSource(Source):

@@ -15,22 +15,25 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ... import __version__
-from ...loading.checkpoint import INDEX_NAME, Checkpoint, TensorInfo
+from ...loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
 from ...loading.load import quantization_of
 from ...quantization import Fidelity
 from ..adapter_file import AdapterFile
-from ..base_model import BaseModel
+from ..base_model import HUB_NAME, BaseModel
+from ..readers.mlx import FILE_NAME as MLX_WEIGHTS_NAME
 from ..readers.read import read_adapter
+from ..readers.source import ReadOptions
 from .edits import ONTO, Edit, MergePlan, plan_merge
-from .partial_directory import PartialDirectory
+from .partial_directory import PICKLED, PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport
 
-_NOT_NEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "original/*"]
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def merge_checkpoint(
@@ -41,6 +44,8 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     dry_run: bool = False,
     progressbar: bool = True,
+    options: ReadOptions | None = None,
+    allow_unchanged: bool = False,
 ) -> MergeReport:
     """Writes the checkpoint that a base and an adapter are together.
 
@@ -49,13 +54,17 @@ def merge_checkpoint(
 
     Args:
         base: directory of the base's checkpoint, in floating point, or its name on the hub.
-        adapter: directory of the adapter.
+        adapter: directory of the adapter, of this package or of others.
         directory: to be written to; must be empty or not there.
         onto: `"quantized"`: onto the weights as the training has seen them, that is, quantized and dequantized. The
-            adapter has learnt to make up for their errors as well. `"base"`: onto the checkpoint's own.
+            adapter has learnt to make up for their errors as well. `"base"`: onto the checkpoint's own. What was not
+            in 4 bits keeps the precision of the checkpoint either way.
         dtype: of the floating-point tensors. Default: what each has in the checkpoint.
         dry_run: settle everything, write nothing.
         progressbar: show one.
+        options: what the adapter files of others don't say. Their experts are taken to have been in floating point
+            unless it says otherwise.
+        allow_unchanged: go on where a delta is too small for the dtype; the report then names the tensors.
 
     Returns:
         What was done, which also stands in `merge_report.json`.
@@ -68,61 +77,63 @@ def merge_checkpoint(
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r} is unknown; choose one of {ONTO}.")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, _DTYPES))}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
     base, adapter = checkpoint_directory(base), Path(adapter)
-    found = read_adapter(adapter, base)
+    found = read_adapter(adapter, base, options or ReadOptions(quant_type="none"))
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
     model = BaseModel.open(base)
     refuse_quantized(model)
     checkpoint = Checkpoint.open(base)
     plan = plan_merge(model, checkpoint, found, onto)
-    task = _task(checkpoint, digest, onto, dtype)
+    config = config_for_all(json.loads((base / "config.json").read_text()), dtype)
+    task = _task(checkpoint, config, adapter, digest, onto, dtype, options)
     output = PartialDirectory(directory, task)
-    merge = _Merge(checkpoint, plan, model, dtype, output, progressbar)
-    notes = _notes(found, plan, onto)
+    notes = _notes(found, onto)
 
-    def report(expected: int, changed: int, written: int, fidelities: dict[str, Fidelity]) -> MergeReport:
+    def report(merged: _Merge, num_changed: int, num_written: int, notes: tuple[str, ...]) -> MergeReport:
         stacks = {edit.name for edit in plan.stacks}
-        rows = [FidelityRow.of(name, fidelity) for name, fidelity in fidelities.items()]
+        rows = [FidelityRow.of(name, fidelity) for name, fidelity in merged.fidelities().items()]
         return MergeReport(
             base=str(base),
             adapter=str(adapter),
             adapter_sha256=digest,
             onto=onto,
             storage=str(dtype or "the checkpoint's dtypes").removeprefix("torch."),
-            tensors_expected=expected,
-            tensors_changed=changed,
-            tensors_written=written,
+            tensors_expected=len(plan.with_delta | merged.replaced()),
+            tensors_changed=num_changed,
+            tensors_written=num_written,
             stacks=tuple(row for row in rows if row.name in stacks),
             others=tuple(row for row in rows if row.name not in stacks),
             notes=notes,
         )
 
+    merge = _Merge(checkpoint, plan, model, dtype, output)
     if dry_run:
-        return report(merge.num_planned(), 0, 0, {})
+        return report(merge, 0, 0, notes)
     merge.check_space()
     output.start()
-    results = [merge.shard(file) for file in checkpoint.files]
-    changed = sum(result["changed"] for result in results)
-    unchanged = [key for result in results for key in result["unchanged"]]
-    written = sum(result["written"] for result in results)
-    if unchanged or written != len(checkpoint.tensors):
-        raise ValueError(
-            f"Of {changed + len(unchanged)} tensors that the adapter changes, {changed} came out changed, and of "
-            f"{len(checkpoint.tensors)} tensors {written} were written. "
-            + (
-                f"{unchanged[0]} is the same as without the adapter: its delta is lost in rounding. "
-                if unchanged
-                else ""
+    try:
+        merge.run(progressbar)
+        changed = merge.changed()
+        unchanged = sorted(plan.with_delta - changed)
+        if unchanged and not allow_unchanged:
+            raise ValueError(
+                f"{len(unchanged)} of {len(plan.with_delta | changed)} tensors that the adapter changes came out "
+                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge into float32 "
+                "(dtype=torch.float32, --dtype float32), or allow it (allow_unchanged=True, --allow-unchanged)."
             )
-            + f"Nothing is left at {directory}; try dtype=torch.float32."
-        )
-    done = report(changed, changed, written, merge.fidelities(results))
+        num_written = merge.check_written()
+    except ValueError:
+        output.discard()  # the same would happen again
+        raise
+    if unchanged:
+        notes += (f"{len(unchanged)} tensors whose deltas are lost in rounding: {', '.join(unchanged)}",)
+    done = report(merge, len(changed), num_written, notes)
     merge.write_index()
-    output.copy_beside(base, {"config.json": config_for_all(base, dtype), REPORT_NAME: done.to_dict()})
-    output.finish([_result_name(file) for file in checkpoint.files])
+    output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
+    output.finish([_result_name(name) for name in merge.names.values()])
     return done
 
 
@@ -136,7 +147,6 @@ class _Merge:
         model: BaseModel,
         dtype: torch.dtype | None,
         output: PartialDirectory,
-        progressbar: bool,
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
@@ -145,89 +155,116 @@ class _Merge:
             {*(model.model._keep_in_fp32_modules or ()), *(model.model._keep_in_fp32_modules_strict or ())}
         )
         self.output = output
-        self.bar = tqdm(total=len(checkpoint.tensors), desc="Merging", unit="tensor", disable=not progressbar)
-
-    def num_planned(self) -> int:
-        """How many tensors the adapter may change; those whose factors are zero don't count in the end."""
-        with_factors = [
-            key for key, edits in self.plan.of_experts.items() if any(edit.factors is not None for edit, _ in edits)
-        ]
-        others = [edit for edit in self.plan.of_tensors.values() if edit.delta or edit.replacement is not None]
-        return len(with_factors) + len(others)
+        self.names = {file: str(file.relative_to(model.directory)) for file in checkpoint.files}
+        self.results: list[dict[str, Any]] = []
 
     def check_space(self) -> None:
         """Refuses to begin what the disk can't hold."""
-        missing = [file for file in self.checkpoint.files if not self.output.is_written(file.name)]
-        needed = sum(
-            info.numel * self.dtype_of(info).itemsize
-            for info in self.checkpoint.tensors.values()
-            if info.file in missing
-        )
-        parent = self.output.directory.absolute().parent
+        missing = [file for file, name in self.names.items() if not self.output.is_written(name)]
+        needed = sum(self._nbytes(info) for info in self.checkpoint.tensors.values() if info.file in missing)
+        parent = self.output.directory.parent
         while not parent.exists():
             parent = parent.parent
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise OSError(f"{parent} has {free / 1e9:.2f} GB left; the merged checkpoint takes {needed / 1e9:.2f} GB.")
 
-    def dtype_of(self, info: TensorInfo) -> torch.dtype:
-        """What a tensor is written in."""
-        if info.dtype is None or not info.dtype.is_floating_point or info.dtype.itemsize < 2 or self.dtype is None:
-            return info.dtype or torch.uint8
+    def dtype_of(self, info: TensorInfo) -> torch.dtype | None:
+        """What a tensor is cast to; None if it isn't."""
+        if self.dtype is None or info.dtype not in (*DTYPES, torch.float64):
+            return None
         is_kept = info.dtype == torch.float32 and any(name in info.key for name in self.kept_in_fp32)
-        return info.dtype if is_kept else self.dtype
+        return None if is_kept else self.dtype
 
-    def shard(self, file: Path) -> dict[str, Any]:
-        """Writes one file; gives what is to be known of it, as plain data."""
-        keys = [key for key, info in self.checkpoint.tensors.items() if info.file == file]
-        keys.sort(key=self.checkpoint.position)
-        if not self.output.is_written(_result_name(file)):
-            written = _Shard(self, file, keys)
-            for key in keys:
-                if key not in written.done:
-                    written.add(key)
-                self.bar.update()
-            save_file(written.tensors, self.output.path_to_write(file.name), self.checkpoint.metadata[file] or None)
-            self.output.written(file.name)
-            self.output.write_json(_result_name(file), written.result())
-        return self.output.read_json(_result_name(file))
+    def _nbytes(self, info: TensorInfo) -> int:
+        dtype = self.dtype_of(info)
+        return info.nbytes if dtype is None else info.numel * dtype.itemsize
 
-    @staticmethod
-    def fidelities(results: list[dict[str, Any]]) -> dict[str, Fidelity]:
+    def run(self, progressbar: bool) -> None:
+        """Writes all files that aren't written yet."""
+        total = len(self.checkpoint.tensors)
+        with tqdm(total=total, desc="Merging", unit="tensor", disable=not progressbar) as bar:
+            for file, name in self.names.items():
+                keys = [key for key, info in self.checkpoint.tensors.items() if info.file == file]
+                if not self.output.is_written(_result_name(name)):
+                    self._write(file, name, sorted(keys, key=self.checkpoint.position), bar)
+                else:
+                    bar.update(len(keys))
+                self.results.append(self.output.read_json(_result_name(name)))
+
+    def _write(self, file: Path, name: str, keys: list[str], bar: tqdm) -> None:
+        shard = _Shard(self, keys)
+        for key in keys:
+            if key not in shard.done:
+                shard.add(key)
+            bar.update()
+        try:
+            save_file(shard.tensors, self.output.path_to_write(name), self.checkpoint.metadata[file] or None)
+        except SafetensorError as error:
+            raise OSError(
+                f"{self.output.partial / name} can't be written: {error}. Make room; the same command goes on."
+            ) from error
+        self.output.written(name)
+        self.output.write_json(_result_name(name), shard.result())
+
+    def changed(self) -> set[str]:
+        """Keys of tensors that came out otherwise than without the adapter."""
+        return {key for result in self.results for key in result["changed"]}
+
+    def replaced(self) -> set[str]:
+        """Of these, the ones that were trained in full."""
+        edits = self.plan.of_tensors
+        return {key for key in self.changed() if key in edits and edits[key].replacement is not None}
+
+    def check_written(self) -> int:
+        """Holds the headers of what lies on the disk against those of the base; gives the number of tensors.
+
+        Raises:
+            ValueError: a tensor is missing, too many, or of another shape.
+        """
+        written = Checkpoint([self.output.partial / name for name in self.names.values()])
+        for key in self.checkpoint.tensors.keys() | written.tensors.keys():
+            before, after = self.checkpoint.tensors.get(key), written.tensors.get(key)
+            if before is None or after is None or before.shape != after.shape:
+                raise ValueError(f"{before or 'Nothing'} in the base came out as {after or 'nothing'}.")
+        return len(written.tensors)
+
+    def fidelities(self) -> dict[str, Fidelity]:
         """Of each stack and tensor, over all shards."""
         total: dict[str, Fidelity] = defaultdict(Fidelity)
-        for result in results:
+        for result in self.results:
             for name, sums in result["fidelity"].items():
                 for part, value in sums.items():
                     setattr(total[name], part, getattr(total[name], part) + value)
         return dict(total)
 
     def write_index(self) -> None:
-        self.bar.close()
-        if len(self.checkpoint.files) == 1:
+        names = list(self.names.values())
+        if names == [SINGLE_NAME]:
             return
-        infos = self.checkpoint.tensors.values()
-        size = sum(info.numel * self.dtype_of(info).itemsize for info in infos)
-        weight_map = {info.key: info.file.name for info in sorted(infos, key=lambda info: info.key)}
+        infos = sorted(self.checkpoint.tensors.values(), key=lambda info: info.key)
+        weight_map = {info.key: self.names[info.file] for info in infos}
+        size = sum(self._nbytes(info) for info in infos)
         self.output.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 class _Shard:
     """The tensors of one file, as they come to be."""
 
-    def __init__(self, merge: _Merge, file: Path, keys: list[str]) -> None:
+    def __init__(self, merge: _Merge, keys: list[str]) -> None:
         self.merge = merge
         self.checkpoint = merge.checkpoint
-        self.file = file
+        plan = merge.plan
+        infos = [self.checkpoint.tensors[key] for key in keys]
         # all at once: what is freed between them would leave gaps as large as themselves
         self.tensors = {
-            info.key: torch.empty(info.shape, dtype=merge.dtype_of(info))
-            for info in (self.checkpoint.tensors[key] for key in keys)
+            info.key: torch.empty(info.shape, dtype=merge.dtype_of(info) or info.dtype)
+            for info in infos
+            if info.key in plan.of_tensors or info.key in plan.of_experts or merge.dtype_of(info)
         }
         self.done: set[str] = set()
-        self.fidelity: dict[str, Fidelity] = defaultdict(Fidelity)
-        self.with_delta: set[str] = set()
         self.changed: set[str] = set()
+        self.fidelity: dict[str, Fidelity] = defaultdict(Fidelity)
 
     def add(self, key: str) -> None:
         """One tensor, and those of the same expert that are in this file too."""
@@ -237,34 +274,32 @@ class _Shard:
             self._put(key, self.tensors[key], edit.name, edit.edit(self.checkpoint.read(key)))
         elif key in plan.of_experts:
             for stack, expert in plan.of_experts[key]:
-                for part, edit in stack.edits(expert, self.checkpoint):
+                places = plan.places(stack.source, self.checkpoint)
+                for part, edit in stack.edits(expert, self.checkpoint, places):
                     if part.key in self.tensors:
                         whole = self.tensors[part.key]
                         place = whole[expert : expert + 1] if part.is_stack else whole
                         self._put(part.key, place, stack.name, edit)
+        elif key in self.tensors:
+            tensor = self.checkpoint.read(key)
+            self.tensors[key].copy_(tensor)
+            _check_range(key, tensor, self.tensors[key])
         else:
-            self.tensors[key].copy_(self.checkpoint.read(key))
-            self.done.add(key)
+            self.tensors[key] = self.checkpoint.read(key)
+        self.done.add(key)
 
     def _put(self, key: str, place: torch.Tensor, name: str, edit: Edit) -> None:
         """Rounds new values and puts them in their place."""
         place.copy_(edit.exact)
-        if not torch.isfinite(place).all():
-            raise ValueError(
-                f"{key} would have values that are not finite in {place.dtype}. Choose a dtype of wider range."
-            )
+        _check_range(key, edit.exact, place)
         self.fidelity[name].add(edit.before, edit.exact, place)
-        if edit.has_delta:
-            self.with_delta.add(key)
-            if not torch.equal(place, edit.before.to(place.dtype)):
-                self.changed.add(key)
+        if not torch.equal(place, edit.before.to(place.dtype)):
+            self.changed.add(key)
         self.done.add(key)
 
     def result(self) -> dict[str, Any]:
         return {
-            "written": len(self.done),
-            "changed": len(self.changed),
-            "unchanged": sorted(self.with_delta - self.changed),
+            "changed": sorted(self.changed),
             "fidelity": {
                 name: {part: float(value) for part, value in vars(fidelity).items()}
                 for name, fidelity in self.fidelity.items()
@@ -272,22 +307,42 @@ class _Shard:
         }
 
 
-def _result_name(file: Path) -> str:
-    return f"{file.name}.result.json"
+def _check_range(key: str, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    if torch.isfinite(exact).all() and not torch.isfinite(rounded).all():
+        raise ValueError(
+            f"{key} has values that are beyond the range of {rounded.dtype}. Choose a dtype of wider range, such as "
+            "bfloat16 (dtype=torch.bfloat16, --dtype bfloat16)."
+        )
 
 
-def _task(checkpoint: Checkpoint, digest: str, onto: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    stats = {file.name: file.stat() for file in checkpoint.files}
+def _result_name(name: str) -> str:
+    return f"{name}.result.json"
+
+
+def _task(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    adapter: Path,
+    digest: str,
+    onto: str,
+    dtype: torch.dtype | None,
+    options: ReadOptions | None,
+) -> dict[str, Any]:
+    """What two runs have to share for one to take up the work of the other."""
+    stats = {str(file): file.stat() for file in checkpoint.files}
     return {
         "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "base_config": config,
         "adapter_sha256": digest,
+        "adapter_config": json.loads((adapter / CONFIG_NAME).read_text()),
         "onto": onto,
         "dtype": str(dtype),
+        "options": str(options),
         "version": __version__,
     }
 
 
-def _notes(adapter: AdapterFile, plan: MergePlan, onto: str) -> tuple[str, ...]:
+def _notes(adapter: AdapterFile, onto: str) -> tuple[str, ...]:
     if onto == "quantized" and adapter.config.base is None:
         return (
             "The adapter doesn't say what it was trained on: experts are taken to have been stored as "
@@ -297,17 +352,25 @@ def _notes(adapter: AdapterFile, plan: MergePlan, onto: str) -> tuple[str, ...]:
 
 
 def checkpoint_directory(base: str | Path) -> Path:
-    """Where a checkpoint is, downloaded from the hub unless it is a directory."""
-    return Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base), ignore_patterns=_NOT_NEEDED))
+    """Where a checkpoint is, downloaded from the hub unless it is a directory.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
+        raise ValueError(f"{base} is no directory, and no name of a model on the hub. Name the base's checkpoint.")
+    return Path(snapshot_download(str(base), ignore_patterns=[*(f"*{ending}" for ending in PICKLED), "original/*"]))
 
 
 def adapter_digest(adapter: Path) -> str:
     """SHA-256 of an adapter's weights."""
+    own = adapter / SAFETENSORS_WEIGHTS_NAME
     digest = hashlib.sha256()
-    for path in sorted(adapter.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
+    with (own if own.is_file() else adapter / MLX_WEIGHTS_NAME).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -338,14 +401,18 @@ def refuse_quantized(base: BaseModel) -> None:
         )
 
 
-def config_for_all(base: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The base's config.json, so that all readers find the number of experts, some by one name and some by another."""
-    config = json.loads((base / "config.json").read_text())
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        for own, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
-            if isinstance(part.get(own), int):
-                part.setdefault(other, part[own])
-        for name in ("dtype", "torch_dtype"):
-            if dtype is not None and name in part:
-                part[name] = str(dtype).removeprefix("torch.")
-    return config
+def config_for_all(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A config.json in which all readers find the number of experts, some by one name and some by another.
+
+    Args:
+        config: what the base has, or a part of it.
+        dtype: to be put where one stands; None to leave it.
+    """
+    found = {key: config_for_all(part, dtype) if isinstance(part, dict) else part for key, part in config.items()}
+    for own, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if isinstance(found.get(own), int):
+            found.setdefault(other, found[own])
+    for name in ("dtype", "torch_dtype"):
+        if dtype is not None and name in found:
+            found[name] = str(dtype).removeprefix("torch.")
+    return found

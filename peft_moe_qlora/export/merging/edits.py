@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -13,13 +13,14 @@ from torch import nn
 from ...base_identity import BaseIdentity, differing_sample, sample
 from ...loading.checkpoint import Checkpoint, CheckpointError
 from ...loading.finder import SourceFinder
-from ...loading.sources import DenseSource, ExpertPart, each_source
+from ...loading.sources import DenseSource, ExpertPart, Places, Source, each_source
 from ...quantization import FourBitFormat, QuantizedStack
 from ..adapter_file import AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, is_unused_copy, name_in_model
 
 ONTO = ("quantized", "base")
+_STACKS_AT_A_TIME = 4
 _REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."
 
 
@@ -29,12 +30,10 @@ class Edit(NamedTuple):
     Args:
         before: fp32, what is merged onto.
         exact: fp32, with the delta.
-        has_delta: whether the adapter changes anything here.
     """
 
     before: torch.Tensor
     exact: torch.Tensor
-    has_delta: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,18 @@ class StackEdit:
     def name(self) -> str:
         return self.source.target.name
 
-    def edits(self, expert: int, checkpoint: Checkpoint) -> Iterator[tuple[ExpertPart, Edit]]:
+    def features_of(self, places: torch.Tensor) -> torch.Tensor:
+        """The features going out that a part of the matrix, by its `ExpertPart.places`, belongs to."""
+        _, _, columns = self.source.target.shape
+        return (places % columns if self.source.target.is_transposed else places // columns).unique()
+
+    def has_delta(self, expert: int, features: torch.Tensor) -> bool:
+        """Whether the adapter changes features of an expert; one that no token has reached in training has zeros."""
+        if self.factors is None:
+            return False
+        return bool(self.factors.A[expert].any() and self.factors.B[expert][features].any())
+
+    def edits(self, expert: int, checkpoint: Checkpoint, places: Places) -> Iterator[tuple[ExpertPart, Edit]]:
         """The tensors, or slices, of one expert.
 
         Raises:
@@ -66,15 +76,13 @@ class StackEdit:
         matrix = self.source.read_expert(expert, checkpoint)
         is_transposed = self.source.target.is_transposed
         before = _as_trained(matrix, is_transposed, self.storage, self.dtype, self.name)
-        exact, has_delta = before, False
+        exact = before
         if self.factors is not None:
             A, B = self.factors.A[expert].float(), self.factors.B[expert].float()
             delta = self.factors.scaling * (B @ A)
             exact = before + (delta.T if is_transposed else delta)
-            has_delta = bool(delta.any())
-        for part in self.source.parts_of_expert(expert, checkpoint):
-            here = part.of(exact)
-            yield part, Edit(part.of(before), here, has_delta)
+        for part in self.source.parts_of_expert(expert, checkpoint, places):
+            yield part, Edit(part.of(before), part.of(exact))
 
 
 @dataclass(frozen=True)
@@ -98,12 +106,8 @@ class TensorEdit:
     def edit(self, tensor: torch.Tensor) -> Edit:
         before = _as_trained(tensor, False, self.storage, self.dtype, self.name)
         if self.replacement is not None:
-            exact = self.replacement.float()
-            return Edit(before, exact, not torch.equal(before, exact))
-        if self.delta is None:
-            return Edit(before, before, False)
-        delta = self.delta()
-        return Edit(before, before + delta, bool(delta.any()))
+            return Edit(before, self.replacement.float())
+        return Edit(before, before if self.delta is None else before + self.delta())
 
 
 @dataclass
@@ -113,10 +117,23 @@ class MergePlan:
     Args:
         of_experts: key -> stack and expert that it holds; all experts of a stack where it is one tensor.
         of_tensors: key -> edit.
+        with_delta: keys of the tensors that the adapter's factors change, by the factors alone.
     """
 
     of_experts: dict[str, list[tuple[StackEdit, int]]] = field(default_factory=lambda: defaultdict(list))
     of_tensors: dict[str, TensorEdit] = field(default_factory=dict)
+    with_delta: set[str] = field(default_factory=set)
+    _places: OrderedDict[str, Places] = field(default_factory=OrderedDict)
+
+    def places(self, source: DenseSource, checkpoint: Checkpoint) -> Places:
+        """`source.find_places`, of the stacks being worked on; of all stacks they would be as large as the model."""
+        name = source.target.name
+        if name not in self._places:
+            self._places[name] = source.find_places(checkpoint)
+        self._places.move_to_end(name)
+        if len(self._places) > _STACKS_AT_A_TIME:
+            self._places.popitem(last=False)
+        return self._places[name]
 
     @property
     def stacks(self) -> list[StackEdit]:
@@ -137,13 +154,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
             no tensor of its own in the checkpoint. The error names it.
         CheckpointError: the checkpoint is quantized, incomplete, or not of this model.
     """
-    identity = BaseIdentity(**adapter.config.base) if adapter.config.base is not None else None
-    model_type = base.model.config.model_type
-    if identity is not None and identity.model_type != model_type:
-        raise ValueError(
-            f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} is of type "
-            f"{model_type}. Merge it into its own base."
-        )
+    identity = BaseIdentity.of(adapter.config.base)
     finder = SourceFinder(base.model, checkpoint)
     sources = {source.target.name: source for source in each_source(finder.find())}
     for source in sources.values():
@@ -152,8 +163,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
                 f"{checkpoint.tensors[source.keys[0]]} is quantized; a checkpoint in floating point was expected. "
                 "Name the unquantized base, or merge in memory with merge_and_unload."
             )
-    if identity is not None:
-        _check_samples(identity, sources, checkpoint, adapter.config.storage, base)
+    check_base(adapter, base, checkpoint, sources)
     plan = MergePlan()
     trained = onto == "quantized"
     dtype = getattr(torch, identity.dtype) if identity is not None and identity.dtype else None
@@ -164,9 +174,13 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
         edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
         if edit.factors is None and storage is None:
             continue
+        places = plan.places(source, checkpoint)
+        features = [edit.features_of(of_part) for of_part in places.values()]
         for expert in range(source.target.num_experts):
-            for part in source.parts_of_expert(expert, checkpoint):
+            for part, of_part in zip(source.parts_of_expert(expert, checkpoint, places), features):
                 plan.of_experts[part.key].append((edit, expert))
+                if edit.has_delta(expert, of_part):
+                    plan.with_delta.add(part.key)
     if factors:
         raise ValueError(f"{base.directory} has no stack {next(iter(factors))} of its own. {_REMEDY}")
     keys = finder.beside_stacks | finder.plain_tensors()
@@ -174,16 +188,32 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
     return plan
 
 
-def _check_samples(
-    identity: BaseIdentity,
-    sources: dict[str, DenseSource],
-    checkpoint: Checkpoint,
-    storage: FourBitFormat | None,
-    base: BaseModel,
-) -> None:
-    """Refuses a base with other weights than the adapter was trained on."""
+def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
+    """Refuses a base that the adapter wasn't trained on, as far as the adapter says; packed stacks aren't looked at.
+
+    Args:
+        adapter: what is to be merged.
+        base: the model.
+        checkpoint: its weights.
+        sources: name of a stack -> where it is.
+
+    Raises:
+        ValueError: model type or weights are others.
+    """
+    identity = BaseIdentity.of(adapter.config.base)
+    if identity is None:
+        return
+    model_type = base.model.config.model_type
+    if identity.model_type != model_type:
+        raise ValueError(
+            f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} is of type "
+            f"{model_type}. Merge it into its own base."
+        )
+    storage = adapter.config.storage
     found = {}
     for name in identity.samples.keys() & sources.keys():
+        if not isinstance(sources[name], DenseSource):
+            continue
         target = sources[name].target
         matrix = sources[name].read_expert(0, checkpoint)
         if identity.dtype:
@@ -196,7 +226,8 @@ def _check_samples(
     if differing is not None:
         raise ValueError(
             f"{base.directory} has other weights than the adapter was trained on: {differing} differs. Merge it into "
-            "its own base; if it has been merged already, there is nothing left to do."
+            "its own base; if it has been merged already, there is nothing left to do. If it was trained on a "
+            "checkpoint in 4 bits, merge into that (--quantize, or in memory)."
         )
 
 
@@ -232,7 +263,15 @@ def _plan_tensors(
                 f"The adapter changes {edit.name} in the shape {list(shape)}, but {checkpoint.tensors[key]} is of "
                 "another. It belongs to another base."
             )
+        tied = [name for name, source in tied_to.items() if source == edit.name and keys.get(name) is None]
+        if tied and (edit.delta or edit.replacement is not None):
+            raise ValueError(
+                f"The adapter changes {edit.name} alone, but in {base.directory} {tied[0]} is tied to it and would "
+                "change too. Untie them: load the base with tie_word_embeddings=False, save it, merge into that."
+            )
         plan.of_tensors[key] = edit
+
+    tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
 
     def stored(module: str) -> dict:
         storage = identity.linear_storage(module) if identity is not None else None
@@ -251,6 +290,8 @@ def _plan_tensors(
             delta = _product(A, B, linear_scaling(adapter.config, module), is_embedding)
             shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
             add(TensorEdit(f"{module}.weight", delta=delta, **stored(module)), shape)
+            if A.any() and B.any():
+                plan.with_delta.add(keys[f"{module}.weight"])
     for saved, tensor in others.items():
         if is_unused_copy(saved):
             continue
@@ -261,8 +302,14 @@ def _plan_tensors(
     if identity is not None:
         for name, module in base.model.named_modules():
             weight = f"{name}.weight"
-            if isinstance(module, nn.Linear) and stored(name) and keys.get(weight) not in plan.of_tensors:
-                add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
+            if not isinstance(module, nn.Linear) or not stored(name) or keys.get(weight) in plan.of_tensors:
+                continue
+            if weight not in keys:
+                raise ValueError(
+                    f"{name} was in {stored(name)['storage']} in training, but is no tensor of its own in "
+                    f"{base.directory}. Merge onto the base's own weights (onto='base', --onto base), or in memory."
+                )
+            add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
 
 
 def _product(A: torch.Tensor, B: torch.Tensor, scaling: float, is_embedding: bool) -> Callable[[], torch.Tensor]:

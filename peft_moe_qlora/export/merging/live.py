@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoTokenizer
 
 from ...base_identity import BaseIdentity
-from ...config import MoeQLoraConfig
+from ...config import MoeQLoraConfig, MoeQLoraPeftType
 from ...loading import MoeQuantizationConfig, load_quantized
 from ...loading.load import class_of, quantization_of
 from ..base_model import BaseModel
@@ -29,10 +32,17 @@ def load_live(base: BaseModel, adapter: str | Path, dtype: torch.dtype | None, d
         device: where it is put.
 
     Raises:
-        ValueError: linear layers were stored in another way than the experts, which can't be made again.
+        ValueError: the adapter isn't of this package, was trained on other weights, or with linear layers stored in
+            another way than the experts, which can't be made again.
     """
+    found_type = json.loads(Path(adapter, CONFIG_NAME).read_text()).get("peft_type")
+    if found_type != MoeQLoraPeftType.MOE_QLORA.value:
+        raise ValueError(
+            f"{adapter} is an adapter of type {found_type}, which doesn't say how its base was stored. Convert it "
+            "first (peft-moe-qlora convert --to moe-qlora)."
+        )
     config = MoeQLoraConfig.from_pretrained(str(adapter))
-    identity = BaseIdentity(**config.base) if config.base is not None else None
+    identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if quantization_of(base.model.config) is not None else _quantization(base, config, identity)
     if config.storage is None and quantization is None:
@@ -40,7 +50,12 @@ def load_live(base: BaseModel, adapter: str | Path, dtype: torch.dtype | None, d
         model = model_class.from_pretrained(base.directory, dtype=dtype, device_map=device)
     else:
         model = load_quantized(str(base.directory), quantization, dtype=dtype, device_map=device)
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The adapter was trained on other weights")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter)).eval()
+        except RuntimeWarning as error:
+            raise ValueError(f"{base.directory} is not the base of {adapter}: {error}") from error
 
 
 def _quantization(
@@ -88,16 +103,23 @@ def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
     ids = torch.tensor(tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"])
     length = min(_WINDOW, len(ids))
     if length < 2:
-        raise ValueError(f"{file} has {len(ids)} tokens; a text of some hundreds was expected.")
+        raise ValueError(
+            f"{file} has {len(ids)} tokens by the tokenizer in {tokenizer_of}; a text of some hundreds was expected."
+        )
     return ids[: len(ids) // length * length].view(-1, length)[:_MOST_WINDOWS]
 
 
 @torch.no_grad()
 def next_token_logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """`(N, L, V)` fp32 on the CPU; windows go through one by one."""
+    return torch.cat([logits_of_window(model, window) for window in windows])
+
+
+@torch.no_grad()
+def logits_of_window(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """`(1, L, V)` fp32 on the CPU."""
     device = next(model.parameters()).device
-    found = [model(input_ids=window[None].to(device), use_cache=False).logits.float().cpu() for window in windows]
-    return torch.cat(found)
+    return model(input_ids=window[None].to(device), use_cache=False).logits.float().cpu()
 
 
 def kl_divergence(of: torch.Tensor, against: torch.Tensor) -> float:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 _PLAN = "unfinished.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+PICKLED = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+"""Ends of names of weights in other formats than safetensors."""
+
+_WEIGHTS = (".safetensors", ".index.json", *PICKLED)
 
 
 class PartialDirectory:
@@ -23,19 +26,25 @@ class PartialDirectory:
         task: what identifies the work, as plain data.
 
     Raises:
-        ValueError: the directory holds something, or unfinished work of another task.
+        ValueError: the directory holds something, can't be renamed to, or has unfinished work of another task.
     """
 
     def __init__(self, directory: str | Path, task: Mapping[str, Any]) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).resolve()
         self.partial = self.directory.with_name(f"{self.directory.name}.partial")
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise ValueError(
                 f"{self.directory} is there already and not empty. If it is a finished merge, nothing is left to do; "
                 "name another directory, or remove it."
             )
+        if self.directory.is_mount():
+            raise ValueError(
+                f"{self.directory} is a mount point, which nothing can be renamed to; name a folder in it."
+            )
         plan = self.partial / _PLAN
-        if self.partial.exists() and (not plan.is_file() or json.loads(plan.read_text()) != task):
+        known = json.loads(plan.read_text()) if plan.is_file() else None
+        # a run that was killed at its very start has left nothing but the folder
+        if self.partial.exists() and known != task and (known is not None or any(self.partial.rglob("*.safetensors"))):
             raise ValueError(
                 f"{self.partial} holds unfinished work of another merge: another adapter, base or option. Finish that "
                 "with the same command, or remove the directory."
@@ -45,7 +54,7 @@ class PartialDirectory:
     def start(self) -> None:
         """Creates the directory, or takes up what is there."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        for left in self.partial.glob("*.writing"):
+        for left in self.partial.rglob("*.writing"):
             left.unlink()
         self.write_json(_PLAN, self.task)
 
@@ -81,7 +90,10 @@ class PartialDirectory:
         for path in sorted(source.rglob("*")):
             name = path.relative_to(source)
             is_hidden = any(part.startswith(".") for part in name.parts)
-            if path.is_file() and not is_hidden and not path.name.endswith(_WEIGHTS) and str(name) not in changed:
+            is_own = self.partial in path.resolve().parents or path.name.startswith("adapter_")
+            if is_own or is_hidden or path.name.endswith(_WEIGHTS) or str(name) in changed:
+                continue
+            if path.is_file():
                 shutil.copyfile(path, self.path_to_write(str(name)))
                 self.written(str(name))
         for name, values in changed.items():
@@ -93,12 +105,18 @@ class PartialDirectory:
         Args:
             scraps: names of such files.
         """
-        for name in (*scraps, _PLAN):
+        for name in scraps:
             (self.partial / name).unlink(missing_ok=True)
         _sync(self.partial)
         if self.directory.exists():
             self.directory.rmdir()
         os.replace(self.partial, self.directory)
+        # last, so that a run that is killed before is taken up
+        (self.directory / _PLAN).unlink()
+
+    def discard(self) -> None:
+        """Removes unfinished work that no other run could finish either."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

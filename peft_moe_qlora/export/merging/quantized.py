@@ -5,7 +5,9 @@ The model is in memory as it was in training: what rounding costs least depends 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
@@ -14,10 +16,16 @@ from peft.tuners.lora import LoraLayer
 from ... import __version__
 from ...layer import MoeQLoraExperts
 from ...loading import Checkpoint, save_bitsandbytes
+from ...loading.finder import SourceFinder
+from ...loading.load import saved_config
 from ...loading.quantizer import quantized_stacks
+from ...loading.sources import Source, each_source
+from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B
 from ..readers.read import read_adapter
 from .checkpoint import adapter_digest, checkpoint_directory, config_for_all, refuse_merged
+from .edits import check_base
 from .live import load_live, read_windows
 from .partial_directory import PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport
@@ -70,15 +78,23 @@ def merge_quantized(
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
     model = BaseModel.open(base)
+    checkpoint = Checkpoint.open(base)
+    saved = saved_config(base)
+    finder = SourceFinder(model.model, checkpoint, (saved and saved.flipped_stacks) or ())
+    sources = {source.target.name: source for source in each_source(finder.find())}
+    check_base(found, model, checkpoint, sources)
+    tokens = None if calibration is None else read_windows(calibration, base)
     task = {
+        "base": str(base.resolve()),
         "adapter_sha256": digest,
-        "quant_type": quant_type,
-        "layout": layout,
-        "rounding": rounding,
-        "calibration": str(calibration),
+        "options": [quant_type, layout, rounding, str(calibration)],
         "version": __version__,
     }
     output = PartialDirectory(directory, task)
+    dropped = sorted(_dropped(finder, sources))
+    notes = ()
+    if dropped:
+        notes = (f"{len(dropped)} tensors that the model doesn't load are left out, {dropped[0]} first.",)
 
     def report(expected: int, changed: int, rows: tuple[FidelityRow, ...], written: int) -> MergeReport:
         return MergeReport(
@@ -91,13 +107,19 @@ def merge_quantized(
             tensors_changed=changed,
             tensors_written=written,
             stacks=rows,
+            notes=notes,
         )
 
     if dry_run:
         return report(len(found.experts), 0, (), 0)
     live = load_live(model, adapter, None, device)
     before = _checksums_of_adapted(live)
-    tokens = None if calibration is None else read_windows(calibration, base)
+    expected = _num_expected(found)
+    if len(before) != expected:
+        raise ValueError(
+            f"The adapter has deltas for {expected} stacks and layers, but {len(before)} were reached in the model. "
+            "Merge in memory, and report this."
+        )
     merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
     unchanged = [
         name for name, before_merge in before.items() if _checksum(merged.get_parameter(name)) == before_merge
@@ -112,15 +134,39 @@ def merge_quantized(
         for name, _, stack in quantized_stacks(merged)
         if stack.fidelity is not None
     )
+    output.discard()  # of a run that was killed; nothing of it can be used
     output.start()
-    if layout == "native":
-        merged.save_pretrained(output.partial)
-    else:
-        save_bitsandbytes(merged, output.partial)
-    done = report(len(before), len(before), rows, len(Checkpoint.open(output.partial).tensors))
-    output.copy_beside(base, {"config.json": config_for_all(output.partial, None), REPORT_NAME: done.to_dict()})
+    with TemporaryDirectory(dir=output.partial) as saved:
+        if layout == "native":
+            merged.save_pretrained(saved)
+        else:
+            save_bitsandbytes(merged, saved)
+        config = config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
+        for file in Path(saved).glob("*.safetensors*"):
+            file.rename(output.partial / file.name)
+    done = report(expected, len(before) - len(unchanged), rows, len(Checkpoint.open(output.partial).tensors))
+    output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
     output.finish([])
     return done
+
+
+def _num_expected(adapter: AdapterFile) -> int:
+    """How many stacks and layers the adapter's factors change, by the file alone."""
+    experts = sum(bool(one.A.any() and one.B.any()) for one in adapter.experts)
+    pairs = ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B))
+    return experts + sum(
+        bool(tensor.any() and adapter.others[key.removesuffix(a) + b].any())
+        for key, tensor in adapter.others.items()
+        for a, b in pairs
+        if key.endswith(a)
+    )
+
+
+def _dropped(finder: SourceFinder, sources: dict[str, Source]) -> set[str]:
+    """Keys that the model has no place for, such as those of layers for speculative decoding."""
+    used = {key for source in sources.values() for key in source.keys}
+    used |= {*finder.beside_stacks.values(), *finder.known_keys()}
+    return finder.checkpoint.tensors.keys() - used
 
 
 def _checksums_of_adapted(model: PeftModel) -> dict[str, int]:

@@ -86,8 +86,16 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MergeReport:
+        """What `to_dict` has given, by way of a file."""
+        rows = {name: tuple(FidelityRow(**row) for row in values[name]) for name in ("stacks", "others")}
+        found = values["verification"]
+        verification = None if found is None else Verification(**found)
+        return cls(**{**values, **rows, "notes": tuple(values["notes"]), "verification": verification})
+
     def __str__(self) -> str:
-        lines = [_table(self.stacks)]
+        lines = [_table(self.stacks)] if self.stacks else []
         if self.others:
             lines.append(f"{len(self.others)} other tensors; of those, the largest error and the least share kept:")
             lines.append(_table(_worst(self.others)))

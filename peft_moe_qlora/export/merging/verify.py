@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ...loading import load_quantized
 from ...loading.load import class_of, quantization_of
 from ..base_model import BaseModel
-from .live import kl_divergence, load_live, next_token_logits, read_windows
+from .live import kl_divergence, load_live, logits_of_window, read_windows
 from .report import REPORT_NAME, MergeReport, Verification
 
 
 def verify_merge(
-    report: MergeReport, directory: str | Path, text: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    directory: str | Path, text: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> MergeReport:
-    """Compares next-token distributions on a text; the result is added to the report and to its file.
+    """Compares what a merged checkpoint and the live adapter say on a text.
 
-    Live adapter and merged model are loaded one after the other.
+    The two are loaded one after the other; what the first makes of the text lies on the disk meanwhile.
 
     Args:
-        report: of the merge.
-        directory: what it has written.
+        directory: of a merged checkpoint, whose report names base and adapter; the result is added to it.
         text: file of plain text, of which up to 8192 tokens are taken.
         dtype: that both are run in. Default: that of the training.
         device: where.
@@ -33,27 +34,35 @@ def verify_merge(
         The report with `verification`.
 
     Raises:
-        ValueError: the text is too short, or the base can't be loaded as it was trained on.
+        ValueError: there is no report, the text is too short, or the base can't be loaded as it was trained on.
     """
-    base = BaseModel.open(report.base)
+    file = Path(directory, REPORT_NAME)
+    if not file.is_file():
+        raise ValueError(
+            f"{directory} has no {REPORT_NAME}; a checkpoint that was merged by this package was expected."
+        )
+    report = MergeReport.from_dict(json.loads(file.read_text()))
     windows = read_windows(text, report.base)
-    model = load_live(base, report.adapter, dtype, device)
+    model = load_live(BaseModel.open(report.base), report.adapter, dtype, device)
     dtype = model.dtype
-    live = next_token_logits(model, windows)
-    with model.disable_adapter():
-        of_base = next_token_logits(model, windows)
-    del model
-    kl_of_base = kl_divergence(live, of_base)
-    del of_base
-    merged = next_token_logits(_load_merged(Path(directory), dtype, device), windows)
+    kl_of_base, kl, equal = 0.0, 0.0, 0
+    with TemporaryDirectory() as live:
+        for number, window in enumerate(windows):
+            logits = logits_of_window(model, window)
+            with model.disable_adapter():
+                kl_of_base += kl_divergence(logits, logits_of_window(model, window)) / len(windows)
+            save_file({"logits": logits}, Path(live, f"{number}.safetensors"))
+        del model
+        merged = _load_merged(Path(directory), dtype, device)
+        for number, window in enumerate(windows):
+            logits, found = load_file(Path(live, f"{number}.safetensors"))["logits"], logits_of_window(merged, window)
+            kl += kl_divergence(logits, found) / len(windows)
+            equal += int((logits.argmax(dim=-1) == found.argmax(dim=-1)).sum())
     found = Verification(
-        num_tokens=windows.numel(),
-        kl=kl_divergence(live, merged),
-        equal_argmax=(live.argmax(dim=-1) == merged.argmax(dim=-1)).double().mean().item(),
-        kl_of_base=kl_of_base,
+        num_tokens=windows.numel(), kl=kl, equal_argmax=equal / windows.numel(), kl_of_base=kl_of_base
     )
     report = replace(report, verification=found)
-    Path(directory, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
 
 
