@@ -90,12 +90,23 @@ def test_stock_peft_says_the_same(model_type, options, tmp_path):
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
+def assert_base_is_asked_for(directory, match: str) -> None:
+    """By an adapter that says nothing of its base, whose name is of no use here; the model type alone would do."""
+    (directory / "base").rename(directory / "gone")
+    convert_adapter(directory / "adapter", directory / "by type", "peft-lora")
+    file = directory / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base": None}))
+    with pytest.raises(ValueError, match=match):
+        convert_adapter(directory / "adapter", directory / "again", "peft-lora")
+    with pytest.raises(ValueError, match=r"config\.json, which is not in .*nowhere"):
+        convert_adapter(directory / "adapter", directory / "again", "peft-lora", base=directory / "nowhere")
+
+
 def test_llama_4_is_laid_out_as_peft_does_it(tmp_path):
     live = save_adapter(tmp_path, "llama4_text")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
-    with pytest.raises(ValueError, match="may be of Llama 4"):
-        convert_adapter(tmp_path / "adapter", tmp_path / "again", "peft-lora", base=tmp_path / "nowhere")
+    assert_base_is_asked_for(tmp_path, "may be of Llama 4")
 
 
 def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
@@ -103,8 +114,7 @@ def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
     live = save_adapter(tmp_path, "laguna")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
-    with pytest.raises(ValueError, match="may be of Laguna"):
-        convert_adapter(tmp_path / "adapter", tmp_path / "again", "peft-lora", base=tmp_path / "nowhere")
+    assert_base_is_asked_for(tmp_path, "may be of Laguna")
 
 
 @pytest.mark.parametrize("target", ["peft-lora", "per-expert"])
@@ -208,7 +218,7 @@ def test_adapters_without_experts_are_pefts_business(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.json, which is not in"):
+    with pytest.raises(ValueError, match="doesn't name its base"):
         read_adapter(tmp_path)
     with pytest.raises(ValueError, match="has no factors of experts"):
         read_adapter(tmp_path, tmp_path / "base")
@@ -246,3 +256,20 @@ def test_what_cannot_be_converted(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         convert_adapter(adapter, out, "peft-lora")
     assert not out.exists()
+
+
+def test_a_rank_that_is_not_the_configs(tmp_path):
+    """Of a linear layer: its scaling would be another."""
+    save_adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": {"q_proj": 2}}))
+    with pytest.raises(ValueError, match=r"q_proj have rank 4, but the config says 2"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", "moe-qlora")
+
+
+def test_a_module_trained_in_full_that_is_missing(tmp_path):
+    save_adapter(tmp_path, target_modules=["experts"], modules_to_save=["lm_head"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "lm_head" not in key}, file)
+    with pytest.raises(ValueError, match="has no tensor of lm_head"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", "moe-qlora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -16,14 +17,15 @@ import pytest
 import torch
 import transformers
 from checkpoint_writers import read_tensors, set_bitsandbytes_config, write_tensors
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from shrunken_models import MODEL_TYPES, shrunken_config, shrunken_model, shrunken_model_or_skip
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import merge_checkpoint
+from peft_moe_qlora.export import merge_checkpoint, merge_quantized
+from peft_moe_qlora.export.merging import checkpoint as merging
 from peft_moe_qlora.export.merging.live import kl_divergence
 
 STOCK = """
@@ -207,8 +209,11 @@ def test_shards_that_part_what_belongs_together(tmp_path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) == 7
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", dtype=torch.float32)
-    assert len(again.state_dict()) > 0
+    again, whole = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("sharded", "whole")
+    )
+    assert torch.equal(logits(again, token_ids()), logits(whole, token_ids()))
     assert report.tensors_written == len(found)
 
 
@@ -251,9 +256,12 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
     save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-9)
-    with pytest.raises(ValueError, match=r"its delta is lost in rounding"):
+    with pytest.raises(ValueError, match=r"48 of 48 tensors .* came out unchanged, model\.layers.* lost in rounding"):
         merge(tmp_path)
-    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob("merged*"))
+    report = merge(tmp_path, allow_unchanged=True)
+    assert (report.tensors_expected, report.tensors_changed) == (48, 0)
+    assert "48 tensors whose deltas are lost" in report.notes[0]
 
 
 KILLED = """
@@ -426,12 +434,159 @@ def test_merging_twice_is_refused(tmp_path):
         merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
 
 
-def test_unfinished_work_of_another_merge_is_not_taken_up(tmp_path):
+def interrupted(directory, monkeypatch) -> None:
+    """A merge that has written the first of three files."""
+    write_tensors(directory / "base", read_tensors(directory / "base"), num_shards=3)
+    written = merging.save_file
+
+    def fails_later(tensors, path, metadata):
+        if "00002" in str(path):
+            raise OSError("no space left on device")
+        written(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "save_file", fails_later)
+        with pytest.raises(OSError, match="no space left"):
+            merge(directory)
+
+
+@pytest.mark.parametrize("changed", ["option", "adapter", "adapter's config", "base", "base's config"])
+def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, monkeypatch):
     save_adapter(tmp_path)
-    (tmp_path / "merged.partial").mkdir()
-    (tmp_path / "merged.partial" / "unfinished.json").write_text(json.dumps({"onto": "base"}))
+    interrupted(tmp_path, monkeypatch)
+    options = {}
+    if changed == "option":
+        options = {"onto": "base"}
+    elif changed == "base":
+        os.utime(tmp_path / "base" / "model-00002-of-00003.safetensors", (1, 1))
+    elif changed == "adapter":
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({key: tensor * 2 for key, tensor in load_file(file).items()}, file)
+    else:
+        of_base = changed == "base's config"
+        file = tmp_path / ("base/config.json" if of_base else "adapter/adapter_config.json")
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, **({"rope_theta": 5.0} if of_base else {"lora_alpha": 80})}))
     with pytest.raises(ValueError, match=r"merged\.partial holds unfinished work of another merge"):
-        merge(tmp_path)
+        merge(tmp_path, **options)
+
+
+def test_an_interrupted_merge_is_finished(tmp_path, monkeypatch):
+    save_adapter(tmp_path)
+    interrupted(tmp_path, monkeypatch)
+    first = next((tmp_path / "merged.partial").glob("*-00001-*.safetensors"))
+    time_of_first = first.stat().st_mtime_ns
+    report = merge(tmp_path)
+    assert (tmp_path / "merged" / first.name).stat().st_mtime_ns == time_of_first
+    again = merge(tmp_path, out="at-once")
+    assert report == dataclasses.replace(again)
+    (tmp_path / "third.partial").mkdir()  # of a run that was killed at its very start
+    merge(tmp_path, out="third")
+
+
+def test_tied_embeddings_are_not_changed_alone(tmp_path):
+    """The live adapter changes one of the two, the checkpoint has one for both."""
+    for number, options in enumerate(
+        ({"target_modules": ["experts", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]})
+    ):
+        directory = tmp_path / str(number)
+        tiny_model(tie_word_embeddings=True).save_pretrained(directory / "base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+        model = get_peft_model(model, MoeQLoraConfig(r=4, **options))
+        randomize_adapter(model)
+        model.save_pretrained(directory / "adapter")
+        with pytest.raises(ValueError, match=r"changes model\.embed_tokens\.weight alone, .* lm_head\.weight is tied"):
+            merge(directory)
+
+
+def test_an_index_of_one_file(tmp_path):
+    save_adapter(tmp_path)
+    base = tmp_path / "base"
+    tensors = read_tensors(base)
+    write_tensors(base, tensors, num_shards=2)
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    name = "model-00001-of-00001.safetensors"
+    save_file(tensors, base / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge(tmp_path)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_files_of_one_name_in_two_folders(tmp_path):
+    save_adapter(tmp_path)
+    base = tmp_path / "base"
+    tensors = read_tensors(base)
+    (base / "model.safetensors").unlink()
+    weight_map = {key: f"{'a' if number % 2 else 'b'}/x.safetensors" for number, key in enumerate(tensors)}
+    for name in ("a", "b"):
+        (base / name).mkdir()
+        part = {key: tensor for key, tensor in tensors.items() if weight_map[key].startswith(name)}
+        save_file(part, base / name / "x.safetensors", {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    report = merge(tmp_path)
+    assert report.tensors_written == len(tensors)
+    assert (tmp_path / "merged" / "a" / "x.safetensors").is_file()
+    assert (tmp_path / "merged" / "b" / "x.safetensors").is_file()
+
+
+def test_tensors_that_are_only_copied(tmp_path):
+    """Keep their bits, whatever they are; cast, they have to stay in range."""
+    save_adapter(tmp_path)
+    tensors = read_tensors(tmp_path / "base")
+    strange = {"extra.ids": torch.tensor([1, 70000], dtype=torch.uint32), "extra.phases": torch.tensor([1 + 2j])}
+    write_tensors(tmp_path / "base", {**tensors, **strange})
+    merge(tmp_path, dtype=torch.bfloat16)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in strange.items())
+    assert found["model.norm.weight"].dtype == torch.bfloat16
+    tensors["model.norm.weight"][0] = 1e5
+    write_tensors(tmp_path / "base", tensors)
+    with pytest.raises(ValueError, match=r"norm\.weight has values that are beyond the range of torch\.float16"):
+        merge(tmp_path, out="half", dtype=torch.float16)
+    assert not list(tmp_path.glob("half*"))
+
+
+def test_weights_that_stay_in_fp32(tmp_path):
+    """What the model keeps in higher precision is not cast."""
+    model = shrunken_model_or_skip("deepseek_v3", dtype=torch.float32)
+    type(model)._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, MoeQLoraConfig(r=2))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path, dtype=torch.bfloat16)
+    dtypes = {tensor.dtype for key, tensor in read_tensors(tmp_path / "merged").items() if "correction_bias" in key}
+    assert dtypes == {torch.float32}
+
+
+def test_an_adapter_of_others(tmp_path):
+    """PEFT's own, trained on the checkpoint's weights, is merged onto those."""
+    base_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names)).eval()
+    randomize_adapter(model)
+    live = logits(model, token_ids())
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path)
+    assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
+    with pytest.raises(ValueError, match="Convert it first"):
+        merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "packed")
+
+
+def test_an_expert_that_was_never_trained(tmp_path):
+    """Isn't expected to change; a dry run says the same numbers."""
+    model = save_adapter(tmp_path, target_modules=["experts"], quant_type=None)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_B.default"):
+                parameter[3] = 0
+    model.save_pretrained(tmp_path / "adapter")
+    expected = merge(tmp_path, dry_run=True).tensors_expected
+    report = merge(tmp_path)
+    assert report.tensors_changed == report.tensors_expected == expected == 2 * 7 * 3
 
 
 def test_merging_the_command(tmp_path, capsys):

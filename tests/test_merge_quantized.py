@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_writers import read_tensors
+from checkpoint_writers import read_tensors, write_tensors
 from peft import PeftModel, get_peft_model
 from test_merge_checkpoint import save_adapter
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.export import merge_quantized
+
+EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
 
 
 def write_tokenizer(directory) -> None:
@@ -94,6 +96,28 @@ def test_what_is_refused(tmp_path):
         merge_quantized(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
 
 
+def test_a_base_with_other_weights(tmp_path):
+    save_adapter(tmp_path)
+    tiny_model(std=0.3).save_pretrained(tmp_path / "base")
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="other weights than the adapter was trained on"):
+            merge(tmp_path, dry_run=dry_run)
+    load_quantized(str(tmp_path / "base"), EXPERTS_ONLY, dtype=torch.float32, device_map="cpu").save_pretrained(
+        tmp_path / "packed"
+    )
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "packed").rename(tmp_path / "base")
+    with pytest.raises(ValueError, match="is not the base of"):
+        merge(tmp_path)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_what_the_model_does_not_load_is_told(tmp_path):
+    save_adapter(tmp_path)
+    write_tensors(tmp_path / "base", {**read_tensors(tmp_path / "base"), "mtp.layers.0.weight": torch.ones(2)})
+    assert "1 tensors that the model doesn't load are left out, mtp.layers.0.weight" in merge(tmp_path).notes[0]
+
+
 def test_a_delta_that_4_bits_cannot_hold(tmp_path):
     save_adapter(tmp_path, std=1e-6)
     with pytest.raises(ValueError, match="are the same after the merge, model"):
@@ -135,6 +159,10 @@ def test_verifying(trained, tmp_path, capsys):
     assert found["text"]["kl"] <= 0.5 * found["nearest"]["kl"]
     assert found["nearest"]["equal_argmax"] < found["text"]["equal_argmax"] < 1
 
+    assert main(["verify", str(tmp_path / "nearest"), str(tmp_path / "text.txt"), "--json"]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output[output.index("{") :])["verification"] == found["nearest"]
+
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, directory / "adapter").eval()
     merged = load_quantized(str(tmp_path / "nearest"), dtype=torch.float32, device_map="cpu")
@@ -151,3 +179,6 @@ def test_a_text_of_one_word(tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *paths, "--verify", str(tmp_path / "text.txt")]) == 1
     assert "has 1 tokens" in capsys.readouterr().err
+    assert not list(tmp_path.glob("merged*"))  # told before the work
+    assert main(["merge", *paths, "--verify-dtype", "float32"]) == 1
+    assert "--verify-dtype is an option of --verify" in capsys.readouterr().err

@@ -243,3 +243,47 @@ def test_two_adapters_and_one_that_is_merged_already():
     assert torch.equal(logits(together, token_ids()), logits(in_turn, token_ids()))
     alone = build().merge_and_unload(adapter_names=["other"])
     assert not torch.equal(logits(together, token_ids()), logits(alone, token_ids()))
+
+
+def test_a_forward_that_fails_merges_nothing_twice():
+    def build():
+        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+        randomize_adapter(model)
+        return model
+
+    live = logits(build(), token_ids())
+    model = build()
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("too little")
+
+    handle = model.base_model.model.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.merge_and_unload()
+    handle.remove()
+    merged = model.merge_and_unload()
+    once = kl_divergence(live, logits(build().merge_and_unload(), token_ids()))
+    assert kl_divergence(live, logits(merged, token_ids())) < 1.5 * once
+
+
+def test_a_disabled_adapter_is_merged_as_if_it_were_not():
+    def merged(is_disabled: bool) -> torch.Tensor:
+        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+        randomize_adapter(model)
+        if is_disabled:
+            model.base_model.disable_adapter_layers()
+        return logits(model.merge_and_unload(), token_ids())
+
+    assert torch.equal(merged(True), merged(False))
+
+
+def test_what_is_no_calibration():
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+    for calibration in (
+        torch.ones(3, dtype=torch.int64),
+        torch.ones(2, 3),
+        torch.ones(0, 3, dtype=torch.int64),
+        [[1]],
+    ):
+        with pytest.raises(ValueError, match="has to be a tensor of token ids"):
+            model.merge_and_unload(calibration=calibration)

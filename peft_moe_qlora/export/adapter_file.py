@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -18,12 +17,8 @@ from safetensors.torch import load_file
 from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
 from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
-from .others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, adapted_layers, check_others
-
-if TYPE_CHECKING:
-    from .base_model import BaseModel
-
-__all__ = ["A_SUFFIX", "B_SUFFIX", "PREFIX", "AdapterFile", "ExpertFactors"]
+from .base_model import BaseModel
+from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..experts import ExpertsLayout
-from ..loading.load import class_of
+from ..loading.load import class_of, quantization_of
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts, parents
 
@@ -61,10 +61,8 @@ class BaseModel:
     @property
     def quantization(self) -> str | None:
         """By what the checkpoint is quantized, as its config says."""
-        config = getattr(self.model.config, "quantization_config", None)
-        if config is None:
-            return None
-        return config["quant_method"] if isinstance(config, dict) else config.quant_method
+        found = quantization_of(self.model.config)
+        return None if found is None else str(found.get("quant_method", "bitsandbytes"))
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
         """What the parts of a stack are called in the checkpoint, expert by expert, gate before up, without `.weight`.
@@ -123,11 +121,16 @@ def _downloaded(base: str | Path | None) -> Path:
     Raises:
         ValueError: there is no such model, or no way to the hub.
     """
+    if not base:
+        raise ValueError(
+            "The adapter doesn't name its base, whose config.json says what experts are called in its checkpoint. "
+            "Name the directory of the base model (--base)."
+        )
     message = (
         f"What experts are called in the base's checkpoint follows from its config.json, which is not in {base}. Name "
         "the directory of the base model."
     )
-    if not base or Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
+    if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
         raise ValueError(message)
     try:
         return Path(cached_file(str(base), "config.json")).parent

@@ -61,8 +61,8 @@ def convert_adapter(
             f"{directory} is not an empty directory; some readers would take what is in it for the adapter."
         )
     found = read_adapter(adapter, base, options)
-    base = base or found.config.base_model_name_or_path
+    named = found.config.base_model_name_or_path
     # two layouts mostly don't depend on the base, which may be a name on the hub
-    is_needed = target not in ("peft-lora", "moe-qlora")
-    TARGETS[target](found, directory, BaseModel.open(base) if is_needed or BaseModel.is_at(base) else None)
+    is_needed = base is not None or target not in ("peft-lora", "moe-qlora") or BaseModel.is_at(named)
+    TARGETS[target](found, directory, BaseModel.open(base or named) if is_needed else None)
     return found

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
 from torch import nn
 
-if TYPE_CHECKING:
-    from .base_model import BaseModel
+from .base_model import BaseModel
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -55,6 +53,12 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
     for name in adapted_layers(others):
         if base is not None:
             _check_layer(file, name, others, base)
+    saved = config.modules_to_save or ()
+    for name in [saved] if isinstance(saved, str) else saved:
+        if not any(f"{name}." in key for key in others):
+            raise ValueError(
+                f"{file} has no tensor of {name}, which its config has in modules_to_save; it is damaged."
+            )
     lora = (*_PAIRS[0], *_PAIRS[1])
     for key, tensor in others.items():
         if key.endswith(lora) or _is_known(config, key):

@@ -57,7 +57,8 @@ def read_adapter(
     if found_type == MoeQLoraPeftType.MOE_QLORA.value:
         _check_options_are_used(options, "this package's own", "written_by", "lora_b_order", "partial")
         named = base or config.get("base_model_name_or_path")
-        return read_own(directory, BaseModel.open(named) if named and Path(named, "config.json").is_file() else None)
+        # what the adapter names may be on the hub; what the caller names has to be there
+        return read_own(directory, BaseModel.open(named) if base is not None or BaseModel.is_at(named) else None)
     if found_type != "LORA" and not is_mlx:
         raise ValueError(
             f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "

@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import nn
 
 from ...loading.quantization_config import QUANT_METHOD
-from ..adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX
 from .mlx import write_mlx
 from .peft_lora import write_peft_lora
 from .per_expert import write_per_expert
@@ -65,7 +66,6 @@ VLLM = Engine(
         **dict.fromkeys(
             (
                 "GptOssForCausalLM",
-                "Qwen3OmniMoeForConditionalGeneration",
                 "Qwen3VLMoeForConditionalGeneration",
                 "Qwen3_5MoeForConditionalGeneration",
                 # by its backend for transformers' own classes; to be served with --enable-mixed-moe-lora-format and
@@ -126,6 +126,7 @@ VLLM = Engine(
             ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
             "it weighs the experts' output by the router, where Llama 4 weighs their input",
         ),
+        "Qwen3OmniMoeForConditionalGeneration": "it drops an adapter that has transformers' names of the modules",
     },
     # MLAAttention takes the weight of kv_b_proj apart and goes past its LoRA
     not_linear=frozenset({"kv_b_proj"}),

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from ..adapter_file import AdapterFile
 from ..base_model import PARTS_OF_FUSED, BaseModel
+from ..others import A_SUFFIX, B_SUFFIX
 from .uniform import gate_and_up, names_of_linear, uniform
 
 _BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")
@@ -41,6 +42,10 @@ def write_mlx(
     tensors: dict[str, torch.Tensor] = {}
 
     def add(name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        if not name.startswith(prefixes[0]):
+            raise ValueError(
+                f"What mlx-lm calls {name} isn't known. Merge the adapter instead, or leave the layer out."
+            )
         name = prefixes[1] + name.removeprefix(prefixes[0])
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A.contiguous().clone(), B.contiguous().clone()
 

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
 from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, adapted_layers
 
 _KEPT_OPTIONS = (
     "base_model_name_or_path",
@@ -26,7 +27,6 @@ _KEPT_OPTIONS = (
     "task_type",
     "use_rslora",
 )
-_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
@@ -73,8 +73,7 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
 
 def _config(adapter: AdapterFile) -> LoraConfig:
     config = adapter.config
-    suffixes = (A_SUFFIX, _EMBEDDING_A)
-    linear = sorted(key.removesuffix(suffix) for key in adapter.others for suffix in suffixes if key.endswith(suffix))
+    linear = sorted(adapted_layers(adapter.others))
     as_parameters = [f"{name}.weight" for name in linear if name.rpartition(".")[2] in _OLD_NAMES]
     settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
     parameters = [*settled, *as_parameters]
@@ -98,7 +97,7 @@ def _check_others(adapter: AdapterFile) -> None:
     """Refuses what would be written, but not loaded."""
     saved = adapter.config.modules_to_save or ()
     for key in adapter.others:
-        is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, _EMBEDDING_A, _EMBEDDING_B))
+        is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B))
         if not is_of_lora and not any(f"{name}." in key for name in saved):
             raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
 
@@ -123,6 +122,8 @@ def _name_for_peft(key: str, adapter: AdapterFile, base: BaseModel | None) -> st
 
 
 def _model_type(name: str, candidate: str, adapter: AdapterFile, base: BaseModel | None) -> str:
+    if base is None and adapter.config.base is not None:
+        return adapter.config.base["model_type"]
     if base is None:
         raise ValueError(
             f"{name} may be of {candidate}, for which PEFT needs another layout. Name the directory of the base model "

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX
 from .uniform import gate_and_up, names_of_linear, save_lora, uniform
 
 _NEWER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

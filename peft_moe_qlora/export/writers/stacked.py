@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..adapter_file import A_SUFFIX, B_SUFFIX, AdapterFile
+from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX
 from .uniform import gate_and_up, names_of_linear, save_lora, uniform
 
 

@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 
 from ...config import MoeQLoraConfig
 from ...experts import ExpertsLayout
-from ..adapter_file import A_SUFFIX, B_SUFFIX, PREFIX, AdapterFile, ExpertFactors, linear_scaling
+from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
+from ..others import A_SUFFIX, B_SUFFIX
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -46,7 +47,7 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
     def fitted(name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         missing = r - A.shape[-2]
         if not math.isclose(scaling_of[name], scaling):
-            B = (B.float() * (scaling_of[name] / scaling)).to(B.dtype)
+            B = B.float() * (scaling_of[name] / scaling)  # in 16 bits it could round, or vanish
         return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
     found = {factors.name: factors for factors in adapter.experts}
