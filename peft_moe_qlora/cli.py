@@ -130,7 +130,7 @@ def _merge(args: argparse.Namespace) -> None:
             allow_unchanged=args.allow_unchanged,
         )
     else:
-        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None, allow_unchanged=False)
+        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None)
         report = merge_quantized(
             args.base,
             args.adapter,
@@ -141,6 +141,7 @@ def _merge(args: argparse.Namespace) -> None:
             args.calibration,
             args.device,
             args.dry_run,
+            allow_unchanged=args.allow_unchanged,
         )
     if args.verify is None or args.dry_run:
         _print(report, args)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from trained_model import save_trained, sentences
 
 if not torch.cuda.is_available():
     # Triton reads this where a kernel is defined: kernels then run in its interpreter
@@ -46,6 +45,9 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """Directory of a base and of an adapter, both trained, and a text in what the adapter has learnt."""
+    # not above: what defines kernels has to be imported after the choice of the interpreter
+    from trained_model import save_trained, sentences
+
     directory = tmp_path_factory.mktemp("trained")
     save_trained(directory)
     return directory, sentences(2, 64, 24, torch.Generator().manual_seed(9))

@@ -123,6 +123,9 @@ def test_a_delta_that_4_bits_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="are the same after the merge, model"):
         merge(tmp_path, rounding="nearest")
     assert not list(tmp_path.glob("merged*"))
+    report = merge(tmp_path, rounding="nearest", allow_unchanged=True)
+    assert report.tensors_changed < report.tensors_expected
+    assert "stacks and layers whose deltas are lost" in report.notes[0]
 
 
 def test_an_adapter_of_a_part_of_the_layers(tmp_path):

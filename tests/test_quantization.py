@@ -136,14 +136,14 @@ def test_merging_adds_the_delta_in_its_orientation(storage, is_transposed):
     merged = stack.merged(lambda expert: delta[expert])
     if storage is None:
         assert torch.equal(merged.weight, exact)
-        assert merged.merge_error is None
+        assert merged.fidelity is None
     else:
         once = QuantizedStack.from_dense(exact, is_transposed, storage)
         assert torch.equal(merged.codes, once.codes)
         assert torch.equal(merged.block_absmax, once.block_absmax)
         error = (once.decode(torch.float32) - exact).norm() / exact.norm()
-        assert merged.merge_error == pytest.approx(error.item(), rel=1e-5)
-        assert 0.05 < merged.merge_error < 0.15
+        assert merged.fidelity.relative_error == pytest.approx(error.item(), rel=1e-5)
+        assert 0.05 < merged.fidelity.relative_error < 0.15
 
 
 @pytest.mark.parametrize(("quant_type", "blocksize"), [("int4", 64), ("nf4", 48), ("nf4", 0)])

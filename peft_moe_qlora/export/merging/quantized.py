@@ -44,6 +44,7 @@ def merge_quantized(
     device: str = "cpu",
     dry_run: bool = False,
     progressbar: bool = True,
+    allow_unchanged: bool = False,
 ) -> MergeReport:
     """Writes base and adapter as one checkpoint with its experts in 4 bits.
 
@@ -58,6 +59,7 @@ def merge_quantized(
         device: where the model is put.
         dry_run: settle everything, load and write nothing.
         progressbar: show one.
+        allow_unchanged: go on where a delta is lost in rounding altogether; the report then names what it is of.
 
     Returns:
         What was done, which also stands in `merge_report.json`.
@@ -124,11 +126,14 @@ def merge_quantized(
     unchanged = [
         name for name, before_merge in before.items() if _checksum(merged.get_parameter(name)) == before_merge
     ]
-    if unchanged:
+    if unchanged and not allow_unchanged:
         raise ValueError(
             f"{len(unchanged)} of {len(before)} stacks and layers are the same after the merge, {unchanged[0]} first: "
-            "their deltas are lost in rounding. Merge into 16 bits instead."
+            "their deltas are lost in rounding. Merge into 16 bits instead, or allow it (allow_unchanged=True, "
+            "--allow-unchanged)."
         )
+    if unchanged:
+        notes += (f"{len(unchanged)} stacks and layers whose deltas are lost in rounding: {', '.join(unchanged)}",)
     rows = tuple(
         FidelityRow.of(name, stack.fidelity)
         for name, _, stack in quantized_stacks(merged)
