@@ -414,10 +414,9 @@ class MoeQLoraModel(LoraModel):
         layers = {}
         for path, layer in self.model.named_modules():
             if isinstance(layer, MoeQLoraExperts) and not layer.base_layer.is_dense:
-                of_layer = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
+                names = list(dict.fromkeys([*layer.merged_adapters, *names]))
                 if layer.merged:
                     layer.unmerge()
-                names = list(dict.fromkeys([*of_layer, *names]))
                 if layer.adapted_projections(names):
                     layers[path] = layer
         if not layers:

@@ -285,8 +285,6 @@ def _plan_tensors(
             module = key.removesuffix(suffixes[0])
             A, B = others.pop(key), others.pop(module + suffixes[1])
             is_embedding = suffixes[0] == EMBEDDING_A
-            if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-                raise ValueError(f"{module} has factors {list(A.shape)} and {list(B.shape)}, which don't multiply.")
             delta = _product(A, B, linear_scaling(adapter.config, module), is_embedding)
             shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
             add(TensorEdit(f"{module}.weight", delta=delta, **stored(module)), shape)

@@ -81,8 +81,8 @@ def merge_quantized(
     refuse_merged(base, digest)
     model = BaseModel.open(base)
     checkpoint = Checkpoint.open(base)
-    saved = saved_config(base)
-    finder = SourceFinder(model.model, checkpoint, (saved and saved.flipped_stacks) or ())
+    storage = saved_config(base)
+    finder = SourceFinder(model.model, checkpoint, (storage and storage.flipped_stacks) or ())
     sources = {source.target.name: source for source in each_source(finder.find())}
     check_base(found, model, checkpoint, sources)
     tokens = None if calibration is None else read_windows(calibration, base)
@@ -112,11 +112,11 @@ def merge_quantized(
             notes=notes,
         )
 
+    expected = _num_expected(found)
     if dry_run:
-        return report(len(found.experts), 0, (), 0)
+        return report(expected, 0, (), 0)
     live = load_live(model, adapter, None, device)
     before = _checksums_of_adapted(live)
-    expected = _num_expected(found)
     if len(before) != expected:
         raise ValueError(
             f"The adapter has deltas for {expected} stacks and layers, but {len(before)} were reached in the model. "
