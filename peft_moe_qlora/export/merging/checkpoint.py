@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
-from ...loading.load import quantization_of
 from ...quantization import Fidelity
 from ..adapter_file import AdapterFile
 from ..base_model import HUB_NAME, BaseModel
@@ -83,7 +82,7 @@ def merge_checkpoint(
     found = read_adapter(adapter, base, options or ReadOptions(quant_type="none"))
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
-    model = BaseModel.open(base)
+    model = BaseModel.open(base, found.stacks)
     refuse_quantized(model)
     checkpoint = Checkpoint.open(base)
     plan = plan_merge(model, checkpoint, found, onto)
@@ -393,10 +392,9 @@ def refuse_quantized(base: BaseModel) -> None:
     Raises:
         ValueError: it is quantized.
     """
-    found = quantization_of(base.model.config)
-    if found is not None:
+    if base.quantization is not None:
         raise ValueError(
-            f"{base.directory} is quantized by {found.get('quant_method')!r}; a checkpoint in floating point was "
+            f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was "
             "expected. Name the unquantized base, or merge in memory with merge_and_unload."
         )
 

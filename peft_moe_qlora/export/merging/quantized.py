@@ -79,7 +79,7 @@ def merge_quantized(
         )
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
-    model = BaseModel.open(base)
+    model = BaseModel.open(base, found.stacks)
     checkpoint = Checkpoint.open(base)
     storage = saved_config(base)
     finder = SourceFinder(model.model, checkpoint, (storage and storage.flipped_stacks) or ())
@@ -115,7 +115,7 @@ def merge_quantized(
     expected = _num_expected(found)
     if dry_run:
         return report(expected, 0, (), 0)
-    live = load_live(model, adapter, None, device)
+    live = load_live(base, adapter, None, device)
     before = _checksums_of_adapted(live)
     if len(before) != expected:
         raise ValueError(

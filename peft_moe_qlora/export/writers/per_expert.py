@@ -12,6 +12,7 @@ from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX
 from .uniform import gate_and_up, names_of_linear, save_lora, uniform
+from .whole_model import in_whole_model
 
 _NEWER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -32,7 +33,7 @@ def write_per_expert(
         ValueError: the adapter has what these readers don't know (see `uniform`), or a layer that has no name of its
             own in the checkpoint.
     """
-    adapter = uniform(adapter, base)
+    adapter, base = in_whole_model(uniform(adapter, base), base)
     tensors = {}
     for factors in adapter.experts:
         is_pair = factors.projection == "gate_up_proj"
