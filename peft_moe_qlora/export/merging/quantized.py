@@ -139,19 +139,18 @@ def merge_quantized(
         for name, _, stack in quantized_stacks(merged)
         if stack.fidelity is not None
     )
-    output.discard()  # of a run that was killed; nothing of it can be used
-    output.start()
-    with TemporaryDirectory(dir=output.partial) as saved:
-        if layout == "native":
-            merged.save_pretrained(saved)
-        else:
-            save_bitsandbytes(merged, saved)
-        config = config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
-        for file in Path(saved).glob("*.safetensors*"):
-            file.rename(output.partial / file.name)
-    done = report(expected, len(before) - len(unchanged), rows, len(Checkpoint.open(output.partial).tensors))
-    output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
-    output.finish([])
+    with output.open(afresh=True):
+        with TemporaryDirectory(dir=output.partial) as saved:
+            if layout == "native":
+                merged.save_pretrained(saved)
+            else:
+                save_bitsandbytes(merged, saved)
+            config = config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
+            for file in Path(saved).glob("*.safetensors*"):
+                file.rename(output.partial / file.name)
+        done = report(expected, len(before) - len(unchanged), rows, len(Checkpoint.open(output.partial).tensors))
+        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish([])
     return done
 
 
