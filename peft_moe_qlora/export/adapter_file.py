@@ -21,6 +21,7 @@ from .base_model import BaseModel
 from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
 
 PREFIX = "base_model.model."
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
 
 
@@ -72,7 +73,8 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Key -> tensor of an adapter's safetensors.
 
     Raises:
-        ValueError: the file is not there, is cut off, or has values that are not finite. The error names file and key.
+        ValueError: the file is not there, is cut off, or has tensors that are not of 16, 32 or 64 bits floating point
+            or values that are not finite. The error names file and key.
     """
     if not file.is_file():
         pickled = file.with_suffix(".bin")
@@ -83,6 +85,11 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
     for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{file}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; 16, 32 or 64 bits floating "
+                "point were expected. Save the adapter in one of these."
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
     return tensors
@@ -161,8 +168,11 @@ def _check_against(
             raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
     reached = replace(config)
     resolve_all_linear(reached, base.model, base.layouts)
-    targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
-    check_stored_shapes(config, base.layouts, targets)
+    try:
+        targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
+        check_stored_shapes(config, base.layouts, targets)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     found = adapted_layers(others)
     missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
     if missing:

@@ -24,24 +24,21 @@ _EXPERTS = re.compile(r"\.(experts\.switch_glu|switch_mlp|switch_glu|experts)$")
 
 
 def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:
-    """The config in PEFT's terms: r, lora_alpha, target_modules.
+    """The config in PEFT's terms: r, lora_alpha.
 
     Raises:
-        ValueError: it isn't LoRA, or rank or scale are missing.
+        ValueError: it isn't LoRA.
     """
-    parameters = config.get("lora_parameters") or {}
-    numbers = [parameters.get(name) for name in ("rank", "scale")]
-    if config.get("fine_tune_type", "lora") != "lora" or not all(isinstance(one, (int, float)) for one in numbers):
-        raise ValueError(
-            f"{file}: fine_tune_type {config.get('fine_tune_type')!r} with lora_parameters {parameters}; 'lora' with "
-            "rank and scale was expected."
-        )
-    r, scale = numbers
+    found = config["fine_tune_type"]
+    if found != "lora":
+        raise ValueError(f"{file}: fine_tune_type {found!r}; 'lora' was expected, which can be read.")
+    parameters = config["lora_parameters"]
+    r, scale = parameters["rank"], parameters["scale"]
     return {
         "base_model_name_or_path": config.get("model"),
         "lora_alpha": scale * r,
         "lora_dropout": parameters.get("dropout", 0.0),
-        "num_layers": config.get("num_layers", -1),
+        "num_layers": config["num_layers"],
         "r": r,
         "task_type": "CAUSAL_LM",
     }

@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ...config import MoeQLoraPeftType
 from ..adapter_file import PREFIX, AdapterFile, load_tensors, read_own
 from ..base_model import BaseModel
+from ..options import check_lora, check_mlx, check_own
 from ..others import A_SUFFIX
 from .mlx import FILE_NAME, peft_options, read_mlx
 from .parts import names_of_parts
@@ -38,9 +39,9 @@ def read_adapter(
 
     Raises:
         ValueError: the directory holds no adapter, one of an unknown layout or of several, or a bad one: cut off,
-            lacking a tensor, a layer or an expert, with tensors that nothing wants, values that are not finite, or
-            shapes that don't fit. The error names the file and the key. Or nothing decides how a tensor is to be read;
-            the error names the option that does.
+            lacking a tensor, a layer or an expert, with tensors that nothing wants, values that are not finite,
+            shapes that don't fit, or options that have no such value. The error names the file and the key. Or nothing
+            decides how a tensor is to be read; the error names the option that does.
     """
     directory, options = Path(directory), options or ReadOptions()
     config_file = directory / CONFIG_NAME
@@ -55,6 +56,7 @@ def read_adapter(
     found_type = config.get("peft_type")
     is_mlx = "fine_tune_type" in config and found_type is None
     if found_type == MoeQLoraPeftType.MOE_QLORA.value:
+        check_own(config_file, config)
         _check_options_are_used(options, "this package's own", "written_by", "lora_b_order", "partial")
         named = base or config.get("base_model_name_or_path")
         # what the adapter names may be on the hub; what the caller names has to be there
@@ -64,6 +66,7 @@ def read_adapter(
             f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
             "mlx-lm was expected."
         )
+    (check_mlx if is_mlx else check_lora)(config_file, config)
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
     file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}

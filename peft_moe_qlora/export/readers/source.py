@@ -120,7 +120,6 @@ class Source:
             ValueError: the config has options that experts can't honour.
         """
         options = self.options
-        check_honoured({name: options[name] for name in options if name not in (*_ONLY_FOR_INIT, "target_parameters")})
         init = options.get("init_lora_weights", True)
         if init not in _FINISHED_INITS:
             raise ValueError(
@@ -138,13 +137,12 @@ class Source:
             warnings.warn(
                 f"{self.file.parent}: options {unknown} of its config are not known and left out.", stacklevel=2
             )
-        for name in ("r", "lora_alpha"):
-            if not isinstance(options.get(name), (int, float)):
-                raise ValueError(
-                    f"{self.file.parent}: the config has {name}={options.get(name)!r}; a number was expected, of "
-                    "which the scaling is made."
-                )
-        return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
+        considered = {name: options[name] for name in options if name not in (*_ONLY_FOR_INIT, "target_parameters")}
+        try:
+            check_honoured(considered)
+            return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
+        except ValueError as error:
+            raise ValueError(f"{self.file.parent}: {error}") from error
 
     def targets(self, name: str) -> bool:
         """Whether the config's `target_modules` reaches a module of that name."""
