@@ -184,7 +184,18 @@ def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
     return config.scaling(*linear_rank_and_alpha(config, name))
 
 
-def linear_rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
-    """Rank and alpha of a linear layer, as PEFT settles them."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+def linear_rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
+    """Rank and alpha of a linear layer, as PEFT settles them.
+
+    Args:
+        config: with the patterns.
+        names: all that the layer may be called in them; the first counts that a pattern matches.
+    """
+    return _by_pattern(config.rank_pattern, names, config.r), _by_pattern(
+        config.alpha_pattern, names, config.lora_alpha
+    )
+
+
+def _by_pattern(pattern: dict[str, float], names: tuple[str, ...], default: float) -> float:
+    keys = (get_pattern_key(pattern.keys(), name) for name in names)
+    return next((pattern[key] for key in keys if key in pattern), default)

@@ -87,7 +87,8 @@ def read_mlx(source: Source) -> AdapterFile:
 
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
-    return source.adapter(experts, others_by_own_names(source, others, is_targeted), lambda name: (r, alpha))
+    others, _ = others_by_own_names(source, others, is_targeted)
+    return source.adapter(experts, others, lambda name: (r, alpha))
 
 
 def _first_adapted_layer(source: Source) -> int:

@@ -152,7 +152,7 @@ def check_layers(source: Source, found: dict[str, dict[str, Part]], is_targeted:
 
 def others_by_own_names(
     source: Source, others: dict[str, torch.Tensor], is_targeted: Callable[[str], bool]
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors beside experts under the model's names, which a checkpoint may have otherwise.
 
     Args:
@@ -160,8 +160,11 @@ def others_by_own_names(
         others: key -> tensor.
         is_targeted: name in the model or in the checkpoint -> whether the config asks for it.
 
+    Returns:
+        Key -> tensor, and name of an adapted layer in the model -> its name in the file.
+
     Raises:
-        ValueError: a layer is missing that others of the same kind have.
+        ValueError: a layer is missing that others of the same kind have, or is there under two names.
     """
     layers = source.base.layers()
     names = {key.partition(".lora_")[0] for key in others if ".lora_" in key}
@@ -171,10 +174,16 @@ def others_by_own_names(
     own_names = {other: own for own, found in in_checkpoint.items() for other in found} | {
         name: name for name in layers
     }
-    renamed = {}
+    renamed, names_in_file = {}, {}
     for key, tensor in others.items():
         name, lora, end = key.partition(".lora_")
-        renamed[f"{own_names.get(name, name)}{lora}{end}" if lora else key] = tensor
+        if not lora:
+            renamed[key] = tensor
+            continue
+        own = own_names.get(name, name)
+        if names_in_file.setdefault(own, name) != name:
+            raise ValueError(f"{source.file}: {name} and {names_in_file[own]} are the same layer. Remove one of them.")
+        renamed[f"{own}{lora}{end}"] = tensor
     found = {key.removesuffix(end) for key in renamed for end in (A_SUFFIX, EMBEDDING_A) if key.endswith(end)}
     kinds = {kind(name) for name in found}
     source.check_complete(
@@ -185,4 +194,4 @@ def others_by_own_names(
             if kind(name) in kinds and any(is_targeted(one) for one in (name, *in_checkpoint[name]))
         ],
     )
-    return renamed
+    return renamed, names_in_file

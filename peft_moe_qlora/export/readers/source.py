@@ -199,24 +199,23 @@ class Source:
         self,
         experts: list[ExpertFactors],
         others: dict[str, torch.Tensor],
-        rank_and_alpha: Callable[[str], tuple[int, float]] | None = None,
+        rank_and_alpha: Callable[[str], tuple[int, float]],
     ) -> AdapterFile:
         """The adapter as one of this package, whose config reaches exactly what has factors.
 
         Args:
             experts: its stacks.
             others: key under the model's own names -> tensor.
-            rank_and_alpha: of a linear layer. Default: by the config's patterns.
+            rank_and_alpha: of a linear layer, by its name in the model.
 
         Raises:
             ValueError: there are no experts, or a tensor fits nothing.
         """
         if not experts:
             raise ValueError(f"{self.file} has no factors of experts that {self.base.directory} has.")
-        settled_linear = rank_and_alpha or (lambda name: linear_rank_and_alpha(self.config, name))
         others = {key: tensor for key, tensor in others.items() if not key.endswith(".base_layer.weight")}
         check_others(self.file, self.config, others, self.base)
-        linear = {name: settled_linear(name) for name in adapted_layers(others)}
+        linear = {name: rank_and_alpha(name) for name in adapted_layers(others)}
         for name, (r, _) in linear.items():
             A = others.get(name + A_SUFFIX, others.get(name + EMBEDDING_A))
             self.check_rank(name, A.shape[0], r)
