@@ -302,9 +302,12 @@ def test_options_have_values():
             ReadOptions(**options)
 
 
-@pytest.mark.parametrize("options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}])
+@pytest.mark.parametrize(
+    "options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}, {"quant_type": "nf4"}], ids=str
+)
 def test_options_that_say_nothing_of_a_layout(saved, options):
-    for name in ("ours", "per-expert", "mlx"):
+    """An option without effect is refused, even where it says what the file says."""
+    for name in ["ours"] if "quant_type" in options else ["ours", "per-expert", "mlx"]:
         with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' says nothing of an adapter that is"):
             read_adapter(saved / name, options=ReadOptions(**options))
 
@@ -320,12 +323,27 @@ def test_configs_that_are_none(saved, tmp_path):
         read_adapter(tmp_path / "mlx")
 
 
+def test_the_storage_of_others_unless_it_is_said(saved):
+    """nf4 for training on, what the caller has for a merge; an option wins over both."""
+    for name in ("peft-lora", "per-expert", "mlx"):
+        found = [
+            read_adapter(saved / name).config.quant_type,
+            read_adapter(saved / name, usual_quant_type="none").config.quant_type,
+            read_adapter(saved / name, options=ReadOptions("fp4"), usual_quant_type="none").config.quant_type,
+        ]
+        assert found == ["nf4", None, "fp4"]
+    assert read_adapter(saved / "ours", usual_quant_type="none").config.quant_type == "nf4"
+
+
 def test_the_command_reads_others(saved, tmp_path, capsys):
     adapter, out = str(saved / "stacked"), tmp_path / "out"
     command = ["convert", adapter, str(out), "--to", "moe-qlora", "--quant-type", "fp4", "--base", str(saved / "base")]
     assert main(command) == 0
     assert "4 stacks and 4 other tensors" in capsys.readouterr().out
     assert read_adapter(out).config.quant_type == "fp4"
+    command = ["convert", str(out), str(tmp_path / "again"), "--to", "moe-qlora", "--quant-type", "fp4"]
+    assert main(command) == 1
+    assert "quant_type='fp4' says nothing of an adapter that is this package's own" in capsys.readouterr().err
     edit_config(out, peft_type=None)
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "per-expert"]) == 1
     assert "type None; MOE_QLORA, LORA, or one of mlx-lm was expected" in capsys.readouterr().err

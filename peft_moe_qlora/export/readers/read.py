@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from .stacked import read_stacked
 
 
 def read_adapter(
-    directory: str | Path, base: str | Path | None = None, options: ReadOptions | None = None
+    directory: str | Path,
+    base: str | Path | None = None,
+    options: ReadOptions | None = None,
+    usual_quant_type: str = "nf4",
 ) -> AdapterFile:
     """Reads an adapter of this package, or one of others that has factors of experts.
 
@@ -36,6 +40,7 @@ def read_adapter(
         base: directory of the base model, of which config.json is read. Default: what the adapter names. One of this
             package is read without a base too, and then held against itself only.
         options: what the files of others don't say.
+        usual_quant_type: what counts where the options have no `quant_type`.
 
     Raises:
         ValueError: the directory holds no adapter, one of an unknown layout or of several, or a bad one: cut off,
@@ -57,7 +62,7 @@ def read_adapter(
     is_mlx = "fine_tune_type" in config and found_type is None
     if found_type == MoeQLoraPeftType.MOE_QLORA.value:
         check_own(config_file, config)
-        _check_options_are_used(options, "this package's own", "written_by", "lora_b_order", "partial")
+        _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
         named = base or config.get("base_model_name_or_path")
         # what the adapter names may be on the hub; what the caller names has to be there
         return read_own(directory, BaseModel.open(named) if base is not None or BaseModel.is_at(named) else None)
@@ -71,7 +76,8 @@ def read_adapter(
     file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}
     found = BaseModel.open(base or peft_config.get("base_model_name_or_path"))
-    source = Source(file, peft_config, tensors, found, options)
+    reading = replace(options, quant_type=options.quant_type or usual_quant_type)
+    source = Source(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)
     if reader is not read_peft_lora:
         _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")

@@ -61,7 +61,8 @@ class ReadOptions:
     """What the adapter files of others don't say, or not always.
 
     Args:
-        quant_type: storage of the experts that the result asks for: `"nf4"`, `"fp4"` or `"none"`.
+        quant_type: storage of the experts that the result asks for: `"nf4"`, `"fp4"` or `"none"`. Default: `"nf4"`, or
+            what the function says that reads. An adapter of this package has it in its config.
         written_by: the PEFT that made an adapter on fused parameters, such as `"peft==0.18.1"`, in place of the
             `peft_version` of its config. The orientation of the factors follows from it.
         lora_b_order: which index of `lora_B`'s columns runs fastest, `"experts-fastest"` (PEFT) or `"experts-slowest"`
@@ -72,13 +73,13 @@ class ReadOptions:
         ValueError: an option has no such value.
     """
 
-    quant_type: str = "nf4"
+    quant_type: str | None = None
     written_by: str | None = None
     lora_b_order: str | None = None
     partial: bool = False
 
     def __post_init__(self) -> None:
-        if self.quant_type not in QUANT_TYPE_NAMES:
+        if self.quant_type not in (None, *QUANT_TYPE_NAMES):
             raise ValueError(f"quant_type={self.quant_type!r} is unknown; choose one of {QUANT_TYPE_NAMES}.")
         if self.lora_b_order not in (None, *LORA_B_ORDERS):
             raise ValueError(f"lora_b_order={self.lora_b_order!r} is unknown; choose one of {LORA_B_ORDERS}.")
