@@ -268,7 +268,8 @@ def edit_config(directory: Path, **options) -> None:
     """Sets options of an adapter's config; those set to None are removed."""
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text()) | options
-    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    removed = {name for name, value in options.items() if value is None}
+    file.write_text(json.dumps({name: value for name, value in config.items() if name not in removed}))
 
 
 def edit_tensors(directory: Path, changed: dict[str, torch.Tensor | None], name="adapter_model.safetensors") -> None:
