@@ -78,7 +78,8 @@ class BaseIdentity:
             "model_type": ("a string", isinstance(self.model_type, str)),
             "dtype": (
                 "the name of a dtype of torch",
-                isinstance(dtype, str) and (not dtype or isinstance(getattr(torch, dtype, None), torch.dtype)),
+                isinstance(dtype, str)
+                and (isinstance(getattr(torch, dtype, None), torch.dtype) if dtype else not self.linear),
             ),
             "dense_stacks": ("a list of names", are_names(self.dense_stacks)),
             "linear": (

@@ -356,3 +356,103 @@ def test_without_a_base_ours_is_held_against_itself(tmp_path):
     edit_tensors(tmp_path / "adapter", {"optimizer.step": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"optimizer\.step is nothing that this adapter's config asks for"):
         read_adapter(tmp_path / "adapter")
+
+
+class TestOfThemAndTheConfig:
+    """Tensors and config have to say the same: what one asks for the other has, in files of ours and of PEFT."""
+
+    LAYOUTS = ("ours", "peft-lora")
+
+    @pytest.fixture(params=LAYOUTS)
+    def written(self, request, tmp_path):
+        """Writes an adapter with some options, ours or with the installed PEFT."""
+
+        def write(**options):
+            if request.param == "ours":
+                save_adapter(tmp_path, **options)
+            else:  # which reaches experts by target_parameters
+                linear = options["target_modules"]
+                linear = [name for name in linear if name != "experts"] if isinstance(linear, list) else linear
+                stock(tmp_path, **{**options, "target_modules": linear})
+            return tmp_path / "adapter"
+
+        return write
+
+    def test_modules_trained_in_full(self, written):
+        """PEFT trains every module whose name ends so: one of them is not all, nor is a layer's LoRA."""
+        directory = written(target_modules=["experts", "q_proj"], modules_to_save=["q_norm"])
+        read_adapter(directory)
+        edit_tensors(directory, {"layers.1.self_attn.q_norm.weight": None})
+        with pytest.raises(ValueError, match=r"no tensor of model\.layers\.1\.self_attn\.q_norm\.weight"):
+            read_adapter(directory)
+        edit_config(directory, modules_to_save=["q_norm", "q_proj"])
+        with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_"):
+            read_adapter(directory)
+
+    def test_trained_tokens(self, written):
+        """Without their rows the adapter says something else for these tokens; other rows are of other tokens."""
+        directory = written(target_modules=["experts", "q_proj"], trainable_token_indices=[4, 5])
+        read_adapter(directory)
+        edit_config(directory, trainable_token_indices=[4, 5, 6])
+        with pytest.raises(ValueError, match=r"embed_tokens have shape \(2, 64\); \(3, 64\) was expected"):
+            read_adapter(directory)
+        edit_config(directory, trainable_token_indices={"embed_tokens": [4, 5], "lm_head": [4, 5]})
+        with pytest.raises(ValueError, match="no tensor of trained tokens of lm_head"):
+            read_adapter(directory)
+        edit_config(directory, trainable_token_indices=[4, 5])
+        edit_tensors(directory, {"trainable_tokens_delta": None})
+        with pytest.raises(ValueError, match=r"no tensor of trained tokens, which .* trainable_token_indices"):
+            read_adapter(directory)
+        elsewhere = {"base_model.model.model.norm.token_adapter.trainable_tokens_delta": torch.zeros(2, 64)}
+        edit_tensors(directory, elsewhere)
+        with pytest.raises(ValueError, match=r"model\.norm has trained tokens, but .* no embedding of that name"):
+            read_adapter(directory)
+
+    def test_layers_that_are_not_targeted(self, written):
+        """PEFT leaves out their factors without a word when it loads the file."""
+        directory, r = written(r=4, target_modules=["q_proj", "experts"]), 4
+        pair = {
+            f"base_model.model.model.layers.1.self_attn.k_proj.lora_{factor}.weight": torch.zeros(*shape)
+            for factor, shape in (("A", (r, 64)), ("B", (32, r)))
+        }
+        edit_tensors(directory, pair)
+        with pytest.raises(
+            ValueError, match=r"factors of model\.layers\.1\.self_attn\.k_proj, but its config doesn't"
+        ):
+            read_adapter(directory)
+        edit_tensors(directory, dict.fromkeys(pair))
+        edit_config(directory, exclude_modules=["layers.1.self_attn.q_proj"])
+        with pytest.raises(
+            ValueError, match=r"factors of model\.layers\.1\.self_attn\.q_proj, but its config doesn't"
+        ):
+            read_adapter(directory)
+        edit_config(directory, exclude_modules=None)
+        read_adapter(directory)
+
+    def test_layers_to_transform(self, written):
+        directory = written(target_modules=["experts", "q_proj"])
+        edit_config(directory, layers_to_transform=[0])
+        with pytest.raises(ValueError, match=r"model\.layers\.1\."):
+            read_adapter(directory)
+
+    def test_all_linear(self, written):
+        """It leaves out embeddings and head, as PEFT does, which a file without them doesn't lack."""
+        directory = written(r=4, target_modules=["experts", "q_proj", "k_proj", "v_proj", "o_proj"])
+        edit_config(directory, target_modules="all-linear")
+        read_adapter(directory)
+        rows = tensors_of(directory.parent / "base", "model.safetensors")["model.embed_tokens.weight"].shape[0]
+        pair = {"lora_embedding_A": torch.zeros(4, rows), "lora_embedding_B": torch.zeros(64, 4)}
+        edit_tensors(directory, {f"base_model.model.model.embed_tokens.{end}": one for end, one in pair.items()})
+        with pytest.raises(ValueError, match=r"factors of model\.embed_tokens, but its"):
+            read_adapter(directory)
+
+    def test_without_a_base(self, tmp_path):
+        """Names suffice, but for "all-linear"."""
+        save_adapter(tmp_path)
+        (tmp_path / "base").rename(tmp_path / "gone")
+        read_adapter(tmp_path / "adapter")
+        edit_config(tmp_path / "adapter", target_modules=["experts", "q_proj"])
+        with pytest.raises(ValueError, match=r"self_attn\.k_proj, but its config doesn't target it"):
+            read_adapter(tmp_path / "adapter")
+        edit_config(tmp_path / "adapter", target_modules="all-linear")
+        read_adapter(tmp_path / "adapter")

@@ -183,7 +183,9 @@ def test_what_is_said_of_the_base_is_checked_wherever_it_is_read():
     """Loading and merging read it from the config too, without `read_adapter`."""
     good = {"model_type": "x", "dtype": "bfloat16", "linear": {"nf4/64+dq": ["q_proj"]}, "samples": {"x": [1, 0.5]}}
     assert BaseIdentity.of(good).linear_storage("q_proj").double_quant
-    assert BaseIdentity.of({**good, "dtype": ""}) is not None
+    assert BaseIdentity.of({**good, "dtype": "", "linear": {}}) is not None
+    with pytest.raises(ValueError, match="has dtype=''; the name of a dtype of torch was expected"):
+        BaseIdentity.of({**good, "dtype": ""})
     with pytest.raises(ValueError, match=r"has samples=\{'x': \['1'\]\}; an object of names and lists of numbers"):
         BaseIdentity.of({**good, "samples": {"x": ["1"]}})
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
-from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
+from ..targets import is_all_linear, resolve_all_linear, resolve_rank_and_alpha, targeted_projections
 from .base_model import BaseModel
-from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
+from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others, check_targeted
 
 PREFIX = "base_model.model."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -123,10 +123,15 @@ def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
     experts = [_factors(file, config, *at, found) for at, found in factors.items()]
     # the first projection of a module is the one that isn't down_proj
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    reached = replace(config)
     if base is not None:
-        _check_against(file, base, config, experts, others)
+        resolve_all_linear(reached, base.model, base.layouts)
+        _check_against(file, base, config, reached, experts, others)
     check_others(file, config, others, base)
-    for name in adapted_layers(others):
+    linear = adapted_layers(others)
+    if not is_all_linear(reached):  # which can't be known without a base
+        check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
+    for name in linear:
         A = others[name + A_SUFFIX] if name + A_SUFFIX in others else others[name + EMBEDDING_A]
         r, _ = linear_rank_and_alpha(config, name)
         if A.shape[0] != r:
@@ -159,15 +164,23 @@ def _check_against(
     file: Path,
     base: BaseModel,
     config: MoeQLoraConfig,
+    reached: MoeQLoraConfig,
     experts: list[ExpertFactors],
     others: dict[str, torch.Tensor],
 ) -> None:
-    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches."""
+    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches.
+
+    Args:
+        file: for errors.
+        base: what the adapter belongs to.
+        config: as saved.
+        reached: the same with "all-linear" written out for the base.
+        experts: the factors of stacks.
+        others: key without PEFT's prefix -> tensor.
+    """
     for factors in experts:
         if factors.path not in base.layouts:
             raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
-    reached = replace(config)
-    resolve_all_linear(reached, base.model, base.layouts)
     try:
         targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
         check_stored_shapes(config, base.layouts, targets)

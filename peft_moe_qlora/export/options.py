@@ -170,8 +170,6 @@ _NEEDED_OF_OWN = (
     "alpha_pattern",
     "blocksize",
     "double_quant",
-    "expert_alpha",
-    "expert_r",
     "format_version",
     "quant_type",
     "rank_pattern",

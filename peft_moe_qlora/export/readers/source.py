@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
 from ...config import MoeQLoraConfig, check_honoured
 from ...quantization import QUANT_TYPES
-from ...targets import resolve_rank_and_alpha
+from ...targets import is_all_linear, resolve_rank_and_alpha
 from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
@@ -146,11 +145,16 @@ class Source:
             raise ValueError(f"{self.file.parent}: {error}") from error
 
     def targets(self, name: str) -> bool:
-        """Whether the config's `target_modules` reaches a module of that name."""
-        modules = self.config.target_modules
-        if isinstance(modules, str) and modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            return True
-        return bool(modules) and bool(check_target_module_exists(self.config, name))
+        """Whether the config's `target_modules` reaches a module of that name, in the model or in a checkpoint."""
+        return is_all_linear(self.config) or _reaches(self.config, name)
+
+    def targets_layer(self, name: str) -> bool:
+        """Whether `target_modules` reaches a layer of the model, where "all-linear" leaves out embeddings and head."""
+        return _reaches(self._config_for_model, name)
+
+    @cached_property
+    def _config_for_model(self) -> LoraConfig:
+        return _maybe_include_all_linear_layers(replace(self.config), self.base.model)
 
     def scaling(self, r: int, alpha: float) -> float:
         return alpha / sqrt(r) if self.config.use_rslora else alpha / r
@@ -247,6 +251,10 @@ class Source:
                     "layer's name ends in the same way. Give both the same."
                 )
         return AdapterFile(config, tuple(experts), others)
+
+
+def _reaches(config: LoraConfig, name: str) -> bool:
+    return bool(config.target_modules) and bool(check_target_module_exists(config, name))
 
 
 def kind(name: str) -> str:
