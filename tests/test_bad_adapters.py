@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -127,6 +128,25 @@ def test_a_linear_layer_is_missing(copied):
     edit_tensors(directory, {gone[0]: torch.zeros(2, 64)}, file.name)
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj"):
         read_adapter(directory)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (3,), (2, 3), (1, 2, 3), (1, 2, 3, 4), (0, 64), (9, 2, 64), (8, 2, 65), (8, 3, 64)], ids=str
+)
+def test_tensors_of_any_shape(copied, shape):
+    """Of experts and of a linear layer: shapes are held against the base before anything is joined or turned."""
+    _, directory, file, (a, b) = copied
+    linear = "layers.1.self_attn.q_proj.lora_"
+    gate = re.sub(r"\bdown_proj", "gate_proj", a)
+    saved = tensors_of(directory, file.name)
+    for key in [key for key in saved if key.endswith((a, b, gate)) or linear in key]:
+        if tuple(saved[key].shape) == shape:
+            continue
+        edit_tensors(directory, {key: torch.zeros(shape)}, file.name)
+        with pytest.raises(ValueError, match=r"layers\.1\."):
+            read_adapter(directory)
+        edit_tensors(directory, {key: saved[key]}, file.name)
+    read_adapter(directory)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +408,21 @@ class TestOfThemAndTheConfig:
         edit_config(directory, modules_to_save=["q_norm", "q_proj"])
         with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_"):
             read_adapter(directory)
+
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_biases(self, bias, tmp_path):
+        """Of linear layers and of experts; those that the config doesn't train aren't asked for."""
+        save_adapter(tmp_path, "gpt_oss", target_modules=["experts", "q_proj"], bias=bias)
+        directory = tmp_path / "adapter"
+        saved = tensors_of(directory)
+        assert any(key.endswith("k_proj.bias") for key in saved) == (bias == "all")
+        for key in [key for key in saved if "layers.1" in key and key.endswith("bias")]:
+            edit_tensors(directory, {key: None})
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            with pytest.raises(ValueError, match=rf"no tensor of {name}, which bias='{bias}' of its config trains"):
+                read_adapter(directory)
+            edit_tensors(directory, {key: saved[key]})
+        read_adapter(directory)
 
     def test_trained_tokens(self, written):
         """Without their rows the adapter says something else for these tokens; other rows are of other tokens."""

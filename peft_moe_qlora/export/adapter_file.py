@@ -18,7 +18,7 @@ from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
 from ..targets import is_all_linear, resolve_all_linear, resolve_rank_and_alpha, targeted_projections
 from .base_model import BaseModel
-from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others, check_targeted
+from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others, check_targeted, name_in_model
 
 PREFIX = "base_model.model."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -190,6 +190,23 @@ def _check_against(
     missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
     if missing:
         raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
+    _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, others)
+
+
+def _check_biases(
+    file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], others: dict[str, torch.Tensor]
+) -> None:
+    """Refuses a file without biases that its config trains: of all modules, or of those that are adapted."""
+    if config.bias == "none":
+        return
+    biases = [name for name, _ in base.model.named_parameters() if name.endswith("bias")]
+    wanted = [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in adapted]
+    found = {name_in_model(key) for key in others}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"{file} has no tensor of {missing[0]}, which bias={config.bias!r} of its config trains; it is damaged."
+        )
 
 
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:

@@ -67,6 +67,11 @@ def read_mlx(source: Source) -> AdapterFile:
         path = paths.get(_EXPERTS.sub(".experts", module))
         a, b = pair["lora_a"], pair["lora_b"]
         if path is None or a.dim() == 2:
+            if a.dim() != 2 or b.dim() != 2:
+                raise ValueError(
+                    f"{source.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (in, r) "
+                    "and (r, out) were expected, or the base has no experts there."
+                )
             is_embedding = isinstance(source.base.layer(name), nn.Embedding)
             ends = (EMBEDDING_A, EMBEDDING_B) if is_embedding else (A_SUFFIX, B_SUFFIX)
             others |= {name + end: tensor.mT.contiguous() for end, tensor in zip(ends, (a, b))}

@@ -81,7 +81,8 @@ def join_parts(source: Source, path: str, parts: dict[str, Part]) -> list[Expert
         parts: `"gate_up"`, or `"gate"` and `"up"`, or `"up"` alone where there is no gate; `"down"`.
 
     Raises:
-        ValueError: half of a fused stack is missing or there twice, or the halves differ in their scaling.
+        ValueError: half of a fused stack is missing or there twice, doesn't fit the base, or has another scaling than
+            the other half.
     """
     layout = source.base.layouts[path]
     found = []
@@ -101,6 +102,10 @@ def join_parts(source: Source, path: str, parts: dict[str, Part]) -> list[Expert
 
 
 def _fused(source: Source, path: str, gate: Part, up: Part) -> ExpertFactors:
+    layout = source.base.layouts[path]
+    in_features, out_features = layout.features("gate_up_proj")
+    for name, part in (("gate_proj", gate), ("up_proj", up)):
+        source.check_shapes(f"{path}.{name}", part.A, part.B, layout.num_experts, in_features, out_features // 2)
     scaling = source.scaling(gate.r, gate.alpha)
     if scaling != source.scaling(up.r, up.alpha):
         raise ValueError(
@@ -115,7 +120,7 @@ def _fused(source: Source, path: str, gate: Part, up: Part) -> ExpertFactors:
     if not is_shared:
         B_gate = torch.cat([gate.B, gate.B.new_zeros(*gate.B.shape[:2], up.r)], dim=2)
         B_up = torch.cat([up.B.new_zeros(*up.B.shape[:2], gate.r), up.B], dim=2)
-    B = with_rows_in_order(torch.cat([B_gate, B_up], dim=1), source.base.layouts[path])
+    B = with_rows_in_order(torch.cat([B_gate, B_up], dim=1), layout)
     ratio = r / gate.r
     return source.factors(
         path, "gate_up_proj", A, B, gate.alpha * (sqrt(ratio) if source.config.use_rslora else ratio)

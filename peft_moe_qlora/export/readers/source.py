@@ -166,16 +166,22 @@ class Source:
             ValueError: they don't fit.
         """
         layout = self.base.layouts[path]
-        in_features, out_features = layout.features(projection)
+        self.check_shapes(f"{path}.{projection}", A, B, layout.num_experts, *layout.features(projection))
         r = A.shape[1]
-        expected = (layout.num_experts, r, in_features), (layout.num_experts, out_features, r)
+        return ExpertFactors(path, projection, A.contiguous(), B.contiguous(), self.scaling(r, alpha), alpha)
+
+    def check_shapes(
+        self, name: str, A: torch.Tensor, B: torch.Tensor, num_experts: int, in_features: int, out_features: int
+    ) -> None:
+        """Refuses factors of a stack, or of a part of one, that are not `(E, r, in)` and `(E, out, r)` of the base."""
+        r = A.shape[1]
+        expected = (num_experts, r, in_features), (num_experts, out_features, r)
         if (tuple(A.shape), tuple(B.shape)) != expected:
             raise ValueError(
-                f"{self.file}: the factors of {path}.{projection} come to {list(A.shape)} and {list(B.shape)}; "
+                f"{self.file}: the factors of {name} come to {list(A.shape)} and {list(B.shape)}; "
                 f"{self.base.directory} wants {list(expected[0])} and {list(expected[1])}. They are transposed, or of "
                 "another base."
             )
-        return ExpertFactors(path, projection, A.contiguous(), B.contiguous(), self.scaling(r, alpha), alpha)
 
     def check_rank(self, name: str, found: int, expected: int) -> None:
         """Refuses tensors of another rank than the config's, from which the scaling would be wrong."""
