@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 from adapters_of_others import WRITERS, random_factors, write_lora, write_mlx, write_per_expert, write_stacked
+from saved_adapters import saved_deltas
+from shrunken_models import shrunken_model_or_skip
 from test_export_adapters import save_adapter
 from test_import_adapters import edit_config, edit_tensors, save_base, stock, tensors_of
 
@@ -408,6 +410,16 @@ class TestOfThemAndTheConfig:
         edit_config(directory, modules_to_save=["q_norm", "q_proj"])
         with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_"):
             read_adapter(directory)
+
+    def test_modules_trained_in_full_inside_others(self, tmp_path):
+        """PEFT saves the inner ones alone of input_layernorm and input_layernorm.norm: such a file isn't damaged."""
+        shrunken_model_or_skip("axk2")
+        saved_deltas(tmp_path, "axk2", target_modules=["experts"], modules_to_save=["norm"])
+        key = "model.layers.0.input_layernorm.norm.weight"
+        assert key in read_adapter(tmp_path / "adapter").others
+        edit_tensors(tmp_path / "adapter", {key: None})
+        with pytest.raises(ValueError, match=f"no tensor of {key}"):
+            read_adapter(tmp_path / "adapter")
 
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
     def test_biases(self, bias, tmp_path):

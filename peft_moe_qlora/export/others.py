@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from ..targets import parents
 from .base_model import BaseModel
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -76,9 +77,11 @@ def _check_saved_modules(
     for name in config.modules_to_save or ():
         missing = None if any(f"{name}." in key for key in keys) else name
         if base is not None and missing is None:
-            # PEFT takes every module whose name ends so
-            modules = [(path, module) for path, module in base.model.named_modules() if path.endswith(name)]
-            wanted = [f"{path}.{key}" for path, module in modules for key, _ in module.named_parameters()]
+            # PEFT takes every module whose name ends so, but of one inside another saves the inner one alone
+            modules = {path: module for path, module in base.model.named_modules() if path.endswith(name)}
+            around = {parent for path in modules for parent in parents(path)}
+            innermost = {path: module for path, module in modules.items() if path not in around}
+            wanted = [f"{path}.{key}" for path, module in innermost.items() for key, _ in module.named_parameters()]
             missing = next((key for key in wanted if key not in keys), None)
         if missing is not None:
             raise ValueError(
