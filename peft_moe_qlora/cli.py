@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify_options(merge, "for what runs the model: --quantize and --verify")
     merge.add_argument("--allow-unchanged", action="store_true", help="go on where a delta is too small for the dtype")
     merge.add_argument(
-        "--quant-type", choices=QUANT_TYPE_NAMES, default="none", help="that an adapter of others was trained on"
+        "--quant-type", choices=QUANT_TYPE_NAMES, help="that an adapter of others was trained on; none unless given"
     )
     merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
     merge.set_defaults(run=_merge)
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=TARGETS, required=True, help="the layout")
     convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
     convert.add_argument(
-        "--quant-type", choices=QUANT_TYPE_NAMES, default="nf4", help="experts' storage, to moe-qlora"
+        "--quant-type", choices=QUANT_TYPE_NAMES, help="experts' storage of an adapter of others; nf4 unless given"
     )
     convert.add_argument("--written-by", help="the PEFT that wrote it, as peft==0.18.1, if its config doesn't tell")
     convert.add_argument("--lora-b-order", choices=LORA_B_ORDERS, help="of fused lora_B, if the config doesn't tell")
@@ -130,7 +130,7 @@ def _merge(args: argparse.Namespace) -> None:
             allow_unchanged=args.allow_unchanged,
         )
     else:
-        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None)
+        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None, quant_type=None)
         report = merge_quantized(
             args.base,
             args.adapter,

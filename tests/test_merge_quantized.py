@@ -203,3 +203,7 @@ def test_a_text_of_one_word(tmp_path, capsys):
     assert not list(tmp_path.glob("merged*"))  # told before the work
     assert main(["merge", *paths, "--verify-dtype", "float32"]) == 1
     assert "--verify-dtype is an option of --verify" in capsys.readouterr().err
+    assert main(["merge", *paths, "--quantize", "nf4", "--quant-type", "nf4"]) == 1
+    assert "--quant-type is an option of a merge without --quantize" in capsys.readouterr().err
+    assert main(["merge", *paths, "--quant-type", "none"]) == 1
+    assert "quant_type='none' says nothing of an adapter that is this package's own" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def merge_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
     base, adapter = checkpoint_directory(base), Path(adapter)
-    found = read_adapter(adapter, base, options or ReadOptions(quant_type="none"))
+    found = read_adapter(adapter, base, options, usual_quant_type="none")
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
     model = BaseModel.open(base, found.stacks)

@@ -25,24 +25,21 @@ _EXPERTS = re.compile(r"\.(experts\.switch_glu|switch_mlp|switch_glu|experts)$")
 
 
 def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:
-    """The config in PEFT's terms: r, lora_alpha, target_modules.
+    """The config in PEFT's terms: r, lora_alpha.
 
     Raises:
-        ValueError: it isn't LoRA, or rank or scale are missing.
+        ValueError: it isn't LoRA.
     """
-    parameters = config.get("lora_parameters") or {}
-    numbers = [parameters.get(name) for name in ("rank", "scale")]
-    if config.get("fine_tune_type", "lora") != "lora" or not all(isinstance(one, (int, float)) for one in numbers):
-        raise ValueError(
-            f"{file}: fine_tune_type {config.get('fine_tune_type')!r} with lora_parameters {parameters}; 'lora' with "
-            "rank and scale was expected."
-        )
-    r, scale = numbers
+    found = config["fine_tune_type"]
+    if found != "lora":
+        raise ValueError(f"{file}: fine_tune_type {found!r}; 'lora' was expected, which can be read.")
+    parameters = config["lora_parameters"]
+    r, scale = parameters["rank"], parameters["scale"]
     return {
         "base_model_name_or_path": config.get("model"),
         "lora_alpha": scale * r,
         "lora_dropout": parameters.get("dropout", 0.0),
-        "num_layers": config.get("num_layers", -1),
+        "num_layers": config["num_layers"],
         "r": r,
         "task_type": "CAUSAL_LM",
     }
@@ -71,6 +68,11 @@ def read_mlx(source: Source) -> AdapterFile:
         path = paths.get(_EXPERTS.sub(".experts", module))
         a, b = pair["lora_a"], pair["lora_b"]
         if path is None or a.dim() == 2:
+            if a.dim() != 2 or b.dim() != 2:
+                raise ValueError(
+                    f"{source.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (in, r) "
+                    "and (r, out) were expected, or the base has no experts there."
+                )
             is_embedding = isinstance(source.base.layer(name), nn.Embedding)
             ends = (EMBEDDING_A, EMBEDDING_B) if is_embedding else (A_SUFFIX, B_SUFFIX)
             others |= {name + end: tensor.mT.contiguous() for end, tensor in zip(ends, (a, b))}
@@ -91,7 +93,8 @@ def read_mlx(source: Source) -> AdapterFile:
 
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
-    return source.adapter(experts, others_by_own_names(source, others, is_targeted), lambda name: (r, alpha))
+    others, _ = others_by_own_names(source, others, is_targeted)
+    return source.adapter(experts, others, lambda name: (r, alpha))
 
 
 def _name_in_checkpoint(key: str, source: Source) -> str:
