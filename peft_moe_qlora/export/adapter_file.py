@@ -68,6 +68,11 @@ class AdapterFile:
     experts: tuple[ExpertFactors, ...]
     others: dict[str, torch.Tensor]
 
+    @property
+    def stacks(self) -> list[str]:
+        """The names of all that have factors."""
+        return [factors.name for factors in self.experts]
+
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Key -> tensor of an adapter's safetensors.
@@ -95,24 +100,23 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
+def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:
     """Reads an adapter of this package.
 
     Args:
         directory: that `PeftModel.save_pretrained` has written.
+        tensors: of the file in it, key without PEFT's prefix -> tensor.
         base: what it belongs to, to hold its tensors against; None if that isn't known.
 
     Raises:
-        ValueError: it is cut off, lacks a tensor, or has values that are not finite or shapes that don't fit each
-            other or the base. The error names the file and the key.
+        ValueError: it lacks a tensor, or has shapes that don't fit each other or the base. The error names the file
+            and the key.
     """
     config = MoeQLoraConfig.from_pretrained(str(directory))
     file = directory / SAFETENSORS_WEIGHTS_NAME
-    tensors = load_tensors(file)
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     others = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+    for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
             continue  # PEFT's copy of a frozen embedding or head
         match = _FACTOR.fullmatch(name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -16,12 +17,48 @@ A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _PAIRS = ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B))
 _LORA = (*_PAIRS[0], *_PAIRS[1])
-_TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+"""What the keys of trained tokens end with."""
 
 
 def adapted_layers(keys: dict[str, torch.Tensor]) -> list[str]:
     """The linear layers and embeddings that LoRA's keys name, in their order."""
     return [key.removesuffix(suffix) for key in keys for suffix in (A_SUFFIX, EMBEDDING_A) if key.endswith(suffix)]
+
+
+class Pair(NamedTuple):
+    """The factors of one layer.
+
+    Args:
+        name: of the layer.
+        A: `(r, in)`; of an embedding `(r, rows)`.
+        B: `(out, r)`; of an embedding `(features, r)`.
+        is_embedding: then the delta is `(B @ A).T`.
+    """
+
+    name: str
+    A: torch.Tensor
+    B: torch.Tensor
+    is_embedding: bool
+
+    @property
+    def has_delta(self) -> bool:
+        return bool(self.A.any() and self.B.any())
+
+
+def factor_pairs(others: dict[str, torch.Tensor]) -> Iterator[Pair]:
+    """The factors of all linear layers and embeddings."""
+    for key, A in others.items():
+        for a, b in _PAIRS:
+            if key.endswith(a):
+                name = key.removesuffix(a)
+                yield Pair(name, A, others[name + b], a == EMBEDDING_A)
+
+
+def beside_factors(others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is no factor: key -> tensor of biases, modules trained in full and tokens."""
+    suffixes = tuple(suffix for pair in _PAIRS for suffix in pair)
+    return {key: tensor for key, tensor in others.items() if not key.endswith(suffixes) and not is_unused_copy(key)}
 
 
 def name_in_model(key: str) -> str:
@@ -61,7 +98,7 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
     _check_tokens(file, config, others, base)
     for key, tensor in others.items():
         if key.endswith(_LORA) or _is_known(config, key):
-            if base is not None and not key.endswith((*_LORA, *_TOKENS)):
+            if base is not None and not key.endswith((*_LORA, *TOKENS)):
                 _check_full(file, key, tensor, base)
             continue
         raise ValueError(
@@ -73,7 +110,7 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
 def _check_saved_modules(
     file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None
 ) -> None:
-    keys = [name_in_model(key) for key in others if not key.endswith((*_LORA, *_TOKENS))]
+    keys = [name_in_model(key) for key in others if not key.endswith((*_LORA, *TOKENS))]
     for name in config.modules_to_save or ():
         missing = None if any(f"{name}." in key for key in keys) else name
         if base is not None and missing is None:
@@ -95,8 +132,8 @@ def _check_tokens(file: Path, config: LoraConfig, others: dict[str, torch.Tensor
         return
     found = {}
     for key, tensor in others.items():
-        if key.endswith(_TOKENS):
-            found[key.removesuffix(_TOKENS[0]).removesuffix(_TOKENS[1])] = tensor
+        if key.endswith(TOKENS):
+            found[key.removesuffix(TOKENS[0]).removesuffix(TOKENS[1])] = tensor
     # of layers that are tied PEFT saves one
     may_be_tied = base is None or base.model.config.get_text_config().tie_word_embeddings
     for layer, indices in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
@@ -153,7 +190,7 @@ def _is_known(config: LoraConfig, key: str) -> bool:
     return (
         any(f"{name}." in key for name in saved)  # PEFT takes every module whose name ends so
         or (config.bias != "none" and key.endswith("bias"))
-        or (config.trainable_token_indices is not None and key.endswith(_TOKENS))
+        or (config.trainable_token_indices is not None and key.endswith(TOKENS))
     )
 
 

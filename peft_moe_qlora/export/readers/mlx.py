@@ -2,7 +2,8 @@
 
 adapter_config.json has `fine_tune_type`, `num_layers` (the last so many have adapters) and `lora_parameters` with
 rank and scale; adapters.safetensors has `PATH.switch_mlp.<part>.lora_a` `(E, r, in)` and `lora_b` `(E, out, r)` for
-experts, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for other layers. Layout: `mlx_lm.tuner.lora`, 0.32.2.
+experts, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for other layers. The text model of one that has towers
+is at `language_model`. Layout: `mlx_lm.tuner.lora`, 0.32.2.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def read_mlx(source: Source) -> AdapterFile:
     r, alpha = source.config.r, source.config.lora_alpha
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in source.tensors.items():
-        name, _, factor = key.rpartition(".")
+        name, _, factor = _name_in_checkpoint(key, source).rpartition(".")
         if factor not in ("lora_a", "lora_b"):
             raise ValueError(f"{source.file}: {key} is none of lora_a and lora_b, which an adapter of mlx-lm has.")
         pairs.setdefault(name, {})[factor] = tensor
@@ -94,6 +95,15 @@ def read_mlx(source: Source) -> AdapterFile:
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
     others, _ = others_by_own_names(source, others, is_targeted)
     return source.adapter(experts, others, lambda name: (r, alpha))
+
+
+def _name_in_checkpoint(key: str, source: Source) -> str:
+    start = next(iter(source.base.layouts), "").partition("layers.")[0]
+    if key.startswith("language_model.lm_head."):
+        return key.removeprefix("language_model.")
+    if key.startswith("language_model.model."):
+        return start + key.removeprefix("language_model.model.")
+    return key
 
 
 def _first_adapted_layer(source: Source) -> int:

@@ -59,23 +59,25 @@ def read_adapter(
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} holds a {type(config).__name__}; the options of an adapter were expected.")
     found_type = config.get("peft_type")
+    is_own = found_type == MoeQLoraPeftType.MOE_QLORA.value
     is_mlx = "fine_tune_type" in config and found_type is None
-    if found_type == MoeQLoraPeftType.MOE_QLORA.value:
-        check_own(config_file, config)
-        _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
-        named = base or config.get("base_model_name_or_path")
-        # what the adapter names may be on the hub; what the caller names has to be there
-        return read_own(directory, BaseModel.open(named) if base is not None or BaseModel.is_at(named) else None)
-    if found_type != "LORA" and not is_mlx:
+    if found_type != "LORA" and not is_own and not is_mlx:
         raise ValueError(
             f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
             "mlx-lm was expected."
         )
-    (check_mlx if is_mlx else check_lora)(config_file, config)
+    check = check_own if is_own else check_mlx if is_mlx else check_lora
+    check(config_file, config)
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
     file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}
-    found = BaseModel.open(base or peft_config.get("base_model_name_or_path"))
+    named, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
+    if is_own:
+        _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
+        # what the adapter names may be on the hub; what the caller names has to be there
+        is_here = base is not None or BaseModel.is_at(named)
+        return read_own(directory, tensors, BaseModel.open(base or named, tensors) if is_here else None)
+    found = BaseModel.open(base or named, tensors, None if base else revision)
     reading = replace(options, quant_type=options.quant_type or usual_quant_type)
     source = Source(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)

@@ -15,7 +15,7 @@ from ...config import MoeQLoraConfig
 from ...experts import ExpertsLayout
 from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX
+from ..others import A_SUFFIX, B_SUFFIX, factor_pairs
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -85,6 +85,19 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
 def names_of_linear(adapter: AdapterFile) -> list[str]:
     """Paths of the linear layers that an adapter has factors for."""
     return sorted(key.removesuffix(A_SUFFIX) for key in adapter.others if key.endswith(A_SUFFIX))
+
+
+def linear_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> dict[str, torch.Tensor]:
+    """The factors of linear layers under the names that the layers have in the base's checkpoint.
+
+    Raises:
+        ValueError: a layer is none of its own there.
+    """
+    found = {}
+    for pair in factor_pairs(adapter.others):
+        name = base.name_of_linear(pair.name)
+        found |= {name + A_SUFFIX: pair.A, name + B_SUFFIX: pair.B}
+    return found
 
 
 def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:
