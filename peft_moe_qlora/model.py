@@ -25,6 +25,7 @@ from .layer import BASE, MoeQLoraExperts
 from .loading import restore_experts, store_experts
 from .report import ExpertsReport, experts_report
 from .targets import (
+    check_not_bypassed,
     check_not_shared,
     check_pattern_order,
     check_targets,
@@ -79,6 +80,7 @@ class MoeQLoraModel(LoraModel):
         check_targets(peft_config, module_names, layouts, self._expert_targets)
         self._check_matched_modules(peft_config, model, layouts)
         adapted = [name for name in module_names if self._check_target_module_exists(peft_config, name)]
+        check_not_bypassed(adapted, model)
         stacks = [f"{path}.{name}" for path, names in self._expert_targets.items() for name in names]
         check_pattern_order(peft_config, [*adapted, *stacks])
         check_stored_shapes(peft_config, layouts, self._expert_targets)

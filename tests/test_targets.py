@@ -6,7 +6,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
+from shrunken_models import shrunken_model
 from tiny_models import tiny_model
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts
 
@@ -156,3 +158,38 @@ def test_router_is_trained_in_full_when_asked_for():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(modules_to_save=["gate"]))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any(".mlp.gate.modules_to_save.default" in name for name in trainable)
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid"])
+def test_layers_that_a_kernel_goes_past(model_type):
+    """On a machine that has the kernel, LoRA on them would train nothing, and elsewhere it would."""
+    model = hybrid(model_type)
+    mixers = [name for name, module in model.named_modules() if type(module).__name__.endswith(("Mixer", "Layer"))]
+    mixers = [name for name in mixers if "in_proj" in dict(model.get_submodule(name).named_children())]
+    assert mixers
+    found = adapted(get_peft_model(model, MoeQLoraConfig(target_modules="all-linear", quant_type=None)))
+    assert {f"{name}.in_proj" for name in mixers} <= found.keys()
+    assert not {f"{name}.out_proj" for name in mixers} & found.keys()
+    with pytest.raises(ValueError, match=r"out_proj, whose weight a kernel takes .* Leave it out"):
+        get_peft_model(hybrid(model_type), MoeQLoraConfig(target_modules=["experts", "out_proj"], quant_type=None))
+
+
+def hybrid(model_type: str) -> torch.nn.Module:
+    if model_type == "nemotron_h":
+        return shrunken_model(model_type, dtype=torch.float32)
+    config = GraniteMoeHybridConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        shared_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+    )
+    return GraniteMoeHybridForCausalLM(config)

@@ -30,10 +30,6 @@ _KEPT_OPTIONS = (
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
-# peft.tuners.tuners_utils._check_lora_target_modules_mamba, 0.21: their kernels go past what wraps these layers
-_REFUSED_OF_MAMBA = ("out_proj", "conv1d")
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-
 
 def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
     """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
@@ -55,7 +51,6 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
             "it instead."
         )
     _check_others(adapter)
-    _check_mamba(adapter, base)
     of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
     for factors in adapter.experts:
         of_module[factors.path].append(factors)
@@ -106,17 +101,6 @@ def _check_others(adapter: AdapterFile) -> None:
         is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B))
         if not is_of_lora and not any(f"{name}." in key for name in saved):
             raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
-
-
-def _check_mamba(adapter: AdapterFile, base: BaseModel | None) -> None:
-    """Refuses layers that stock PEFT doesn't adapt."""
-    for name in adapted_layers(adapter.others):
-        last = name.rpartition(".")[2]
-        if last in _REFUSED_OF_MAMBA and _model_type(name, "a model with Mamba layers", adapter, base) in _MAMBA:
-            raise ValueError(
-                f"The adapter has factors of {name}, but PEFT's LoRA refuses every {last} of this model. Merge it "
-                f"instead, or train one without {last}."
-            )
 
 
 def _is_mistaken(path: str, adapter: AdapterFile, base: BaseModel | None) -> bool:
