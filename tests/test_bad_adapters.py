@@ -366,6 +366,9 @@ def test_the_command_reads_others(saved, tmp_path, capsys):
     command = ["convert", str(out), str(tmp_path / "again"), "--to", "moe-qlora", "--quant-type", "fp4"]
     assert main(command) == 1
     assert "quant_type='fp4' says nothing of an adapter that is this package's own" in capsys.readouterr().err
+    command[command.index("moe-qlora")] = "per-expert"
+    assert main(command) == 1
+    assert "quant_type='fp4' (--quant-type) says nothing of per-expert" in capsys.readouterr().err
     edit_config(out, peft_type=None)
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "per-expert"]) == 1
     assert "type None; MOE_QLORA, LORA, or one of mlx-lm was expected" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from shrunken_models import shrunken_config
 from tiny_models import randomize_adapter
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_moe_qlora import MoeQLoraConfig
 from peft_moe_qlora.export import convert_adapter, merge_checkpoint, merge_quantized, read_adapter
@@ -21,14 +22,20 @@ WHOLE = {
 IDS = torch.arange(24).view(2, 12) + 3
 
 
-def save_trained(directory, model_type: str, **options) -> torch.Tensor:
-    """Saves `base`, with its towers, and `adapter`, of the text model; gives the logits of the two together."""
-    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if model_type not in config_class or not hasattr(transformers, WHOLE[model_type]):
+def save_base(directory, model_type: str) -> torch.nn.Module:
+    """Saves `base`, with its towers."""
+    if model_type not in CONFIG_MAPPING or not hasattr(transformers, WHOLE[model_type]):
         pytest.skip("this version of transformers doesn't have it")
     torch.manual_seed(0)
     whole = getattr(transformers, WHOLE[model_type])._from_config(shrunken_config(model_type), dtype=torch.float32)
     whole.save_pretrained(directory / "base")
+    whole.name_or_path = str(directory / "base")
+    return whole
+
+
+def save_trained(directory, model_type: str, **options) -> torch.Tensor:
+    """Saves `base`, and `adapter` of the text model in it; gives the logits of the two together."""
+    whole = save_base(directory, model_type)
     text = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
     assert type(text) is not type(whole)
     model = get_peft_model(text, MoeQLoraConfig(r=4, expert_r=2, **options))
@@ -80,6 +87,19 @@ def test_converted_under_the_names_of_the_whole_model(target, tmp_path):
     assert {key for key in found.others if found.others[key].any()} == {
         key.replace("model.", "model.language_model.") for key in own.others
     }
+
+
+def test_the_whole_models_own(tmp_path):
+    """The checkpoint of dots3_note calls layers what its text model calls them, but has audio layers too."""
+    whole = save_base(tmp_path, "dots3_note")
+    model = get_peft_model(whole, MoeQLoraConfig(r=4, target_modules="all-linear", quant_type=None))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    convert_adapter(tmp_path / "adapter", tmp_path / "out", "per-expert", tmp_path / "base")
+    found = read_adapter(tmp_path / "out", tmp_path / "base")
+    own = read_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert found.stacks == own.stacks
+    assert found.others.keys() == own.others.keys()
 
 
 def test_stock_peft_takes_it_on_the_text_model(tmp_path):

@@ -69,12 +69,16 @@ class BaseModel:
             if names and type(config) in classes and classes[type(config)] is not type(model):
                 model = AutoModelForCausalLM.from_config(config)
                 text = cls(directory, config, model, expert_layouts(model))
-                if text._has_experts_of(names) and not found._has_experts_of(names):
+                if text._has_layers_of(names) and not found._has_layers_of(names):
                     return text
         return found
 
-    def _has_experts_of(self, names: list[str]) -> bool:
-        return any(name.startswith(f"{path}.") for name in names for path in self.layouts)
+    def _has_layers_of(self, names: list[str]) -> bool:
+        """Whether names of LoRA's tensors, or of stacks, are all of this model's layers."""
+        paths = tuple(f"{path}." for path in self.layouts)
+        others = {name.partition(".lora_")[0] for name in names if not name.startswith(paths) and ".lora_" in name}
+        has_experts = any(name.startswith(paths) for name in names)
+        return has_experts and all(self.layer(name) is not None for name in others)
 
     @property
     def is_text_only(self) -> bool:
@@ -104,24 +108,10 @@ class BaseModel:
             return [f"{path}.{expert}.{part}" for expert in range(num_experts) for part in parts]
         return [key.removesuffix(".weight") for key in keys]
 
-    def name_of_linear(self, name: str) -> str:
-        """What a linear layer is called in the checkpoint.
-
-        Raises:
-            ValueError: its weight is a part of another tensor there, or made of several.
-        """
-        names = self.names_of_linear(name)
-        if not names:
-            raise ValueError(
-                f"{name} is no layer of its own in the base's checkpoint, so that its factors have no name there. "
-                "Merge the adapter, or leave the layer out of it."
-            )
-        return names[0]
-
-    def names_of_linear(self, name: str) -> tuple[str, ...]:
-        """What a linear layer is called in the checkpoint; nothing if it is no layer of its own there."""
+    def name_of_linear(self, name: str) -> str | None:
+        """What a linear layer is called in the checkpoint; None if its weight is no tensor of its own there."""
         key = key_of_tensor(self.model, f"{name}.weight")
-        return () if key is None else (key.removesuffix(".weight"),)
+        return None if key is None else key.removesuffix(".weight")
 
     def layer(self, name: str) -> nn.Linear | nn.Embedding | None:
         """The linear layer or embedding of that name; None if there is none, or it is a part of experts."""

@@ -60,6 +60,11 @@ def convert_adapter(
         raise ValueError(
             f"{directory} is not an empty directory; some readers would take what is in it for the adapter."
         )
+    if options is not None and options.quant_type is not None and target != "moe-qlora":
+        raise ValueError(
+            f"quant_type={options.quant_type!r} (--quant-type) says nothing of {target}, which has the factors alone. "
+            "Drop it."
+        )
     found = read_adapter(adapter, base, options)
     named = found.config.base_model_name_or_path
     # two layouts mostly don't depend on the base, which may be a name on the hub

@@ -12,7 +12,7 @@ from ...experts import ExpertsLayout
 from ...targets import DOWN_NAMES, GATE_NAMES, UP_NAMES
 from ..adapter_file import ExpertFactors
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, EMBEDDING_A
+from ..others import adapted_layers
 from .source import Source, kind
 
 _PART_NAMES = {"gate": GATE_NAMES, "up": UP_NAMES, "down": DOWN_NAMES}
@@ -171,16 +171,37 @@ def others_by_own_names(
     Raises:
         ValueError: a layer is missing that others of the same kind have, or is there under two names.
     """
+    renamed, names_in_file = under_own_names(source, others)
+    found = adapted_layers(renamed)
+    kinds = {kind(name) for name in found}
+    expected = []
+    for name in source.base.layers():
+        in_checkpoint = source.base.name_of_linear(name)
+        if kind(name) in kinds and (is_targeted(name) or (in_checkpoint is not None and is_targeted(in_checkpoint))):
+            expected.append(name)
+    source.check_complete(found, expected)
+    return renamed, names_in_file
+
+
+def under_own_names(
+    source: Source, tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """LoRA's tensors under the model's names, which a checkpoint may have otherwise.
+
+    Args:
+        source: what is read.
+        tensors: key -> tensor; those that aren't of a linear layer keep their keys.
+
+    Returns:
+        Key -> tensor, and name of an adapted layer in the model -> its name in the file.
+
+    Raises:
+        ValueError: a layer is there under two names.
+    """
     layers = source.base.layers()
-    names = {key.partition(".lora_")[0] for key in others if ".lora_" in key}
-    in_checkpoint = dict.fromkeys(layers, ())
-    if not names <= set(layers):
-        in_checkpoint = {name: source.base.names_of_linear(name) for name in layers}
-    own_names = {other: own for own, found in in_checkpoint.items() for other in found} | {
-        name: name for name in layers
-    }
+    own_names = {source.base.name_of_linear(name): name for name in layers} | {name: name for name in layers}
     renamed, names_in_file = {}, {}
-    for key, tensor in others.items():
+    for key, tensor in tensors.items():
         name, lora, end = key.partition(".lora_")
         if not lora:
             renamed[key] = tensor
@@ -189,14 +210,4 @@ def others_by_own_names(
         if names_in_file.setdefault(own, name) != name:
             raise ValueError(f"{source.file}: {name} and {names_in_file[own]} are the same layer. Remove one of them.")
         renamed[f"{own}{lora}{end}"] = tensor
-    found = {key.removesuffix(end) for key in renamed for end in (A_SUFFIX, EMBEDDING_A) if key.endswith(end)}
-    kinds = {kind(name) for name in found}
-    source.check_complete(
-        found,
-        [
-            name
-            for name in layers
-            if kind(name) in kinds and any(is_targeted(one) for one in (name, *in_checkpoint[name]))
-        ],
-    )
     return renamed, names_in_file

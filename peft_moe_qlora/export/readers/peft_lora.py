@@ -23,6 +23,7 @@ from packaging.version import InvalidVersion, Version
 from ...experts import ExpertsLayout
 from ..adapter_file import AdapterFile, linear_rank_and_alpha
 from ..others import A_SUFFIX, B_SUFFIX, check_targeted
+from .parts import under_own_names
 from .source import LORA_B_ORDERS, Source
 
 _ORDER_OF_MARKER = {"rank_major": "experts-fastest", "grouped_by_expert": "experts-slowest"}
@@ -42,7 +43,8 @@ def read_peft_lora(source: Source) -> AdapterFile:
     def is_targeted(key: str) -> bool:
         return any(key == name or key.endswith(f".{name}") for name in parameters)
 
-    left = dict(source.tensors)
+    # PEFT renames keys as transformers does those of checkpoints
+    left, _ = under_own_names(source, source.tensors)
     experts, found, expected = [], [], []
     for path, layout in source.base.layouts.items():
         names = [name for name, _ in source.base.model.get_submodule(path).named_parameters(recurse=False)]

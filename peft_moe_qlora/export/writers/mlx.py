@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from ..adapter_file import AdapterFile
 from ..base_model import PARTS_OF_FUSED, BaseModel
-from ..others import factor_pairs
-from .uniform import gate_and_up, uniform
+from .uniform import gate_and_up, pairs_in_checkpoint, uniform
 
 _BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")
 
@@ -57,8 +56,8 @@ def write_mlx(
                 add(f"{block}{experts_name}.{part}", factors.A, B)
         else:
             add(f"{block}{experts_name}.{factors.projection}", factors.A, factors.B)
-    for pair in factor_pairs(adapter.others):
-        add(base.name_of_linear(pair.name), pair.A.T, pair.B.T)
+    for pair in pairs_in_checkpoint(adapter, base):
+        add(pair.name, pair.A.T, pair.B.T)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapters.safetensors", {"format": "mlx"})
     config = {

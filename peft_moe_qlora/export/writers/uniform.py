@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ...config import MoeQLoraConfig
 from ...experts import ExpertsLayout
 from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX, factor_pairs
+from ..others import A_SUFFIX, B_SUFFIX, Pair, factor_pairs
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -87,17 +88,26 @@ def names_of_linear(adapter: AdapterFile) -> list[str]:
     return sorted(key.removesuffix(A_SUFFIX) for key in adapter.others if key.endswith(A_SUFFIX))
 
 
-def linear_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> dict[str, torch.Tensor]:
+def pairs_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> Iterator[Pair]:
     """The factors of linear layers under the names that the layers have in the base's checkpoint.
 
     Raises:
         ValueError: a layer is none of its own there.
     """
-    found = {}
     for pair in factor_pairs(adapter.others):
         name = base.name_of_linear(pair.name)
-        found |= {name + A_SUFFIX: pair.A, name + B_SUFFIX: pair.B}
-    return found
+        if name is None:
+            raise ValueError(
+                f"{pair.name} is no layer of its own in the base's checkpoint, so that its factors have no name "
+                "there. Merge the adapter, or leave the layer out of it."
+            )
+        yield pair._replace(name=name)
+
+
+def linear_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> dict[str, torch.Tensor]:
+    """The tensors of `pairs_in_checkpoint`, as LoRA calls them."""
+    pairs = list(pairs_in_checkpoint(adapter, base))
+    return {pair.name + A_SUFFIX: pair.A for pair in pairs} | {pair.name + B_SUFFIX: pair.B for pair in pairs}
 
 
 def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:
