@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from checkpoint_writers import read_tensors, write_tensors
+from merged_checkpoints import save_adapter
 from peft import PeftModel, get_peft_model
-from test_merge_checkpoint import save_adapter
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
