@@ -55,7 +55,7 @@ def merged_stack(tensors: dict[str, torch.Tensor], directory, name: str) -> torc
     return torch.stack([torch.cat(parts[expert * each : (expert + 1) * each]) for expert in range(num_experts)])
 
 
-# gpt_oss: stacks are (E, in, out), and quantized along what isn't their last dimension
+# gpt_oss: stacks are (E, in, out)
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("onto", ["quantized", "base"])
 def test_every_weight_is_what_training_had_and_the_delta(model_type, onto, tmp_path):

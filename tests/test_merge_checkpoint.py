@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +16,7 @@ import transformers
 from checkpoint_writers import read_tensors, write_tensors
 from merged_checkpoints import base_model, merge, save_adapter, stock_logits
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shrunken_models import MODEL_TYPES, shrunken_model_or_skip
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
@@ -20,7 +24,9 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.export import merge_checkpoint, merge_quantized
+from peft_moe_qlora.export.merging import checkpoint as merging
 from peft_moe_qlora.export.merging.live import kl_divergence
+from peft_moe_qlora.export.merging.report import FidelityRow, MergeReport, Verification
 
 
 def expert_keys(tensors: dict[str, torch.Tensor]) -> set[str]:
@@ -149,9 +155,14 @@ def test_everything_else_that_an_adapter_can_hold(tmp_path):
 def test_shards_that_part_what_belongs_together(tmp_path):
     """Gate and up projection of an expert in different files; experts of a layer too."""
     save_adapter(tmp_path)
-    merge(tmp_path, out="whole")
+    of_one_file = merge(tmp_path, out="whole")
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=7)
     report = merge(tmp_path, out="sharded")
+    for row, expected in zip(
+        (*report.stacks, *report.others), (*of_one_file.stacks, *of_one_file.others), strict=True
+    ):
+        assert row.name == expected.name
+        assert row.relative_delta == pytest.approx(expected.relative_delta, rel=1e-6)
     expected, found = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "sharded")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
@@ -191,6 +202,65 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert report["tensors_changed"] == report["tensors_expected"] > 0
     assert not (tmp_path / "merged.partial").exists()
+
+
+def as_a_hub_snapshot(directory) -> None:
+    """Files are links into a folder of blobs beside, as huggingface_hub leaves them."""
+    blobs = directory.with_name("blobs")
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in directory.rglob("*") if path.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+
+
+@pytest.mark.parametrize("is_snapshot", [False, True])
+def test_the_base_is_there_whole(is_snapshot, tmp_path):
+    """All that isn't weights, as files of their own with every byte, also from links; an adapter beside it is not."""
+    save_adapter(tmp_path)
+    base = tmp_path / "base"
+    contents = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": '{"a": 1}',
+        "special_tokens_map.json": "{}",
+        "merges.txt": "a b",
+        "chat_template.jinja": "{{ messages }}",
+        "LICENSE": "free",
+        "README.md": "# Base",
+        "modeling_own.py": "x = 1",
+        "additional/config.json": '{"num_experts": 1}',
+        "additional/deep/notes": "n",
+    }
+    left_out = {
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": "",
+        "pytorch_model.bin.index.json": "{}",
+        "model.gguf": "",
+        ".git/HEAD": "",
+        ".gitattributes": "",
+    }
+    for name, text in {**contents, **left_out}.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+    (base / "adapter_model.safetensors").unlink()
+    contents["generation_config.json"] = (base / "generation_config.json").read_text()
+    if is_snapshot:
+        as_a_hub_snapshot(base)
+        (base / "broken").symlink_to("nowhere")
+    merge(tmp_path)
+    merged = tmp_path / "merged"
+    found = {str(path.relative_to(merged)) for path in merged.rglob("*") if not path.is_dir()}
+    assert found == contents.keys() | {"config.json", "model.safetensors", "merge_report.json"}
+    assert not any(path.is_symlink() for path in merged.rglob("*"))
+    assert {name: (merged / name).read_text() for name in contents} == contents
+
+
+def test_merging_into_a_folder_of_the_base(tmp_path):
+    """The copy of the base doesn't hold the copy."""
+    save_adapter(tmp_path)
+    (tmp_path / "base" / "LICENSE").write_text("free")
+    merge(tmp_path, out="base/merged")
+    found = {str(path.relative_to(tmp_path / "base" / "merged")) for path in (tmp_path / "base" / "merged").rglob("*")}
+    assert found == {"LICENSE", "config.json", "generation_config.json", "merge_report.json", "model.safetensors"}
 
 
 def test_a_dry_run_writes_nothing(tmp_path):
@@ -254,17 +324,25 @@ def test_tensors_that_are_only_copied(tmp_path):
     assert not list(tmp_path.glob("half*"))
 
 
-def test_weights_that_stay_in_fp32(tmp_path):
-    """What the model keeps in higher precision is not cast."""
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_weights_that_stay_in_fp32(attribute, tmp_path, monkeypatch):
+    """What the model keeps in higher precision is not cast; what the checkpoint doesn't have in fp32 is."""
     model = shrunken_model_or_skip("deepseek_v3", dtype=torch.float32)
-    type(model)._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        monkeypatch.setattr(type(model), name, ["e_score_correction_bias"] if name == attribute else None)
     model.save_pretrained(tmp_path / "base")
     model = get_peft_model(model, MoeQLoraConfig(r=2))
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
     merge(tmp_path, dtype=torch.bfloat16)
-    dtypes = {tensor.dtype for key, tensor in read_tensors(tmp_path / "merged").items() if "correction_bias" in key}
-    assert dtypes == {torch.float32}
+    found = read_tensors(tmp_path / "merged")
+    assert {tensor.dtype for key, tensor in found.items() if "correction_bias" in key} == {torch.float32}
+    assert {tensor.dtype for key, tensor in found.items() if "correction_bias" not in key} == {torch.bfloat16}
+    tensors = read_tensors(tmp_path / "base")
+    narrow = {key: tensor.bfloat16() if "correction_bias" in key else tensor for key, tensor in tensors.items()}
+    write_tensors(tmp_path / "base", narrow)
+    merge(tmp_path, out="wide", dtype=torch.float32)
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
 def test_an_adapter_of_others(tmp_path):
@@ -276,8 +354,10 @@ def test_an_adapter_of_others(tmp_path):
     randomize_adapter(model)
     live = logits(model, token_ids())
     model.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path)
+    report = merge(tmp_path)
     assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
+    assert "doesn't say what it was trained on" in report.notes[0]
+    assert report.notes[0] in str(report)
     with pytest.raises(ValueError, match="Convert it first"):
         merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "packed")
 
@@ -293,6 +373,108 @@ def test_an_expert_that_was_never_trained(tmp_path):
     expected = merge(tmp_path, dry_run=True).tensors_expected
     report = merge(tmp_path)
     assert report.tensors_changed == report.tensors_expected == expected == 2 * 7 * 3
+
+
+def test_modules_trained_in_full_are_counted_if_they_changed(tmp_path):
+    """The norm has been trained, the head was only saved."""
+    model = save_adapter(
+        tmp_path, target_modules=["experts"], quant_type=None, modules_to_save=["model.norm", "lm_head"]
+    )
+    with torch.no_grad():
+        model.base_model.model.model.norm.modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path)
+    before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert report.tensors_expected == report.tensors_changed == 2 * 8 * 3 + 1
+    assert {row.name for row in report.others} == {"model.norm.weight", "lm_head.weight"}
+    assert {row.name for row in report.stacks} == {
+        f"model.layers.{layer}.mlp.experts.{projection}"
+        for layer in (0, 1)
+        for projection in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_what_the_files_say_of_themselves(tmp_path):
+    """The index has the size of what is written, and the files what the base's have to say of theirs."""
+    save_adapter(tmp_path)
+    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
+    merge(tmp_path, dtype=torch.bfloat16)
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    found = read_tensors(tmp_path / "merged")
+    assert index["weight_map"].keys() == found.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("onto", ["quantized", "base"])
+def test_what_the_report_says_of_the_merge(onto, tmp_path):
+    """Which base and adapter, by path and by digest, onto what and as what."""
+    save_adapter(tmp_path)
+    report = merge(tmp_path, onto=onto)
+    assert (report.base, report.adapter) == (str(tmp_path / "base"), str(tmp_path / "adapter"))
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert report.adapter_sha256 == hashlib.sha256(weights).hexdigest()
+    assert (report.onto, report.storage) == (onto, "the checkpoint's dtypes")
+    assert MergeReport.from_dict(json.loads((tmp_path / "merged" / "merge_report.json").read_text())) == report
+
+
+def test_the_digest_is_of_the_whole_file(tmp_path):
+    """Two adapters that begin alike are two: what is merged twice is known by it."""
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "adapter_model.safetensors").write_bytes(bytes(3 * 2**20) + bytes([number]))
+    assert merging.adapter_digest(tmp_path / "1") != merging.adapter_digest(tmp_path / "2")
+
+
+def test_configs_that_all_readers_understand():
+    """The number of experts by both names, wherever it stands; the new dtype where there was one, and nowhere else."""
+    config = {
+        "num_experts": 8,
+        "torch_dtype": "float32",
+        "text_config": {"num_local_experts": 4, "dtype": "float32", "rope": {"theta": 1}},
+        "vision_config": {"hidden_size": 3},
+    }
+    assert merging.config_for_all(config, torch.bfloat16) == {
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "torch_dtype": "bfloat16",
+        "text_config": {"num_local_experts": 4, "num_experts": 4, "dtype": "bfloat16", "rope": {"theta": 1}},
+        "vision_config": {"hidden_size": 3},
+    }
+    assert merging.config_for_all(config, None)["torch_dtype"] == "float32"
+
+
+def rows(*values: tuple[float, float | None]) -> tuple[FidelityRow, ...]:
+    return tuple(FidelityRow(f"row {number}", 0.5, *value) for number, value in enumerate(values))
+
+
+def test_the_table_shows_the_worst_of_the_others():
+    """Largest error and least share of the delta; a tensor without delta has no share that could be the least."""
+    report = MergeReport(
+        "b", "a", "0", "base", "bfloat16", 9, 8, 7, others=rows((0.1, 0.9), (0.3, 0.8), (0.2, 0.4), (0.2, None))
+    )
+    shown = [line for line in str(report).splitlines() if line.startswith("row")]
+    assert [line.split()[1] for line in shown] == ["1", "2"]
+    assert "4 other tensors" in str(report)
+    assert "9 tensors expected to change, 8 changed, 7 written" in str(report)
+    only_replaced = dataclasses.replace(report, others=rows((0.1, None)))
+    assert "row 0" in str(only_replaced)
+
+
+def test_the_table_of_stacks_and_what_verifying_found():
+    """Each figure in its column; shares of tokens as percentages."""
+    verification = Verification(num_tokens=200, kl=0.001, equal_argmax=0.75, kl_of_base=0.5)
+    report = MergeReport(
+        "b", "a", "0", "base", "bfloat16", 9, 8, 7, stacks=rows((0.125, 0.9)), verification=verification
+    )
+    lines = str(report).splitlines()
+    assert next(line for line in lines if "row 0" in line).split() == ["row", "0", "5.00e-01", "1.25e-01", "0.9000"]
+    assert "1.00e-03 (the base's: 5.00e-01), same likeliest token at 75.00% of 200 positions" in lines[-1]
+    assert MergeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 def test_merging_the_command(tmp_path, capsys):

@@ -19,6 +19,7 @@ from checkpoint_writers import read_tensors, write_tensors
 from merged_checkpoints import merge, save_adapter
 from safetensors.torch import load_file, save_file
 
+from peft_moe_qlora.export import ReadOptions
 from peft_moe_qlora.export.merging import checkpoint as merging
 
 KILLED = """
@@ -96,7 +97,9 @@ def test_a_disk_that_takes_no_more(tmp_path):
     largest = max(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     command = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), str(largest // 2)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert output.startswith("OSError")
     assert "File too large" in output
+    assert "Make room; the same command goes on" in output
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "merged.partial" / "config.json").exists()
     merge(tmp_path)
@@ -129,7 +132,60 @@ def interrupted(directory, monkeypatch) -> None:
             merge(directory)
 
 
-@pytest.mark.parametrize("changed", ["option", "adapter", "adapter's config", "base", "base's config"])
+def test_only_what_is_still_to_be_written_needs_room(tmp_path, monkeypatch):
+    """Not the files that an interrupted run has left, and of the others as much as they take in the new dtype."""
+    save_adapter(tmp_path)
+    interrupted(tmp_path, monkeypatch)
+    files = sorted((tmp_path / "base").glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    left = sum(file.stat().st_size for file in files[1:])
+    assert left < sum(file.stat().st_size for file in files)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left))
+        merge(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left * 0.8))
+        merge(tmp_path, out="half", dtype=torch.bfloat16)
+        with pytest.raises(OSError, match="GB left"):
+            merge(tmp_path, out="whole")
+
+
+def test_what_was_being_written_is_no_part_of_the_result(tmp_path, monkeypatch):
+    """A file that a killed run was at, of whatever name."""
+    save_adapter(tmp_path)
+    interrupted(tmp_path, monkeypatch)
+    (tmp_path / "merged.partial" / "tokenizer.json.writing").write_text("hal")
+    merge(tmp_path)
+    assert not list((tmp_path / "merged").rglob("*.writing"))
+    assert not list((tmp_path / "merged").rglob("*.result.json"))
+    assert not (tmp_path / "merged" / "unfinished.json").exists()
+
+
+def test_weights_that_nothing_is_known_of_are_not_taken_up(tmp_path):
+    """A folder of that name that isn't ours stays as it is."""
+    save_adapter(tmp_path)
+    (tmp_path / "merged.partial").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "merged.partial" / "model.safetensors")
+    with pytest.raises(ValueError, match="holds unfinished work of another merge"):
+        merge(tmp_path)
+    assert (tmp_path / "merged.partial" / "model.safetensors").is_file()
+
+
+def test_a_file_that_lacks_a_tensor(tmp_path, monkeypatch):
+    """Whatever went wrong in writing, what lies on the disk is looked at before it is called finished."""
+    save_adapter(tmp_path)
+
+    def forgetful(tensors, path, metadata):
+        save_file({key: tensor for key, tensor in tensors.items() if key != "model.norm.weight"}, path, metadata)
+
+    monkeypatch.setattr(merging, "save_file", forgetful)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.* in the base came out as nothing"):
+        merge(tmp_path)
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize(
+    "changed", ["option", "dtype", "reading", "version", "adapter", "adapter's config", "base", "base's config"]
+)
 def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, monkeypatch):
     """Files of two merges in one directory would be a model that nobody has trained."""
     save_adapter(tmp_path)
@@ -137,6 +193,12 @@ def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, mon
     options = {}
     if changed == "option":
         options = {"onto": "base"}
+    elif changed == "dtype":
+        options = {"dtype": torch.bfloat16}
+    elif changed == "reading":
+        options = {"options": ReadOptions(quant_type="none")}
+    elif changed == "version":
+        monkeypatch.setattr(merging, "__version__", "0.0.1")
     elif changed == "base":
         os.utime(tmp_path / "base" / "model-00002-of-00003.safetensors", (1, 1))
     elif changed == "adapter":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from checkpoint_writers import set_bitsandbytes_config
+from checkpoint_writers import read_tensors, set_bitsandbytes_config, write_tensors
 from merged_checkpoints import merge, save_adapter
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -125,3 +126,41 @@ def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
     report = merge(tmp_path, allow_unchanged=True)
     assert (report.tensors_expected, report.tensors_changed) == (48, 0)
     assert "48 tensors whose deltas are lost" in report.notes[0]
+
+
+def test_a_delta_that_is_lost_in_16_bits_alone(tmp_path):
+    """In fp32 it would be there."""
+    save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-4)
+    with pytest.raises(ValueError, match=r"of 48 tensors .* came out unchanged"):
+        merge(tmp_path, dtype=torch.bfloat16)
+    report = merge(tmp_path, dtype=torch.float32)
+    assert report.tensors_expected == report.tensors_changed == 48
+
+
+def test_where_nothing_can_appear(tmp_path, monkeypatch):
+    """A file has the name already, or it is a mount point, which a folder can't be renamed to."""
+    save_adapter(tmp_path)
+    (tmp_path / "merged").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        merge(tmp_path)
+    assert (tmp_path / "merged").read_text() == "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path.name == "mount")
+        with pytest.raises(ValueError, match="mount is a mount point"):
+            merge(tmp_path, out="mount")
+    (tmp_path / "empty").mkdir()
+    merge(tmp_path, out="empty")
+
+
+def test_weights_of_the_base_that_are_not_finite(tmp_path):
+    """They would be written as if they were meant."""
+    save_adapter(tmp_path)
+    (tmp_path / "merged").mkdir()
+    for key in ("model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        tensors = read_tensors(tmp_path / "base")
+        tensors[key][0, 0] = float("nan")
+        write_tensors(tmp_path / "base", tensors)
+        with pytest.raises(ValueError, match="weights that are not finite; the checkpoint is broken"):
+            merge(tmp_path)
+        tensors[key][0, 0] = 0.1
+        write_tensors(tmp_path / "base", tensors)
