@@ -312,10 +312,12 @@ def test_tensors_that_are_only_copied(tmp_path):
     save_adapter(tmp_path)
     tensors = read_tensors(tmp_path / "base")
     strange = {"extra.ids": torch.tensor([1, 70000], dtype=torch.uint32), "extra.phases": torch.tensor([1 + 2j])}
-    write_tensors(tmp_path / "base", {**tensors, **strange})
+    wide = {"extra.wide": torch.tensor([1.5], dtype=torch.float64)}
+    write_tensors(tmp_path / "base", {**tensors, **strange, **wide})
     merge(tmp_path, dtype=torch.bfloat16)
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in strange.items())
+    assert found["extra.wide"].dtype == torch.bfloat16
     assert found["model.norm.weight"].dtype == torch.bfloat16
     tensors["model.norm.weight"][0] = 1e5
     write_tensors(tmp_path / "base", tensors)
@@ -324,22 +326,34 @@ def test_tensors_that_are_only_copied(tmp_path):
     assert not list(tmp_path.glob("half*"))
 
 
+def test_merged_weights_that_are_beyond_the_range(tmp_path):
+    """Written as infinity, they would be noticed when the model is run."""
+    save_adapter(tmp_path, quant_type=None)
+    tensors = read_tensors(tmp_path / "base")
+    key = "model.layers.1.mlp.experts.5.down_proj.weight"
+    tensors[key][0, 0] = 1e5
+    write_tensors(tmp_path / "base", tensors)
+    with pytest.raises(ValueError, match=r"experts\.5\.down_proj\.weight has values that are beyond the range of"):
+        merge(tmp_path, dtype=torch.float16)
+    assert not list(tmp_path.glob("merged*"))
+
+
 @pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
 def test_weights_that_stay_in_fp32(attribute, tmp_path, monkeypatch):
     """What the model keeps in higher precision is not cast; what the checkpoint doesn't have in fp32 is."""
     model = shrunken_model_or_skip("deepseek_v3", dtype=torch.float32)
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        monkeypatch.setattr(type(model), name, ["e_score_correction_bias"] if name == attribute else None)
+        monkeypatch.setattr(type(model), name, ["input_layernorm"] if name == attribute else None)
     model.save_pretrained(tmp_path / "base")
     model = get_peft_model(model, MoeQLoraConfig(r=2))
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
     merge(tmp_path, dtype=torch.bfloat16)
     found = read_tensors(tmp_path / "merged")
-    assert {tensor.dtype for key, tensor in found.items() if "correction_bias" in key} == {torch.float32}
-    assert {tensor.dtype for key, tensor in found.items() if "correction_bias" not in key} == {torch.bfloat16}
+    assert {tensor.dtype for key, tensor in found.items() if "input_layernorm" in key} == {torch.float32}
+    assert found["model.norm.weight"].dtype == found["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
     tensors = read_tensors(tmp_path / "base")
-    narrow = {key: tensor.bfloat16() if "correction_bias" in key else tensor for key, tensor in tensors.items()}
+    narrow = {key: tensor.bfloat16() if "input_layernorm" in key else tensor for key, tensor in tensors.items()}
     write_tensors(tmp_path / "base", narrow)
     merge(tmp_path, out="wide", dtype=torch.float32)
     assert {tensor.dtype for tensor in read_tensors(tmp_path / "wide").values()} == {torch.float32}
