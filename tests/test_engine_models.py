@@ -132,6 +132,32 @@ def test_what_was_checked_with_the_engines_own_code_is_served(engine, model_type
     assert set(known) <= engine.layouts.keys()
 
 
+# what only one of the engines has as stacks; the README says what follows for the others
+OF_DIFFERENT_LAYOUTS = {
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "GptOssForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("class_name", SERVED)
+def test_one_directory_serves_all_engines_that_read_single_experts(class_name, tmp_path):
+    """A model that is moved to another layout for one engine stands out, unless it is one of the known few."""
+    engines = [engine for engine in (VLLM, SGLANG, LLAMA_CPP) if class_name in engine.layouts]
+    if len(engines) < 2:
+        pytest.skip("there is nothing to compare: only one of them serves it")
+    base = save_config(class_name, tmp_path / "base")
+    adapter = random_adapter(base, ())
+    files = []
+    for engine in engines:
+        out = tmp_path / engine.name
+        write_for_engine(engine, adapter, out, base)
+        files.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert all(one == files[0] for one in files) == (class_name not in OF_DIFFERENT_LAYOUTS)
+
+
 def test_layers_that_are_joined_are_there_to_be_looked_at(tmp_path):
     """The test above means something: there are models whose query, key and value are layers of their own."""
     base = save_config("Qwen3MoeForCausalLM", tmp_path)
