@@ -57,9 +57,51 @@ class BaseIdentity:
         if recorded is None:
             return None
         try:
-            return cls(**recorded)
+            found = cls(**recorded)
         except TypeError as error:
-            raise ValueError(f"What the adapter's config says of its base can't be read: {error}.") from error
+            raise ValueError(
+                f"What the adapter's config says of its base can't be read: {error}. An object with model_type and "
+                "dtype was expected."
+            ) from error
+        found._check_values()
+        return found
+
+    def _check_values(self) -> None:
+        def are_names(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+        def are_numbers(value: Any) -> bool:
+            return isinstance(value, list) and all(type(one) in (int, float) for one in value)
+
+        dtype = self.dtype
+        expected = {
+            "model_type": ("a string", isinstance(self.model_type, str)),
+            "dtype": (
+                "the name of a dtype of torch",
+                isinstance(dtype, str)
+                and (isinstance(getattr(torch, dtype, None), torch.dtype) if dtype else not self.linear),
+            ),
+            "dense_stacks": ("a list of names", are_names(self.dense_stacks)),
+            "linear": (
+                "an object of 4-bit formats and lists of names",
+                isinstance(self.linear, dict) and all(map(are_names, self.linear.values())),
+            ),
+            "samples": (
+                "an object of names and lists of numbers",
+                isinstance(self.samples, dict) and all(map(are_numbers, self.samples.values())),
+            ),
+        }
+        for name, (values, fits) in expected.items():
+            if not fits:
+                raise ValueError(
+                    f"What the adapter's config says of its base has {name}={getattr(self, name)!r:.200}; "
+                    f"{values} was expected."
+                )
+        for storage in self.linear:
+            try:
+                FourBitFormat.parse(storage)
+            except ValueError as error:
+                raise ValueError(f"What the adapter's config says of its base has, in linear, {error}") from error
 
     def linear_storage(self, name: str) -> FourBitFormat | None:
         """How a linear layer was stored, None for floating point."""

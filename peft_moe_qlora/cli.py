@@ -64,25 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--rounding", choices=ROUNDINGS, default="second-order", help="of a quantized result")
     merge.add_argument("--calibration", metavar="TEXT", help="file that the rounding is good for; else random tokens")
     merge.add_argument("--verify", metavar="TEXT", help="file on which live adapter and result are compared")
-    merge.add_argument(
-        "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
-    )
-    merge.add_argument("--device", default="cpu", help="for what runs the model: --quantize and --verify")
+    _add_verify_options(merge, "for what runs the model: --quantize and --verify")
     merge.add_argument("--allow-unchanged", action="store_true", help="go on where a delta is too small for the dtype")
     merge.add_argument(
-        "--quant-type", choices=QUANT_TYPE_NAMES, default="none", help="that an adapter of others was trained on"
+        "--quant-type", choices=QUANT_TYPE_NAMES, help="that an adapter of others was trained on; none unless given"
     )
     merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
-    merge.add_argument("--json", action="store_true", help="print plain data instead of a table")
     merge.set_defaults(run=_merge)
     verify = commands.add_parser("verify", help="compare a merged checkpoint with the live adapter on a text")
     verify.add_argument("merged", help="directory that merge has written")
     verify.add_argument("text", help="file of plain text")
-    verify.add_argument(
-        "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
-    )
-    verify.add_argument("--device", default="cpu", help="for the models")
-    verify.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    _add_verify_options(verify, "for the models")
     verify.set_defaults(run=_verify)
     convert = commands.add_parser("convert", help="write a saved adapter in another layout, from that of others too")
     convert.add_argument("adapter", help="directory of the adapter")
@@ -90,13 +82,21 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=TARGETS, required=True, help="the layout")
     convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
     convert.add_argument(
-        "--quant-type", choices=QUANT_TYPE_NAMES, default="nf4", help="experts' storage, to moe-qlora"
+        "--quant-type", choices=QUANT_TYPE_NAMES, help="experts' storage of an adapter of others; nf4 unless given"
     )
     convert.add_argument("--written-by", help="the PEFT that wrote it, as peft==0.18.1, if its config doesn't tell")
     convert.add_argument("--lora-b-order", choices=LORA_B_ORDERS, help="of fused lora_B, if the config doesn't tell")
     convert.add_argument("--partial", action="store_true", help="layers that are missing were not adapted")
     convert.set_defaults(run=_convert)
     return parser
+
+
+def _add_verify_options(parser: argparse.ArgumentParser, use_of_device: str) -> None:
+    parser.add_argument(
+        "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
+    )
+    parser.add_argument("--device", default="cpu", help=use_of_device)
+    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
 
 
 def _positive(text: str) -> int:
@@ -130,7 +130,7 @@ def _merge(args: argparse.Namespace) -> None:
             allow_unchanged=args.allow_unchanged,
         )
     else:
-        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None)
+        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None, quant_type=None)
         report = merge_quantized(
             args.base,
             args.adapter,

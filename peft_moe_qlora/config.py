@@ -193,9 +193,13 @@ class MoeQLoraConfig(LoraConfig):
         """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed.
 
         Raises:
-            ValueError: the tensors beside the config are pickled, or their file is cut off.
+            ValueError: the config has what experts can't honour, the tensors beside it are pickled, or their file is
+                cut off. The error names the file.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"The config of {pretrained_model_name_or_path}: {error}") from error
         config.is_read = True
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME

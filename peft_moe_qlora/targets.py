@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
@@ -50,10 +51,15 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
     }
 
 
+def is_all_linear(config: LoraConfig) -> bool:
+    """Whether a config asks for "all-linear", which has a meaning for a model only."""
+    names = config.target_modules
+    return isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
 def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
     """Writes "all-linear" out: PEFT's linear layers without routers, and all experts."""
-    names = config.target_modules
-    if not isinstance(names, str) or names.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if not is_all_linear(config):
         return
     _maybe_include_all_linear_layers(config, model)
     routers = {name for name in config.target_modules if is_router(name, model.get_submodule(name), layouts)}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from adapters_of_others import WRITERS, random_factors, write_lora, write_mlx, write_per_expert, write_stacked
+from saved_adapters import saved_deltas
+from shrunken_models import shrunken_model_or_skip
 from test_export_adapters import save_adapter
 from test_import_adapters import edit_config, edit_tensors, save_base, stock, tensors_of
 
@@ -130,6 +133,25 @@ def test_a_linear_layer_is_missing(copied):
 
 
 @pytest.mark.parametrize(
+    "shape", [(), (0,), (3,), (2, 3), (1, 2, 3), (1, 2, 3, 4), (0, 64), (9, 2, 64), (8, 2, 65), (8, 3, 64)], ids=str
+)
+def test_tensors_of_any_shape(copied, shape):
+    """Of experts and of a linear layer: shapes are held against the base before anything is joined or turned."""
+    _, directory, file, (a, b) = copied
+    linear = "layers.1.self_attn.q_proj.lora_"
+    gate = re.sub(r"\bdown_proj", "gate_proj", a)
+    saved = tensors_of(directory, file.name)
+    for key in [key for key in saved if key.endswith((a, b, gate)) or linear in key]:
+        if tuple(saved[key].shape) == shape:
+            continue
+        edit_tensors(directory, {key: torch.zeros(shape)}, file.name)
+        with pytest.raises(ValueError, match=r"layers\.1\."):
+            read_adapter(directory)
+        edit_tensors(directory, {key: saved[key]}, file.name)
+    read_adapter(directory)
+
+
+@pytest.mark.parametrize(
     "key",
     [
         "model.layers.0.mlp.gate.lora_A.weight",  # the router
@@ -230,8 +252,8 @@ def test_layouts_at_once(saved, tmp_path):
         ({"bias": "lora_only"}, "trains biases"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to a base whose weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"r": None}, "the config has r=None; a number was expected"),
-        ({"lora_alpha": "16"}, "the config has lora_alpha='16'"),
+        ({"r": None}, r"adapter_config\.json has no r; a whole number of at least 1 was expected"),
+        ({"lora_alpha": "16"}, "lora_alpha='16'; a finite number was expected"),
         ({"peft_type": "LOHA"}, "type LOHA"),
         ({"format_of_tomorrow": 1}, None),
     ],
@@ -302,9 +324,12 @@ def test_options_have_values():
             ReadOptions(**options)
 
 
-@pytest.mark.parametrize("options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}])
+@pytest.mark.parametrize(
+    "options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}, {"quant_type": "nf4"}], ids=str
+)
 def test_options_that_say_nothing_of_a_layout(saved, options):
-    for name in ("ours", "per-expert", "mlx"):
+    """An option without effect is refused, even where it says what the file says."""
+    for name in ["ours"] if "quant_type" in options else ["ours", "per-expert", "mlx"]:
         with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' says nothing of an adapter that is"):
             read_adapter(saved / name, options=ReadOptions(**options))
 
@@ -320,12 +345,27 @@ def test_configs_that_are_none(saved, tmp_path):
         read_adapter(tmp_path / "mlx")
 
 
+def test_the_storage_of_others_unless_it_is_said(saved):
+    """nf4 for training on, what the caller has for a merge; an option wins over both."""
+    for name in ("peft-lora", "per-expert", "mlx"):
+        found = [
+            read_adapter(saved / name).config.quant_type,
+            read_adapter(saved / name, usual_quant_type="none").config.quant_type,
+            read_adapter(saved / name, options=ReadOptions("fp4"), usual_quant_type="none").config.quant_type,
+        ]
+        assert found == ["nf4", None, "fp4"]
+    assert read_adapter(saved / "ours", usual_quant_type="none").config.quant_type == "nf4"
+
+
 def test_the_command_reads_others(saved, tmp_path, capsys):
     adapter, out = str(saved / "stacked"), tmp_path / "out"
     command = ["convert", adapter, str(out), "--to", "moe-qlora", "--quant-type", "fp4", "--base", str(saved / "base")]
     assert main(command) == 0
     assert "4 stacks and 4 other tensors" in capsys.readouterr().out
     assert read_adapter(out).config.quant_type == "fp4"
+    command = ["convert", str(out), str(tmp_path / "again"), "--to", "moe-qlora", "--quant-type", "fp4"]
+    assert main(command) == 1
+    assert "quant_type='fp4' says nothing of an adapter that is this package's own" in capsys.readouterr().err
     edit_config(out, peft_type=None)
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "per-expert"]) == 1
     assert "type None; MOE_QLORA, LORA, or one of mlx-lm was expected" in capsys.readouterr().err
@@ -337,4 +377,129 @@ def test_without_a_base_ours_is_held_against_itself(tmp_path):
     read_adapter(tmp_path / "adapter")
     edit_tensors(tmp_path / "adapter", {"optimizer.step": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"optimizer\.step is nothing that this adapter's config asks for"):
+        read_adapter(tmp_path / "adapter")
+
+
+class TestOfThemAndTheConfig:
+    """Tensors and config have to say the same: what one asks for the other has, in files of ours and of PEFT."""
+
+    LAYOUTS = ("ours", "peft-lora")
+
+    @pytest.fixture(params=LAYOUTS)
+    def written(self, request, tmp_path):
+        """Writes an adapter with some options, ours or with the installed PEFT."""
+
+        def write(**options):
+            if request.param == "ours":
+                save_adapter(tmp_path, **options)
+            else:  # which reaches experts by target_parameters
+                linear = options["target_modules"]
+                linear = [name for name in linear if name != "experts"] if isinstance(linear, list) else linear
+                stock(tmp_path, **{**options, "target_modules": linear})
+            return tmp_path / "adapter"
+
+        return write
+
+    def test_modules_trained_in_full(self, written):
+        """PEFT trains every module whose name ends so: one of them is not all, nor is a layer's LoRA."""
+        directory = written(target_modules=["experts", "q_proj"], modules_to_save=["q_norm"])
+        read_adapter(directory)
+        edit_tensors(directory, {"layers.1.self_attn.q_norm.weight": None})
+        with pytest.raises(ValueError, match=r"no tensor of model\.layers\.1\.self_attn\.q_norm\.weight"):
+            read_adapter(directory)
+        edit_config(directory, modules_to_save=["q_norm", "q_proj"])
+        with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_"):
+            read_adapter(directory)
+
+    def test_modules_trained_in_full_inside_others(self, tmp_path):
+        """PEFT saves the inner ones alone of input_layernorm and input_layernorm.norm: such a file isn't damaged."""
+        shrunken_model_or_skip("axk2")
+        saved_deltas(tmp_path, "axk2", target_modules=["experts"], modules_to_save=["norm"])
+        key = "model.layers.0.input_layernorm.norm.weight"
+        assert key in read_adapter(tmp_path / "adapter").others
+        edit_tensors(tmp_path / "adapter", {key: None})
+        with pytest.raises(ValueError, match=f"no tensor of {key}"):
+            read_adapter(tmp_path / "adapter")
+
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_biases(self, bias, tmp_path):
+        """Of linear layers and of experts; those that the config doesn't train aren't asked for."""
+        save_adapter(tmp_path, "gpt_oss", target_modules=["experts", "q_proj"], bias=bias)
+        directory = tmp_path / "adapter"
+        saved = tensors_of(directory)
+        assert any(key.endswith("k_proj.bias") for key in saved) == (bias == "all")
+        for key in [key for key in saved if "layers.1" in key and key.endswith("bias")]:
+            edit_tensors(directory, {key: None})
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            with pytest.raises(ValueError, match=rf"no tensor of {name}, which bias='{bias}' of its config trains"):
+                read_adapter(directory)
+            edit_tensors(directory, {key: saved[key]})
+        read_adapter(directory)
+
+    def test_trained_tokens(self, written):
+        """Without their rows the adapter says something else for these tokens; other rows are of other tokens."""
+        directory = written(target_modules=["experts", "q_proj"], trainable_token_indices=[4, 5])
+        read_adapter(directory)
+        edit_config(directory, trainable_token_indices=[4, 5, 6])
+        with pytest.raises(ValueError, match=r"embed_tokens have shape \(2, 64\); \(3, 64\) was expected"):
+            read_adapter(directory)
+        edit_config(directory, trainable_token_indices={"embed_tokens": [4, 5], "lm_head": [4, 5]})
+        with pytest.raises(ValueError, match="no tensor of trained tokens of lm_head"):
+            read_adapter(directory)
+        edit_config(directory, trainable_token_indices=[4, 5])
+        edit_tensors(directory, {"trainable_tokens_delta": None})
+        with pytest.raises(ValueError, match=r"no tensor of trained tokens, which .* trainable_token_indices"):
+            read_adapter(directory)
+        elsewhere = {"base_model.model.model.norm.token_adapter.trainable_tokens_delta": torch.zeros(2, 64)}
+        edit_tensors(directory, elsewhere)
+        with pytest.raises(ValueError, match=r"model\.norm has trained tokens, but .* no embedding of that name"):
+            read_adapter(directory)
+
+    def test_layers_that_are_not_targeted(self, written):
+        """PEFT leaves out their factors without a word when it loads the file."""
+        directory, r = written(r=4, target_modules=["q_proj", "experts"]), 4
+        pair = {
+            f"base_model.model.model.layers.1.self_attn.k_proj.lora_{factor}.weight": torch.zeros(*shape)
+            for factor, shape in (("A", (r, 64)), ("B", (32, r)))
+        }
+        edit_tensors(directory, pair)
+        with pytest.raises(
+            ValueError, match=r"factors of model\.layers\.1\.self_attn\.k_proj, but its config doesn't"
+        ):
+            read_adapter(directory)
+        edit_tensors(directory, dict.fromkeys(pair))
+        edit_config(directory, exclude_modules=["layers.1.self_attn.q_proj"])
+        with pytest.raises(
+            ValueError, match=r"factors of model\.layers\.1\.self_attn\.q_proj, but its config doesn't"
+        ):
+            read_adapter(directory)
+        edit_config(directory, exclude_modules=None)
+        read_adapter(directory)
+
+    def test_layers_to_transform(self, written):
+        directory = written(target_modules=["experts", "q_proj"])
+        edit_config(directory, layers_to_transform=[0])
+        with pytest.raises(ValueError, match=r"model\.layers\.1\."):
+            read_adapter(directory)
+
+    def test_all_linear(self, written):
+        """It leaves out embeddings and head, as PEFT does, which a file without them doesn't lack."""
+        directory = written(r=4, target_modules=["experts", "q_proj", "k_proj", "v_proj", "o_proj"])
+        edit_config(directory, target_modules="all-linear")
+        read_adapter(directory)
+        rows = tensors_of(directory.parent / "base", "model.safetensors")["model.embed_tokens.weight"].shape[0]
+        pair = {"lora_embedding_A": torch.zeros(4, rows), "lora_embedding_B": torch.zeros(64, 4)}
+        edit_tensors(directory, {f"base_model.model.model.embed_tokens.{end}": one for end, one in pair.items()})
+        with pytest.raises(ValueError, match=r"factors of model\.embed_tokens, but its"):
+            read_adapter(directory)
+
+    def test_without_a_base(self, tmp_path):
+        """Names suffice, but for "all-linear"."""
+        save_adapter(tmp_path)
+        (tmp_path / "base").rename(tmp_path / "gone")
+        read_adapter(tmp_path / "adapter")
+        edit_config(tmp_path / "adapter", target_modules=["experts", "q_proj"])
+        with pytest.raises(ValueError, match=r"self_attn\.k_proj, but its config doesn't target it"):
+            read_adapter(tmp_path / "adapter")
+        edit_config(tmp_path / "adapter", target_modules="all-linear")
         read_adapter(tmp_path / "adapter")

@@ -23,8 +23,12 @@ from peft_moe_qlora.export import convert_adapter, read_adapter
 
 def save_adapter(directory, model_type: str = "qwen3_moe", **options):
     """Saves base and adapter, in fp32 so that logits can be compared closely; gives the live logits."""
-    models = {"llama4_text": llama4, "laguna": lambda: shrunken_model("laguna", dtype=torch.float32)}
-    model = models[model_type]() if model_type in models else tiny_model(model_type)
+    if model_type == "llama4_text":
+        model = llama4()
+    elif model_type in ("laguna", "nemotron_h"):
+        model = shrunken_model(model_type, dtype=torch.float32)
+    else:
+        model = tiny_model(model_type)
     model.save_pretrained(directory / "base")
     model.name_or_path = str(directory / "base")
     config = MoeQLoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "quant_type": None, **options})
@@ -115,6 +119,26 @@ def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
     assert_base_is_asked_for(tmp_path, "may be of Laguna")
+
+
+def test_mamba_layers_that_stock_peft_refuses(tmp_path):
+    """Written, the adapter could be loaded by nobody; by its name alone out_proj is a layer as any other."""
+    save_adapter(tmp_path, "nemotron_h", target_modules=["experts", "in_proj", "out_proj"])
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.out_proj, but PEFT's LoRA refuses .* Merge it instead"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "refused", "peft-lora")
+    assert not (tmp_path / "refused").exists()
+    # without the base, by the model type that the adapter remembers, or not at all
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="PEFT's LoRA refuses"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "refused", "peft-lora")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base": None}))
+    with pytest.raises(ValueError, match="may be of a model with Mamba layers"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "refused", "peft-lora")
+    # what PEFT doesn't refuse says the same there
+    live = save_adapter(tmp_path, "nemotron_h", target_modules=["experts", "in_proj"])
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
+    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
 @pytest.mark.parametrize("target", ["peft-lora", "per-expert"])

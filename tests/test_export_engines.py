@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved_adapters import saved_deltas
+from test_import_adapters import edit_config, edit_tensors, tensors_of
 
 from peft_moe_qlora import MoeQuantizationConfig
 from peft_moe_qlora.cli import main
@@ -259,6 +260,27 @@ def test_layers_that_engines_join_get_zeros(tmp_path):
     assert "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" not in written.tensors
 
 
+@pytest.mark.parametrize("target", ["vllm", "sglang", "mlx"])
+def test_layers_of_zeros_leave_the_scaling_alone(target, tmp_path):
+    """k_proj and v_proj join q_proj without its pattern: that is no scaling that has to be multiplied into B."""
+    saved_deltas(tmp_path, target_modules=["experts", "q_proj"], alpha_pattern={"experts": 12, "q_proj": 12})
+    directory = tmp_path / "adapter"
+    edit_tensors(directory, {key: tensor.bfloat16() for key, tensor in tensors_of(directory).items()})
+    written = convert_adapter(directory, tmp_path / target, target)
+    assert {factors.scaling for factors in written.experts} == {12 / 4}
+    tensors = tensors_of(tmp_path / target, "adapters.safetensors" if target == "mlx" else "adapter_model.safetensors")
+    assert any("k_proj" in key for key in tensors)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / target / "adapter_config.json").read_text())
+    scaling = config["lora_parameters"]["scale"] if target == "mlx" else config["lora_alpha"] / config["r"]
+    assert scaling == 12 / 4
+    # a scaling that differs still counts
+    edit_config(directory, alpha_pattern={"q_proj": 12})
+    convert_adapter(directory, tmp_path / "again", target)
+    again = tensors_of(tmp_path / "again", "adapters.safetensors" if target == "mlx" else "adapter_model.safetensors")
+    assert torch.float32 in {tensor.dtype for tensor in again.values()}
+
+
 @pytest.mark.parametrize(
     ("target", "model_type", "options", "match"),
     [
@@ -308,6 +330,7 @@ def test_routers_are_none_of_sglangs(tmp_path):
     router = "base_model.model.model.layers.0.mlp.router"
     factors = {f"{router}.lora_A.weight": torch.ones(4, 64), f"{router}.lora_B.weight": torch.ones(4, 4)}
     save_file({**load_file(file), **factors}, file)
+    edit_config(tmp_path / "adapter", target_modules=["experts", "q_proj", "layers.0.mlp.router"])
     with pytest.raises(ValueError, match=r"SGLang .* reads no LoRA on model\.layers\.0\.mlp\.router"):
         convert_adapter(tmp_path / "adapter", tmp_path / "out", "sglang")
 

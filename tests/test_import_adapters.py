@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from adapters_of_others import ALPHA, WRITERS, R, random_factors, write_mlx, write_per_expert, write_stacked
+from adapters_of_others import ALPHA, PREFIX, WRITERS, R, random_factors, write_mlx, write_per_expert, write_stacked
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from shrunken_models import shrunken_model
 from stock_peft import VERSIONS, run_stock_peft
 from test_export_adapters import OPTIONS, llama4, save_adapter
 from tiny_models import logits, tiny_model, token_ids
@@ -94,10 +95,16 @@ def stock(directory: Path, **options) -> Path:
     return directory
 
 
+def in_16_bits(adapter: Path) -> ReadOptions:
+    """Has an adapter of others ask for experts in 16 bits; those of this package say it themselves."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return ReadOptions(quant_type=None if config.get("peft_type") == "MOE_QLORA" else "none")
+
+
 def logits_here(directory: Path, options: ReadOptions | None = None, adapter: str = "adapter") -> torch.Tensor:
     """Of the adapter, read from whatever layout and loaded by this package onto 16-bit experts."""
     converted = directory / f"{adapter}-here"
-    options = options or ReadOptions(quant_type="none")
+    options = options or in_16_bits(directory / adapter)
     convert_adapter(directory / adapter, converted, "moe-qlora", directory / "base", options)
     return loaded_here(directory, converted)
 
@@ -169,7 +176,7 @@ def test_embeddings_and_trained_tokens(tmp_path):
 def test_what_we_write_comes_back(model_type, target, tmp_path):
     live = save_adapter(tmp_path, model_type)
     written = convert_adapter(tmp_path / "adapter", tmp_path / "written", target)
-    found = read_adapter(tmp_path / "written", tmp_path / "base", ReadOptions(quant_type="none"))
+    found = read_adapter(tmp_path / "written", tmp_path / "base", in_16_bits(tmp_path / "written"))
     assert_same_adapter(found, written)
     assert_same_logits(logits_here(tmp_path, adapter="written"), live)
 
@@ -261,7 +268,8 @@ def edit_config(directory: Path, **options) -> None:
     """Sets options of an adapter's config; those set to None are removed."""
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text()) | options
-    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    removed = {name for name, value in options.items() if value is None}
+    file.write_text(json.dumps({name: value for name, value in config.items() if name not in removed}))
 
 
 def edit_tensors(directory: Path, changed: dict[str, torch.Tensor | None], name="adapter_model.safetensors") -> None:
@@ -303,6 +311,42 @@ def test_some_layers_of_many(tmp_path):
     assert_same_tensors(tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "adapter-here"))
     assert torch.equal(loaded_here(tmp_path, tmp_path / "saved"), first)
     assert_same_adapter(read_adapter(tmp_path / "saved"), read_adapter(tmp_path / "adapter-here"))
+
+
+class TestNamesOfTheCheckpoint:
+    """hy_v3's checkpoint says shared_mlp where the model says shared_experts; files of others have either."""
+
+    SHARED = "model.layers.1.mlp.shared_experts"
+
+    def save(self, directory: Path, name: str, write=write_per_expert, **options) -> None:
+        shrunken_model("hy_v3", dtype=torch.float32).save_pretrained(directory / "base")
+        experts, _ = random_factors(width=64, num_experts=4)
+        experts = {at: pair for at, pair in experts.items() if at[0] == 1}  # the first layer is dense
+        linear = {}
+        for part, r in (("up_proj", 3), ("down_proj", 4)):
+            linear[f"model.layers.1.mlp.{name}.{part}.lora_A.weight"] = torch.randn(r, 64)
+            linear[f"model.layers.1.mlp.{name}.{part}.lora_B.weight"] = torch.randn(64, r)
+        write(directory / "adapter", directory / "base", experts, linear)
+        edit_config(directory / "adapter", **options)
+
+    @pytest.mark.parametrize("write", [write_per_expert, write_stacked])
+    def test_patterns_are_held_against_them_first(self, write, tmp_path):
+        """Patterns are of whoever wrote the file: held against the model's names alone they would match nothing."""
+        patterns = {"shared_mlp.up_proj": 3, "shared_experts.down_proj": 4}
+        # the model's name comes first here, and in the alphabet
+        alphas = {"shared_experts.up_proj": 1, "shared_mlp.up_proj": 8, "shared_experts.down_proj": 9}
+        self.save(tmp_path, "shared_mlp", write, rank_pattern=patterns, alpha_pattern=alphas)
+        config = read_adapter(tmp_path / "adapter").config
+        assert linear_rank_and_alpha(config, f"{self.SHARED}.up_proj") == (3, 8)
+        assert linear_rank_and_alpha(config, f"{self.SHARED}.down_proj") == (4, 9)
+
+    def test_a_layer_under_both_names_is_refused(self, tmp_path):
+        """One would replace the other without a word."""
+        self.save(tmp_path, "shared_mlp", rank_pattern={"shared_mlp.up_proj": 3, "shared_mlp.down_proj": 4})
+        again = {f"{self.SHARED}.down_proj.lora_{factor}.weight": torch.zeros(4, 4) for factor in "AB"}
+        edit_tensors(tmp_path / "adapter", {f"{PREFIX}{key}": tensor for key, tensor in again.items()})
+        with pytest.raises(ValueError, match=r"shared_(mlp|experts)\.down_proj and .* are the same layer"):
+            read_adapter(tmp_path / "adapter")
 
 
 class TestOrderOfUnsloth:

@@ -19,7 +19,7 @@ from checkpoint_writers import read_tensors, write_tensors
 from merged_checkpoints import merge, save_adapter
 from safetensors.torch import load_file, save_file
 
-from peft_moe_qlora.export import ReadOptions
+from peft_moe_qlora.export import ReadOptions, convert_adapter
 from peft_moe_qlora.export.merging import checkpoint as merging
 
 KILLED = """
@@ -189,6 +189,10 @@ def test_a_file_that_lacks_a_tensor(tmp_path, monkeypatch):
 def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, monkeypatch):
     """Files of two merges in one directory would be a model that nobody has trained."""
     save_adapter(tmp_path)
+    if changed == "reading":  # this package's own says itself how it is to be read
+        convert_adapter(tmp_path / "adapter", tmp_path / "of PEFT", "peft-lora")
+        shutil.rmtree(tmp_path / "adapter")
+        (tmp_path / "of PEFT").rename(tmp_path / "adapter")
     interrupted(tmp_path, monkeypatch)
     options = {}
     if changed == "option":
@@ -196,7 +200,7 @@ def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, mon
     elif changed == "dtype":
         options = {"dtype": torch.bfloat16}
     elif changed == "reading":
-        options = {"options": ReadOptions(quant_type="none")}
+        options = {"options": ReadOptions(quant_type="nf4")}
     elif changed == "version":
         monkeypatch.setattr(merging, "__version__", "0.0.1")
     elif changed == "base":

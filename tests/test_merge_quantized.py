@@ -11,7 +11,7 @@ import torch
 from checkpoint_writers import read_tensors, write_tensors
 from merged_checkpoints import save_adapter
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -59,6 +59,23 @@ def test_what_is_loaded_again_is_what_was_merged(model_type, layout, rounding, t
     assert written["tensors_written"] == report.tensors_written
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["num_local_experts"] == config["num_experts"]
+
+
+def test_what_was_trained_in_full_is_in_the_merged_model(tmp_path):
+    """PEFT puts it there; the count of what changed has it too."""
+    model = save_adapter(tmp_path, "qwen3_moe", target_modules=["experts"], modules_to_save=["model.norm", "lm_head"])
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path, rounding="nearest")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    written = read_tensors(tmp_path / "merged")
+    for name in ("model.norm.weight", "lm_head.weight"):
+        before = read_tensors(tmp_path / "base")[name]
+        assert torch.equal(written[name], trained[f"base_model.model.{name}"])
+        assert not torch.equal(written[name], before)
+    assert report.tensors_expected == report.tensors_changed == 4 + 2
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -241,3 +258,7 @@ def test_a_text_of_one_word(tmp_path, capsys):
     assert not list(tmp_path.glob("merged*"))  # told before the work
     assert main(["merge", *paths, "--verify-dtype", "float32"]) == 1
     assert "--verify-dtype is an option of --verify" in capsys.readouterr().err
+    assert main(["merge", *paths, "--quantize", "nf4", "--quant-type", "nf4"]) == 1
+    assert "--quant-type is an option of a merge without --quantize" in capsys.readouterr().err
+    assert main(["merge", *paths, "--quant-type", "none"]) == 1
+    assert "quant_type='none' says nothing of an adapter that is this package's own" in capsys.readouterr().err

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
-from ..targets import resolve_all_linear, resolve_rank_and_alpha, targeted_projections
+from ..targets import is_all_linear, resolve_all_linear, resolve_rank_and_alpha, targeted_projections
 from .base_model import BaseModel
-from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
+from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others, check_targeted, name_in_model
 
 PREFIX = "base_model.model."
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
 
 
@@ -67,12 +68,18 @@ class AdapterFile:
     experts: tuple[ExpertFactors, ...]
     others: dict[str, torch.Tensor]
 
+    @property
+    def stacks(self) -> list[str]:
+        """The names of all that have factors."""
+        return [factors.name for factors in self.experts]
+
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Key -> tensor of an adapter's safetensors.
 
     Raises:
-        ValueError: the file is not there, is cut off, or has values that are not finite. The error names file and key.
+        ValueError: the file is not there, is cut off, or has tensors that are not of 16, 32 or 64 bits floating point
+            or values that are not finite. The error names file and key.
     """
     if not file.is_file():
         pickled = file.with_suffix(".bin")
@@ -83,29 +90,33 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
     for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{file}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; 16, 32 or 64 bits floating "
+                "point were expected. Save the adapter in one of these."
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
     return tensors
 
 
-def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
+def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:
     """Reads an adapter of this package.
 
     Args:
         directory: that `PeftModel.save_pretrained` has written.
+        tensors: of the file in it, key without PEFT's prefix -> tensor.
         base: what it belongs to, to hold its tensors against; None if that isn't known.
 
     Raises:
-        ValueError: it is cut off, lacks a tensor, or has values that are not finite or shapes that don't fit each
-            other or the base. The error names the file and the key.
+        ValueError: it lacks a tensor, or has shapes that don't fit each other or the base. The error names the file
+            and the key.
     """
     config = MoeQLoraConfig.from_pretrained(str(directory))
     file = directory / SAFETENSORS_WEIGHTS_NAME
-    tensors = load_tensors(file)
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     others = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+    for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
             continue  # PEFT's copy of a frozen embedding or head
         match = _FACTOR.fullmatch(name)
@@ -116,10 +127,15 @@ def read_own(directory: Path, base: BaseModel | None) -> AdapterFile:
     experts = [_factors(file, config, *at, found) for at, found in factors.items()]
     # the first projection of a module is the one that isn't down_proj
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    reached = replace(config)
     if base is not None:
-        _check_against(file, base, config, experts, others)
+        resolve_all_linear(reached, base.model, base.layouts)
+        _check_against(file, base, config, reached, experts, others)
     check_others(file, config, others, base)
-    for name in adapted_layers(others):
+    linear = adapted_layers(others)
+    if not is_all_linear(reached):  # which can't be known without a base
+        check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
+    for name in linear:
         A = others[name + A_SUFFIX] if name + A_SUFFIX in others else others[name + EMBEDDING_A]
         r, _ = linear_rank_and_alpha(config, name)
         if A.shape[0] != r:
@@ -152,21 +168,49 @@ def _check_against(
     file: Path,
     base: BaseModel,
     config: MoeQLoraConfig,
+    reached: MoeQLoraConfig,
     experts: list[ExpertFactors],
     others: dict[str, torch.Tensor],
 ) -> None:
-    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches."""
+    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches.
+
+    Args:
+        file: for errors.
+        base: what the adapter belongs to.
+        config: as saved.
+        reached: the same with "all-linear" written out for the base.
+        experts: the factors of stacks.
+        others: key without PEFT's prefix -> tensor.
+    """
     for factors in experts:
         if factors.path not in base.layouts:
             raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
-    reached = replace(config)
-    resolve_all_linear(reached, base.model, base.layouts)
-    targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
-    check_stored_shapes(config, base.layouts, targets)
+    try:
+        targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
+        check_stored_shapes(config, base.layouts, targets)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     found = adapted_layers(others)
     missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
     if missing:
         raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
+    _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, others)
+
+
+def _check_biases(
+    file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], others: dict[str, torch.Tensor]
+) -> None:
+    """Refuses a file without biases that its config trains: of all modules, or of those that are adapted."""
+    if config.bias == "none":
+        return
+    biases = [name for name, _ in base.model.named_parameters() if name.endswith("bias")]
+    wanted = [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in adapted]
+    found = {name_in_model(key) for key in others}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"{file} has no tensor of {missing[0]}, which bias={config.bias!r} of its config trains; it is damaged."
+        )
 
 
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
@@ -174,7 +218,18 @@ def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
     return config.scaling(*linear_rank_and_alpha(config, name))
 
 
-def linear_rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
-    """Rank and alpha of a linear layer, as PEFT settles them."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+def linear_rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
+    """Rank and alpha of a linear layer, as PEFT settles them.
+
+    Args:
+        config: with the patterns.
+        names: all that the layer may be called in them; the first counts that a pattern matches.
+    """
+    return _by_pattern(config.rank_pattern, names, config.r), _by_pattern(
+        config.alpha_pattern, names, config.lora_alpha
+    )
+
+
+def _by_pattern(pattern: dict[str, float], names: tuple[str, ...], default: float) -> float:
+    keys = (get_pattern_key(pattern.keys(), name) for name in names)
+    return next((pattern[key] for key in keys if key in pattern), default)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..experts import ExpertsLayout
@@ -29,11 +30,13 @@ class BaseModel:
 
     Args:
         directory: of the checkpoint.
+        config: of the checkpoint.
         model: on the meta device.
         layouts: path -> layout of every routed experts module.
     """
 
     directory: Path
+    config: PreTrainedConfig
     model: PreTrainedModel
     layouts: dict[str, ExpertsLayout]
 
@@ -43,25 +46,50 @@ class BaseModel:
         return bool(directory) and Path(directory, "config.json").is_file()
 
     @classmethod
-    def open(cls, base: str | Path | None) -> BaseModel:
+    def open(cls, base: str | Path | None, names: Iterable[str] = (), revision: str | None = None) -> BaseModel:
         """Builds the model that config.json names, without memory.
 
         Args:
             base: a directory, or a name on the hub, of which config.json is downloaded.
+            names: of tensors of an adapter. Where they are of experts that only the text model by itself has under
+                such names, it is that one: `AutoModelForCausalLM` makes it of a checkpoint that has towers too, of
+                Qwen3.5 and Llama 4 for example.
+            revision: of a model on the hub.
 
         Raises:
             ValueError: there is no config.json.
         """
-        directory = Path(base) if cls.is_at(base) else _downloaded(base)
+        directory = Path(base) if cls.is_at(base) else _downloaded(base, revision)
         config = AutoConfig.from_pretrained(directory)
         with torch.device("meta"):
             model = class_of(config)._from_config(config)
-        return cls(directory, model, expert_layouts(model))
+            found = cls(directory, config, model, expert_layouts(model))
+            names = list(names)
+            classes = AutoModelForCausalLM._model_mapping
+            if names and type(config) in classes and classes[type(config)] is not type(model):
+                model = AutoModelForCausalLM.from_config(config)
+                text = cls(directory, config, model, expert_layouts(model))
+                if text._has_experts_of(names) and not found._has_experts_of(names):
+                    return text
+        return found
+
+    def _has_experts_of(self, names: list[str]) -> bool:
+        return any(name.startswith(f"{path}.") for name in names for path in self.layouts)
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether the checkpoint has more than this model, which then has its layers under other names."""
+        return type(self.model) is not class_of(self.config)
+
+    @property
+    def model_class(self) -> type:
+        """Whose `from_pretrained` makes this model of the checkpoint."""
+        return AutoModelForCausalLM if self.is_text_only else class_of(self.config)
 
     @property
     def quantization(self) -> str | None:
         """By what the checkpoint is quantized, as its config says."""
-        found = quantization_of(self.model.config)
+        found = quantization_of(self.config)
         return None if found is None else str(found.get("quant_method", "bitsandbytes"))
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
@@ -115,7 +143,7 @@ class BaseModel:
         return None if tensor is None else tuple(tensor.shape)
 
 
-def _downloaded(base: str | Path | None) -> Path:
+def _downloaded(base: str | Path | None, revision: str | None) -> Path:
     """Where the config.json of a model on the hub lies.
 
     Raises:
@@ -133,6 +161,6 @@ def _downloaded(base: str | Path | None) -> Path:
     if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
         raise ValueError(message)
     try:
-        return Path(cached_file(str(base), "config.json")).parent
+        return Path(cached_file(str(base), "config.json", revision=revision)).parent
     except OSError as error:
         raise ValueError(f"{message} As a name on the hub: {error}") from error

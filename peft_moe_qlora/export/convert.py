@@ -64,5 +64,6 @@ def convert_adapter(
     named = found.config.base_model_name_or_path
     # two layouts mostly don't depend on the base, which may be a name on the hub
     is_needed = base is not None or target not in ("peft-lora", "moe-qlora") or BaseModel.is_at(named)
-    TARGETS[target](found, directory, BaseModel.open(base or named) if is_needed else None)
+    revision = None if base else found.config.revision
+    TARGETS[target](found, directory, BaseModel.open(base or named, found.stacks, revision) if is_needed else None)
     return found

@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
 from torch import nn
 
+from ..targets import parents
 from .base_model import BaseModel
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _PAIRS = ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B))
-_TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+_LORA = (*_PAIRS[0], *_PAIRS[1])
+TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+"""What the keys of trained tokens end with."""
 
 
 def adapted_layers(keys: dict[str, torch.Tensor]) -> list[str]:
     """The linear layers and embeddings that LoRA's keys name, in their order."""
     return [key.removesuffix(suffix) for key in keys for suffix in (A_SUFFIX, EMBEDDING_A) if key.endswith(suffix)]
+
+
+class Pair(NamedTuple):
+    """The factors of one layer.
+
+    Args:
+        name: of the layer.
+        A: `(r, in)`; of an embedding `(r, rows)`.
+        B: `(out, r)`; of an embedding `(features, r)`.
+        is_embedding: then the delta is `(B @ A).T`.
+    """
+
+    name: str
+    A: torch.Tensor
+    B: torch.Tensor
+    is_embedding: bool
+
+    @property
+    def has_delta(self) -> bool:
+        return bool(self.A.any() and self.B.any())
+
+
+def factor_pairs(others: dict[str, torch.Tensor]) -> Iterator[Pair]:
+    """The factors of all linear layers and embeddings."""
+    for key, A in others.items():
+        for a, b in _PAIRS:
+            if key.endswith(a):
+                name = key.removesuffix(a)
+                yield Pair(name, A, others[name + b], a == EMBEDDING_A)
+
+
+def beside_factors(others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is no factor: key -> tensor of biases, modules trained in full and tokens."""
+    return {key: tensor for key, tensor in others.items() if not key.endswith(_LORA) and not is_unused_copy(key)}
 
 
 def name_in_model(key: str) -> str:
@@ -34,7 +73,7 @@ def is_unused_copy(key: str) -> bool:
 
 
 def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
-    """Refuses tensors that nothing would take.
+    """Refuses tensors that nothing would take, and a file without those that its config asks for beside LoRA.
 
     Args:
         file: for errors.
@@ -43,7 +82,8 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
         base: what the adapter belongs to; None if that isn't known, which leaves shapes and places unchecked.
 
     Raises:
-        ValueError: names the first key that lacks its other half, is none of an adapter, or doesn't fit the base.
+        ValueError: names the first key that lacks its other half, is none of an adapter, doesn't fit the base, or is
+            missing.
     """
     for key in others:
         for a, b in _PAIRS:
@@ -53,16 +93,11 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
     for name in adapted_layers(others):
         if base is not None:
             _check_layer(file, name, others, base)
-    saved = config.modules_to_save or ()
-    for name in [saved] if isinstance(saved, str) else saved:
-        if not any(f"{name}." in key for key in others):
-            raise ValueError(
-                f"{file} has no tensor of {name}, which its config has in modules_to_save; it is damaged."
-            )
-    lora = (*_PAIRS[0], *_PAIRS[1])
+    _check_saved_modules(file, config, others, base)
+    _check_tokens(file, config, others, base)
     for key, tensor in others.items():
-        if key.endswith(lora) or _is_known(config, key):
-            if base is not None and not key.endswith((*lora, *_TOKENS)):
+        if key.endswith(_LORA) or _is_known(config, key):
+            if base is not None and not key.endswith((*_LORA, *TOKENS)):
                 _check_full(file, key, tensor, base)
             continue
         raise ValueError(
@@ -71,12 +106,90 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
         )
 
 
+def _check_saved_modules(
+    file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None
+) -> None:
+    keys = [name_in_model(key) for key in others if not key.endswith((*_LORA, *TOKENS))]
+    for name in config.modules_to_save or ():
+        missing = None if any(f"{name}." in key for key in keys) else name
+        if base is not None and missing is None:
+            # PEFT takes every module whose name ends so, but of one inside another saves the inner one alone
+            modules = {path: module for path, module in base.model.named_modules() if path.endswith(name)}
+            around = {parent for path in modules for parent in parents(path)}
+            innermost = {path: module for path, module in modules.items() if path not in around}
+            wanted = [f"{path}.{key}" for path, module in innermost.items() for key, _ in module.named_parameters()]
+            missing = next((key for key in wanted if key not in keys), None)
+        if missing is not None:
+            raise ValueError(
+                f"{file} has no tensor of {missing}, which its config has in modules_to_save; it is damaged."
+            )
+
+
+def _check_tokens(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return
+    found = {}
+    for key, tensor in others.items():
+        if key.endswith(TOKENS):
+            found[key.removesuffix(TOKENS[0]).removesuffix(TOKENS[1])] = tensor
+    # of layers that are tied PEFT saves one
+    may_be_tied = base is None or base.model.config.get_text_config().tie_word_embeddings
+    for layer, indices in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
+        names = [name for name in found if layer in ("", name) or name.endswith(f".{layer}")]
+        if not names and not (found and may_be_tied):
+            raise ValueError(
+                f"{file} has no tensor of trained tokens{f' of {layer}' if layer else ''}, which its config has in "
+                "trainable_token_indices; it is damaged."
+            )
+        for name in names:
+            _check_token_rows(file, name, found[name], len(indices), base)
+
+
+def _check_token_rows(file: Path, name: str, rows: torch.Tensor, num_tokens: int, base: BaseModel | None) -> None:
+    expected = f"({num_tokens}, features)"
+    fits = rows.dim() == 2 and len(rows) == num_tokens
+    if base is not None:
+        layer = base.layer(name)
+        if layer is None:
+            raise ValueError(
+                f"{file}: {name} has trained tokens, but {base.directory} has no embedding of that name. The adapter "
+                "belongs to another base."
+            )
+        expected = (num_tokens, layer.weight.shape[1])
+        fits = tuple(rows.shape) == expected
+    if not fits:
+        raise ValueError(
+            f"{file}: the trained tokens of {name} have shape {tuple(rows.shape)}; {expected} was expected by "
+            "trainable_token_indices of its config. The two don't belong together."
+        )
+
+
+def check_targeted(file: Path, names: Iterable[str], is_targeted: Callable[[str], bool]) -> None:
+    """Refuses factors of layers that the config leaves alone: whoever loads the file drops them, or adds them.
+
+    Args:
+        file: for errors.
+        names: of the layers that have factors.
+        is_targeted: whether the config asks for a layer.
+
+    Raises:
+        ValueError: names the first.
+    """
+    strange = [name for name in names if not is_targeted(name)]
+    if strange:
+        raise ValueError(
+            f"{file} has factors of {strange[0]}, but its config doesn't target it (target_modules, exclude_modules, "
+            "layers_to_transform, target_parameters); it is damaged, or mixed up with another. Save the adapter again."
+        )
+
+
 def _is_known(config: LoraConfig, key: str) -> bool:
     saved = config.modules_to_save or ()
     return (
         any(f"{name}." in key for name in saved)  # PEFT takes every module whose name ends so
         or (config.bias != "none" and key.endswith("bias"))
-        or (config.trainable_token_indices is not None and key.endswith(_TOKENS))
+        or (config.trainable_token_indices is not None and key.endswith(TOKENS))
     )
 
 

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
-from ...loading.load import quantization_of
 from ...quantization import Fidelity
 from ..adapter_file import AdapterFile
 from ..base_model import HUB_NAME, BaseModel
@@ -80,10 +79,10 @@ def merge_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
     base, adapter = checkpoint_directory(base), Path(adapter)
-    found = read_adapter(adapter, base, options or ReadOptions(quant_type="none"))
+    found = read_adapter(adapter, base, options, usual_quant_type="none")
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
-    model = BaseModel.open(base)
+    model = BaseModel.open(base, found.stacks)
     refuse_quantized(model)
     checkpoint = Checkpoint.open(base)
     plan = plan_merge(model, checkpoint, found, onto)
@@ -113,27 +112,20 @@ def merge_checkpoint(
     if dry_run:
         return report(merge, 0, 0, notes)
     merge.check_space()
-    output.start()
-    try:
-        merge.run(progressbar)
-        changed = merge.changed()
-        unchanged = sorted(plan.with_delta - changed)
-        if unchanged and not allow_unchanged:
-            raise ValueError(
-                f"{len(unchanged)} of {len(plan.with_delta | changed)} tensors that the adapter changes came out "
-                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge into float32 "
-                "(dtype=torch.float32, --dtype float32), or allow it (allow_unchanged=True, --allow-unchanged)."
-            )
-        num_written = merge.check_written()
-    except ValueError:
-        output.discard()  # the same would happen again
-        raise
-    if unchanged:
-        notes += (f"{len(unchanged)} tensors whose deltas are lost in rounding: {', '.join(unchanged)}",)
-    done = report(merge, len(changed), num_written, notes)
-    merge.write_index()
-    output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
-    output.finish([_result_name(name) for name in merge.names.values()])
+    with output.open():
+        try:
+            merge.run(progressbar)
+            unchanged = merge.check_changed(allow_unchanged)
+            num_written = merge.check_written()
+        except ValueError:
+            output.discard()  # the same would happen again
+            raise
+        if unchanged:
+            notes += (f"{len(unchanged)} tensors whose deltas are lost in rounding: {', '.join(unchanged)}",)
+        done = report(merge, len(merge.changed()), num_written, notes)
+        merge.write_index()
+        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish([_result_name(name) for name in merge.names.values()])
     return done
 
 
@@ -215,6 +207,22 @@ class _Merge:
         """Of these, the ones that were trained in full."""
         edits = self.plan.of_tensors
         return {key for key in self.changed() if key in edits and edits[key].replacement is not None}
+
+    def check_changed(self, allow_unchanged: bool) -> list[str]:
+        """Keys of tensors that the adapter changes and that came out as without it.
+
+        Raises:
+            ValueError: there are some, and that isn't allowed.
+        """
+        changed = self.changed()
+        unchanged = sorted(self.plan.with_delta - changed)
+        if unchanged and not allow_unchanged:
+            raise ValueError(
+                f"{len(unchanged)} of {len(self.plan.with_delta | changed)} tensors that the adapter changes came out "
+                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge into float32 "
+                "(dtype=torch.float32, --dtype float32), or allow it (allow_unchanged=True, --allow-unchanged)."
+            )
+        return unchanged
 
     def check_written(self) -> int:
         """Holds the headers of what lies on the disk against those of the base; gives the number of tensors.
@@ -393,10 +401,9 @@ def refuse_quantized(base: BaseModel) -> None:
     Raises:
         ValueError: it is quantized.
     """
-    found = quantization_of(base.model.config)
-    if found is not None:
+    if base.quantization is not None:
         raise ValueError(
-            f"{base.directory} is quantized by {found.get('quant_method')!r}; a checkpoint in floating point was "
+            f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was "
             "expected. Name the unquantized base, or merge in memory with merge_and_unload."
         )
 

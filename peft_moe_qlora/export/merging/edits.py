@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from ...loading.sources import DenseSource, ExpertPart, Places, Source, each_sou
 from ...quantization import FourBitFormat, QuantizedStack
 from ..adapter_file import AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, is_unused_copy, name_in_model
+from ..others import Pair, beside_factors, factor_pairs, name_in_model
 
 ONTO = ("quantized", "base")
 _STACKS_AT_A_TIME = 4
@@ -277,22 +278,14 @@ def _plan_tensors(
         storage = identity.linear_storage(module) if identity is not None else None
         return {} if storage is None else {"storage": storage, "dtype": getattr(torch, identity.dtype)}
 
-    others = dict(adapter.others)
-    for key in list(others):
-        for suffixes in ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B)):
-            if not key.endswith(suffixes[0]):
-                continue
-            module = key.removesuffix(suffixes[0])
-            A, B = others.pop(key), others.pop(module + suffixes[1])
-            is_embedding = suffixes[0] == EMBEDDING_A
-            delta = _product(A, B, linear_scaling(adapter.config, module), is_embedding)
-            shape = (A.shape[1], B.shape[0]) if is_embedding else (B.shape[0], A.shape[1])
-            add(TensorEdit(f"{module}.weight", delta=delta, **stored(module)), shape)
-            if A.any() and B.any():
-                plan.with_delta.add(keys[f"{module}.weight"])
-    for saved, tensor in others.items():
-        if is_unused_copy(saved):
-            continue
+    for pair in factor_pairs(adapter.others):
+        weight = f"{pair.name}.weight"
+        delta = partial(_product, pair, linear_scaling(adapter.config, pair.name))
+        shape = (pair.B.shape[0], pair.A.shape[1])
+        add(TensorEdit(weight, delta=delta, **stored(pair.name)), shape[::-1] if pair.is_embedding else shape)
+        if pair.has_delta:
+            plan.with_delta.add(keys[weight])
+    for saved, tensor in beside_factors(adapter.others).items():
         name = name_in_model(saved)
         if name not in keys:
             raise ValueError(f"The adapter has {saved}, which is no tensor of {base.directory}. {_REMEDY}")
@@ -310,12 +303,9 @@ def _plan_tensors(
             add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
 
 
-def _product(A: torch.Tensor, B: torch.Tensor, scaling: float, is_embedding: bool) -> Callable[[], torch.Tensor]:
-    def delta() -> torch.Tensor:
-        product = scaling * (B.float() @ A.float())
-        return product.T if is_embedding else product
-
-    return delta
+def _product(pair: Pair, scaling: float) -> torch.Tensor:
+    product = scaling * (pair.B.float() @ pair.A.float())
+    return product.T if pair.is_embedding else product
 
 
 def _as_trained(

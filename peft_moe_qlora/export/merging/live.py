@@ -9,24 +9,24 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import AutoTokenizer
 
 from ...base_identity import BaseIdentity
 from ...config import MoeQLoraConfig, MoeQLoraPeftType
 from ...loading import MoeQuantizationConfig, load_quantized
-from ...loading.load import class_of, quantization_of
+from ..adapter_file import PREFIX
 from ..base_model import BaseModel
 
 _WINDOW, _MOST_WINDOWS = 512, 16
 
 
-def load_live(base: BaseModel, adapter: str | Path, dtype: torch.dtype | None, device: str) -> PeftModel:
+def load_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None, device: str) -> PeftModel:
     """Base and adapter, the base stored as the adapter's config says it was.
 
     Args:
-        base: whose directory is loaded.
+        base: directory of the model.
         adapter: directory of the adapter.
         dtype: of the model. Default: that of the training, or of the checkpoint.
         device: where it is put.
@@ -42,20 +42,22 @@ def load_live(base: BaseModel, adapter: str | Path, dtype: torch.dtype | None, d
             "first (peft-moe-qlora convert --to moe-qlora)."
         )
     config = MoeQLoraConfig.from_pretrained(str(adapter))
+    if config.stored is None:
+        raise ValueError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}; a saved adapter was expected.")
+    found = BaseModel.open(base, (key.removeprefix(PREFIX) for key in config.stored.shapes))
     identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
-    quantization = None if quantization_of(base.model.config) is not None else _quantization(base, config, identity)
+    quantization = None if found.quantization is not None else _quantization(found, config, identity)
     if config.storage is None and quantization is None:
-        model_class = class_of(base.model.config)
-        model = model_class.from_pretrained(base.directory, dtype=dtype, device_map=device)
+        model = found.model_class.from_pretrained(base, dtype=dtype, device_map=device)
     else:
-        model = load_quantized(str(base.directory), quantization, dtype=dtype, device_map=device)
+        model = load_quantized(str(base), quantization, found.model_class, dtype=dtype, device_map=device)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The adapter was trained on other weights")
         try:
             return PeftModel.from_pretrained(model, str(adapter)).eval()
         except RuntimeWarning as error:
-            raise ValueError(f"{base.directory} is not the base of {adapter}: {error}") from error
+            raise ValueError(f"{base} is not the base of {adapter}: {error}") from error
 
 
 def _quantization(

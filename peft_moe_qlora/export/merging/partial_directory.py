@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+from huggingface_hub.utils import WeakFileLock
+
 _PLAN = "unfinished.json"
+_LOCK = ".lock"
 PICKLED = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 """Ends of names of weights in other formats than safetensors."""
 
@@ -32,11 +37,7 @@ class PartialDirectory:
     def __init__(self, directory: str | Path, task: Mapping[str, Any]) -> None:
         self.directory = Path(directory).resolve()
         self.partial = self.directory.with_name(f"{self.directory.name}.partial")
-        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            raise ValueError(
-                f"{self.directory} is there already and not empty. If it is a finished merge, nothing is left to do; "
-                "name another directory, or remove it."
-            )
+        self._check_free()
         if self.directory.is_mount():
             raise ValueError(
                 f"{self.directory} is a mount point, which nothing can be renamed to; name a folder in it."
@@ -51,12 +52,42 @@ class PartialDirectory:
             )
         self.task = task
 
-    def start(self) -> None:
-        """Creates the directory, or takes up what is there."""
+    def _check_free(self) -> None:
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise ValueError(
+                f"{self.directory} is there already and not empty. If it is a finished merge, nothing is left to do; "
+                "name another directory, or remove it."
+            )
+
+    @contextmanager
+    def open(self, afresh: bool = False) -> Iterator[None]:
+        """Creates the directory, or takes up what is there, and keeps other runs away while in the context.
+
+        Args:
+            afresh: what another run has left can't be used.
+
+        Raises:
+            ValueError: another run is at it, or has just finished.
+        """
         self.partial.mkdir(parents=True, exist_ok=True)
-        for left in self.partial.rglob("*.writing"):
-            left.unlink()
-        self.write_json(_PLAN, self.task)
+        try:
+            with WeakFileLock(self.partial / _LOCK, timeout=0.1):
+                self._check_free()
+                if afresh:
+                    self._clear()
+                for left in self.partial.rglob("*.writing"):
+                    left.unlink()
+                self.write_json(_PLAN, self.task)
+                yield
+        except Timeout as error:
+            raise ValueError(f"Another run is writing {self.partial}. Wait for it, or stop it.") from error
+
+    def _clear(self) -> None:
+        for left in self.partial.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != _LOCK:
+                left.unlink()
 
     def is_written(self, name: str) -> bool:
         return (self.partial / name).is_file()
@@ -105,7 +136,7 @@ class PartialDirectory:
         Args:
             scraps: names of such files.
         """
-        for name in scraps:
+        for name in (*scraps, _LOCK):
             (self.partial / name).unlink(missing_ok=True)
         _sync(self.partial)
         if self.directory.exists():

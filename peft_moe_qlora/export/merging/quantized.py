@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from ... import __version__
 from ...layer import MoeQLoraExperts
@@ -22,7 +23,7 @@ from ...loading.quantizer import quantized_stacks
 from ...loading.sources import Source, each_source
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B
+from ..others import TOKENS, beside_factors, factor_pairs, name_in_model
 from ..readers.read import read_adapter
 from .checkpoint import adapter_digest, checkpoint_directory, config_for_all, refuse_merged
 from .edits import check_base
@@ -79,7 +80,7 @@ def merge_quantized(
         )
     digest = adapter_digest(adapter)
     refuse_merged(base, digest)
-    model = BaseModel.open(base)
+    model = BaseModel.open(base, found.stacks)
     checkpoint = Checkpoint.open(base)
     storage = saved_config(base)
     finder = SourceFinder(model.model, checkpoint, (storage and storage.flipped_stacks) or ())
@@ -112,15 +113,17 @@ def merge_quantized(
             notes=notes,
         )
 
-    expected = _num_expected(found)
+    in_full = {key: tensor for key, tensor in beside_factors(found.others).items() if not key.endswith(TOKENS)}
+    num_with_delta = _num_with_delta(found)
+    expected = num_with_delta + len(in_full)
     if dry_run:
         return report(expected, 0, (), 0)
-    live = load_live(model, adapter, None, device)
+    live = load_live(base, adapter, None, device)
     before = _checksums_of_adapted(live)
-    if len(before) != expected:
+    if len(before) != num_with_delta:
         raise ValueError(
-            f"The adapter has deltas for {expected} stacks and layers, but {len(before)} were reached in the model. "
-            "Merge in memory, and report this."
+            f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in the "
+            "model. Merge in memory, and report this."
         )
     merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
     unchanged = [
@@ -134,37 +137,44 @@ def merge_quantized(
         )
     if unchanged:
         notes += (f"{len(unchanged)} stacks and layers whose deltas are lost in rounding: {', '.join(unchanged)}",)
+    _check_trained_in_full(merged, in_full)
     rows = tuple(
         FidelityRow.of(name, stack.fidelity)
         for name, _, stack in quantized_stacks(merged)
         if stack.fidelity is not None
     )
-    output.discard()  # of a run that was killed; nothing of it can be used
-    output.start()
-    with TemporaryDirectory(dir=output.partial) as saved:
-        if layout == "native":
-            merged.save_pretrained(saved)
-        else:
-            save_bitsandbytes(merged, saved)
-        config = config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
-        for file in Path(saved).glob("*.safetensors*"):
-            file.rename(output.partial / file.name)
-    done = report(expected, len(before) - len(unchanged), rows, len(Checkpoint.open(output.partial).tensors))
-    output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
-    output.finish([])
+    with output.open(afresh=True):
+        with TemporaryDirectory(dir=output.partial) as saved:
+            if layout == "native":
+                merged.save_pretrained(saved)
+            else:
+                save_bitsandbytes(merged, saved)
+            config = config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
+            for file in Path(saved).glob("*.safetensors*"):
+                file.rename(output.partial / file.name)
+        written = Checkpoint.open(output.partial).tensors
+        done = report(expected, expected - len(unchanged), rows, len(written))
+        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish([])
     return done
 
 
-def _num_expected(adapter: AdapterFile) -> int:
+def _num_with_delta(adapter: AdapterFile) -> int:
     """How many stacks and layers the adapter's factors change, by the file alone."""
     experts = sum(bool(one.A.any() and one.B.any()) for one in adapter.experts)
-    pairs = ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B))
-    return experts + sum(
-        bool(tensor.any() and adapter.others[key.removesuffix(a) + b].any())
-        for key, tensor in adapter.others.items()
-        for a, b in pairs
-        if key.endswith(a)
-    )
+    return experts + sum(pair.has_delta for pair in factor_pairs(adapter.others))
+
+
+def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Makes sure that what was trained in full stands in the merged model.
+
+    Raises:
+        ValueError: names the first that doesn't.
+    """
+    for key, tensor in tensors.items():
+        found = merged.get_parameter(name_in_model(key)).cpu()
+        if not torch.equal(found, tensor.to(found.dtype)):
+            raise ValueError(f"The adapter's {key} didn't come to stand in the merged model. Merge in memory.")
 
 
 def _dropped(finder: SourceFinder, sources: dict[str, Source]) -> set[str]:

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...loading import load_quantized
-from ...loading.load import class_of, quantization_of
 from ..base_model import BaseModel
 from .live import kl_divergence, load_live, logits_of_window, read_windows
 from .report import REPORT_NAME, MergeReport, Verification
@@ -43,7 +42,7 @@ def verify_merge(
         )
     report = MergeReport.from_dict(json.loads(file.read_text()))
     windows = read_windows(text, report.base)
-    model = load_live(BaseModel.open(report.base), report.adapter, dtype, device)
+    model = load_live(report.base, report.adapter, dtype, device)
     dtype = model.dtype
     kl_of_base, kl, equal = 0.0, 0.0, 0
     with TemporaryDirectory() as live:
@@ -67,7 +66,7 @@ def verify_merge(
 
 
 def _load_merged(directory: Path, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    config = BaseModel.open(directory).model.config
-    if quantization_of(config) is not None:
+    merged = BaseModel.open(directory)
+    if merged.quantization is not None:
         return load_quantized(str(directory), dtype=dtype, device_map=device).eval()
-    return class_of(config).from_pretrained(directory, dtype=dtype, device_map=device).eval()
+    return merged.model_class.from_pretrained(directory, dtype=dtype, device_map=device).eval()

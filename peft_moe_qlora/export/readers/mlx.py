@@ -2,7 +2,8 @@
 
 adapter_config.json has `fine_tune_type`, `num_layers` (the last so many have adapters) and `lora_parameters` with
 rank and scale; adapters.safetensors has `PATH.switch_mlp.<part>.lora_a` `(E, r, in)` and `lora_b` `(E, out, r)` for
-experts, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for other layers. Layout: `mlx_lm.tuner.lora`, 0.32.2.
+experts, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for other layers. The text model of one that has towers
+is at `language_model`. Layout: `mlx_lm.tuner.lora`, 0.32.2.
 """
 
 from __future__ import annotations
@@ -24,24 +25,21 @@ _EXPERTS = re.compile(r"\.(experts\.switch_glu|switch_mlp|switch_glu|experts)$")
 
 
 def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:
-    """The config in PEFT's terms: r, lora_alpha, target_modules.
+    """The config in PEFT's terms: r, lora_alpha.
 
     Raises:
-        ValueError: it isn't LoRA, or rank or scale are missing.
+        ValueError: it isn't LoRA.
     """
-    parameters = config.get("lora_parameters") or {}
-    numbers = [parameters.get(name) for name in ("rank", "scale")]
-    if config.get("fine_tune_type", "lora") != "lora" or not all(isinstance(one, (int, float)) for one in numbers):
-        raise ValueError(
-            f"{file}: fine_tune_type {config.get('fine_tune_type')!r} with lora_parameters {parameters}; 'lora' with "
-            "rank and scale was expected."
-        )
-    r, scale = numbers
+    found = config["fine_tune_type"]
+    if found != "lora":
+        raise ValueError(f"{file}: fine_tune_type {found!r}; 'lora' was expected, which can be read.")
+    parameters = config["lora_parameters"]
+    r, scale = parameters["rank"], parameters["scale"]
     return {
         "base_model_name_or_path": config.get("model"),
         "lora_alpha": scale * r,
         "lora_dropout": parameters.get("dropout", 0.0),
-        "num_layers": config.get("num_layers", -1),
+        "num_layers": config["num_layers"],
         "r": r,
         "task_type": "CAUSAL_LM",
     }
@@ -56,7 +54,7 @@ def read_mlx(source: Source) -> AdapterFile:
     r, alpha = source.config.r, source.config.lora_alpha
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in source.tensors.items():
-        name, _, factor = key.rpartition(".")
+        name, _, factor = _name_in_checkpoint(key, source).rpartition(".")
         if factor not in ("lora_a", "lora_b"):
             raise ValueError(f"{source.file}: {key} is none of lora_a and lora_b, which an adapter of mlx-lm has.")
         pairs.setdefault(name, {})[factor] = tensor
@@ -70,6 +68,11 @@ def read_mlx(source: Source) -> AdapterFile:
         path = paths.get(_EXPERTS.sub(".experts", module))
         a, b = pair["lora_a"], pair["lora_b"]
         if path is None or a.dim() == 2:
+            if a.dim() != 2 or b.dim() != 2:
+                raise ValueError(
+                    f"{source.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (in, r) "
+                    "and (r, out) were expected, or the base has no experts there."
+                )
             is_embedding = isinstance(source.base.layer(name), nn.Embedding)
             ends = (EMBEDDING_A, EMBEDDING_B) if is_embedding else (A_SUFFIX, B_SUFFIX)
             others |= {name + end: tensor.mT.contiguous() for end, tensor in zip(ends, (a, b))}
@@ -90,7 +93,17 @@ def read_mlx(source: Source) -> AdapterFile:
 
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
-    return source.adapter(experts, others_by_own_names(source, others, is_targeted), lambda name: (r, alpha))
+    others, _ = others_by_own_names(source, others, is_targeted)
+    return source.adapter(experts, others, lambda name: (r, alpha))
+
+
+def _name_in_checkpoint(key: str, source: Source) -> str:
+    start = next(iter(source.base.layouts), "").partition("layers.")[0]
+    if key.startswith("language_model.lm_head."):
+        return key.removeprefix("language_model.")
+    if key.startswith("language_model.model."):
+        return start + key.removeprefix("language_model.model.")
+    return key
 
 
 def _first_adapted_layer(source: Source) -> int:

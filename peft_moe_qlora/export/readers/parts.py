@@ -81,7 +81,8 @@ def join_parts(source: Source, path: str, parts: dict[str, Part]) -> list[Expert
         parts: `"gate_up"`, or `"gate"` and `"up"`, or `"up"` alone where there is no gate; `"down"`.
 
     Raises:
-        ValueError: half of a fused stack is missing or there twice, or the halves differ in their scaling.
+        ValueError: half of a fused stack is missing or there twice, doesn't fit the base, or has another scaling than
+            the other half.
     """
     layout = source.base.layouts[path]
     found = []
@@ -101,6 +102,10 @@ def join_parts(source: Source, path: str, parts: dict[str, Part]) -> list[Expert
 
 
 def _fused(source: Source, path: str, gate: Part, up: Part) -> ExpertFactors:
+    layout = source.base.layouts[path]
+    in_features, out_features = layout.features("gate_up_proj")
+    for name, part in (("gate_proj", gate), ("up_proj", up)):
+        source.check_shapes(f"{path}.{name}", part.A, part.B, layout.num_experts, in_features, out_features // 2)
     scaling = source.scaling(gate.r, gate.alpha)
     if scaling != source.scaling(up.r, up.alpha):
         raise ValueError(
@@ -115,7 +120,7 @@ def _fused(source: Source, path: str, gate: Part, up: Part) -> ExpertFactors:
     if not is_shared:
         B_gate = torch.cat([gate.B, gate.B.new_zeros(*gate.B.shape[:2], up.r)], dim=2)
         B_up = torch.cat([up.B.new_zeros(*up.B.shape[:2], gate.r), up.B], dim=2)
-    B = with_rows_in_order(torch.cat([B_gate, B_up], dim=1), source.base.layouts[path])
+    B = with_rows_in_order(torch.cat([B_gate, B_up], dim=1), layout)
     ratio = r / gate.r
     return source.factors(
         path, "gate_up_proj", A, B, gate.alpha * (sqrt(ratio) if source.config.use_rslora else ratio)
@@ -152,7 +157,7 @@ def check_layers(source: Source, found: dict[str, dict[str, Part]], is_targeted:
 
 def others_by_own_names(
     source: Source, others: dict[str, torch.Tensor], is_targeted: Callable[[str], bool]
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors beside experts under the model's names, which a checkpoint may have otherwise.
 
     Args:
@@ -160,8 +165,11 @@ def others_by_own_names(
         others: key -> tensor.
         is_targeted: name in the model or in the checkpoint -> whether the config asks for it.
 
+    Returns:
+        Key -> tensor, and name of an adapted layer in the model -> its name in the file.
+
     Raises:
-        ValueError: a layer is missing that others of the same kind have.
+        ValueError: a layer is missing that others of the same kind have, or is there under two names.
     """
     layers = source.base.layers()
     names = {key.partition(".lora_")[0] for key in others if ".lora_" in key}
@@ -171,10 +179,16 @@ def others_by_own_names(
     own_names = {other: own for own, found in in_checkpoint.items() for other in found} | {
         name: name for name in layers
     }
-    renamed = {}
+    renamed, names_in_file = {}, {}
     for key, tensor in others.items():
         name, lora, end = key.partition(".lora_")
-        renamed[f"{own_names.get(name, name)}{lora}{end}" if lora else key] = tensor
+        if not lora:
+            renamed[key] = tensor
+            continue
+        own = own_names.get(name, name)
+        if names_in_file.setdefault(own, name) != name:
+            raise ValueError(f"{source.file}: {name} and {names_in_file[own]} are the same layer. Remove one of them.")
+        renamed[f"{own}{lora}{end}"] = tensor
     found = {key.removesuffix(end) for key in renamed for end in (A_SUFFIX, EMBEDDING_A) if key.endswith(end)}
     kinds = {kind(name) for name in found}
     source.check_complete(
@@ -185,4 +199,4 @@ def others_by_own_names(
             if kind(name) in kinds and any(is_targeted(one) for one in (name, *in_checkpoint[name]))
         ],
     )
-    return renamed
+    return renamed, names_in_file

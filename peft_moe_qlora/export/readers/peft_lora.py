@@ -22,7 +22,7 @@ from packaging.version import InvalidVersion, Version
 
 from ...experts import ExpertsLayout
 from ..adapter_file import AdapterFile, linear_rank_and_alpha
-from ..others import A_SUFFIX, B_SUFFIX
+from ..others import A_SUFFIX, B_SUFFIX, check_targeted
 from .source import LORA_B_ORDERS, Source
 
 _ORDER_OF_MARKER = {"rank_major": "experts-fastest", "grouped_by_expert": "experts-slowest"}
@@ -71,9 +71,10 @@ def read_peft_lora(source: Source) -> AdapterFile:
             experts.append(source.factors(path, name, A, B, alpha))
     layers = source.base.layers()
     as_parameters = [name for name in layers if is_targeted(f"{name}.weight")]
-    expected += [name for name in layers if name in as_parameters or source.targets(name)]
-    found += [name for name in layers if any(key.startswith(f"{name}.lora_") for key in left)]
-    source.check_complete(found, expected)
+    linear = [name for name in layers if name in as_parameters or source.targets_layer(name)]
+    with_factors = [name for name in layers if any(key.startswith(f"{name}.lora_") for key in left)]
+    source.check_complete(found + with_factors, expected + linear)
+    check_targeted(source.file, with_factors, linear.__contains__)
     return source.adapter(
         experts,
         left,

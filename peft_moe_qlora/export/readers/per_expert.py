@@ -45,8 +45,8 @@ def read_per_expert(source: Source) -> AdapterFile:
 
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
-    own = others_by_own_names(source, left, source.targets)
-    return source.adapter(experts, own)
+    others, names = others_by_own_names(source, left, source.targets)
+    return source.adapter(experts, others, lambda name: linear_rank_and_alpha(source.config, names[name], name))
 
 
 def _part(source: Source, left: dict[str, torch.Tensor], path: str, part: str, names: dict[int, str]) -> Part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ...config import MoeQLoraPeftType
 from ..adapter_file import PREFIX, AdapterFile, load_tensors, read_own
 from ..base_model import BaseModel
+from ..options import check_lora, check_mlx, check_own
 from ..others import A_SUFFIX
 from .mlx import FILE_NAME, peft_options, read_mlx
 from .parts import names_of_parts
@@ -23,7 +25,10 @@ from .stacked import read_stacked
 
 
 def read_adapter(
-    directory: str | Path, base: str | Path | None = None, options: ReadOptions | None = None
+    directory: str | Path,
+    base: str | Path | None = None,
+    options: ReadOptions | None = None,
+    usual_quant_type: str = "nf4",
 ) -> AdapterFile:
     """Reads an adapter of this package, or one of others that has factors of experts.
 
@@ -35,12 +40,13 @@ def read_adapter(
         base: directory of the base model, of which config.json is read. Default: what the adapter names. One of this
             package is read without a base too, and then held against itself only.
         options: what the files of others don't say.
+        usual_quant_type: what counts where the options have no `quant_type`.
 
     Raises:
         ValueError: the directory holds no adapter, one of an unknown layout or of several, or a bad one: cut off,
-            lacking a tensor, a layer or an expert, with tensors that nothing wants, values that are not finite, or
-            shapes that don't fit. The error names the file and the key. Or nothing decides how a tensor is to be read;
-            the error names the option that does.
+            lacking a tensor, a layer or an expert, with tensors that nothing wants, values that are not finite,
+            shapes that don't fit, or options that have no such value. The error names the file and the key. Or nothing
+            decides how a tensor is to be read; the error names the option that does.
     """
     directory, options = Path(directory), options or ReadOptions()
     config_file = directory / CONFIG_NAME
@@ -53,22 +59,27 @@ def read_adapter(
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} holds a {type(config).__name__}; the options of an adapter were expected.")
     found_type = config.get("peft_type")
+    is_own = found_type == MoeQLoraPeftType.MOE_QLORA.value
     is_mlx = "fine_tune_type" in config and found_type is None
-    if found_type == MoeQLoraPeftType.MOE_QLORA.value:
-        _check_options_are_used(options, "this package's own", "written_by", "lora_b_order", "partial")
-        named = base or config.get("base_model_name_or_path")
-        # what the adapter names may be on the hub; what the caller names has to be there
-        return read_own(directory, BaseModel.open(named) if base is not None or BaseModel.is_at(named) else None)
-    if found_type != "LORA" and not is_mlx:
+    if found_type != "LORA" and not is_own and not is_mlx:
         raise ValueError(
             f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
             "mlx-lm was expected."
         )
+    check = check_own if is_own else check_mlx if is_mlx else check_lora
+    check(config_file, config)
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
     file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}
-    found = BaseModel.open(base or peft_config.get("base_model_name_or_path"))
-    source = Source(file, peft_config, tensors, found, options)
+    named, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
+    if is_own:
+        _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
+        # what the adapter names may be on the hub; what the caller names has to be there
+        is_here = base is not None or BaseModel.is_at(named)
+        return read_own(directory, tensors, BaseModel.open(base or named, tensors) if is_here else None)
+    found = BaseModel.open(base or named, tensors, None if base else revision)
+    reading = replace(options, quant_type=options.quant_type or usual_quant_type)
+    source = Source(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)
     if reader is not read_peft_lora:
         _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
 from ...config import MoeQLoraConfig, check_honoured
 from ...quantization import QUANT_TYPES
-from ...targets import resolve_rank_and_alpha
+from ...targets import is_all_linear, resolve_rank_and_alpha
 from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
@@ -61,7 +60,8 @@ class ReadOptions:
     """What the adapter files of others don't say, or not always.
 
     Args:
-        quant_type: storage of the experts that the result asks for: `"nf4"`, `"fp4"` or `"none"`.
+        quant_type: storage of the experts that the result asks for: `"nf4"`, `"fp4"` or `"none"`. Default: `"nf4"`, or
+            what the function says that reads. An adapter of this package has it in its config.
         written_by: the PEFT that made an adapter on fused parameters, such as `"peft==0.18.1"`, in place of the
             `peft_version` of its config. The orientation of the factors follows from it.
         lora_b_order: which index of `lora_B`'s columns runs fastest, `"experts-fastest"` (PEFT) or `"experts-slowest"`
@@ -72,13 +72,13 @@ class ReadOptions:
         ValueError: an option has no such value.
     """
 
-    quant_type: str = "nf4"
+    quant_type: str | None = None
     written_by: str | None = None
     lora_b_order: str | None = None
     partial: bool = False
 
     def __post_init__(self) -> None:
-        if self.quant_type not in QUANT_TYPE_NAMES:
+        if self.quant_type not in (None, *QUANT_TYPE_NAMES):
             raise ValueError(f"quant_type={self.quant_type!r} is unknown; choose one of {QUANT_TYPE_NAMES}.")
         if self.lora_b_order not in (None, *LORA_B_ORDERS):
             raise ValueError(f"lora_b_order={self.lora_b_order!r} is unknown; choose one of {LORA_B_ORDERS}.")
@@ -120,7 +120,6 @@ class Source:
             ValueError: the config has options that experts can't honour.
         """
         options = self.options
-        check_honoured({name: options[name] for name in options if name not in (*_ONLY_FOR_INIT, "target_parameters")})
         init = options.get("init_lora_weights", True)
         if init not in _FINISHED_INITS:
             raise ValueError(
@@ -138,20 +137,24 @@ class Source:
             warnings.warn(
                 f"{self.file.parent}: options {unknown} of its config are not known and left out.", stacklevel=2
             )
-        for name in ("r", "lora_alpha"):
-            if not isinstance(options.get(name), (int, float)):
-                raise ValueError(
-                    f"{self.file.parent}: the config has {name}={options.get(name)!r}; a number was expected, of "
-                    "which the scaling is made."
-                )
-        return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
+        considered = {name: options[name] for name in options if name not in (*_ONLY_FOR_INIT, "target_parameters")}
+        try:
+            check_honoured(considered)
+            return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
+        except ValueError as error:
+            raise ValueError(f"{self.file.parent}: {error}") from error
 
     def targets(self, name: str) -> bool:
-        """Whether the config's `target_modules` reaches a module of that name."""
-        modules = self.config.target_modules
-        if isinstance(modules, str) and modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            return True
-        return bool(modules) and bool(check_target_module_exists(self.config, name))
+        """Whether the config's `target_modules` reaches a module of that name, in the model or in a checkpoint."""
+        return is_all_linear(self.config) or _reaches(self.config, name)
+
+    def targets_layer(self, name: str) -> bool:
+        """Whether `target_modules` reaches a layer of the model, where "all-linear" leaves out embeddings and head."""
+        return _reaches(self._config_for_model, name)
+
+    @cached_property
+    def _config_for_model(self) -> LoraConfig:
+        return _maybe_include_all_linear_layers(replace(self.config), self.base.model)
 
     def scaling(self, r: int, alpha: float) -> float:
         return alpha / sqrt(r) if self.config.use_rslora else alpha / r
@@ -163,16 +166,22 @@ class Source:
             ValueError: they don't fit.
         """
         layout = self.base.layouts[path]
-        in_features, out_features = layout.features(projection)
+        self.check_shapes(f"{path}.{projection}", A, B, layout.num_experts, *layout.features(projection))
         r = A.shape[1]
-        expected = (layout.num_experts, r, in_features), (layout.num_experts, out_features, r)
+        return ExpertFactors(path, projection, A.contiguous(), B.contiguous(), self.scaling(r, alpha), alpha)
+
+    def check_shapes(
+        self, name: str, A: torch.Tensor, B: torch.Tensor, num_experts: int, in_features: int, out_features: int
+    ) -> None:
+        """Refuses factors of a stack, or of a part of one, that are not `(E, r, in)` and `(E, out, r)` of the base."""
+        r = A.shape[1]
+        expected = (num_experts, r, in_features), (num_experts, out_features, r)
         if (tuple(A.shape), tuple(B.shape)) != expected:
             raise ValueError(
-                f"{self.file}: the factors of {path}.{projection} come to {list(A.shape)} and {list(B.shape)}; "
+                f"{self.file}: the factors of {name} come to {list(A.shape)} and {list(B.shape)}; "
                 f"{self.base.directory} wants {list(expected[0])} and {list(expected[1])}. They are transposed, or of "
                 "another base."
             )
-        return ExpertFactors(path, projection, A.contiguous(), B.contiguous(), self.scaling(r, alpha), alpha)
 
     def check_rank(self, name: str, found: int, expected: int) -> None:
         """Refuses tensors of another rank than the config's, from which the scaling would be wrong."""
@@ -201,24 +210,23 @@ class Source:
         self,
         experts: list[ExpertFactors],
         others: dict[str, torch.Tensor],
-        rank_and_alpha: Callable[[str], tuple[int, float]] | None = None,
+        rank_and_alpha: Callable[[str], tuple[int, float]],
     ) -> AdapterFile:
         """The adapter as one of this package, whose config reaches exactly what has factors.
 
         Args:
             experts: its stacks.
             others: key under the model's own names -> tensor.
-            rank_and_alpha: of a linear layer. Default: by the config's patterns.
+            rank_and_alpha: of a linear layer, by its name in the model.
 
         Raises:
             ValueError: there are no experts, or a tensor fits nothing.
         """
         if not experts:
             raise ValueError(f"{self.file} has no factors of experts that {self.base.directory} has.")
-        settled_linear = rank_and_alpha or (lambda name: linear_rank_and_alpha(self.config, name))
         others = {key: tensor for key, tensor in others.items() if not key.endswith(".base_layer.weight")}
         check_others(self.file, self.config, others, self.base)
-        linear = {name: settled_linear(name) for name in adapted_layers(others)}
+        linear = {name: rank_and_alpha(name) for name in adapted_layers(others)}
         for name, (r, _) in linear.items():
             A = others.get(name + A_SUFFIX, others.get(name + EMBEDDING_A))
             self.check_rank(name, A.shape[0], r)
@@ -249,6 +257,10 @@ class Source:
                     "layer's name ends in the same way. Give both the same."
                 )
         return AdapterFile(config, tuple(experts), others)
+
+
+def _reaches(config: LoraConfig, name: str) -> bool:
+    return bool(config.target_modules) and bool(check_target_module_exists(config, name))
 
 
 def kind(name: str) -> str:

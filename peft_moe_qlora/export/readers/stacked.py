@@ -50,7 +50,8 @@ def read_stacked(source: Source) -> AdapterFile:
 
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
-    return source.adapter(experts, others_by_own_names(source, left, source.targets))
+    others, names = others_by_own_names(source, left, source.targets)
+    return source.adapter(experts, others, lambda name: linear_rank_and_alpha(source.config, names[name], name))
 
 
 def _with_weight(key: str) -> str:

@@ -22,6 +22,7 @@ from .peft_lora import write_peft_lora
 from .per_expert import write_per_expert
 from .stacked import write_stacked
 from .uniform import names_of_linear, uniform
+from .whole_model import in_whole_model
 
 
 def _write_fused(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
@@ -257,6 +258,7 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
         ValueError: the engine doesn't serve the model with LoRA on its experts, or not on this base; or the adapter
             has a layer, a rank or a kind of tensor that the engine doesn't know. The error says what instead.
     """
+    adapter, base = in_whole_model(uniform(adapter, base), base)
     class_name = type(base.model).__name__
     write = engine.layouts.get(class_name)
     if write is None:

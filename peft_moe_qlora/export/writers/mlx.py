@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from ..adapter_file import AdapterFile
 from ..base_model import PARTS_OF_FUSED, BaseModel
-from ..others import A_SUFFIX, B_SUFFIX
-from .uniform import gate_and_up, names_of_linear, uniform
+from ..others import factor_pairs
+from .uniform import gate_and_up, uniform
 
 _BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")
 
@@ -57,9 +57,8 @@ def write_mlx(
                 add(f"{block}{experts_name}.{part}", factors.A, B)
         else:
             add(f"{block}{experts_name}.{factors.projection}", factors.A, factors.B)
-    for name in names_of_linear(adapter):
-        A, B = adapter.others[name + A_SUFFIX], adapter.others[name + B_SUFFIX]
-        add(base.name_of_linear(name), A.T, B.T)
+    for pair in factor_pairs(adapter.others):
+        add(base.name_of_linear(pair.name), pair.A.T, pair.B.T)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapters.safetensors", {"format": "mlx"})
     config = {

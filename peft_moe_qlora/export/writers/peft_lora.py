@@ -30,6 +30,10 @@ _KEPT_OPTIONS = (
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
+# peft.tuners.tuners_utils._check_lora_target_modules_mamba, 0.21: their kernels go past what wraps these layers
+_REFUSED_OF_MAMBA = ("out_proj", "conv1d")
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
 
 def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
     """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
@@ -42,7 +46,8 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
         base: the model that it belongs to; only needed where the layout depends on it.
 
     Raises:
-        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or the base is needed and not there.
+        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or a layer that PEFT doesn't adapt in
+            this model, or the base is needed and not there.
     """
     if adapter.config.bias != "none":
         raise ValueError(
@@ -50,6 +55,7 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
             "it instead."
         )
     _check_others(adapter)
+    _check_mamba(adapter, base)
     of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
     for factors in adapter.experts:
         of_module[factors.path].append(factors)
@@ -102,6 +108,17 @@ def _check_others(adapter: AdapterFile) -> None:
             raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
 
 
+def _check_mamba(adapter: AdapterFile, base: BaseModel | None) -> None:
+    """Refuses layers that stock PEFT doesn't adapt."""
+    for name in adapted_layers(adapter.others):
+        last = name.rpartition(".")[2]
+        if last in _REFUSED_OF_MAMBA and _model_type(name, "a model with Mamba layers", adapter, base) in _MAMBA:
+            raise ValueError(
+                f"The adapter has factors of {name}, but PEFT's LoRA refuses every {last} of this model. Merge it "
+                f"instead, or train one without {last}."
+            )
+
+
 def _is_mistaken(path: str, adapter: AdapterFile, base: BaseModel | None) -> bool:
     """Whether PEFT takes the stacks of an experts module for (out, in), though they are (in, out).
 
@@ -126,7 +143,7 @@ def _model_type(name: str, candidate: str, adapter: AdapterFile, base: BaseModel
         return adapter.config.base["model_type"]
     if base is None:
         raise ValueError(
-            f"{name} may be of {candidate}, for which PEFT needs another layout. Name the directory of the base model "
+            f"{name} may be of {candidate}, which PEFT treats otherwise. Name the directory of the base model "
             f"(the adapter's own, {adapter.config.base_model_name_or_path}, is not here)."
         )
     return base.model.config.model_type

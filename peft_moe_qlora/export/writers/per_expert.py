@@ -11,7 +11,8 @@ from pathlib import Path
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX
-from .uniform import gate_and_up, names_of_linear, save_lora, uniform
+from .uniform import gate_and_up, linear_in_checkpoint, save_lora, uniform
+from .whole_model import in_whole_model
 
 _NEWER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -32,7 +33,7 @@ def write_per_expert(
         ValueError: the adapter has what these readers don't know (see `uniform`), or a layer that has no name of its
             own in the checkpoint.
     """
-    adapter = uniform(adapter, base)
+    adapter, base = in_whole_model(uniform(adapter, base), base)
     tensors = {}
     for factors in adapter.experts:
         is_pair = factors.projection == "gate_up_proj"
@@ -41,10 +42,7 @@ def write_per_expert(
             expert, part = divmod(number, len(parts))
             tensors[name + A_SUFFIX] = factors.A[expert]
             tensors[name + B_SUFFIX] = parts[part][expert]
-    for name in names_of_linear(adapter):
-        name_there = base.name_of_linear(name)
-        tensors[name_there + A_SUFFIX] = adapter.others[name + A_SUFFIX]
-        tensors[name_there + B_SUFFIX] = adapter.others[name + B_SUFFIX]
+    tensors |= linear_in_checkpoint(adapter, base)
     targets = {key.removesuffix(A_SUFFIX).rpartition(".")[2] for key in tensors if key.endswith(A_SUFFIX)}
     if targets_in_newer_names:
         targets = {_NEWER_NAMES.get(name, name) for name in targets}

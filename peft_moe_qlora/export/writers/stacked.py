@@ -13,7 +13,7 @@ import torch
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX
-from .uniform import gate_and_up, names_of_linear, save_lora, uniform
+from .uniform import gate_and_up, linear_in_checkpoint, names_of_linear, save_lora, uniform
 
 
 def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
@@ -34,10 +34,7 @@ def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> Non
         is_pair = factors.projection == "gate_up_proj"
         B = torch.cat(gate_and_up(factors.B, base.layouts[factors.path]), dim=1) if is_pair else factors.B
         tensors[factors.name + A_SUFFIX], tensors[factors.name + B_SUFFIX] = factors.A, B
-    linear = names_of_linear(adapter)
-    for name in linear:
-        name_there = base.name_of_linear(name)
-        tensors[name_there + A_SUFFIX] = adapter.others[name + A_SUFFIX]
-        tensors[name_there + B_SUFFIX] = adapter.others[name + B_SUFFIX]
-    targets = {"gate_proj", "up_proj", "down_proj"} | {name.rpartition(".")[2] for name in linear}
+    tensors |= linear_in_checkpoint(adapter, base)
+    targets = {"gate_proj", "up_proj", "down_proj"}
+    targets |= {name.rpartition(".")[2] for name in names_of_linear(adapter)}
     save_lora(directory, tensors, adapter.config, targets)

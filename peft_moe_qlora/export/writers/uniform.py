@@ -15,14 +15,14 @@ from ...config import MoeQLoraConfig
 from ...experts import ExpertsLayout
 from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX
+from ..others import A_SUFFIX, B_SUFFIX, factor_pairs
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
     """The same adapter with one rank and `alpha / r` as the scaling of everything.
 
-    Factors are padded with zeros. Scalings that differ, by rslora or by patterns, are multiplied into B. A projection
-    that wasn't trained gets zeros where the other one was.
+    Factors are padded with zeros. Scalings that differ, by rslora or by patterns, are multiplied into B, unless it is
+    all zeros. A projection that wasn't trained gets zeros where the other one was.
 
     Args:
         adapter: one of this package.
@@ -40,13 +40,16 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
     linear = names_of_linear(adapter)
     scaling_of = {name: linear_scaling(config, name) for name in linear}
     scaling_of |= {factors.name: factors.scaling for factors in adapter.experts}
-    scalings = list(scaling_of.values())
+    B_of = {name: adapter.others[name + B_SUFFIX] for name in linear}
+    B_of |= {factors.name: factors.B for factors in adapter.experts}
+    # what is all zeros, such as layers that engines want beside others, has any scaling
+    scalings = [scaling_of[name] for name, B in B_of.items() if B.any()] or list(scaling_of.values())
     scaling = scalings[0] if all(math.isclose(one, scalings[0]) for one in scalings) else 1.0
     r = max([factors.r for factors in adapter.experts] + [len(adapter.others[name + A_SUFFIX]) for name in linear])
 
     def fitted(name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         missing = r - A.shape[-2]
-        if not math.isclose(scaling_of[name], scaling):
+        if not math.isclose(scaling_of[name], scaling) and B.any():
             B = B.float() * (scaling_of[name] / scaling)  # in 16 bits it could round, or vanish
         return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
@@ -82,6 +85,19 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
 def names_of_linear(adapter: AdapterFile) -> list[str]:
     """Paths of the linear layers that an adapter has factors for."""
     return sorted(key.removesuffix(A_SUFFIX) for key in adapter.others if key.endswith(A_SUFFIX))
+
+
+def linear_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> dict[str, torch.Tensor]:
+    """The factors of linear layers under the names that the layers have in the base's checkpoint.
+
+    Raises:
+        ValueError: a layer is none of its own there.
+    """
+    found = {}
+    for pair in factor_pairs(adapter.others):
+        name = base.name_of_linear(pair.name)
+        found |= {name + A_SUFFIX: pair.A, name + B_SUFFIX: pair.B}
+    return found
 
 
 def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:

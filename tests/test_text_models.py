@@ -1,0 +1,90 @@
+"""Adapters of a text model by itself, as `AutoModelForCausalLM` makes it of a checkpoint that has towers too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from shrunken_models import shrunken_config
+from tiny_models import randomize_adapter
+
+from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora.export import convert_adapter, merge_checkpoint, merge_quantized, read_adapter
+from peft_moe_qlora.loading import load_quantized
+
+WHOLE = {
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "dots3_note": "Dots3NoteForConditionalGeneration",
+}
+IDS = torch.arange(24).view(2, 12) + 3
+
+
+def save_trained(directory, model_type: str, **options) -> torch.Tensor:
+    """Saves `base`, with its towers, and `adapter`, of the text model; gives the logits of the two together."""
+    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    if model_type not in config_class or not hasattr(transformers, WHOLE[model_type]):
+        pytest.skip("this version of transformers doesn't have it")
+    torch.manual_seed(0)
+    whole = getattr(transformers, WHOLE[model_type])._from_config(shrunken_config(model_type), dtype=torch.float32)
+    whole.save_pretrained(directory / "base")
+    text = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+    assert type(text) is not type(whole)
+    model = get_peft_model(text, MoeQLoraConfig(r=4, expert_r=2, **options))
+    randomize_adapter(model)
+    model.save_pretrained(directory / "adapter")
+    return logits(model)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_merged_into_the_whole_checkpoint(model_type, quant_type, tmp_path):
+    """The merged checkpoint keeps its towers, and the class that its config names says what was trained."""
+    trained = save_trained(tmp_path, model_type, target_modules="all-linear", quant_type=quant_type)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progressbar=False)
+    merged = getattr(transformers, WHOLE[model_type]).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), trained, atol=2e-5, rtol=0)
+    base = getattr(transformers, WHOLE[model_type]).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert (logits(base) - trained).abs().max() > 0.1
+
+
+def test_merged_in_four_bits(tmp_path):
+    """The base is loaded as the text model, where the adapter's layers are."""
+    trained = save_trained(tmp_path, "qwen3_5_moe", target_modules=["experts"])
+    report = merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progressbar=False)
+    assert report.tensors_changed == report.tensors_expected == 4
+    merged = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert (logits(merged) - trained).norm() < 0.5 * (logits(base) - trained).norm()
+
+
+@pytest.mark.parametrize("target", ["per-expert", "vllm", "mlx"])
+def test_converted_under_the_names_of_the_whole_model(target, tmp_path):
+    """Engines serve the class that the checkpoint's config names, and drop names that it doesn't have."""
+    head = [] if target == "mlx" else ["lm_head"]  # whose name there isn't known
+    save_trained(tmp_path, "qwen3_5_moe", quant_type=None, target_modules=["experts", "out_proj", *head])
+    own = read_adapter(tmp_path / "adapter", tmp_path / "base")
+    convert_adapter(tmp_path / "adapter", tmp_path / "out", target, tmp_path / "base")
+    found = read_adapter(tmp_path / "out", tmp_path / "base")
+    assert [one.name for one in found.experts] == [
+        one.name.replace("model.", "model.language_model.") for one in own.experts
+    ]
+    for one, expected in zip(found.experts, own.experts):
+        torch.testing.assert_close(one.scaling * one.B @ one.A, expected.scaling * expected.B @ expected.A)
+    assert {key for key in found.others if found.others[key].any()} == {
+        key.replace("model.", "model.language_model.") for key in own.others
+    }
+
+
+def test_stock_peft_takes_it_on_the_text_model(tmp_path):
+    """Where no engine decides on the class, it stays the one that was trained."""
+    trained = save_trained(tmp_path, "qwen3_5_moe", quant_type=None)
+    convert_adapter(tmp_path / "adapter", tmp_path / "out", "peft-lora", tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "out")), trained, atol=1e-5, rtol=0)
