@@ -72,6 +72,13 @@ _OF_TYPE = {
     },
     "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
     "llama4_text": {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "layer_types": ["attention"] * 2,
+    },
+    "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
     "zaya": {"num_experts_per_tok": 1},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},

@@ -137,6 +137,31 @@ def test_one_directory_for_three_engines(model_type, tmp_path):
     assert files[0] == files[1] == files[2]
 
 
+def test_scalings_are_multiplied_in_where_nothing_rounds(tmp_path):
+    """Factors in bf16 with scalings of their own: the products are as exact as the factors."""
+    saved_deltas(tmp_path, alpha_pattern={"layers.1.mlp.experts.down_proj": 5}, target_modules=["experts"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    written = Written(tmp_path, "vllm")
+    for layer, alpha in ((0, 6), (1, 5)):
+        prefix = f"base_model.model.model.layers.{layer}.mlp.experts.lora_down_proj_"
+        A, B = (tensors[prefix + factor][2].float() for factor in "AB")
+        keys = [f"base_model.model.model.layers.{layer}.mlp.experts.2.down_proj.lora_{one}.weight" for one in "AB"]
+        found = (written.tensors[key].float() for key in keys)
+        torch.testing.assert_close(next(found), A, rtol=0, atol=0)
+        scaling = written.config["lora_alpha"] / written.config["r"]
+        torch.testing.assert_close(scaling * next(found), alpha / 4 * B, rtol=1e-6, atol=0)
+
+
+def test_the_base_and_the_task_are_named_to_the_engine(tmp_path):
+    """By which servers find the base, and tools choose the model's class."""
+    saved_deltas(tmp_path, target_modules=["experts"], task_type="CAUSAL_LM")
+    config = Written(tmp_path, "vllm").config
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert config["task_type"] == "CAUSAL_LM"
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_interleaved_rows_stay_so_for_vllm(options, tmp_path):
     deltas = saved_deltas(tmp_path, "gpt_oss", **options)

@@ -126,6 +126,63 @@ def test_merging_one_after_the_other_rounds_once():
     assert_same_bytes(packed_bytes(model), packed_bytes(together))
 
 
+def test_unmerging_two_that_were_merged_one_after_the_other():
+    """The stacks of before the first come back, not those of before the second."""
+    model = adapted_model(target_modules=["experts"])
+    before = packed_bytes(model)
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
+    randomize_adapter(model, seed=9, std=0.05)
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"])
+    model.unmerge_adapter()
+    assert_same_bytes(packed_bytes(model), before)
+
+
+def test_merging_leaves_alone_what_an_adapter_does_not_reach():
+    """A layer without it isn't merged, and a projection without it isn't rounded again."""
+    model = adapted_model(target_modules=["experts"])
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts.down_proj"], layers_to_transform=[1]))
+    randomize_adapter(model, seed=9, std=0.05)
+    experts = [layer.mlp.experts for layer in model.base_model.model.model.layers]
+    before = [layer.base_layer.stack("gate_up_proj") for layer in experts]
+    model.merge_adapter(["other"])
+    assert [layer.merged for layer in experts] == [False, True]
+    assert all(layer.base_layer.stack("gate_up_proj") is stack for layer, stack in zip(experts, before))
+    assert experts[1].base_layer.stack("down_proj").fidelity is not None
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        experts[0].unmerge()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_merging_means_the_active_adapters(dtype):
+    """Another one that is there, but not active, stays out."""
+    model = adapted_model(target_modules=["experts"])
+    expected = logits(copy.deepcopy(model).merge_and_unload(dtype=dtype), token_ids())
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".other"):
+                parameter.normal_(std=0.05)
+    assert torch.equal(logits(model.merge_and_unload(dtype=dtype), token_ids()), expected)
+
+
+def test_each_projection_is_merged_with_its_own_scaling():
+    """By a pattern, down_proj has another one than gate_up_proj."""
+    model = adapted_model(target_modules=["experts"], alpha_pattern={"down_proj": 40}, rank_pattern={"down_proj": 2})
+    live = logits(model, token_ids())
+    merged = logits(model.merge_and_unload(dtype=torch.float32), token_ids())
+    torch.testing.assert_close(merged, live, rtol=0, atol=1e-5 * live.abs().max().item())
+
+
+def test_mixed_batches_and_merged_adapters():
+    """What is merged would apply to every sample, whatever adapter it names."""
+    model = adapted_model(target_modules=["experts"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="while adapters are merged"):
+        logits(model, token_ids(), adapter_names=["default", "__base__"])
+
+
 def test_merging_twice_changes_nothing():
     model = adapted_model(target_modules=["experts"])
     model.merge_adapter()

@@ -1,25 +1,24 @@
-"""Merging on disk: what comes out says what the live adapter says, and nothing half-done ever looks whole."""
+"""Merging on disk: what comes out says what the live adapter says."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
 import transformers
-from checkpoint_writers import read_tensors, set_bitsandbytes_config, write_tensors
+from checkpoint_writers import read_tensors, write_tensors
+from merged_checkpoints import base_model, merge, save_adapter, stock_logits
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shrunken_models import MODEL_TYPES, shrunken_config, shrunken_model, shrunken_model_or_skip
+from shrunken_models import MODEL_TYPES, shrunken_model_or_skip
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
@@ -27,56 +26,7 @@ from peft_moe_qlora.cli import main
 from peft_moe_qlora.export import merge_checkpoint, merge_quantized
 from peft_moe_qlora.export.merging import checkpoint as merging
 from peft_moe_qlora.export.merging.live import kl_divergence
-
-STOCK = """
-    import sys
-    sys.modules["peft_moe_qlora"] = None  # can't be imported
-    import torch, transformers
-    directory, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-    model = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/merged", dtype=dtype).eval()
-    with torch.no_grad():
-        torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
-"""
-
-
-def stock_logits(directory, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of the merged model, in a process that has nothing but transformers."""
-    torch.save(ids, directory / "ids.pt")
-    command = [sys.executable, "-c", textwrap.dedent(STOCK), str(directory), str(dtype).removeprefix("torch.")]
-    subprocess.run(command, check=True, capture_output=True)
-    return torch.load(directory / "logits.pt")
-
-
-def base_model(model_type: str, dtype: torch.dtype = torch.float32):
-    # square stacks: gate and up of qwen3_moe are as wide as the model, gpt_oss's down projection too
-    if model_type not in ("llama4_text", "gemma4_text"):
-        return tiny_model(model_type, dtype=dtype)
-    torch.manual_seed(0)
-    # with weights of default size all tokens are about equally likely
-    if model_type == "llama4_text":
-        model = transformers.Llama4ForCausalLM(shrunken_config("llama4_text")).to(dtype).eval()
-        model.lm_head.weight.data *= 20
-        return model
-    model = shrunken_model("gemma4_text", dtype=dtype)
-    for layer in model.model.layers:
-        layer.post_feedforward_layernorm.weight.data *= 20
-    model.model.norm.weight.data *= 20
-    return model
-
-
-def save_adapter(directory, model_type: str = "qwen3_moe", dtype=torch.float32, std: float = 0.1, **options):
-    """Saves base and adapter, and gives the live model."""
-    base_model(model_type, dtype).save_pretrained(directory / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype)
-    model = get_peft_model(model, MoeQLoraConfig(**{"r": 4, "target_modules": "all-linear", **options})).eval()
-    randomize_adapter(model, std=std)
-    model.save_pretrained(directory / "adapter")
-    return model
-
-
-def merge(directory, **options):
-    out = directory / options.pop("out", "merged")
-    return merge_checkpoint(directory / "base", directory / "adapter", out, progressbar=False, **options)
+from peft_moe_qlora.export.merging.report import FidelityRow, MergeReport, Verification
 
 
 def expert_keys(tensors: dict[str, torch.Tensor]) -> set[str]:
@@ -88,6 +38,7 @@ def expert_keys(tensors: dict[str, torch.Tensor]) -> set[str]:
     "model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "gemma4_text"]
 )
 def test_stock_transformers_says_what_the_live_adapter_says(model_type, tmp_path):
+    """Of every layout of experts on disk; nothing but what the adapter targets has changed, and the report says so."""
     model = save_adapter(tmp_path, model_type, std=0.3)
     ids = token_ids()
     live = logits(model, ids)
@@ -151,6 +102,7 @@ def test_every_architecture(model_type, tmp_path):
 @pytest.mark.parametrize("onto", ["quantized", "base"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_linear_layers_are_merged_as_they_were_trained(onto, double_quant, tmp_path):
+    """Onto the 4 bits that the training has seen, or onto the base's own weights where that is asked for."""
     tiny_model().save_pretrained(tmp_path / "base")
     quantization = MoeQuantizationConfig(double_quant=double_quant)
     model = load_quantized(str(tmp_path / "base"), quantization, dtype=torch.float32, device_map="cpu")
@@ -176,6 +128,7 @@ def test_linear_layers_are_merged_as_they_were_trained(onto, double_quant, tmp_p
 
 
 def test_everything_else_that_an_adapter_can_hold(tmp_path):
+    """Embeddings, routers and norms trained in full, biases, and patterns of ranks and alphas."""
     model = save_adapter(
         tmp_path,
         "gpt_oss",
@@ -202,9 +155,14 @@ def test_everything_else_that_an_adapter_can_hold(tmp_path):
 def test_shards_that_part_what_belongs_together(tmp_path):
     """Gate and up projection of an expert in different files; experts of a layer too."""
     save_adapter(tmp_path)
-    merge(tmp_path, out="whole")
+    of_one_file = merge(tmp_path, out="whole")
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=7)
     report = merge(tmp_path, out="sharded")
+    for row, expected in zip(
+        (*report.stacks, *report.others), (*of_one_file.stacks, *of_one_file.others), strict=True
+    ):
+        assert row.name == expected.name
+        assert row.relative_delta == pytest.approx(expected.relative_delta, rel=1e-6)
     expected, found = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "sharded")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
@@ -218,6 +176,7 @@ def test_shards_that_part_what_belongs_together(tmp_path):
 
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path):
+    """Tokenizer and templates, but no weights in other formats and nothing hidden; the config fits the new weights."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     (base / "tokenizer.json").write_text("{}")
@@ -245,7 +204,67 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     assert not (tmp_path / "merged.partial").exists()
 
 
+def as_a_hub_snapshot(directory) -> None:
+    """Files are links into a folder of blobs beside, as huggingface_hub leaves them."""
+    blobs = directory.with_name("blobs")
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in directory.rglob("*") if path.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+
+
+@pytest.mark.parametrize("is_snapshot", [False, True])
+def test_the_base_is_there_whole(is_snapshot, tmp_path):
+    """All that isn't weights, as files of their own with every byte, also from links; an adapter beside it is not."""
+    save_adapter(tmp_path)
+    base = tmp_path / "base"
+    contents = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": '{"a": 1}',
+        "special_tokens_map.json": "{}",
+        "merges.txt": "a b",
+        "chat_template.jinja": "{{ messages }}",
+        "LICENSE": "free",
+        "README.md": "# Base",
+        "modeling_own.py": "x = 1",
+        "additional/config.json": '{"num_experts": 1}',
+        "additional/deep/notes": "n",
+    }
+    left_out = {
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": "",
+        "pytorch_model.bin.index.json": "{}",
+        "model.gguf": "",
+        ".git/HEAD": "",
+        ".gitattributes": "",
+    }
+    for name, text in {**contents, **left_out}.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+    (base / "adapter_model.safetensors").unlink()
+    contents["generation_config.json"] = (base / "generation_config.json").read_text()
+    if is_snapshot:
+        as_a_hub_snapshot(base)
+        (base / "broken").symlink_to("nowhere")
+    merge(tmp_path)
+    merged = tmp_path / "merged"
+    found = {str(path.relative_to(merged)) for path in merged.rglob("*") if not path.is_dir()}
+    assert found == contents.keys() | {"config.json", "model.safetensors", "merge_report.json"}
+    assert not any(path.is_symlink() for path in merged.rglob("*"))
+    assert {name: (merged / name).read_text() for name in contents} == contents
+
+
+def test_merging_into_a_folder_of_the_base(tmp_path):
+    """The copy of the base doesn't hold the copy."""
+    save_adapter(tmp_path)
+    (tmp_path / "base" / "LICENSE").write_text("free")
+    merge(tmp_path, out="base/merged")
+    found = {str(path.relative_to(tmp_path / "base" / "merged")) for path in (tmp_path / "base" / "merged").rglob("*")}
+    assert found == {"LICENSE", "config.json", "generation_config.json", "merge_report.json", "model.safetensors"}
+
+
 def test_a_dry_run_writes_nothing(tmp_path):
+    """But says what would change."""
     save_adapter(tmp_path)
     before = sorted(tmp_path.iterdir())
     report = merge(tmp_path, dry_run=True)
@@ -254,252 +273,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
-    save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-9)
-    with pytest.raises(ValueError, match=r"48 of 48 tensors .* came out unchanged, model\.layers.* lost in rounding"):
-        merge(tmp_path)
-    assert not list(tmp_path.glob("merged*"))
-    report = merge(tmp_path, allow_unchanged=True)
-    assert (report.tensors_expected, report.tensors_changed) == (48, 0)
-    assert "48 tensors whose deltas are lost" in report.notes[0]
-
-
-KILLED = """
-    import sys, time
-    import peft_moe_qlora
-    from peft_moe_qlora.export import merge_checkpoint
-    from peft_moe_qlora.export.merging import checkpoint as merge
-    directory = sys.argv[1]
-    written = merge.save_file
-    def slowly(tensors, path, metadata):  # so that there is a time to be killed at
-        written(tensors, path, metadata)
-        with open(path, "r+b") as file:
-            whole = file.read()
-            file.truncate(len(whole) // 2)
-            file.flush()
-            time.sleep(0.3)
-            file.seek(0)
-            file.write(whole)
-    merge.save_file = slowly
-    print("started", flush=True)
-    merge_checkpoint(f"{directory}/base", f"{directory}/adapter", f"{directory}/merged", progressbar=False)
-"""
-
-
-def test_killed_at_any_point_and_finished_by_another_run(tmp_path):
-    save_adapter(tmp_path)
-    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=12)
-    merge(tmp_path, out="expected")
-    expected = read_tensors(tmp_path / "expected")
-    generator = random.Random(0)
-    kills = finished = 0
-    while not finished:
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "started\n"
-        time.sleep(generator.uniform(0.2, 1.0) if kills < 4 else 60)
-        process.send_signal(signal.SIGKILL)
-        finished = process.wait() == 0
-        process.stdout.close()
-        kills += not finished
-        if not finished:
-            assert not (tmp_path / "merged").exists()
-            assert not (tmp_path / "merged.partial" / "config.json").exists()
-            for file in (tmp_path / "merged.partial").glob("*.safetensors"):
-                assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(file).items())
-    assert kills
-    found = read_tensors(tmp_path / "merged")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
-    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("merged", "expected")]
-    assert names[0] == names[1]
-
-
-FULL = """
-    import resource, signal, sys
-    import peft_moe_qlora
-    from peft_moe_qlora.export import merge_checkpoint
-    directory = sys.argv[1]
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-    try:
-        merge_checkpoint(f"{directory}/base", f"{directory}/adapter", f"{directory}/merged", progressbar=False)
-    except Exception as error:
-        print(type(error).__name__, error)
-"""
-
-
-def test_a_disk_that_takes_no_more(tmp_path):
-    """The system refuses to let a file grow; so would a full disk."""
-    save_adapter(tmp_path)
-    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
-    largest = max(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
-    command = [sys.executable, "-c", textwrap.dedent(FULL), str(tmp_path), str(largest // 2)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "File too large" in output
-    assert not (tmp_path / "merged").exists()
-    assert not (tmp_path / "merged.partial" / "config.json").exists()
-    merge(tmp_path)
-    assert (tmp_path / "merged" / "config.json").is_file()
-
-
-def test_a_disk_known_to_be_too_small(tmp_path, monkeypatch):
-    save_adapter(tmp_path)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"GB left; the merged checkpoint takes"):
-        merge(tmp_path)
-    assert not (tmp_path / "merged.partial").exists()
-
-
-def test_what_is_refused_before_anything_is_written(tmp_path):
-    save_adapter(tmp_path)
-    adapter, base = tmp_path / "adapter", tmp_path / "base"
-
-    def refused(match: str, **options) -> None:
-        with pytest.raises((ValueError, OSError), match=match):
-            merge(tmp_path, **options)
-        assert not (tmp_path / options.get("out", "merged")).exists()
-        assert not (tmp_path / "merged.partial").exists()
-
-    refused("onto='bases' is unknown", onto="bases")
-    refused(r"dtype=torch\.int8 can't hold", dtype=torch.int8)
-    file = adapter / "adapter_model.safetensors"
-    whole, tensors = file.read_bytes(), load_file(file)
-    key = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
-    partner = key.removesuffix("A") + "B"
-    layer = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.experts" not in name}
-    for damaged, match in (
-        ({**tensors, key: tensors[key] * float("nan")}, "lora_down_proj_A has values that are not finite"),
-        ({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, r"lora_down_proj_A .* are not \(E, r, in\)"),
-        (
-            {name: t for name, t in tensors.items() if name not in (key, partner)},
-            r"no tensor for .*1\.mlp\.experts\.lora_down_proj_A",
-        ),
-        (layer, r"no tensor for model\.layers\.1\.mlp\.experts\.lora_gate_up_proj_A"),
-        ({n: t for n, t in tensors.items() if "0.self_attn.q_proj" not in n}, r"no factors of .*0\.self_attn\.q_proj"),
-        (
-            {**tensors, "base_model.model.model.other.weight": torch.ones(2)},
-            r"model\.other\.weight is nothing that this adapter's config asks for",
-        ),
-        (
-            {
-                **tensors,
-                key.replace("1.mlp", "7.mlp"): tensors[key],
-                partner.replace("1.mlp", "7.mlp"): tensors[partner],
-            },
-            r"has no experts model\.layers\.7\.mlp\.experts, for which",
-        ),
-    ):
-        save_file({name: tensor.clone() for name, tensor in damaged.items()}, file)
-        refused(match)
-    file.write_bytes(whole[:-1])
-    refused(r"adapter_model\.safetensors")
-    file.write_bytes(whole)
-
-    tiny_model("mixtral").save_pretrained(tmp_path / "other")
-    shutil.move(base, tmp_path / "own")
-    shutil.move(tmp_path / "other", base)
-    refused(r"has shape \(8, .* \(4, .* was expected")
-    shutil.rmtree(base)
-    shutil.copytree(tmp_path / "own", base)
-    config_file = adapter / "adapter_config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps({**config, "base": {**config["base"], "model_type": "olmoe"}}))
-    refused("trained on a model of type olmoe, but .* is of type qwen3_moe")
-    config_file.write_text(json.dumps(config))
-    shutil.rmtree(base)
-    tiny_model(std=0.16).save_pretrained(base)
-    refused(r"other weights than the adapter was trained on: model\.layers\.0\.mlp\.experts\.\w+ differs")
-    tiny_model(num_experts=6).save_pretrained(base)
-    refused(r"has shape \(8, .* \(6, .* was expected")
-    tiny_model(num_hidden_layers=1).save_pretrained(base)
-    refused(r"has no experts model\.layers\.1\.mlp\.experts, for which")
-    shutil.rmtree(base)
-    shutil.copytree(tmp_path / "own", base)
-    set_bitsandbytes_config(base, [])
-    refused("is quantized by 'bitsandbytes'")
-
-
-def test_merging_twice_is_refused(tmp_path):
-    save_adapter(tmp_path)
-    merge(tmp_path)
-    with pytest.raises(ValueError, match="merged is there already and not empty"):
-        merge(tmp_path)
-    with pytest.raises(ValueError, match="has this adapter merged into it already"):
-        merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
-    (tmp_path / "merged" / "merge_report.json").unlink()
-    with pytest.raises(ValueError, match="other weights than the adapter was trained on"):
-        merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
-
-
-def interrupted(directory, monkeypatch) -> None:
-    """A merge that has written the first of three files."""
-    write_tensors(directory / "base", read_tensors(directory / "base"), num_shards=3)
-    written = merging.save_file
-
-    def fails_later(tensors, path, metadata):
-        if "00002" in str(path):
-            raise OSError("no space left on device")
-        written(tensors, path, metadata)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(merging, "save_file", fails_later)
-        with pytest.raises(OSError, match="no space left"):
-            merge(directory)
-
-
-@pytest.mark.parametrize("changed", ["option", "adapter", "adapter's config", "base", "base's config"])
-def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, monkeypatch):
-    save_adapter(tmp_path)
-    interrupted(tmp_path, monkeypatch)
-    options = {}
-    if changed == "option":
-        options = {"onto": "base"}
-    elif changed == "base":
-        os.utime(tmp_path / "base" / "model-00002-of-00003.safetensors", (1, 1))
-    elif changed == "adapter":
-        file = tmp_path / "adapter" / "adapter_model.safetensors"
-        save_file({key: tensor * 2 for key, tensor in load_file(file).items()}, file)
-    else:
-        of_base = changed == "base's config"
-        file = tmp_path / ("base/config.json" if of_base else "adapter/adapter_config.json")
-        config = json.loads(file.read_text())
-        file.write_text(json.dumps({**config, **({"rope_theta": 5.0} if of_base else {"lora_alpha": 80})}))
-    with pytest.raises(ValueError, match=r"merged\.partial holds unfinished work of another merge"):
-        merge(tmp_path, **options)
-
-
-def test_an_interrupted_merge_is_finished(tmp_path, monkeypatch):
-    save_adapter(tmp_path)
-    interrupted(tmp_path, monkeypatch)
-    first = next((tmp_path / "merged.partial").glob("*-00001-*.safetensors"))
-    time_of_first = first.stat().st_mtime_ns
-    report = merge(tmp_path)
-    assert (tmp_path / "merged" / first.name).stat().st_mtime_ns == time_of_first
-    again = merge(tmp_path, out="at-once")
-    assert report == dataclasses.replace(again)
-    (tmp_path / "third.partial").mkdir()  # of a run that was killed at its very start
-    merge(tmp_path, out="third")
-
-
-def test_tied_embeddings_are_not_changed_alone(tmp_path):
-    """The live adapter changes one of the two, the checkpoint has one for both."""
-    for number, options in enumerate(
-        ({"target_modules": ["experts", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]})
-    ):
-        directory = tmp_path / str(number)
-        tiny_model(tie_word_embeddings=True).save_pretrained(directory / "base")
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
-        model = get_peft_model(model, MoeQLoraConfig(r=4, **options))
-        randomize_adapter(model)
-        model.save_pretrained(directory / "adapter")
-        with pytest.raises(ValueError, match=r"changes model\.embed_tokens\.weight alone, .* lm_head\.weight is tied"):
-            merge(directory)
-
-
 def test_an_index_of_one_file(tmp_path):
+    """A shard that is the only one is found and written under its own name."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     tensors = read_tensors(base)
@@ -515,6 +290,7 @@ def test_an_index_of_one_file(tmp_path):
 
 
 def test_files_of_one_name_in_two_folders(tmp_path):
+    """Neither takes the place of the other."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     tensors = read_tensors(base)
@@ -536,10 +312,12 @@ def test_tensors_that_are_only_copied(tmp_path):
     save_adapter(tmp_path)
     tensors = read_tensors(tmp_path / "base")
     strange = {"extra.ids": torch.tensor([1, 70000], dtype=torch.uint32), "extra.phases": torch.tensor([1 + 2j])}
-    write_tensors(tmp_path / "base", {**tensors, **strange})
+    wide = {"extra.wide": torch.tensor([1.5], dtype=torch.float64)}
+    write_tensors(tmp_path / "base", {**tensors, **strange, **wide})
     merge(tmp_path, dtype=torch.bfloat16)
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in strange.items())
+    assert found["extra.wide"].dtype == torch.bfloat16
     assert found["model.norm.weight"].dtype == torch.bfloat16
     tensors["model.norm.weight"][0] = 1e5
     write_tensors(tmp_path / "base", tensors)
@@ -548,17 +326,37 @@ def test_tensors_that_are_only_copied(tmp_path):
     assert not list(tmp_path.glob("half*"))
 
 
-def test_weights_that_stay_in_fp32(tmp_path):
-    """What the model keeps in higher precision is not cast."""
+def test_merged_weights_that_are_beyond_the_range(tmp_path):
+    """Written as infinity, they would be noticed when the model is run."""
+    save_adapter(tmp_path, quant_type=None)
+    tensors = read_tensors(tmp_path / "base")
+    key = "model.layers.1.mlp.experts.5.down_proj.weight"
+    tensors[key][0, 0] = 1e5
+    write_tensors(tmp_path / "base", tensors)
+    with pytest.raises(ValueError, match=r"experts\.5\.down_proj\.weight has values that are beyond the range of"):
+        merge(tmp_path, dtype=torch.float16)
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_weights_that_stay_in_fp32(attribute, tmp_path, monkeypatch):
+    """What the model keeps in higher precision is not cast; what the checkpoint doesn't have in fp32 is."""
     model = shrunken_model_or_skip("deepseek_v3", dtype=torch.float32)
-    type(model)._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        monkeypatch.setattr(type(model), name, ["input_layernorm"] if name == attribute else None)
     model.save_pretrained(tmp_path / "base")
     model = get_peft_model(model, MoeQLoraConfig(r=2))
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
     merge(tmp_path, dtype=torch.bfloat16)
-    dtypes = {tensor.dtype for key, tensor in read_tensors(tmp_path / "merged").items() if "correction_bias" in key}
-    assert dtypes == {torch.float32}
+    found = read_tensors(tmp_path / "merged")
+    assert {tensor.dtype for key, tensor in found.items() if "input_layernorm" in key} == {torch.float32}
+    assert found["model.norm.weight"].dtype == found["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+    tensors = read_tensors(tmp_path / "base")
+    narrow = {key: tensor.bfloat16() if "input_layernorm" in key else tensor for key, tensor in tensors.items()}
+    write_tensors(tmp_path / "base", narrow)
+    merge(tmp_path, out="wide", dtype=torch.float32)
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
 def test_an_adapter_of_others(tmp_path):
@@ -570,8 +368,10 @@ def test_an_adapter_of_others(tmp_path):
     randomize_adapter(model)
     live = logits(model, token_ids())
     model.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path)
+    report = merge(tmp_path)
     assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
+    assert "doesn't say what it was trained on" in report.notes[0]
+    assert report.notes[0] in str(report)
     with pytest.raises(ValueError, match="Convert it first"):
         merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "packed")
 
@@ -589,7 +389,110 @@ def test_an_expert_that_was_never_trained(tmp_path):
     assert report.tensors_changed == report.tensors_expected == expected == 2 * 7 * 3
 
 
+def test_modules_trained_in_full_are_counted_if_they_changed(tmp_path):
+    """The norm has been trained, the head was only saved."""
+    model = save_adapter(
+        tmp_path, target_modules=["experts"], quant_type=None, modules_to_save=["model.norm", "lm_head"]
+    )
+    with torch.no_grad():
+        model.base_model.model.model.norm.modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path)
+    before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert report.tensors_expected == report.tensors_changed == 2 * 8 * 3 + 1
+    assert {row.name for row in report.others} == {"model.norm.weight", "lm_head.weight"}
+    assert {row.name for row in report.stacks} == {
+        f"model.layers.{layer}.mlp.experts.{projection}"
+        for layer in (0, 1)
+        for projection in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_what_the_files_say_of_themselves(tmp_path):
+    """The index has the size of what is written, and the files what the base's have to say of theirs."""
+    save_adapter(tmp_path)
+    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
+    merge(tmp_path, dtype=torch.bfloat16)
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    found = read_tensors(tmp_path / "merged")
+    assert index["weight_map"].keys() == found.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("onto", ["quantized", "base"])
+def test_what_the_report_says_of_the_merge(onto, tmp_path):
+    """Which base and adapter, by path and by digest, onto what and as what."""
+    save_adapter(tmp_path)
+    report = merge(tmp_path, onto=onto)
+    assert (report.base, report.adapter) == (str(tmp_path / "base"), str(tmp_path / "adapter"))
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert report.adapter_sha256 == hashlib.sha256(weights).hexdigest()
+    assert (report.onto, report.storage) == (onto, "the checkpoint's dtypes")
+    assert MergeReport.from_dict(json.loads((tmp_path / "merged" / "merge_report.json").read_text())) == report
+
+
+def test_the_digest_is_of_the_whole_file(tmp_path):
+    """Two adapters that begin alike are two: what is merged twice is known by it."""
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "adapter_model.safetensors").write_bytes(bytes(3 * 2**20) + bytes([number]))
+    assert merging.adapter_digest(tmp_path / "1") != merging.adapter_digest(tmp_path / "2")
+
+
+def test_configs_that_all_readers_understand():
+    """The number of experts by both names, wherever it stands; the new dtype where there was one, and nowhere else."""
+    config = {
+        "num_experts": 8,
+        "torch_dtype": "float32",
+        "text_config": {"num_local_experts": 4, "dtype": "float32", "rope": {"theta": 1}},
+        "vision_config": {"hidden_size": 3},
+    }
+    assert merging.config_for_all(config, torch.bfloat16) == {
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "torch_dtype": "bfloat16",
+        "text_config": {"num_local_experts": 4, "num_experts": 4, "dtype": "bfloat16", "rope": {"theta": 1}},
+        "vision_config": {"hidden_size": 3},
+    }
+    assert merging.config_for_all(config, None)["torch_dtype"] == "float32"
+
+
+def rows(*values: tuple[float, float | None]) -> tuple[FidelityRow, ...]:
+    return tuple(FidelityRow(f"row {number}", 0.5, *value) for number, value in enumerate(values))
+
+
+def test_the_table_shows_the_worst_of_the_others():
+    """Largest error and least share of the delta; a tensor without delta has no share that could be the least."""
+    report = MergeReport(
+        "b", "a", "0", "base", "bfloat16", 9, 8, 7, others=rows((0.1, 0.9), (0.3, 0.8), (0.2, 0.4), (0.2, None))
+    )
+    shown = [line for line in str(report).splitlines() if line.startswith("row")]
+    assert [line.split()[1] for line in shown] == ["1", "2"]
+    assert "4 other tensors" in str(report)
+    assert "9 tensors expected to change, 8 changed, 7 written" in str(report)
+    only_replaced = dataclasses.replace(report, others=rows((0.1, None)))
+    assert "row 0" in str(only_replaced)
+
+
+def test_the_table_of_stacks_and_what_verifying_found():
+    """Each figure in its column; shares of tokens as percentages."""
+    verification = Verification(num_tokens=200, kl=0.001, equal_argmax=0.75, kl_of_base=0.5)
+    report = MergeReport(
+        "b", "a", "0", "base", "bfloat16", 9, 8, 7, stacks=rows((0.125, 0.9)), verification=verification
+    )
+    lines = str(report).splitlines()
+    assert next(line for line in lines if "row 0" in line).split() == ["row", "0", "5.00e-01", "1.25e-01", "0.9000"]
+    assert "1.00e-03 (the base's: 5.00e-01), same likeliest token at 75.00% of 200 positions" in lines[-1]
+    assert MergeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
 def test_merging_the_command(tmp_path, capsys):
+    """Prints the report; an error is a line and an exit code."""
     save_adapter(tmp_path)
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *paths, "--dtype", "bfloat16"]) == 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from checkpoint_writers import read_tensors, write_tensors
+from merged_checkpoints import save_adapter
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
-from test_merge_checkpoint import save_adapter
+from safetensors.torch import load_file, save_file
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.export import merge_quantized
+from peft_moe_qlora.export.merging.partial_directory import PartialDirectory
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
 
@@ -43,6 +45,7 @@ def merge(directory, **options):
 @pytest.mark.parametrize("layout", ["native", "bitsandbytes"])
 @pytest.mark.parametrize("rounding", ["nearest", "second-order"])
 def test_what_is_loaded_again_is_what_was_merged(model_type, layout, rounding, tmp_path):
+    """Bit for bit what merging in memory gives, in either layout, and the report is of it."""
     model = save_adapter(tmp_path, model_type)
     report = merge(tmp_path, layout=layout, rounding=rounding)
     found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
@@ -99,6 +102,7 @@ def test_linear_layers_in_4_bits(is_packed, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
+    """By name, and with nothing written; a dry run too."""
     save_adapter(tmp_path, double_quant=True)
     with pytest.raises(ValueError, match=r"trained on experts in nf4/64\+dq, not fp4"):
         merge(tmp_path, quant_type="fp4")
@@ -115,6 +119,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_a_base_with_other_weights(tmp_path):
+    """Told from the adapter's samples of an unquantized base, and by loading a quantized one."""
     save_adapter(tmp_path)
     tiny_model(std=0.3).save_pretrained(tmp_path / "base")
     for dry_run in (True, False):
@@ -131,12 +136,14 @@ def test_a_base_with_other_weights(tmp_path):
 
 
 def test_what_the_model_does_not_load_is_told(tmp_path):
+    """Such as layers for speculative decoding, which are left out."""
     save_adapter(tmp_path)
     write_tensors(tmp_path / "base", {**read_tensors(tmp_path / "base"), "mtp.layers.0.weight": torch.ones(2)})
     assert "1 tensors that the model doesn't load are left out, mtp.layers.0.weight" in merge(tmp_path).notes[0]
 
 
 def test_a_delta_that_4_bits_cannot_hold(tmp_path):
+    """Is an error, or a note if it was allowed."""
     save_adapter(tmp_path, std=1e-6)
     with pytest.raises(ValueError, match="are the same after the merge, model"):
         merge(tmp_path, rounding="nearest")
@@ -147,9 +154,56 @@ def test_a_delta_that_4_bits_cannot_hold(tmp_path):
 
 
 def test_an_adapter_of_a_part_of_the_layers(tmp_path):
+    """The report has the stacks that were merged alone."""
     save_adapter(tmp_path, target_modules=["experts.down_proj"], layers_to_transform=[1])
     report = merge(tmp_path)
     assert [row.name for row in report.stacks] == ["model.layers.1.mlp.experts.down_proj"]
+
+
+def test_what_is_not_trained_is_not_expected_to_change(tmp_path):
+    """One stack and one linear layer whose B is zero; an embedding has factors under other names, and counts."""
+    model = save_adapter(tmp_path, target_modules=["experts", "q_proj", "embed_tokens"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.0" in name and ("lora_down_proj_B" in name or "q_proj.lora_B" in name):
+                parameter.zero_()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = merge(tmp_path, dry_run=True).tensors_expected
+    report = merge(tmp_path)
+    assert report.tensors_changed == report.tensors_expected == expected == 3 + 1 + 1
+
+
+def test_the_text_decides_how_it_is_rounded(tmp_path):
+    """What is written is what merging in memory gives for the same tokens, and not what it gives for random ones."""
+    model = save_adapter(tmp_path, target_modules=["experts"])
+    write_tokenizer(tmp_path / "base")
+    write_text(tmp_path / "text.txt", token_ids())
+    report = merge(tmp_path, calibration=tmp_path / "text.txt")
+    assert report.storage == "nf4/64, second-order rounding"
+    found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
+    random = copy.deepcopy(model).merge_and_unload()
+    expected = model.merge_and_unload(calibration=token_ids().view(1, -1))
+    assert torch.equal(logits(found, token_ids()), logits(expected, token_ids()))
+    assert not torch.equal(logits(random, token_ids()), logits(expected, token_ids()))
+
+
+def test_what_a_killed_run_has_left(tmp_path, monkeypatch):
+    """Of the same merge it is replaced, of another it is left alone."""
+    save_adapter(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialDirectory, "copy_beside", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path, rounding="nearest")
+    save_file({"left": torch.ones(1)}, tmp_path / "merged.partial" / "left.safetensors")
+    with pytest.raises(ValueError, match="holds unfinished work of another merge"):
+        merge(tmp_path)
+    assert (tmp_path / "merged.partial" / "left.safetensors").is_file()
+    merge(tmp_path, rounding="nearest")
+    assert "left" not in read_tensors(tmp_path / "merged")
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def test_verifying(trained, tmp_path, capsys):
@@ -194,6 +248,7 @@ def test_verifying(trained, tmp_path, capsys):
 
 
 def test_a_text_of_one_word(tmp_path, capsys):
+    """Too short to compare anything: told before the merge."""
     save_adapter(tmp_path)
     write_tokenizer(tmp_path / "base")
     (tmp_path / "text.txt").write_text("w5")

@@ -1,0 +1,264 @@
+"""Every model that an engine is said to serve: transformers has it, with experts, and the adapter is all there.
+
+Which of its layouts an engine wants for a model only its sources can say; `check_engines.py` asks them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import check_engines
+import engine_logits
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft.utils import CONFIG_NAME
+from safetensors.torch import load_file
+from shrunken_models import shrunken_config
+from torch import nn
+
+from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora.export import AdapterFile, read_adapter
+from peft_moe_qlora.export.adapter_file import ExpertFactors
+from peft_moe_qlora.export.base_model import BaseModel
+from peft_moe_qlora.export.writers.engines import LLAMA_CPP, MLX, SGLANG, VLLM, Engine, write_for_engine
+
+ENGINES = (VLLM, SGLANG, LLAMA_CPP, MLX)
+SERVED = sorted({name for engine in ENGINES for name in engine.layouts})
+REFUSED = sorted({name for engine in ENGINES for name in engine.refused})
+WITH_A_VISION_TOWER = "Qwen3_5MoeForConditionalGeneration"
+R, ALPHA = 3, 6
+LINEAR_A, LINEAR_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def is_newest() -> bool:
+    """Whether this is a transformers that has every model here; older ones lack some."""
+    return Version(transformers.__version__) >= Version("5.23")
+
+
+def model_class(class_name: str) -> type:
+    found = getattr(transformers, class_name, None)
+    if found is None:
+        assert not is_newest()
+        pytest.skip("this version of transformers doesn't have it")
+    return found
+
+
+def save_config(class_name: str, directory: Path) -> BaseModel:
+    """Writes config.json of a small model, all that converting needs, and opens it."""
+    model_type = model_class(class_name).config_class.model_type
+    try:
+        config = shrunken_config(model_type)
+        config.architectures = [class_name]
+        config.save_pretrained(directory)
+        base = BaseModel.open(directory)
+    except (TypeError, ValueError, AttributeError):
+        assert not is_newest()
+        pytest.skip("this version of transformers doesn't have this configuration of it")
+    if not base.layouts:
+        assert not is_newest()
+        pytest.skip("this version of transformers doesn't have its experts fused")
+    assert type(base.model).__name__ == class_name
+    return base
+
+
+def random_adapter(base: BaseModel, last_parts: tuple[str, ...]) -> AdapterFile:
+    """On all experts, and on the linear layers of that name in their text model."""
+    experts = []
+    for path, layout in base.layouts.items():
+        for projection in layout.projections:
+            in_features, out_features = layout.features(projection)
+            A, B = torch.randn(layout.num_experts, R, in_features), torch.randn(layout.num_experts, out_features, R)
+            experts.append(ExpertFactors(path, projection, A, B, ALPHA / R, ALPHA))
+    others = {}
+    text_models = tuple({f"{path.partition('layers.')[0]}layers." for path in base.layouts})
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(text_models) and name.endswith(last_parts):
+            others[name + LINEAR_A] = torch.randn(R, module.in_features)
+            others[name + LINEAR_B] = torch.randn(module.out_features, R)
+    config = MoeQLoraConfig(
+        r=R, lora_alpha=ALPHA, target_modules=["experts", *last_parts], base_model_name_or_path=str(base.directory)
+    )
+    return AdapterFile(config, tuple(experts), others)
+
+
+def siblings_of(base: BaseModel, name: str) -> set[str]:
+    """The other linear layers among query, key and value of the same attention."""
+    block = name.rpartition(".")[0]
+    names = {f"{block}.{last}" for last in ("q_proj", "k_proj", "v_proj")} - {name}
+    modules = dict(base.model.named_modules())
+    return {name for name in names if isinstance(modules.get(name), nn.Linear)}
+
+
+@pytest.mark.parametrize("class_name", SERVED)
+def test_what_is_written_is_the_adapter(class_name, tmp_path):
+    """Read back, it has every factor with every bit, and zeros where an engine wants more layers: in all engines."""
+    base = save_config(class_name, tmp_path / "base")
+    adapter = random_adapter(base, (".q_proj",))
+    adapted = {key.removesuffix(LINEAR_A) for key in adapter.others if key.endswith(LINEAR_A)}
+    joined = {one for name in adapted for one in siblings_of(base, name)}
+    for engine in ENGINES:
+        if class_name not in engine.layouts:
+            continue
+        out = tmp_path / engine.name
+        write_for_engine(engine, adapter, out, base)
+        found = read_adapter(out, base.directory)
+        expected = {f"{one.name}.{factor}": getattr(one, factor) for one in adapter.experts for factor in "AB"}
+        factors = {f"{one.name}.{factor}": getattr(one, factor) for one in found.experts for factor in "AB"}
+        assert factors.keys() == expected.keys()
+        assert all(torch.equal(factors[name], expected[name]) for name in expected)
+        assert {one.scaling for one in found.experts} == {ALPHA / R}
+        assert {key.removesuffix(LINEAR_A) for key in found.others if key.endswith(LINEAR_A)} == adapted | joined
+        assert all(torch.equal(found.others[key], tensor) for key, tensor in adapter.others.items())
+        assert not any(found.others[name + LINEAR_B].any() for name in joined)
+
+
+@pytest.mark.parametrize(
+    ("engine", "model_types"),
+    [(VLLM, check_engines.IN_VLLM), (SGLANG, check_engines.IN_SGLANG), (MLX, engine_logits.IN_MLX)],
+    ids=["vLLM", "SGLang", "mlx-lm"],
+)
+def test_what_was_checked_with_the_engines_own_code_is_served(engine, model_types):
+    """A model that falls out of a table is refused from then on, without anything else going wrong."""
+    of_type = {
+        getattr(transformers, name).config_class.model_type: name for name in SERVED if hasattr(transformers, name)
+    }
+    known = [of_type[model_type] for model_type in model_types if model_type in of_type or is_newest()]
+    assert len(known) > 5
+    assert set(known) <= engine.layouts.keys()
+
+
+# what only one of the engines has as stacks; the README says what follows for the others
+OF_DIFFERENT_LAYOUTS = {
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "GptOssForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("class_name", SERVED)
+def test_one_directory_serves_all_engines_that_read_single_experts(class_name, tmp_path):
+    """A model that is moved to another layout for one engine stands out, unless it is one of the known few."""
+    engines = [engine for engine in (VLLM, SGLANG, LLAMA_CPP) if class_name in engine.layouts]
+    if len(engines) < 2:
+        pytest.skip("there is nothing to compare: only one of them serves it")
+    base = save_config(class_name, tmp_path / "base")
+    adapter = random_adapter(base, ())
+    files = []
+    for engine in engines:
+        out = tmp_path / engine.name
+        write_for_engine(engine, adapter, out, base)
+        files.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert all(one == files[0] for one in files) == (class_name not in OF_DIFFERENT_LAYOUTS)
+
+
+def test_layers_that_are_joined_are_there_to_be_looked_at(tmp_path):
+    """The test above means something: there are models whose query, key and value are layers of their own."""
+    base = save_config("Qwen3MoeForCausalLM", tmp_path)
+    assert siblings_of(base, "model.layers.0.self_attn.q_proj") == {
+        f"model.layers.0.self_attn.{name}" for name in ("k_proj", "v_proj")
+    }
+
+
+@pytest.mark.parametrize("class_name", REFUSED)
+def test_a_refused_class_is_one_of_transformers_that_no_table_serves(class_name):
+    """A typo would leave the general refusal in place of the reason; a class in both would be served all the same."""
+    assert issubclass(model_class(class_name), transformers.PreTrainedModel)
+    assert not any(class_name in engine.layouts for engine in ENGINES if class_name in engine.refused)
+
+
+def linear(base: BaseModel, *names: str) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in names:
+        module = base.model.get_submodule(name)
+        found[name + LINEAR_A] = torch.ones(R, module.in_features)
+        found[name + LINEAR_B] = torch.ones(module.out_features, R)
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name.split()[0])
+def test_which_linear_layers_of_qwen3_moe_go_along(engine: Engine, tmp_path):
+    """Every layer of its attention, and its head, which lies outside the layers."""
+    base = save_config("Qwen3MoeForCausalLM", tmp_path / "base")
+    experts = random_adapter(base, ())
+    for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        name = f"model.layers.1.self_attn.{last}"
+        write_for_engine(engine, replace(experts, others=linear(base, name)), tmp_path / last, base)
+    write_for_engine(engine, replace(experts, others=linear(base, "lm_head")), tmp_path / "head", base)
+    file = next((tmp_path / "head").glob("*.safetensors"))
+    assert any("lm_head" in key for key in load_file(file))
+    assert (tmp_path / "head" / CONFIG_NAME).is_file()
+
+
+@pytest.mark.parametrize("last", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name.split()[0])
+def test_shared_experts_go_along(engine: Engine, last, tmp_path):
+    """Every one of the three layers of DeepSeek V3's shared experts."""
+    base = save_config("DeepseekV3ForCausalLM", tmp_path / "base")
+    names = [f"model.layers.{layer}.mlp.shared_experts.{last}" for layer in range(2)]
+    adapter = replace(random_adapter(base, ()), others=linear(base, *names))
+    write_for_engine(engine, adapter, tmp_path / "out", base)
+    found = read_adapter(tmp_path / "out", base.directory).others
+    assert all(torch.equal(found[key], tensor) for key, tensor in adapter.others.items())
+
+
+@pytest.mark.parametrize("of_experts", [True, False], ids=["of experts", "of a linear layer"])
+def test_the_largest_rank_of_vllm(of_experts, tmp_path):
+    """512, which is `max_lora_rank`'s largest choice, goes; one more doesn't, whichever layer has it."""
+    base = save_config("Qwen3MoeForCausalLM", tmp_path / "base")
+    adapter = random_adapter(base, (".q_proj",))
+
+    def with_rank(r: int) -> AdapterFile:
+        experts, others = adapter.experts, dict(adapter.others)
+        config = adapter.config
+        if of_experts:
+            wider = [
+                replace(one, A=one.A.new_ones(len(one.A), r, one.A.shape[2]), B=one.B.new_ones(*one.B.shape[:2], r))
+                for one in experts
+            ]
+            return AdapterFile(config, tuple(wider), others)
+        name = "model.layers.0.self_attn.q_proj"
+        others |= {name + LINEAR_A: torch.ones(r, 64), name + LINEAR_B: torch.ones(64, r)}
+        return AdapterFile(replace(config, rank_pattern={"layers.0.self_attn.q_proj": r}), experts, others)
+
+    write_for_engine(VLLM, with_rank(512), tmp_path / "512", base)
+    with pytest.raises(ValueError, match="takes ranks up to 512; the adapter has 513"):
+        write_for_engine(VLLM, with_rank(513), tmp_path / "513", base)
+
+
+def test_names_in_mlx_of_a_model_with_a_vision_tower(tmp_path):
+    """mlx-lm keeps the text model of Qwen3.5 under another name than the checkpoint does; gate and up are apart."""
+    base = save_config(WITH_A_VISION_TOWER, tmp_path / "base")
+    adapter = random_adapter(base, (".q_proj",))
+    write_for_engine(MLX, adapter, tmp_path / "out", base)
+    found = load_file(tmp_path / "out" / "adapters.safetensors")
+    assert all(key.startswith("language_model.model.layers.") for key in found)
+    assert len(adapter.experts) == 4
+    for one in adapter.experts:
+        layer = one.path.removeprefix("model.language_model.").removesuffix(".experts")
+        parts = {"down_proj": one.B}
+        if one.projection == "gate_up_proj":
+            parts = dict(zip(("gate_proj", "up_proj"), one.B.chunk(2, dim=1)))
+        for part, B in parts.items():
+            name = f"language_model.model.{layer}.switch_mlp.{part}"
+            assert torch.equal(found[f"{name}.lora_a"], one.A)
+            assert torch.equal(found[f"{name}.lora_b"], B)
+
+
+def test_gpt_oss_in_4_bits_stops_sglang_alone_and_gpt_oss_alone(tmp_path):
+    """In SGLang experts of MXFP4 have LoRA, but for gpt-oss."""
+    for class_name, is_refused in (("GptOssForCausalLM", True), ("Qwen3MoeForCausalLM", False)):
+        directory = tmp_path / class_name
+        base = save_config(class_name, directory)
+        base.model.config.quantization_config = {"quant_method": "mxfp4"}
+        assert base.quantization == "mxfp4"
+        write_for_engine(VLLM, random_adapter(base, ()), directory / "vllm", base)
+        if is_refused:
+            with pytest.raises(ValueError, match="no LoRA on experts of a base quantized by mxfp4"):
+                write_for_engine(SGLANG, random_adapter(base, ()), directory / "sglang", base)
+        else:
+            write_for_engine(SGLANG, random_adapter(base, ()), directory / "sglang", base)

@@ -1,0 +1,166 @@
+"""Merges that would come out wrong are refused by name, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from checkpoint_writers import read_tensors, set_bitsandbytes_config, write_tensors
+from merged_checkpoints import merge, save_adapter
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import randomize_adapter, tiny_model
+
+from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora.export import merge_checkpoint
+
+
+def test_what_is_refused_before_anything_is_written(tmp_path):
+    """Options, adapters and bases that don't fit each other, by a message that says which."""
+    save_adapter(tmp_path)
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+
+    def refused(match: str, **options) -> None:
+        with pytest.raises((ValueError, OSError), match=match):
+            merge(tmp_path, **options)
+        assert not (tmp_path / options.get("out", "merged")).exists()
+        assert not (tmp_path / "merged.partial").exists()
+
+    refused("onto='bases' is unknown", onto="bases")
+    refused(r"dtype=torch\.int8 can't hold", dtype=torch.int8)
+    file = adapter / "adapter_model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    key = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
+    partner = key.removesuffix("A") + "B"
+    layer = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.experts" not in name}
+    for damaged, match in (
+        ({**tensors, key: tensors[key] * float("nan")}, "lora_down_proj_A has values that are not finite"),
+        ({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, r"lora_down_proj_A .* are not \(E, r, in\)"),
+        (
+            {name: t for name, t in tensors.items() if name not in (key, partner)},
+            r"no tensor for .*1\.mlp\.experts\.lora_down_proj_A",
+        ),
+        (layer, r"no tensor for model\.layers\.1\.mlp\.experts\.lora_gate_up_proj_A"),
+        ({n: t for n, t in tensors.items() if "0.self_attn.q_proj" not in n}, r"no factors of .*0\.self_attn\.q_proj"),
+        (
+            {**tensors, "base_model.model.model.other.weight": torch.ones(2)},
+            r"model\.other\.weight is nothing that this adapter's config asks for",
+        ),
+        (
+            {
+                **tensors,
+                key.replace("1.mlp", "7.mlp"): tensors[key],
+                partner.replace("1.mlp", "7.mlp"): tensors[partner],
+            },
+            r"has no experts model\.layers\.7\.mlp\.experts, for which",
+        ),
+    ):
+        save_file({name: tensor.clone() for name, tensor in damaged.items()}, file)
+        refused(match)
+    file.write_bytes(whole[:-1])
+    refused(r"adapter_model\.safetensors")
+    file.write_bytes(whole)
+
+    tiny_model("mixtral").save_pretrained(tmp_path / "other")
+    shutil.move(base, tmp_path / "own")
+    shutil.move(tmp_path / "other", base)
+    refused(r"has shape \(8, .* \(4, .* was expected")
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "own", base)
+    config_file = adapter / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "base": {**config["base"], "model_type": "olmoe"}}))
+    refused("trained on a model of type olmoe, but .* is of type qwen3_moe")
+    config_file.write_text(json.dumps(config))
+    shutil.rmtree(base)
+    tiny_model(std=0.16).save_pretrained(base)
+    refused(r"other weights than the adapter was trained on: model\.layers\.0\.mlp\.experts\.\w+ differs")
+    tiny_model(num_experts=6).save_pretrained(base)
+    refused(r"has shape \(8, .* \(6, .* was expected")
+    tiny_model(num_hidden_layers=1).save_pretrained(base)
+    refused(r"has no experts model\.layers\.1\.mlp\.experts, for which")
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "own", base)
+    set_bitsandbytes_config(base, [])
+    refused("is quantized by 'bitsandbytes'")
+
+
+def test_merging_twice_is_refused(tmp_path):
+    """Told by the report of the first merge, and by the weights where the report is gone."""
+    save_adapter(tmp_path)
+    merge(tmp_path)
+    with pytest.raises(ValueError, match="merged is there already and not empty"):
+        merge(tmp_path)
+    with pytest.raises(ValueError, match="has this adapter merged into it already"):
+        merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
+    (tmp_path / "merged" / "merge_report.json").unlink()
+    with pytest.raises(ValueError, match="other weights than the adapter was trained on"):
+        merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
+
+
+def test_tied_embeddings_are_not_changed_alone(tmp_path):
+    """The live adapter changes one of the two, the checkpoint has one for both."""
+    for number, options in enumerate(
+        ({"target_modules": ["experts", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]})
+    ):
+        directory = tmp_path / str(number)
+        tiny_model(tie_word_embeddings=True).save_pretrained(directory / "base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+        model = get_peft_model(model, MoeQLoraConfig(r=4, **options))
+        randomize_adapter(model)
+        model.save_pretrained(directory / "adapter")
+        with pytest.raises(ValueError, match=r"changes model\.embed_tokens\.weight alone, .* lm_head\.weight is tied"):
+            merge(directory)
+
+
+def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
+    """A checkpoint that equals its base isn't passed off as merged, unless that was asked for."""
+    save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-9)
+    with pytest.raises(ValueError, match=r"48 of 48 tensors .* came out unchanged, model\.layers.* lost in rounding"):
+        merge(tmp_path)
+    assert not list(tmp_path.glob("merged*"))
+    report = merge(tmp_path, allow_unchanged=True)
+    assert (report.tensors_expected, report.tensors_changed) == (48, 0)
+    assert "48 tensors whose deltas are lost" in report.notes[0]
+
+
+def test_a_delta_that_is_lost_in_16_bits_alone(tmp_path):
+    """In fp32 it would be there."""
+    save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-4)
+    with pytest.raises(ValueError, match=r"of 48 tensors .* came out unchanged"):
+        merge(tmp_path, dtype=torch.bfloat16)
+    report = merge(tmp_path, dtype=torch.float32)
+    assert report.tensors_expected == report.tensors_changed == 48
+
+
+def test_where_nothing_can_appear(tmp_path, monkeypatch):
+    """A file has the name already, or it is a mount point, which a folder can't be renamed to."""
+    save_adapter(tmp_path)
+    (tmp_path / "merged").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        merge(tmp_path)
+    assert (tmp_path / "merged").read_text() == "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path.name == "mount")
+        with pytest.raises(ValueError, match="mount is a mount point"):
+            merge(tmp_path, out="mount")
+    (tmp_path / "empty").mkdir()
+    merge(tmp_path, out="empty")
+
+
+def test_weights_of_the_base_that_are_not_finite(tmp_path):
+    """They would be written as if they were meant."""
+    save_adapter(tmp_path)
+    (tmp_path / "merged").mkdir()
+    for key in ("model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        tensors = read_tensors(tmp_path / "base")
+        tensors[key][0, 0] = float("nan")
+        write_tensors(tmp_path / "base", tensors)
+        with pytest.raises(ValueError, match="weights that are not finite; the checkpoint is broken"):
+            merge(tmp_path)
+        tensors[key][0, 0] = 0.1
+        write_tensors(tmp_path / "base", tensors)
