@@ -337,16 +337,17 @@ class MoeQLoraModel(LoraModel):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit.
 
-        Experts that were merged before an error are unmerged again.
+        After an error experts are as they were before the call.
         """
         self._check_mergeable(adapter_names)
-        merged_before = {layer for layer in self.expert_layers() if layer.merged}
+        merged_before = {layer: list(layer.merged_adapters) for layer in self.expert_layers()}
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except ValueError:
-            for layer in self.expert_layers():
-                if layer.merged and layer not in merged_before:
+            for layer, names in merged_before.items():
+                if layer.merged_adapters != names:
                     layer.unmerge()
+                    layer.merge(adapter_names=names)
             raise
 
     def merge_and_unload(

@@ -156,9 +156,10 @@ def test_scalings_are_multiplied_in_where_nothing_rounds(tmp_path):
 
 def test_the_base_and_the_task_are_named_to_the_engine(tmp_path):
     """By which servers find the base, and tools choose the model's class."""
-    saved_deltas(tmp_path, target_modules=["experts"], task_type="CAUSAL_LM")
+    saved_deltas(tmp_path, target_modules=["experts"], task_type="CAUSAL_LM", revision="v2")
     config = Written(tmp_path, "vllm").config
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert config["revision"] == "v2"
     assert config["task_type"] == "CAUSAL_LM"
 
 

@@ -275,6 +275,23 @@ def test_delta_that_overflows_is_refused_and_layers_before_it_are_unmerged(safe_
     assert not any(layer.merged for layer in model.base_model.expert_layers())
 
 
+def test_a_second_merge_that_fails_leaves_the_first():
+    """In all layers, those that took the second adapter before the error among them."""
+    model = adapted_model(target_modules=["experts"])
+    model.add_adapter("other", MoeQLoraConfig(target_modules=["experts"]))
+    randomize_adapter(model)
+    model.merge_adapter(["default"])
+    before = packed_bytes(model)
+    layer = model.base_model.model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        layer.lora_down_proj_A["other"][2] = 1e30
+        layer.lora_down_proj_B["other"][2] = 1e30
+    with pytest.raises(ValueError, match="NaNs detected in the weights of expert 2"):
+        model.merge_adapter(["other"])
+    assert_same_bytes(packed_bytes(model), before)
+    assert all(layer.merged_adapters == ["default"] for layer in model.base_model.expert_layers())
+
+
 def test_weights_out_of_range_of_the_wanted_dtype_are_refused():
     model = adapted_model(target_modules=["experts"])
     layer = model.base_model.model.model.layers[0].mlp.experts

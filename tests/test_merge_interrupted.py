@@ -76,6 +76,29 @@ def test_killed_at_any_point_and_finished_by_another_run(tmp_path):
     assert names[0] == names[1]
 
 
+def test_a_second_run_is_kept_out_while_one_is_writing(tmp_path, monkeypatch):
+    """Each would take the other's unfinished files for its own."""
+    save_adapter(tmp_path)
+    write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=2)
+    merge(tmp_path, out="expected")
+    save_file, refused = merging.save_file, []
+
+    def while_another_starts(*args):
+        with pytest.raises(ValueError, match=r"Another run is writing .*merged\.partial\. Wait for it"):
+            merge(tmp_path)
+        refused.append(args)
+        save_file(*args)
+
+    monkeypatch.setattr(merging, "save_file", while_another_starts)
+    merge(tmp_path)
+    assert len(refused) == 2
+    expected, found = (read_tensors(tmp_path / name) for name in ("expected", "merged"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        path.name for path in (tmp_path / "expected").iterdir()
+    }
+
+
 FULL = """
     import resource, signal, sys
     import peft_moe_qlora

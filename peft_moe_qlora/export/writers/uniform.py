@@ -133,6 +133,7 @@ def save_lora(directory: Path, tensors: dict[str, torch.Tensor], config: MoeQLor
         lora_alpha=config.lora_alpha,
         target_modules=sorted(targets),
         base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
         task_type=config.task_type,
         inference_mode=True,
     ).save_pretrained(directory)
