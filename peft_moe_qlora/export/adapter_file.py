@@ -18,7 +18,8 @@ from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
 from ..targets import is_all_linear, resolve_all_linear, resolve_rank_and_alpha, targeted_projections
 from .base_model import BaseModel
-from .others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others, check_targeted, name_in_model
+from .check_others import check_others, check_targeted
+from .others import adapted_layers, factor_pairs, name_in_model
 
 PREFIX = "base_model.model."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,12 +136,11 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     linear = adapted_layers(others)
     if not is_all_linear(reached):  # which can't be known without a base
         check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
-    for name in linear:
-        A = others[name + A_SUFFIX] if name + A_SUFFIX in others else others[name + EMBEDDING_A]
-        r, _ = linear_rank_and_alpha(config, name)
-        if A.shape[0] != r:
+    for pair in factor_pairs(others):
+        r, _ = linear_rank_and_alpha(config, pair.name)
+        if pair.A.shape[0] != r:
             raise ValueError(
-                f"{file}: the factors of {name} have rank {A.shape[0]}, but the config says {r}, from which the "
+                f"{file}: the factors of {pair.name} have rank {pair.A.shape[0]}, but the config says {r}, from which the "
                 "scaling follows. The two don't belong together."
             )
     if not experts:

@@ -22,7 +22,8 @@ from ...quantization import QUANT_TYPES
 from ...targets import is_all_linear, resolve_rank_and_alpha
 from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, EMBEDDING_A, adapted_layers, check_others
+from ..check_others import check_others
+from ..others import adapted_layers, factor_pairs
 
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
 QUANT_TYPE_NAMES = (*QUANT_TYPES, "none")
@@ -227,9 +228,8 @@ class Source:
         others = {key: tensor for key, tensor in others.items() if not key.endswith(".base_layer.weight")}
         check_others(self.file, self.config, others, self.base)
         linear = {name: rank_and_alpha(name) for name in adapted_layers(others)}
-        for name, (r, _) in linear.items():
-            A = others.get(name + A_SUFFIX, others.get(name + EMBEDDING_A))
-            self.check_rank(name, A.shape[0], r)
+        for pair in factor_pairs(others):
+            self.check_rank(pair.name, pair.A.shape[0], linear[pair.name][0])
         stacks = {factors.name: (factors.r, factors.alpha) for factors in experts}
         (expert_r, expert_alpha), _ = Counter(stacks.values()).most_common(1)[0]
         r, alpha = self.config.r, self.config.lora_alpha
