@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig
-from ..targets import is_all_linear, resolve_all_linear, resolve_rank_and_alpha, targeted_projections
-from .base_model import BaseModel
-from .check_others import check_others, check_targeted
-from .others import adapted_layers, factor_pairs, name_in_model
 
 PREFIX = "base_model.model."
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
 
 
 @dataclass(frozen=True)
@@ -73,144 +60,6 @@ class AdapterFile:
     def stacks(self) -> list[str]:
         """The names of all that have factors."""
         return [factors.name for factors in self.experts]
-
-
-def load_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Key -> tensor of an adapter's safetensors.
-
-    Raises:
-        ValueError: the file is not there, is cut off, or has tensors that are not of 16, 32 or 64 bits floating point
-            or values that are not finite. The error names file and key.
-    """
-    if not file.is_file():
-        pickled = file.with_suffix(".bin")
-        found = f"{pickled.name} is a pickle, which is never read" if pickled.is_file() else "a saved adapter has it"
-        raise ValueError(f"{file.parent} has no {file.name}; {found}.")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{file}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; 16, 32 or 64 bits floating "
-                "point were expected. Save the adapter in one of these."
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
-    return tensors
-
-
-def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:
-    """Reads an adapter of this package.
-
-    Args:
-        directory: that `PeftModel.save_pretrained` has written.
-        tensors: of the file in it, key without PEFT's prefix -> tensor.
-        base: what it belongs to, to hold its tensors against; None if that isn't known.
-
-    Raises:
-        ValueError: it lacks a tensor, or has shapes that don't fit each other or the base. The error names the file
-            and the key.
-    """
-    config = MoeQLoraConfig.from_pretrained(str(directory))
-    file = directory / SAFETENSORS_WEIGHTS_NAME
-    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    others = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".base_layer.weight"):
-            continue  # PEFT's copy of a frozen embedding or head
-        match = _FACTOR.fullmatch(name)
-        if match is None:
-            others[name] = tensor
-        else:
-            factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
-    experts = [_factors(file, config, *at, found) for at, found in factors.items()]
-    # the first projection of a module is the one that isn't down_proj
-    experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
-    reached = replace(config)
-    if base is not None:
-        resolve_all_linear(reached, base.model, base.layouts)
-        _check_against(file, base, config, reached, experts, others)
-    check_others(file, config, others, base)
-    linear = adapted_layers(others)
-    if not is_all_linear(reached):  # which can't be known without a base
-        check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
-    for pair in factor_pairs(others):
-        r, _ = linear_rank_and_alpha(config, pair.name)
-        if pair.A.shape[0] != r:
-            raise ValueError(
-                f"{file}: the factors of {pair.name} have rank {pair.A.shape[0]}, but the config says {r}, from which the "
-                "scaling follows. The two don't belong together."
-            )
-    if not experts:
-        raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
-    return AdapterFile(config, tuple(experts), others)
-
-
-def _factors(
-    file: Path, config: MoeQLoraConfig, path: str, projection: str, found: dict[str, torch.Tensor]
-) -> ExpertFactors:
-    r, alpha = resolve_rank_and_alpha(config, path, projection)
-    name = f"{path}.lora_{projection}"
-    if found.keys() != {"A", "B"}:
-        raise ValueError(f"{file} has {name}_{next(iter(found))}, but not the other factor of {path}.{projection}.")
-    A, B = found["A"], found["B"]
-    if A.dim() != 3 or B.dim() != 3 or A.shape[:2] != (B.shape[0], r) or B.shape[2] != r:
-        raise ValueError(
-            f"{file}: {name}_A {list(A.shape)} and {name}_B {list(B.shape)} are not (E, r, in) and (E, out, r) of "
-            f"rank {r}, which the config has for {path}.{projection}."
-        )
-    return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
-
-
-def _check_against(
-    file: Path,
-    base: BaseModel,
-    config: MoeQLoraConfig,
-    reached: MoeQLoraConfig,
-    experts: list[ExpertFactors],
-    others: dict[str, torch.Tensor],
-) -> None:
-    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches.
-
-    Args:
-        file: for errors.
-        base: what the adapter belongs to.
-        config: as saved.
-        reached: the same with "all-linear" written out for the base.
-        experts: the factors of stacks.
-        others: key without PEFT's prefix -> tensor.
-    """
-    for factors in experts:
-        if factors.path not in base.layouts:
-            raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
-    try:
-        targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
-        check_stored_shapes(config, base.layouts, targets)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    found = adapted_layers(others)
-    missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
-    if missing:
-        raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
-    _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, others)
-
-
-def _check_biases(
-    file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], others: dict[str, torch.Tensor]
-) -> None:
-    """Refuses a file without biases that its config trains: of all modules, or of those that are adapted."""
-    if config.bias == "none":
-        return
-    biases = [name for name, _ in base.model.named_parameters() if name.endswith("bias")]
-    wanted = [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in adapted]
-    found = {name_in_model(key) for key in others}
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise ValueError(
-            f"{file} has no tensor of {missing[0]}, which bias={config.bias!r} of its config trains; it is damaged."
-        )
 
 
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:

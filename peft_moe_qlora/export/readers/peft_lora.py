@@ -22,8 +22,8 @@ from packaging.version import InvalidVersion, Version
 
 from ...experts import ExpertsLayout
 from ..adapter_file import AdapterFile, linear_rank_and_alpha
-from ..check_others import check_targeted
 from ..others import A_SUFFIX, B_SUFFIX
+from .check_others import check_targeted
 from .parts import under_own_names
 from .source import LORA_B_ORDERS, Source
 

@@ -10,18 +10,23 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ...config import MoeQLoraPeftType
-from ..adapter_file import PREFIX, AdapterFile, load_tensors, read_own
+from ..adapter_file import PREFIX, AdapterFile
 from ..base_model import BaseModel
-from ..options import check_lora, check_mlx, check_own
 from ..others import A_SUFFIX
+from .check_options import check_lora, check_mlx, check_own
 from .mlx import FILE_NAME, peft_options, read_mlx
+from .own import read_own
 from .parts import names_of_parts
 from .peft_lora import read_peft_lora
 from .per_expert import read_per_expert
 from .source import ReadOptions, Source
 from .stacked import read_stacked
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_adapter(
@@ -70,7 +75,7 @@ def read_adapter(
     check(config_file, config)
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
     file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_tensors(file).items()}
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in _load_tensors(file).items()}
     named, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
     if is_own:
         _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
@@ -84,6 +89,32 @@ def read_adapter(
     if reader is not read_peft_lora:
         _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")
     return reader(source)
+
+
+def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Key -> tensor of an adapter's safetensors.
+
+    Raises:
+        ValueError: the file is not there, is cut off, or has tensors that are not of 16, 32 or 64 bits floating point
+            or values that are not finite. The error names file and key.
+    """
+    if not file.is_file():
+        pickled = file.with_suffix(".bin")
+        found = f"{pickled.name} is a pickle, which is never read" if pickled.is_file() else "a saved adapter has it"
+        raise ValueError(f"{file.parent} has no {file.name}; {found}.")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{file}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; 16, 32 or 64 bits floating "
+                "point were expected. Save the adapter in one of these."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
+    return tensors
 
 
 def _check_options_are_used(options: ReadOptions, layout: str, *unused: str) -> None:

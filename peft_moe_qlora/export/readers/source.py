@@ -22,8 +22,8 @@ from ...quantization import QUANT_TYPES
 from ...targets import is_all_linear, resolve_rank_and_alpha
 from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
 from ..base_model import BaseModel
-from ..check_others import check_others
 from ..others import adapted_layers, factor_pairs
+from .check_others import check_others
 
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
 QUANT_TYPE_NAMES = (*QUANT_TYPES, "none")

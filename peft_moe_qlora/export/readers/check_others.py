@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..targets import parents
-from .base_model import BaseModel
-from .others import LORA, PAIRS, TOKENS, adapted_layers, name_in_model
+from ...targets import parents
+from ..base_model import BaseModel
+from ..others import LORA, PAIRS, TOKENS, adapted_layers, name_in_model
 
 
 def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from peft import TaskType
 
-from ..base_identity import BaseIdentity
-from ..config import PROJECTIONS, MoeQLoraConfig
-from ..quantization import BLOCKSIZES, QUANT_TYPES
+from ...base_identity import BaseIdentity
+from ...config import PROJECTIONS, MoeQLoraConfig
+from ...quantization import BLOCKSIZES, QUANT_TYPES
 
 
 @dataclass(frozen=True)
