@@ -21,6 +21,7 @@ from .export import (
     convert_adapter,
     merge_checkpoint,
     merge_quantized,
+    plan_live,
     read_windows,
     verify_merge,
 )
@@ -65,10 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--calibration", metavar="TEXT", help="file that the rounding is good for; else random tokens")
     merge.add_argument("--verify", metavar="TEXT", help="file on which live adapter and result are compared")
     _add_verify_options(merge, "for what runs the model: --quantize and --verify")
+    _add_read_options(merge, "that an adapter of others was trained on; none unless given")
     merge.add_argument("--allow-unchanged", action="store_true", help="go on where a delta is too small for the dtype")
-    merge.add_argument(
-        "--quant-type", choices=QUANT_TYPE_NAMES, help="that an adapter of others was trained on; none unless given"
-    )
     merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
     merge.set_defaults(run=_merge)
     verify = commands.add_parser("verify", help="compare a merged checkpoint with the live adapter on a text")
@@ -81,12 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", help="directory to be written to")
     convert.add_argument("--to", choices=TARGETS, required=True, help="the layout")
     convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
-    convert.add_argument(
-        "--quant-type", choices=QUANT_TYPE_NAMES, help="experts' storage of an adapter of others; nf4 unless given"
-    )
-    convert.add_argument("--written-by", help="the PEFT that wrote it, as peft==0.18.1, if its config doesn't tell")
-    convert.add_argument("--lora-b-order", choices=LORA_B_ORDERS, help="of fused lora_B, if the config doesn't tell")
-    convert.add_argument("--partial", action="store_true", help="layers that are missing were not adapted")
+    _add_read_options(convert, "experts' storage of an adapter of others; nf4 unless given")
     convert.set_defaults(run=_convert)
     return parser
 
@@ -97,6 +91,24 @@ def _add_verify_options(parser: argparse.ArgumentParser, use_of_device: str) -> 
     )
     parser.add_argument("--device", default="cpu", help=use_of_device)
     parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
+
+
+def _add_read_options(parser: argparse.ArgumentParser, use_of_quant_type: str) -> None:
+    parser.add_argument("--quant-type", choices=QUANT_TYPE_NAMES, help=use_of_quant_type)
+    parser.add_argument("--written-by", help="the PEFT that wrote it, as peft==0.18.1, if its config doesn't tell")
+    parser.add_argument("--lora-b-order", choices=LORA_B_ORDERS, help="of fused lora_B, if the config doesn't tell")
+    parser.add_argument("--partial", action="store_true", help="layers that are missing were not adapted")
+
+
+def _read_options(args: argparse.Namespace) -> ReadOptions:
+    return ReadOptions(args.quant_type, args.written_by, args.lora_b_order, args.partial)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
 
 
 def _positive(text: str) -> int:
@@ -112,10 +124,15 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    _check_device(args.device)
     if args.verify is None:
         _check_unused(args, "--verify", verify_dtype=None)
+        if args.quantize is None:
+            _check_unused(args, "--quantize and --verify", device="cpu")
     else:
-        read_windows(args.verify, args.base)  # before the work
+        # before the work
+        read_windows(args.verify, args.base)
+        plan_live(args.base, args.adapter)
     if args.quantize is None:
         _check_unused(args, "--quantize", layout="native", rounding="second-order", calibration=None)
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
@@ -126,11 +143,12 @@ def _merge(args: argparse.Namespace) -> None:
             args.onto,
             dtype,
             args.dry_run,
-            options=ReadOptions(quant_type=args.quant_type),
+            options=_read_options(args),
             allow_unchanged=args.allow_unchanged,
         )
     else:
-        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None, quant_type=None)
+        reading = {"quant_type": None, "written_by": None, "lora_b_order": None, "partial": False}
+        _check_unused(args, "a merge without --quantize", onto="quantized", dtype=None, **reading)
         report = merge_quantized(
             args.base,
             args.adapter,
@@ -150,6 +168,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    _check_device(args.device)
     dtype = None if args.verify_dtype is None else getattr(torch, args.verify_dtype)
     _print(verify_merge(args.merged, args.text, dtype, args.device), args)
 
@@ -166,17 +185,24 @@ def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None
 
 
 def _convert(args: argparse.Namespace) -> None:
-    options = ReadOptions(args.quant_type, args.written_by, args.lora_b_order, args.partial)
-    found = convert_adapter(args.adapter, args.out, args.to, args.base, options)
+    found = convert_adapter(args.adapter, args.out, args.to, args.base, _read_options(args))
     print(f"{len(found.experts)} stacks and {len(found.others)} other tensors written to {args.out} as {args.to}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; errors of the checkpoint are one line on stderr, and 1."""
+    """Runs a command; errors of the checkpoint are one line on stderr, and 1; an interruption is 130."""
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
     except (ValueError, OSError) as error:
         print(f"peft-moe-qlora {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        next_time = (
+            ". The same command goes on, or begins again if --quantize was asked for"
+            if args.command == "merge"
+            else ""
+        )
+        print(f"peft-moe-qlora {args.command}: interrupted{next_time}.", file=sys.stderr)
+        return 130
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from .layer import BASE, MoeQLoraExperts
 from .loading import restore_experts, store_experts
 from .report import ExpertsReport, experts_report
 from .targets import (
+    UNTIE,
     check_not_bypassed,
     check_not_shared,
     check_pattern_order,
@@ -471,6 +473,7 @@ class MoeQLoraModel(LoraModel):
         """
         adapter_names = self.active_adapters if adapter_names is None else adapter_names
         self._check_adapter_names(adapter_names)
+        self._check_not_tied(adapter_names)
         for layer in self.model.modules():
             if not isinstance(layer, BaseTunerLayer):
                 continue
@@ -479,6 +482,22 @@ class MoeQLoraModel(LoraModel):
                     tensors = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
                     if name in adapter_names and not all(torch.isfinite(tensor).all() for tensor in tensors):
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def _check_not_tied(self, adapter_names: Sequence[str]) -> None:
+        """Refuses a delta of one of two layers that have one weight: merged, it would be in both."""
+        holders: dict[nn.Parameter, list[str]] = defaultdict(list)
+        for path, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                holders[parameter].append(path.removesuffix(".base_layer"))
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, LoraLayer) or not any(name in layer.scaling for name in adapter_names):
+                continue
+            others = [holder for holder in holders[layer.get_base_layer().weight] if holder != path]
+            if others:
+                raise ValueError(
+                    f"The adapter changes {path} alone, but {others[0]} has the same weight and would change too. "
+                    f"{UNTIE}"
+                )
 
 
 def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:

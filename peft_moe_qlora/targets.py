@@ -23,6 +23,13 @@ DOWN_NAMES = ("down_proj", "w2")
 # with the kernels of mamba_ssm, in training (transformers 5.23); PEFT refuses the layer for the first
 _MIXERS = ("NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer")
 
+UNTIE = (
+    "Give them weights of their own before the adapter is loaded: model.lm_head.weight = "
+    "torch.nn.Parameter(model.lm_head.weight.clone()) and model.config.tie_word_embeddings = False; to merge on disk, "
+    "save that and merge into it."
+)
+"""What to do where embeddings and head are tied."""
+
 _ROUTER_NAMES = re.compile(r"(gate|router|wg|.*_router|.*router_proj)")
 
 

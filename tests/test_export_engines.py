@@ -12,7 +12,7 @@ from test_import_adapters import edit_config, edit_tensors, tensors_of
 
 from peft_moe_qlora import MoeQuantizationConfig
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import TARGETS, convert_adapter
+from peft_moe_qlora.export import TARGETS, convert_adapter, read_adapter
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "mlx")
 OPTIONS = {
@@ -227,7 +227,7 @@ def test_gemma_4_is_stacked_for_llama_cpp(tmp_path):
 def test_mlx(model_type, module, options, tmp_path):
     deltas = saved_deltas(tmp_path, model_type, **options)
     written = Written(tmp_path, "mlx")
-    assert written.config["num_layers"] == 2
+    assert written.config["num_layers"] == 2 - min(options.get("layers_to_transform", [0]))
     for layer in options.get("layers_to_transform", range(2)):
         path = f"model.layers.{layer}.mlp.experts"
         gate_up = deltas[f"{path}.gate_up_proj"]
@@ -371,3 +371,12 @@ def test_the_command(target, tmp_path, capsys):
     assert main(command) == 0
     assert f"written to {tmp_path / 'out'} as {target}" in capsys.readouterr().out
     assert target in TARGETS
+
+
+@pytest.mark.parametrize("target", ["per-expert", "vllm", "sglang", "llama.cpp", "mlx"])
+def test_an_adapter_of_some_layers_is_read_back(target, tmp_path):
+    """What was left out isn't taken for missing."""
+    saved_deltas(tmp_path, target_modules=["experts", "q_proj"], layers_to_transform=[1])
+    convert_adapter(tmp_path / "adapter", tmp_path / "out", target)
+    found = read_adapter(tmp_path / "out", tmp_path / "base")
+    assert found.stacks == read_adapter(tmp_path / "adapter", tmp_path / "base").stacks

@@ -9,16 +9,19 @@ import shutil
 import pytest
 import torch
 from checkpoint_writers import read_tensors, write_tensors
+from merged_checkpoints import merge as merge_on_disk
 from merged_checkpoints import save_adapter
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from shrunken_models import shrunken_model_or_skip
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import merge_quantized
+from peft_moe_qlora.export import convert_adapter, merge_quantized, verify_merge
 from peft_moe_qlora.export.merging.partial_directory import PartialDirectory
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
@@ -188,18 +191,23 @@ def test_the_text_decides_how_it_is_rounded(tmp_path):
 
 
 def test_what_a_killed_run_has_left(tmp_path, monkeypatch):
-    """Of the same merge it is replaced, of another it is left alone."""
+    """It is of no use, so that any other merge replaces it; that of a merge into 16 bits is left alone."""
     save_adapter(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(PartialDirectory, "copy_beside", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(tmp_path, rounding="nearest")
+        assert not (tmp_path / "merged.partial").exists()
+        patch.setattr(PartialDirectory, "discard", lambda self: None)  # as if there had been no time for it
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path, rounding="nearest")
+        with pytest.raises(KeyboardInterrupt):
+            merge_on_disk(tmp_path, out="other", onto="base")
     save_file({"left": torch.ones(1)}, tmp_path / "merged.partial" / "left.safetensors")
-    with pytest.raises(ValueError, match="holds unfinished work of another merge"):
-        merge(tmp_path)
-    assert (tmp_path / "merged.partial" / "left.safetensors").is_file()
-    merge(tmp_path, rounding="nearest")
+    merge(tmp_path, rounding="second-order")
     assert "left" not in read_tensors(tmp_path / "merged")
+    with pytest.raises(ValueError, match="holds unfinished work of another merge"):
+        merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "other", progressbar=False)
 
 
 def interrupt(*_) -> None:
@@ -262,3 +270,69 @@ def test_a_text_of_one_word(tmp_path, capsys):
     assert "--quant-type is an option of a merge without --quantize" in capsys.readouterr().err
     assert main(["merge", *paths, "--quant-type", "none"]) == 1
     assert "quant_type='none' says nothing of an adapter that is this package's own" in capsys.readouterr().err
+
+
+def test_routers_with_buffers_trained_in_full(tmp_path):
+    """Their corrections are no parameters."""
+    save_adapter(tmp_path, "deepseek_v3", target_modules=["experts"], modules_to_save=["gate"])
+    report = merge(tmp_path, rounding="nearest")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    in_full = [key for key in trained if ".gate." in key]
+    assert any(key.endswith("e_score_correction_bias") for key in in_full)
+    assert report.tensors_expected == report.tensors_changed == 2 + len(in_full)
+
+
+def test_factors_of_which_one_is_zero_are_no_delta(tmp_path):
+    """As in training before the first step of B, or where an adapter of weight 0 was combined."""
+    model = save_adapter(tmp_path, target_modules=["experts", "q_proj"])
+    layer = model.base_model.model.model.layers[0]
+    nn.init.zeros_(layer.mlp.experts.lora_down_proj_A["default"])
+    nn.init.zeros_(layer.self_attn.q_proj.lora_A["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path, rounding="nearest")
+    assert report.tensors_expected == report.tensors_changed == 3 + 1
+
+
+def test_what_can_not_be_loaded_live_is_refused_by_a_dry_run(tmp_path):
+    save_adapter(tmp_path)
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert", tmp_path / "base")
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "converted").rename(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="Convert it first"):
+        merge(tmp_path, dry_run=True)
+
+
+def test_stacks_that_two_modules_share(tmp_path):
+    """Loaded again, one of the two merged stacks would stand for both."""
+    model = shrunken_model_or_skip("diffusion_gemma", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    model = load_quantized(str(tmp_path / "base"), EXPERTS_ONLY, dtype=torch.float32, device_map="cpu")
+    model = get_peft_model(model, MoeQLoraConfig(r=2))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is shared by two modules of the base.* Merge into 16 bits in memory"):
+        merge(tmp_path, dry_run=True)
+
+
+def test_experts_of_layers_that_the_model_lacks_are_counted(tmp_path):
+    """They look like those of other layers."""
+    save_adapter(tmp_path)
+    tensors = read_tensors(tmp_path / "base")
+    left = {key.replace("layers.1.", "layers.2."): tensor for key, tensor in tensors.items() if "layers.1.mlp" in key}
+    write_tensors(tmp_path / "base", {**tensors, **left})
+    assert merge(tmp_path, dry_run=True).notes[0].startswith(f"{len(left)} tensors that the model doesn't load")
+
+
+def test_verifying_with_another_adapter(tmp_path):
+    """What has been trained on since says nothing about the merge."""
+    model = save_adapter(tmp_path)
+    write_tokenizer(tmp_path / "base")
+    write_text(tmp_path / "text.txt", torch.arange(3, 60))
+    merge_on_disk(tmp_path)
+    randomize_adapter(model, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is another adapter now than the one that was merged"):
+        verify_merge(tmp_path / "merged", tmp_path / "text.txt")
+    shutil.rmtree(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter, of which .*merged was merged, is gone"):
+        verify_merge(tmp_path / "merged", tmp_path / "text.txt")

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from checkpoint_writers import read_tensors, set_bitsandbytes_config, write_tensors
 from merged_checkpoints import merge, save_adapter
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import randomize_adapter, tiny_model
+from tiny_models import tiny_model
 
-from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.export import merge_checkpoint
+from peft_moe_qlora import cli
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.export import convert_adapter, merge_checkpoint
 
 
 def test_what_is_refused_before_anything_is_written(tmp_path):
@@ -102,21 +101,6 @@ def test_merging_twice_is_refused(tmp_path):
         merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
 
 
-def test_tied_embeddings_are_not_changed_alone(tmp_path):
-    """The live adapter changes one of the two, the checkpoint has one for both."""
-    for number, options in enumerate(
-        ({"target_modules": ["experts", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]})
-    ):
-        directory = tmp_path / str(number)
-        tiny_model(tie_word_embeddings=True).save_pretrained(directory / "base")
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
-        model = get_peft_model(model, MoeQLoraConfig(r=4, **options))
-        randomize_adapter(model)
-        model.save_pretrained(directory / "adapter")
-        with pytest.raises(ValueError, match=r"changes model\.embed_tokens\.weight alone, .* lm_head\.weight is tied"):
-            merge(directory)
-
-
 def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
     """A checkpoint that equals its base isn't passed off as merged, unless that was asked for."""
     save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-9)
@@ -141,7 +125,7 @@ def test_where_nothing_can_appear(tmp_path, monkeypatch):
     """A file has the name already, or it is a mount point, which a folder can't be renamed to."""
     save_adapter(tmp_path)
     (tmp_path / "merged").write_text("mine")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="is a file; name another"):
         merge(tmp_path)
     assert (tmp_path / "merged").read_text() == "mine"
     with monkeypatch.context() as patch:
@@ -164,3 +148,63 @@ def test_weights_of_the_base_that_are_not_finite(tmp_path):
             merge(tmp_path)
         tensors[key][0, 0] = 0.1
         write_tensors(tmp_path / "base", tensors)
+
+
+def test_an_adapter_that_was_merged_two_merges_ago(tmp_path):
+    """Adapters of others don't say what they belong to; reports hand on what was merged."""
+    for name in ("first", "second"):
+        save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=0.1 if name == "first" else 0.2)
+        convert_adapter(tmp_path / "adapter", tmp_path / name, "peft-lora", tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", tmp_path / "first", tmp_path / "one", progressbar=False)
+    report = merge_checkpoint(tmp_path / "one", tmp_path / "second", tmp_path / "two", progressbar=False)
+    assert len(report.merged_before) == 1
+    with pytest.raises(ValueError, match="has this adapter merged into it already"):
+        merge_checkpoint(tmp_path / "two", tmp_path / "first", tmp_path / "three", progressbar=False)
+
+
+def test_a_report_that_can_not_be_read(tmp_path):
+    """Without it a second merge of the same adapter couldn't be told."""
+    save_adapter(tmp_path)
+    for text in ("{", "[]", '{"stacks": 3}'):
+        (tmp_path / "base" / "merge_report.json").write_text(text)
+        with pytest.raises(ValueError, match=r"merge_report\.json can't be read .* not to merge an adapter twice"):
+            merge(tmp_path)
+
+
+def test_a_folder_of_adapters_is_none(tmp_path):
+    save_adapter(tmp_path)
+    (tmp_path / "adapter").rename(tmp_path / "one")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "one").rename(tmp_path / "adapter" / "one")
+    with pytest.raises(ValueError, match=r"no adapter_config\.json.* in its folders one, of which one is to be named"):
+        merge(tmp_path)
+
+
+def test_an_adapter_without_a_delta_is_noted(tmp_path):
+    save_adapter(tmp_path, target_modules=["experts"], std=0.0)
+    assert "The adapter has no delta" in merge(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--device", "cpu:0"], "--device is an option of --quantize and --verify"),
+        (["--device", "nowhere", "--quantize", "nf4"], "--device nowhere can't be used"),
+        (["--partial", "--quantize", "nf4"], "--partial is an option of a merge without --quantize"),
+        (["--written-by", "peft==0.18.1"], "says nothing of an adapter that is this package's own"),
+    ],
+)
+def test_options_that_would_do_nothing(options, match, tmp_path, capsys):
+    save_adapter(tmp_path)
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert main(["merge", *paths, *options]) == 1
+    assert match in capsys.readouterr().err
+
+
+def test_an_interruption_says_what_comes_next(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "merge_checkpoint", interrupt)
+    assert main(["merge", "base", "adapter", "merged"]) == 130
+    assert "interrupted. The same command goes on" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from .adapter_file import AdapterFile, ExpertFactors
 from .convert import TARGETS, convert_adapter
 from .merging.checkpoint import merge_checkpoint
 from .merging.edits import ONTO
-from .merging.live import kl_divergence, next_token_logits, read_windows
+from .merging.live import kl_divergence, next_token_logits, plan_live, read_windows
 from .merging.quantized import LAYOUTS, merge_quantized
 from .merging.report import MergeReport, Verification
 from .merging.verify import verify_merge
@@ -27,6 +27,7 @@ __all__ = [
     "merge_checkpoint",
     "merge_quantized",
     "next_token_logits",
+    "plan_live",
     "read_adapter",
     "read_windows",
     "verify_merge",

@@ -22,6 +22,11 @@ def adapted_layers(keys: dict[str, torch.Tensor]) -> list[str]:
     return [key.removesuffix(suffix) for key in keys for suffix in (A_SUFFIX, EMBEDDING_A) if key.endswith(suffix)]
 
 
+def adapted_weights(keys: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the weights that LoRA changes."""
+    return [f"{name}.weight" for name in adapted_layers(keys)]
+
+
 class Pair(NamedTuple):
     """The factors of one layer.
 

@@ -98,8 +98,8 @@ class SourceFinder:
         """Keys of tensors that become part of a parameter of the model, packed ones' scales included."""
         known = set()
         for key in self.checkpoint.tensors:
-            name, pattern = self._rename(split_suffix(key)[0])
-            if pattern is not None or name in self.names:
+            name, _ = self._rename(split_suffix(key)[0])
+            if name in self.names:
                 known.add(key)
         return known
 

@@ -258,8 +258,11 @@ class MoeQuantizer(HfQuantizer):
         check_linear_can_be_saved(model, self._conversions[model])
         self.quantization_config.flipped_stacks = flipped_stacks(model) or None
         stacks = tuple(f"{name}." for name, _, _ in quantized_stacks(model))
-        tied = getattr(model, "all_tied_weights_keys", {})
-        tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        tensors = model.state_dict()
+        for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+            # training one of two in full unties them
+            if name in tensors and source in tensors and tensors[name].data_ptr() == tensors[source].data_ptr():
+                del tensors[name]
         model._weight_conversions = self._conversions[model]
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith(stacks)}
         others = revert_weight_conversion(model, others)

@@ -6,16 +6,15 @@ this package.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -24,13 +23,13 @@ from ... import __version__
 from ...loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
 from ...quantization import Fidelity
 from ..adapter_file import AdapterFile
-from ..base_model import HUB_NAME, BaseModel
-from ..readers.mlx import FILE_NAME as MLX_WEIGHTS_NAME
+from ..base_model import BaseModel
 from ..readers.read import read_adapter
 from ..readers.source import ReadOptions
 from .edits import ONTO, Edit, MergePlan, plan_merge
-from .partial_directory import PICKLED, PartialDirectory
-from .report import REPORT_NAME, FidelityRow, MergeReport
+from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
+from .partial_directory import PartialDirectory
+from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -81,7 +80,7 @@ def merge_checkpoint(
     base, adapter = checkpoint_directory(base), Path(adapter)
     found = read_adapter(adapter, base, options, usual_quant_type="none")
     digest = adapter_digest(adapter)
-    refuse_merged(base, digest)
+    merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
     refuse_quantized(model)
     checkpoint = Checkpoint.open(base)
@@ -89,29 +88,22 @@ def merge_checkpoint(
     config = config_for_all(json.loads((base / "config.json").read_text()), dtype)
     task = _task(checkpoint, config, adapter, digest, onto, dtype, options)
     output = PartialDirectory(directory, task)
-    notes = _notes(found, onto)
-
-    def report(merged: _Merge, num_changed: int, num_written: int, notes: tuple[str, ...]) -> MergeReport:
-        stacks = {edit.name for edit in plan.stacks}
-        rows = [FidelityRow.of(name, fidelity) for name, fidelity in merged.fidelities().items()]
-        return MergeReport(
-            base=str(base),
-            adapter=str(adapter),
-            adapter_sha256=digest,
-            onto=onto,
-            storage=str(dtype or "the checkpoint's dtypes").removeprefix("torch."),
-            tensors_expected=len(plan.with_delta | merged.replaced()),
-            tensors_changed=num_changed,
-            tensors_written=num_written,
-            stacks=tuple(row for row in rows if row.name in stacks),
-            others=tuple(row for row in rows if row.name not in stacks),
-            notes=notes,
-        )
-
+    planned = MergeReport(
+        base=str(base.resolve()),
+        adapter=str(adapter.resolve()),
+        adapter_sha256=digest,
+        onto=onto,
+        storage=str(dtype or "the checkpoint's dtypes").removeprefix("torch."),
+        tensors_expected=len(plan.changed),
+        tensors_changed=0,
+        tensors_written=0,
+        merged_before=merged_before,
+        notes=_notes(found, onto, plan),
+    )
     merge = _Merge(checkpoint, plan, model, dtype, output)
-    if dry_run:
-        return report(merge, 0, 0, notes)
     merge.check_space()
+    if dry_run:
+        return planned
     with output.open():
         try:
             merge.run(progressbar)
@@ -120,9 +112,16 @@ def merge_checkpoint(
         except ValueError:
             output.discard()  # the same would happen again
             raise
-        if unchanged:
-            notes += (f"{len(unchanged)} tensors whose deltas are lost in rounding: {', '.join(unchanged)}",)
-        done = report(merge, len(merge.changed()), num_written, notes)
+        stacks = {edit.name for edit in plan.stacks}
+        rows = [FidelityRow.of(name, fidelity) for name, fidelity in merge.fidelities().items()]
+        done = replace(
+            planned,
+            tensors_changed=len(merge.changed()),
+            tensors_written=num_written,
+            stacks=tuple(row for row in rows if row.name in stacks),
+            others=tuple(row for row in rows if row.name not in stacks),
+            notes=planned.notes + ((note_of_lost("tensors", unchanged),) if unchanged else ()),
+        )
         merge.write_index()
         output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
         output.finish([_result_name(name) for name in merge.names.values()])
@@ -203,22 +202,16 @@ class _Merge:
         """Keys of tensors that came out otherwise than without the adapter."""
         return {key for result in self.results for key in result["changed"]}
 
-    def replaced(self) -> set[str]:
-        """Of these, the ones that were trained in full."""
-        edits = self.plan.of_tensors
-        return {key for key in self.changed() if key in edits and edits[key].replacement is not None}
-
     def check_changed(self, allow_unchanged: bool) -> list[str]:
         """Keys of tensors that the adapter changes and that came out as without it.
 
         Raises:
             ValueError: there are some, and that isn't allowed.
         """
-        changed = self.changed()
-        unchanged = sorted(self.plan.with_delta - changed)
+        unchanged = sorted(self.plan.changed - self.changed())
         if unchanged and not allow_unchanged:
             raise ValueError(
-                f"{len(unchanged)} of {len(self.plan.with_delta | changed)} tensors that the adapter changes came out "
+                f"{len(unchanged)} of {len(self.plan.changed)} tensors that the adapter changes came out "
                 f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge into float32 "
                 "(dtype=torch.float32, --dtype float32), or allow it (allow_unchanged=True, --allow-unchanged)."
             )
@@ -350,49 +343,14 @@ def _task(
     }
 
 
-def _notes(adapter: AdapterFile, onto: str) -> tuple[str, ...]:
+def _notes(adapter: AdapterFile, onto: str, plan: MergePlan) -> tuple[str, ...]:
+    notes = () if plan.changed else ("The adapter has no delta: all of its factors are as they were at the start.",)
     if onto == "quantized" and adapter.config.base is None:
-        return (
+        notes += (
             "The adapter doesn't say what it was trained on: experts are taken to have been stored as "
             f"{adapter.config.storage or 'in the checkpoint'}, linear layers as in the checkpoint.",
         )
-    return ()
-
-
-def checkpoint_directory(base: str | Path) -> Path:
-    """Where a checkpoint is, downloaded from the hub unless it is a directory.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if Path(base).is_dir():
-        return Path(base)
-    if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
-        raise ValueError(f"{base} is no directory, and no name of a model on the hub. Name the base's checkpoint.")
-    return Path(snapshot_download(str(base), ignore_patterns=[*(f"*{ending}" for ending in PICKLED), "original/*"]))
-
-
-def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's weights."""
-    own = adapter / SAFETENSORS_WEIGHTS_NAME
-    digest = hashlib.sha256()
-    with (own if own.is_file() else adapter / MLX_WEIGHTS_NAME).open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def refuse_merged(base: Path, digest: str) -> None:
-    """Refuses a base that this adapter has been merged into.
-
-    Raises:
-        ValueError: it has.
-    """
-    report = base / REPORT_NAME
-    if report.is_file() and json.loads(report.read_text()).get("adapter_sha256") == digest:
-        raise ValueError(
-            f"{base} has this adapter merged into it already, as {report} says. Merging twice adds it twice."
-        )
+    return notes
 
 
 def refuse_quantized(base: BaseModel) -> None:
@@ -404,7 +362,8 @@ def refuse_quantized(base: BaseModel) -> None:
     if base.quantization is not None:
         raise ValueError(
             f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was "
-            "expected. Name the unquantized base, or merge in memory with merge_and_unload."
+            "expected. Name the unquantized base, or merge into 4 bits (--quantize), or in memory with "
+            "merge_and_unload."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from ...loading.checkpoint import Checkpoint, CheckpointError
 from ...loading.finder import SourceFinder
 from ...loading.sources import DenseSource, ExpertPart, Places, Source, each_source
 from ...quantization import FourBitFormat, QuantizedStack
+from ...targets import UNTIE
 from ..adapter_file import AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
-from ..others import Pair, beside_factors, factor_pairs, name_in_model
+from ..others import Pair, adapted_weights, beside_factors, factor_pairs, name_in_model
 
 ONTO = ("quantized", "base")
 _STACKS_AT_A_TIME = 4
@@ -118,12 +119,12 @@ class MergePlan:
     Args:
         of_experts: key -> stack and expert that it holds; all experts of a stack where it is one tensor.
         of_tensors: key -> edit.
-        with_delta: keys of the tensors that the adapter's factors change, by the factors alone.
+        changed: keys of the tensors that the adapter changes, by what it and the base have.
     """
 
     of_experts: dict[str, list[tuple[StackEdit, int]]] = field(default_factory=lambda: defaultdict(list))
     of_tensors: dict[str, TensorEdit] = field(default_factory=dict)
-    with_delta: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
     _places: OrderedDict[str, Places] = field(default_factory=OrderedDict)
 
     def places(self, source: DenseSource, checkpoint: Checkpoint) -> Places:
@@ -181,7 +182,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
             for part, of_part in zip(source.parts_of_expert(expert, checkpoint, places), features):
                 plan.of_experts[part.key].append((edit, expert))
                 if edit.has_delta(expert, of_part):
-                    plan.with_delta.add(part.key)
+                    plan.changed.add(part.key)
     if factors:
         raise ValueError(f"{base.directory} has no stack {next(iter(factors))} of its own. {_REMEDY}")
     keys = finder.beside_stacks | finder.plain_tensors()
@@ -255,8 +256,8 @@ def _plan_tensors(
         key = keys.get(edit.name)
         if key is None:
             raise ValueError(
-                f"The adapter changes {edit.name}, which is no tensor of its own in {base.directory}: it is tied to "
-                f"another, part of a larger one, or not there. {_REMEDY}"
+                f"The adapter changes {edit.name}, which is no tensor of its own in {base.directory}: it is part of a "
+                f"larger one, or not there. {_REMEDY}"
             )
         found = checkpoint.tensors[key].shape
         if found != shape:
@@ -264,32 +265,27 @@ def _plan_tensors(
                 f"The adapter changes {edit.name} in the shape {list(shape)}, but {checkpoint.tensors[key]} is of "
                 "another. It belongs to another base."
             )
-        tied = [name for name, source in tied_to.items() if source == edit.name and keys.get(name) is None]
-        if tied and (edit.delta or edit.replacement is not None):
-            raise ValueError(
-                f"The adapter changes {edit.name} alone, but in {base.directory} {tied[0]} is tied to it and would "
-                "change too. Untie them: load the base with tie_word_embeddings=False, save it, merge into that."
-            )
         plan.of_tensors[key] = edit
-
-    tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
 
     def stored(module: str) -> dict:
         storage = identity.linear_storage(module) if identity is not None else None
         return {} if storage is None else {"storage": storage, "dtype": getattr(torch, identity.dtype)}
 
+    in_full = _differing(beside_factors(adapter.others), base, checkpoint, keys)
+    check_not_tied([*adapted_weights(adapter.others), *map(name_in_model, in_full)], base, keys)
     for pair in factor_pairs(adapter.others):
         weight = f"{pair.name}.weight"
         delta = partial(_product, pair, linear_scaling(adapter.config, pair.name))
         shape = (pair.B.shape[0], pair.A.shape[1])
         add(TensorEdit(weight, delta=delta, **stored(pair.name)), shape[::-1] if pair.is_embedding else shape)
         if pair.has_delta:
-            plan.with_delta.add(keys[weight])
-    for saved, tensor in beside_factors(adapter.others).items():
+            plan.changed.add(keys[weight])
+    for saved, tensor in in_full.items():
         name = name_in_model(saved)
         if name not in keys:
             raise ValueError(f"The adapter has {saved}, which is no tensor of {base.directory}. {_REMEDY}")
         add(TensorEdit(name, replacement=tensor), tuple(tensor.shape))
+        plan.changed.add(keys[name])
     if identity is not None:
         for name, module in base.model.named_modules():
             weight = f"{name}.weight"
@@ -301,6 +297,43 @@ def _plan_tensors(
                     f"{base.directory}. Merge onto the base's own weights (onto='base', --onto base), or in memory."
                 )
             add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
+
+
+def _differing(
+    tensors: dict[str, torch.Tensor], base: BaseModel, checkpoint: Checkpoint, keys: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Those of the tensors that an adapter has in full that the base hasn't like that."""
+    tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
+    found = {}
+    for saved, tensor in tensors.items():
+        name = name_in_model(saved)
+        key = keys.get(name, keys.get(tied_to.get(name)))
+        if key is None or not torch.equal(tensor.float(), checkpoint.read(key).float()):
+            found[saved] = tensor
+    return found
+
+
+def check_not_tied(names: Iterable[str], base: BaseModel, keys: Mapping[str, str]) -> None:
+    """Refuses changes of one of two weights that the checkpoint has as one tensor.
+
+    Args:
+        names: of what an adapter changes.
+        base: the model.
+        keys: name in the model -> key in the checkpoint.
+
+    Raises:
+        ValueError: names the two.
+    """
+    tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
+    for name in names:
+        sharers = [other for other, source in tied_to.items() if source == name and other not in keys]
+        if name in tied_to and name not in keys:
+            sharers.append(tied_to[name])
+        if sharers:
+            raise ValueError(
+                f"The adapter changes {name} alone, but in {base.directory} {sharers[0]} is tied to it and would "
+                f"change too. {UNTIE}"
+            )
 
 
 def _product(pair: Pair, scaling: float) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -18,24 +18,45 @@ from ...config import MoeQLoraConfig, MoeQLoraPeftType
 from ...loading import MoeQuantizationConfig, load_quantized
 from ..adapter_file import PREFIX
 from ..base_model import BaseModel
+from ..readers.read import read_config
 
 _WINDOW, _MOST_WINDOWS = 512, 16
 
 
-def load_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None, device: str) -> PeftModel:
-    """Base and adapter, the base stored as the adapter's config says it was.
+@dataclass(frozen=True)
+class LivePlan:
+    """How base and adapter are to be loaded.
+
+    Args:
+        base: directory of the model.
+        adapter: directory of the adapter.
+        model_class: whose `from_pretrained` loads the base.
+        dtype: of the model, or `"auto"` for that of the checkpoint.
+        quantization: of a base in floating point; None to leave it so, or quantized as it is.
+        is_quantized: whether anything of the model is quantized.
+    """
+
+    base: str | Path
+    adapter: str | Path
+    model_class: type
+    dtype: torch.dtype | str
+    quantization: MoeQuantizationConfig | None
+    is_quantized: bool
+
+
+def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None = None) -> LivePlan:
+    """Settles how base and adapter are loaded as they were in training, from the configs alone.
 
     Args:
         base: directory of the model.
         adapter: directory of the adapter.
         dtype: of the model. Default: that of the training, or of the checkpoint.
-        device: where it is put.
 
     Raises:
-        ValueError: the adapter isn't of this package, was trained on other weights, or with linear layers stored in
-            another way than the experts, which can't be made again.
+        ValueError: the adapter isn't of this package, or was trained with linear layers stored in another way than
+            the experts, which can't be made again.
     """
-    found_type = json.loads(Path(adapter, CONFIG_NAME).read_text()).get("peft_type")
+    found_type = read_config(Path(adapter)).get("peft_type")
     if found_type != MoeQLoraPeftType.MOE_QLORA.value:
         raise ValueError(
             f"{adapter} is an adapter of type {found_type}, which doesn't say how its base was stored. Convert it "
@@ -48,16 +69,32 @@ def load_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None, 
     identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if found.quantization is not None else _quantization(found, config, identity)
-    if config.storage is None and quantization is None:
-        model = found.model_class.from_pretrained(base, dtype=dtype, device_map=device)
+    is_quantized = config.storage is not None or quantization is not None
+    return LivePlan(base, adapter, found.model_class, dtype, quantization, is_quantized)
+
+
+def load_live(plan: LivePlan, device: str) -> PeftModel:
+    """Base and adapter, the base stored as the adapter's config says it was.
+
+    Args:
+        plan: by `plan_live`.
+        device: where the model is put.
+
+    Raises:
+        ValueError: the adapter was trained on other weights.
+    """
+    if plan.is_quantized:
+        model = load_quantized(
+            str(plan.base), plan.quantization, plan.model_class, dtype=plan.dtype, device_map=device
+        )
     else:
-        model = load_quantized(str(base), quantization, found.model_class, dtype=dtype, device_map=device)
+        model = plan.model_class.from_pretrained(plan.base, dtype=plan.dtype, device_map=device)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The adapter was trained on other weights")
         try:
-            return PeftModel.from_pretrained(model, str(adapter)).eval()
+            return PeftModel.from_pretrained(model, str(plan.adapter)).eval()
         except RuntimeWarning as error:
-            raise ValueError(f"{base} is not the base of {adapter}: {error}") from error
+            raise ValueError(f"{plan.base} is not the base of {plan.adapter}: {error}") from error
 
 
 def _quantization(
@@ -101,12 +138,16 @@ def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
     Raises:
         ValueError: the text has less than two tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    ids = torch.tensor(tokenizer(Path(file).read_text(encoding="utf-8"))["input_ids"])
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+    ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer_of)(text)["input_ids"])
     length = min(_WINDOW, len(ids))
     if length < 2:
         raise ValueError(
-            f"{file} has {len(ids)} tokens by the tokenizer in {tokenizer_of}; a text of some hundreds was expected."
+            f"{file} has {len(ids)} tokens by the tokenizer in {tokenizer_of}; a text of some hundreds was expected, "
+            "and a tokenizer to be there."
         )
     return ids[: len(ids) // length * length].view(-1, length)[:_MOST_WINDOWS]
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import WeakFileLock
 
 _PLAN = "unfinished.json"
 _LOCK = ".lock"
+_CAN_BE_TAKEN_UP = "can_be_taken_up"
 PICKLED = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 """Ends of names of weights in other formats than safetensors."""
 
@@ -29,12 +30,13 @@ class PartialDirectory:
     Args:
         directory: what is to appear; must not be there, or be empty.
         task: what identifies the work, as plain data.
+        can_be_taken_up: whether a later run can use what an earlier one of the same task has left.
 
     Raises:
         ValueError: the directory holds something, can't be renamed to, or has unfinished work of another task.
     """
 
-    def __init__(self, directory: str | Path, task: Mapping[str, Any]) -> None:
+    def __init__(self, directory: str | Path, task: Mapping[str, Any], can_be_taken_up: bool = True) -> None:
         self.directory = Path(directory).resolve()
         self.partial = self.directory.with_name(f"{self.directory.name}.partial")
         self._check_free()
@@ -43,28 +45,32 @@ class PartialDirectory:
                 f"{self.directory} is a mount point, which nothing can be renamed to; name a folder in it."
             )
         plan = self.partial / _PLAN
-        known = json.loads(plan.read_text()) if plan.is_file() else None
+        known = _read_plan(plan) if plan.is_file() else None
+        self._can_be_taken_up = can_be_taken_up
+        self._is_of_use = can_be_taken_up and known == task
         # a run that was killed at its very start has left nothing but the folder
-        if self.partial.exists() and known != task and (known is not None or any(self.partial.rglob("*.safetensors"))):
+        if known is None:
+            holds_work = self.partial.exists() and any(self.partial.rglob("*.safetensors"))
+        else:
+            holds_work = known != task and known.get(_CAN_BE_TAKEN_UP, True)
+        if holds_work:
             raise ValueError(
                 f"{self.partial} holds unfinished work of another merge: another adapter, base or option. Finish that "
                 "with the same command, or remove the directory."
             )
-        self.task = task
+        self.task = task if can_be_taken_up else {**task, _CAN_BE_TAKEN_UP: False}
 
     def _check_free(self) -> None:
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            what = "there already and not empty. If it is a finished merge, nothing is left to do"
             raise ValueError(
-                f"{self.directory} is there already and not empty. If it is a finished merge, nothing is left to do; "
-                "name another directory, or remove it."
+                f"{self.directory} is {what if self.directory.is_dir() else 'a file'}; name another directory, or "
+                "remove it."
             )
 
     @contextmanager
-    def open(self, afresh: bool = False) -> Iterator[None]:
+    def open(self) -> Iterator[None]:
         """Creates the directory, or takes up what is there, and keeps other runs away while in the context.
-
-        Args:
-            afresh: what another run has left can't be used.
 
         Raises:
             ValueError: another run is at it, or has just finished.
@@ -73,12 +79,17 @@ class PartialDirectory:
         try:
             with WeakFileLock(self.partial / _LOCK, timeout=0.1):
                 self._check_free()
-                if afresh:
+                if not self._is_of_use:
                     self._clear()
                 for left in self.partial.rglob("*.writing"):
                     left.unlink()
                 self.write_json(_PLAN, self.task)
-                yield
+                try:
+                    yield
+                except BaseException:
+                    if not self._can_be_taken_up:
+                        self.discard()
+                    raise
         except Timeout as error:
             raise ValueError(f"Another run is writing {self.partial}. Wait for it, or stop it.") from error
 
@@ -148,6 +159,15 @@ class PartialDirectory:
     def discard(self) -> None:
         """Removes unfinished work that no other run could finish either."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} can't be read ({error}); what an interrupted merge has to do was expected. Remove {file.parent}."
+        ) from error
 
 
 def _sync(path: Path) -> None:

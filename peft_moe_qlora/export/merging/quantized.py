@@ -6,13 +6,16 @@ The model is in memory as it was in training: what rounding costs least depends 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from ... import __version__
 from ...layer import MoeQLoraExperts
@@ -23,13 +26,14 @@ from ...loading.quantizer import quantized_stacks
 from ...loading.sources import Source, each_source
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
-from ..others import TOKENS, beside_factors, factor_pairs, name_in_model
+from ..others import TOKENS, adapted_weights, beside_factors, factor_pairs, name_in_model
 from ..readers.read import read_adapter
-from .checkpoint import adapter_digest, checkpoint_directory, config_for_all, refuse_merged
-from .edits import check_base
-from .live import load_live, read_windows
+from .checkpoint import config_for_all
+from .edits import check_base, check_not_tied
+from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
+from .live import load_live, plan_live, read_windows
 from .partial_directory import PartialDirectory
-from .report import REPORT_NAME, FidelityRow, MergeReport
+from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 
 LAYOUTS = ("native", "bitsandbytes")
 
@@ -79,13 +83,10 @@ def merge_quantized(
             "without quantizing, then load the result with MoeQuantizationConfig and save it."
         )
     digest = adapter_digest(adapter)
-    refuse_merged(base, digest)
+    merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
-    checkpoint = Checkpoint.open(base)
-    storage = saved_config(base)
-    finder = SourceFinder(model.model, checkpoint, (storage and storage.flipped_stacks) or ())
-    sources = {source.target.name: source for source in each_source(finder.find())}
-    check_base(found, model, checkpoint, sources)
+    notes = _check_checkpoint(found, model)
+    plan = plan_live(base, adapter)
     tokens = None if calibration is None else read_windows(calibration, base)
     task = {
         "base": str(base.resolve()),
@@ -93,70 +94,102 @@ def merge_quantized(
         "options": [quant_type, layout, rounding, str(calibration)],
         "version": __version__,
     }
-    output = PartialDirectory(directory, task)
-    dropped = sorted(_dropped(finder, sources))
-    notes = ()
-    if dropped:
-        notes = (f"{len(dropped)} tensors that the model doesn't load are left out, {dropped[0]} first.",)
-
-    def report(expected: int, changed: int, rows: tuple[FidelityRow, ...], written: int) -> MergeReport:
-        return MergeReport(
-            base=str(base),
-            adapter=str(adapter),
-            adapter_sha256=digest,
-            onto="quantized",
-            storage=f"{found.config.storage}, {rounding} rounding",
-            tensors_expected=expected,
-            tensors_changed=changed,
-            tensors_written=written,
-            stacks=rows,
-            notes=notes,
-        )
-
+    output = PartialDirectory(directory, task, can_be_taken_up=False)
     in_full = {key: tensor for key, tensor in beside_factors(found.others).items() if not key.endswith(TOKENS)}
     num_with_delta = _num_with_delta(found)
-    expected = num_with_delta + len(in_full)
+    planned = MergeReport(
+        base=str(base.resolve()),
+        adapter=str(adapter.resolve()),
+        adapter_sha256=digest,
+        onto="quantized",
+        storage=f"{found.config.storage}, {rounding} rounding",
+        tensors_expected=num_with_delta + len(in_full),
+        tensors_changed=0,
+        tensors_written=0,
+        merged_before=merged_before,
+        notes=notes,
+    )
     if dry_run:
-        return report(expected, 0, (), 0)
-    live = load_live(base, adapter, None, device)
-    before = _checksums_of_adapted(live)
-    if len(before) != num_with_delta:
-        raise ValueError(
-            f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in the "
-            "model. Merge in memory, and report this."
+        return planned
+    with output.open():
+        live = load_live(plan, device)
+        before = _checksums_of_adapted(live)
+        if len(before) != num_with_delta:
+            raise ValueError(
+                f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in "
+                "the model. Merge in memory, and report this."
+            )
+        merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
+        unchanged = _unchanged(merged, before, allow_unchanged)
+        _check_trained_in_full(merged, in_full)
+        config = _save(merged, layout, output.partial)
+        done = replace(
+            planned,
+            tensors_changed=planned.tensors_expected - len(unchanged),
+            tensors_written=len(Checkpoint.open(output.partial).tensors),
+            stacks=tuple(
+                FidelityRow.of(name, stack.fidelity)
+                for name, _, stack in quantized_stacks(merged)
+                if stack.fidelity is not None
+            ),
+            notes=notes + ((note_of_lost("stacks and layers", unchanged),) if unchanged else ()),
         )
-    merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
-    unchanged = [
-        name for name, before_merge in before.items() if _checksum(merged.get_parameter(name)) == before_merge
-    ]
+        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish([])
+    return done
+
+
+def _check_checkpoint(adapter: AdapterFile, base: BaseModel) -> tuple[str, ...]:
+    """Holds the adapter against the tensors of its base; gives what is to be noted.
+
+    Raises:
+        ValueError: the base is another, or changes would be lost because tensors share their weights.
+    """
+    checkpoint = Checkpoint.open(base.directory)
+    storage = saved_config(base.directory)
+    finder = SourceFinder(base.model, checkpoint, (storage and storage.flipped_stacks) or ())
+    sources = {source.target.name: source for source in each_source(finder.find())}
+    check_base(adapter, base, checkpoint, sources)
+    check_not_tied(adapted_weights(adapter.others), base, finder.plain_tensors())
+    tied = getattr(base.model, "all_tied_weights_keys", None) or {}
+    shared = [name for name in adapter.stacks if name in tied or name in tied.values()]
+    if shared:
+        raise ValueError(
+            f"{shared[0]} is shared by two modules of the base, which would load one for both again. Merge into 16 "
+            "bits in memory: load base and adapter, and call merge_and_unload(dtype=...)."
+        )
+    dropped = sorted(_dropped(finder, sources))
+    if not dropped:
+        return ()
+    return (f"{len(dropped)} tensors that the model doesn't load are left out, {dropped[0]} first.",)
+
+
+def _unchanged(merged: nn.Module, before: dict[str, int], allow_unchanged: bool) -> list[str]:
+    """The stacks and layers that came out of the merge as they went in.
+
+    Raises:
+        ValueError: there are some, and that isn't allowed.
+    """
+    unchanged = [name for name, checksum in before.items() if _checksum(merged.get_parameter(name)) == checksum]
     if unchanged and not allow_unchanged:
         raise ValueError(
             f"{len(unchanged)} of {len(before)} stacks and layers are the same after the merge, {unchanged[0]} first: "
             "their deltas are lost in rounding. Merge into 16 bits instead, or allow it (allow_unchanged=True, "
             "--allow-unchanged)."
         )
-    if unchanged:
-        notes += (f"{len(unchanged)} stacks and layers whose deltas are lost in rounding: {', '.join(unchanged)}",)
-    _check_trained_in_full(merged, in_full)
-    rows = tuple(
-        FidelityRow.of(name, stack.fidelity)
-        for name, _, stack in quantized_stacks(merged)
-        if stack.fidelity is not None
-    )
-    with output.open(afresh=True):
-        with TemporaryDirectory(dir=output.partial) as saved:
-            if layout == "native":
-                merged.save_pretrained(saved)
-            else:
-                save_bitsandbytes(merged, saved)
-            config = config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
-            for file in Path(saved).glob("*.safetensors*"):
-                file.rename(output.partial / file.name)
-        written = Checkpoint.open(output.partial).tensors
-        done = report(expected, expected - len(unchanged), rows, len(written))
-        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
-        output.finish([])
-    return done
+    return unchanged
+
+
+def _save(merged: PreTrainedModel, layout: str, directory: Path) -> dict[str, Any]:
+    """Writes the tensors, and gives the config that belongs to them."""
+    with TemporaryDirectory(dir=directory) as saved:
+        if layout == "native":
+            merged.save_pretrained(saved)
+        else:
+            save_bitsandbytes(merged, saved)
+        for file in Path(saved).glob("*.safetensors*"):
+            file.rename(directory / file.name)
+        return config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
 
 
 def _num_with_delta(adapter: AdapterFile) -> int:
@@ -171,8 +204,9 @@ def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) 
     Raises:
         ValueError: names the first that doesn't.
     """
+    in_model = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
     for key, tensor in tensors.items():
-        found = merged.get_parameter(name_in_model(key)).cpu()
+        found = in_model[name_in_model(key)].cpu()
         if not torch.equal(found, tensor.to(found.dtype)):
             raise ValueError(f"The adapter's {key} didn't come to stand in the merged model. Merge in memory.")
 
@@ -190,14 +224,19 @@ def _checksums_of_adapted(model: PeftModel) -> dict[str, int]:
     for path, layer in model.base_model.model.named_modules():
         if isinstance(layer, MoeQLoraExperts):
             for projection in layer.adapted_projections(layer.active_adapters):
-                if any(layer.factors(projection, name)[1].any() for name in layer.active_adapters):
+                names = [name for name in layer.active_adapters if projection in layer.r.get(name, ())]
+                if any(all(factor.any() for factor in layer.factors(projection, name)) for name in names):
                     weight = next(layer.base_layer.stack(projection).named_parameters())
                     found[f"{path}.{projection}.{weight[0]}"] = _checksum(weight[1])
-        elif isinstance(layer, LoraLayer) and any(
-            layer.get_delta_weight(name).any() for name in layer.active_adapters
-        ):
+        elif isinstance(layer, LoraLayer) and any(_has_delta(layer, name) for name in layer.active_adapters):
             found[f"{path}.weight"] = _checksum(layer.get_base_layer().weight)
     return found
+
+
+def _has_delta(layer: LoraLayer, name: str) -> bool:
+    if name in layer.lora_embedding_A:
+        return bool(layer.lora_embedding_A[name].any() and layer.lora_embedding_B[name].any())
+    return name in layer.lora_A and bool(layer.lora_A[name].weight.any() and layer.lora_B[name].weight.any())
 
 
 def _checksum(tensor: torch.Tensor) -> int:

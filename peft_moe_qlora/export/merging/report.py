@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -11,6 +13,7 @@ from tabulate import tabulate
 from ...quantization import Fidelity
 
 REPORT_NAME = "merge_report.json"
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class MergeReport:
         tensors_written: tensors of the new checkpoint.
         stacks: of experts.
         others: linear layers and whatever else was changed.
+        merged_before: SHA-256 of the adapters that the base had in it already.
         notes: what a reader should know.
         verification: None if not asked for.
     """
@@ -80,6 +84,7 @@ class MergeReport:
     tensors_written: int
     stacks: tuple[FidelityRow, ...] = ()
     others: tuple[FidelityRow, ...] = ()
+    merged_before: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     verification: Verification | None = field(default=None)
 
@@ -90,9 +95,28 @@ class MergeReport:
     def from_dict(cls, values: dict[str, Any]) -> MergeReport:
         """What `to_dict` has given, by way of a file."""
         rows = {name: tuple(FidelityRow(**row) for row in values[name]) for name in ("stacks", "others")}
+        lists = {name: tuple(values[name]) for name in ("merged_before", "notes")}
         found = values["verification"]
         verification = None if found is None else Verification(**found)
-        return cls(**{**values, **rows, "notes": tuple(values["notes"]), "verification": verification})
+        return cls(**{**values, **rows, **lists, "verification": verification})
+
+    @classmethod
+    def read(cls, directory: Path) -> MergeReport | None:
+        """The report of a merged checkpoint; None if there is none.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        file = directory / REPORT_NAME
+        if not file.is_file():
+            return None
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} can't be read ({type(error).__name__}: {error}); the report of a merge was expected. Remove "
+                "it, and take care not to merge an adapter twice."
+            ) from error
 
     def __str__(self) -> str:
         lines = [_table(self.stacks)] if self.stacks else []
@@ -111,6 +135,12 @@ class MergeReport:
                 f"likeliest token at {found.equal_argmax:.2%} of {found.num_tokens} positions"
             )
         return "\n".join(lines)
+
+
+def note_of_lost(what: str, names: list[str]) -> str:
+    """That deltas are lost in rounding, and whose: the first twenty."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} {what} whose deltas are lost in rounding: {', '.join(names[:_NAMED])}{more}"
 
 
 def _worst(rows: Iterable[FidelityRow]) -> list[FidelityRow]:

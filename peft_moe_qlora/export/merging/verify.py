@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from ...loading import load_quantized
 from ..base_model import BaseModel
-from .live import kl_divergence, load_live, logits_of_window, read_windows
+from .inputs import adapter_digest
+from .live import kl_divergence, load_live, logits_of_window, plan_live, read_windows
 from .report import REPORT_NAME, MergeReport, Verification
 
 
@@ -33,16 +34,24 @@ def verify_merge(
         The report with `verification`.
 
     Raises:
-        ValueError: there is no report, the text is too short, or the base can't be loaded as it was trained on.
+        ValueError: there is no report, what it names is gone or another, the text is too short, or the base can't be
+            loaded as it was trained on.
     """
-    file = Path(directory, REPORT_NAME)
-    if not file.is_file():
+    report = MergeReport.read(Path(directory))
+    if report is None:
         raise ValueError(
             f"{directory} has no {REPORT_NAME}; a checkpoint that was merged by this package was expected."
         )
-    report = MergeReport.from_dict(json.loads(file.read_text()))
+    for place in (report.base, report.adapter):
+        if not Path(place).is_dir():
+            raise ValueError(f"{place}, of which {directory} was merged, is gone. Put it there again.")
+    if adapter_digest(Path(report.adapter)) != report.adapter_sha256:
+        raise ValueError(
+            f"{report.adapter} is another adapter now than the one that was merged into {directory}. Merge it, or put "
+            "the other one there again."
+        )
     windows = read_windows(text, report.base)
-    model = load_live(report.base, report.adapter, dtype, device)
+    model = load_live(plan_live(report.base, report.adapter, dtype), device)
     dtype = model.dtype
     kl_of_base, kl, equal = 0.0, 0.0, 0
     with TemporaryDirectory() as live:
@@ -61,7 +70,7 @@ def verify_merge(
         num_tokens=windows.numel(), kl=kl, equal_argmax=equal / windows.numel(), kl_of_base=kl_of_base
     )
     report = replace(report, verification=found)
-    file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    Path(directory, REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
 
 

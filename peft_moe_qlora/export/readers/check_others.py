@@ -7,11 +7,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ...targets import parents
 from ..base_model import BaseModel
 from ..others import LORA, PAIRS, TOKENS, adapted_layers, name_in_model
+
+_EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
+"""PEFT saves these, trained or not, where tokens were added (`save_embedding_layers`)."""
 
 
 def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
@@ -128,6 +132,8 @@ def check_targeted(file: Path, names: Iterable[str], is_targeted: Callable[[str]
 
 def _is_known(config: LoraConfig, key: str) -> bool:
     saved = config.modules_to_save or ()
+    if key.endswith(_EMBEDDINGS):
+        return True
     return (
         any(f"{name}." in key for name in saved)  # PEFT takes every module whose name ends so
         or (config.bias != "none" and key.endswith("bias"))
@@ -158,9 +164,16 @@ def _check_layer(file: Path, name: str, others: dict[str, torch.Tensor], base: B
 
 
 def _check_full(file: Path, key: str, tensor: torch.Tensor, base: BaseModel) -> None:
-    expected = base.shape_of(name_in_model(key))
-    if expected != tuple(tensor.shape):
+    expected, found = base.shape_of(name_in_model(key)), tuple(tensor.shape)
+    if expected == found:
+        return
+    if name_in_model(key).endswith(_EMBEDDINGS) and expected is not None and expected[1:] == found[1:]:
         raise ValueError(
-            f"{file}: {key} has shape {tuple(tensor.shape)}; {base.directory} has "
-            f"{'no such tensor' if expected is None else f'{expected} there'}. The adapter belongs to another base."
+            f"{file}: {key} is of {found[0]} tokens, {base.directory} of {expected[0]}: tokens were added in "
+            f"training. Add them to the base (model.resize_token_embeddings({found[0]})), save it, and name that as "
+            "the base."
         )
+    raise ValueError(
+        f"{file}: {key} has shape {found}; {base.directory} has "
+        f"{'no such tensor' if expected is None else f'{expected} there'}. The adapter belongs to another base."
+    )

@@ -55,17 +55,10 @@ def read_adapter(
     """
     directory, options = Path(directory), options or ReadOptions()
     config_file = directory / CONFIG_NAME
-    if not config_file.is_file():
-        raise ValueError(f"{directory} has no {CONFIG_NAME}; a saved adapter was expected.")
-    try:
-        config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_file} can't be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file} holds a {type(config).__name__}; the options of an adapter were expected.")
+    config = read_config(directory)
     found_type = config.get("peft_type")
     is_own = found_type == MoeQLoraPeftType.MOE_QLORA.value
-    is_mlx = "fine_tune_type" in config and found_type is None
+    is_mlx = _is_of_mlx(config)
     if found_type != "LORA" and not is_own and not is_mlx:
         raise ValueError(
             f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
@@ -74,7 +67,7 @@ def read_adapter(
     check = check_own if is_own else check_mlx if is_mlx else check_lora
     check(config_file, config)
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
-    file = directory / (FILE_NAME if is_mlx else SAFETENSORS_WEIGHTS_NAME)
+    file = weights_file(directory)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in _load_tensors(file).items()}
     named, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
     if is_own:
@@ -89,6 +82,39 @@ def read_adapter(
     if reader is not read_peft_lora:
         _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")
     return reader(source)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The options of a saved adapter, as JSON has them.
+
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    file = directory / CONFIG_NAME
+    if not file.is_file():
+        below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
+        where = f"; there are some in its folders {', '.join(below)}, of which one is to be named" if below else ""
+        raise ValueError(f"{directory} has no {CONFIG_NAME}; a saved adapter was expected{where}.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}; the options of an adapter were expected.")
+    return config
+
+
+def weights_file(directory: Path) -> Path:
+    """Where a saved adapter has its tensors, whether or not the file is there.
+
+    Raises:
+        ValueError: see `read_config`.
+    """
+    return directory / (FILE_NAME if _is_of_mlx(read_config(directory)) else SAFETENSORS_WEIGHTS_NAME)
+
+
+def _is_of_mlx(config: dict[str, Any]) -> bool:
+    return "fine_tune_type" in config and config.get("peft_type") is None
 
 
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:

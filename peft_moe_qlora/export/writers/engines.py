@@ -272,12 +272,10 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
                 f"{base.directory} is. Name the checkpoint in 16 bits that you will serve it on, or merge it instead."
             )
     _check_linear(engine, names_of_linear(adapter), base)
-    r = max(
-        [factors.r for factors in adapter.experts]
-        + [len(tensor) for key, tensor in adapter.others.items() if key.endswith(A_SUFFIX)]
-    )
-    if engine.max_r is not None and r > engine.max_r:
-        raise ValueError(f"{engine.name} takes ranks up to {engine.max_r}; the adapter has {r}. Merge it instead.")
+    if engine.max_r is not None and adapter.config.r > engine.max_r:
+        raise ValueError(
+            f"{engine.name} takes ranks up to {engine.max_r}; the adapter has {adapter.config.r}. Merge it instead."
+        )
     write(_with_siblings(adapter, base), directory, base)
 
 

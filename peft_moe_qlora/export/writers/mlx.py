@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from ..adapter_file import AdapterFile
 from ..base_model import PARTS_OF_FUSED, BaseModel
-from .uniform import gate_and_up, pairs_in_checkpoint, uniform
+from .uniform import adapted_blocks, gate_and_up, pairs_in_checkpoint, uniform
 
 _BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")
 
@@ -60,9 +60,10 @@ def write_mlx(
         add(pair.name, pair.A.T, pair.B.T)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapters.safetensors", {"format": "mlx"})
+    num_layers = base.model.config.get_text_config().num_hidden_layers
     config = {
         "fine_tune_type": "lora",
-        "num_layers": base.model.config.get_text_config().num_hidden_layers,
+        "num_layers": num_layers - min(adapted_blocks(tensors, base) or [0]),  # counted from the end
         "lora_parameters": {
             "rank": adapter.config.r,
             "scale": adapter.config.lora_alpha / adapter.config.r,

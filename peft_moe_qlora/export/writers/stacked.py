@@ -13,7 +13,7 @@ import torch
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX
-from .uniform import gate_and_up, linear_in_checkpoint, names_of_linear, save_lora, uniform
+from .uniform import adapted_blocks, gate_and_up, linear_in_checkpoint, names_of_linear, save_lora, uniform
 
 
 def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
@@ -37,4 +37,4 @@ def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> Non
     tensors |= linear_in_checkpoint(adapter, base)
     targets = {"gate_proj", "up_proj", "down_proj"}
     targets |= {name.rpartition(".")[2] for name in names_of_linear(adapter)}
-    save_lora(directory, tensors, adapter.config, targets)
+    save_lora(directory, tensors, adapter.config, targets, adapted_blocks(tensors, base))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -115,7 +116,20 @@ def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:
     return list(B.chunk(2, dim=1)) if layout.is_concatenated else [B[:, ::2], B[:, 1::2]]
 
 
-def save_lora(directory: Path, tensors: dict[str, torch.Tensor], config: MoeQLoraConfig, targets: set[str]) -> None:
+def adapted_blocks(names: Iterable[str], base: BaseModel) -> list[int] | None:
+    """The numbers of the layers that have factors; None if no layer with experts is without."""
+    found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
+    with_experts = {int(number) for path in base.layouts for number in re.findall(r"\.(\d+)\.", path)[:1]}
+    return None if with_experts <= found else sorted(found)
+
+
+def save_lora(
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    config: MoeQLoraConfig,
+    targets: set[str],
+    blocks: list[int] | None,
+) -> None:
     """Writes the two files of a LoRA adapter.
 
     Args:
@@ -123,6 +137,7 @@ def save_lora(directory: Path, tensors: dict[str, torch.Tensor], config: MoeQLor
         tensors: key without PEFT's prefix -> tensor.
         config: of a uniform adapter.
         targets: what the config is to name as `target_modules`.
+        blocks: the layers that they are meant in, by their numbers; None for all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # clones, since parts of one tensor share memory, which safetensors refuses
@@ -132,6 +147,7 @@ def save_lora(directory: Path, tensors: dict[str, torch.Tensor], config: MoeQLor
         r=config.r,
         lora_alpha=config.lora_alpha,
         target_modules=sorted(targets),
+        layers_to_transform=blocks,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         task_type=config.task_type,

@@ -1,0 +1,84 @@
+"""Adapters that change one of two layers that have one weight: merged without care, the delta would be in both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from merged_checkpoints import merge
+from peft import PeftModel, get_peft_model
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
+from torch import nn
+
+from peft_moe_qlora import MoeQLoraConfig, load_quantized
+from peft_moe_qlora.export import merge_quantized
+
+WITH_LORA = [{"target_modules": ["experts", "embed_tokens"]}, {"target_modules": ["experts", "lm_head"]}]
+IN_FULL = [{"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}]
+
+
+def save_adapter(directory, **options) -> PeftModel:
+    tiny_model(tie_word_embeddings=True).save_pretrained(directory / "base")
+    model = get_peft_model(load_base(directory), MoeQLoraConfig(r=4, **options)).eval()
+    randomize_adapter(model)
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory / "adapter")
+    return model
+
+
+def load_base(directory) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("options", WITH_LORA + IN_FULL, ids=str)
+def test_merged_on_disk_once_untied_as_the_error_says(options, tmp_path):
+    live = logits(save_adapter(tmp_path, **options), token_ids())
+    with pytest.raises(ValueError, match=r"(embed_tokens|lm_head)\.weight alone, .* tied to it .* own before"):
+        merge(tmp_path)
+    untied = load_base(tmp_path)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.clone())
+    untied.config.tie_word_embeddings = False
+    untied.save_pretrained(tmp_path / "untied")
+    (tmp_path / "base").rename(tmp_path / "tied")
+    (tmp_path / "untied").rename(tmp_path / "base")
+    merge(tmp_path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=1e-5)
+    assert (logits(load_base(tmp_path), token_ids()) - live).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", WITH_LORA, ids=str)
+def test_lora_on_one_of_two_is_not_merged(options, tmp_path):
+    model = save_adapter(tmp_path, **options)
+    live = logits(model, token_ids())
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="is tied to it and would change too"):
+            merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dry_run=dry_run)
+    for method in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="has the same weight and would change too"):
+            method()
+    assert torch.equal(logits(model, token_ids()), live)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("layout", ["native", "bitsandbytes"])
+@pytest.mark.parametrize("options", IN_FULL, ids=str)
+def test_one_of_two_trained_in_full_is_untied_in_4_bits(options, layout, tmp_path):
+    """PEFT unties them; what is written has both."""
+    model = save_adapter(tmp_path, **options)
+    paths = (tmp_path / name for name in ("base", "adapter", "merged"))
+    merge_quantized(*paths, layout=layout, rounding="nearest", progressbar=False)
+    merged = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
+    expected = model.merge_and_unload(rounding="nearest")
+    assert torch.equal(logits(merged, token_ids()), logits(expected, token_ids()))
+
+
+def test_an_adapter_of_experts_alone_leaves_them_tied(tmp_path):
+    model = save_adapter(tmp_path, target_modules=["experts"])
+    paths = (tmp_path / name for name in ("base", "adapter", "merged"))
+    merge_quantized(*paths, rounding="nearest", progressbar=False)
+    merged = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert torch.equal(logits(merged, token_ids()), logits(model.merge_and_unload(rounding="nearest"), token_ids()))
