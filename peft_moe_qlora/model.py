@@ -492,7 +492,9 @@ class MoeQLoraModel(LoraModel):
         for path, layer in self.model.named_modules():
             if not isinstance(layer, LoraLayer) or not any(name in layer.scaling for name in adapter_names):
                 continue
-            others = [holder for holder in holders[layer.get_base_layer().weight] if holder != path]
+            # PEFT's layer on nn.MultiheadAttention has several weights, none of them tied
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            others = [holder for holder in holders.get(weight, ()) if holder != path]
             if others:
                 raise ValueError(
                     f"The adapter changes {path} alone, but {others[0]} has the same weight and would change too. "

@@ -66,12 +66,11 @@ class BaseModel:
             found = cls(directory, config, model, expert_layouts(model))
             names = list(names)
             classes = AutoModelForCausalLM._model_mapping
-            if names and type(config) in classes and classes[type(config)] is not type(model):
-                model = AutoModelForCausalLM.from_config(config)
-                text = cls(directory, config, model, expert_layouts(model))
-                if text._has_layers_of(names) and not found._has_layers_of(names):
-                    return text
-        return found
+            if not names or found._has_layers_of(names) or type(config) not in classes:
+                return found
+            model = AutoModelForCausalLM.from_config(config)
+            text = cls(directory, config, model, expert_layouts(model))
+        return text if text._has_layers_of(names) else found
 
     def _has_layers_of(self, names: list[str]) -> bool:
         """Whether names of LoRA's tensors, or of stacks, are all of this model's layers."""

@@ -136,7 +136,7 @@ def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
         tokenizer_of: directory of a model.
 
     Raises:
-        ValueError: the text has less than two tokens.
+        ValueError: the text is not in UTF-8, or has less than two tokens.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")

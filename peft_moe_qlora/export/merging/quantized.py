@@ -70,8 +70,9 @@ def merge_quantized(
         What was done, which also stands in `merge_report.json`.
 
     Raises:
-        ValueError: see `read_adapter`, `load_live` and `PartialDirectory`; or the adapter was trained on another
-            storage, or a stack or layer is the same after the merge as before.
+        ValueError: see `read_adapter`, `plan_live`, `load_live` and `PartialDirectory`; or the base has this adapter
+            in it already, the adapter was trained on another storage or changes one of two weights that are tied, or
+            a stack or layer is the same after the merge as before.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")

@@ -16,12 +16,12 @@ from torch import nn
 from ...loading.quantization_config import QUANT_METHOD
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX
+from ..others import A_SUFFIX, B_SUFFIX, adapted_layers
 from .mlx import write_mlx
 from .peft_lora import write_peft_lora
 from .per_expert import write_per_expert
 from .stacked import write_stacked
-from .uniform import names_of_linear, uniform
+from .uniform import uniform
 from .whole_model import in_whole_model
 
 
@@ -271,7 +271,7 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
                 f"{engine.name} has no LoRA on experts of a base quantized by {base.quantization}, which "
                 f"{base.directory} is. Name the checkpoint in 16 bits that you will serve it on, or merge it instead."
             )
-    _check_linear(engine, names_of_linear(adapter), base)
+    _check_linear(engine, adapted_layers(adapter.others), base)
     if engine.max_r is not None and adapter.config.r > engine.max_r:
         raise ValueError(
             f"{engine.name} takes ranks up to {engine.max_r}; the adapter has {adapter.config.r}. Merge it instead."
@@ -297,7 +297,7 @@ def _check_linear(engine: Engine, names: list[str], base: BaseModel) -> None:
 def _with_siblings(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
     """With zeros for the linear layers that engines join to an adapted one."""
     others = dict(adapter.others)
-    for name in names_of_linear(adapter):
+    for name in adapted_layers(adapter.others):
         block, _, last = name.rpartition(".")
         for sibling in (one for group in _TOGETHER if last in group for one in group):
             module = getattr(base.model.get_submodule(block), sibling, None)

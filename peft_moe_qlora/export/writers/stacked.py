@@ -12,8 +12,8 @@ import torch
 
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX
-from .uniform import adapted_blocks, gate_and_up, linear_in_checkpoint, names_of_linear, save_lora, uniform
+from ..others import A_SUFFIX, B_SUFFIX, adapted_layers
+from .uniform import adapted_blocks, gate_and_up, linear_in_checkpoint, save_lora, uniform
 
 
 def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
@@ -36,5 +36,5 @@ def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> Non
         tensors[factors.name + A_SUFFIX], tensors[factors.name + B_SUFFIX] = factors.A, B
     tensors |= linear_in_checkpoint(adapter, base)
     targets = {"gate_proj", "up_proj", "down_proj"}
-    targets |= {name.rpartition(".")[2] for name in names_of_linear(adapter)}
+    targets |= {name.rpartition(".")[2] for name in adapted_layers(adapter.others)}
     save_lora(directory, tensors, adapter.config, targets, adapted_blocks(tensors, base))

@@ -17,7 +17,7 @@ from ...config import MoeQLoraConfig
 from ...experts import ExpertsLayout
 from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
 from ..base_model import BaseModel
-from ..others import A_SUFFIX, B_SUFFIX, Pair, factor_pairs
+from ..others import A_SUFFIX, B_SUFFIX, Pair, adapted_layers, factor_pairs
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -39,7 +39,7 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
         raise ValueError(
             f"The adapter has {strange[0] if strange else 'biases'}, which readers of LoRA don't know. Merge it."
         )
-    linear = names_of_linear(adapter)
+    linear = adapted_layers(adapter.others)
     scaling_of = {name: linear_scaling(config, name) for name in linear}
     scaling_of |= {factors.name: factors.scaling for factors in adapter.experts}
     B_of = {name: adapter.others[name + B_SUFFIX] for name in linear}
@@ -82,11 +82,6 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
         revision=config.revision,
     )
     return AdapterFile(config, tuple(experts), others)
-
-
-def names_of_linear(adapter: AdapterFile) -> list[str]:
-    """Paths of the linear layers that an adapter has factors for."""
-    return sorted(key.removesuffix(A_SUFFIX) for key in adapter.others if key.endswith(A_SUFFIX))
 
 
 def pairs_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> Iterator[Pair]:
