@@ -1,7 +1,7 @@
 """What experts compute, written down a third time: token by token, choice by choice, in plain fp32 torch.
 
-Neither the package nor the experts classes are called; each class has its formula here under its name. Classes that
-are not named have the common one: `silu(gate) * up` of concatenated `(out, in)` stacks, no bias, no norm.
+Neither the package nor the experts classes are called; each class has its formula here under its name. A class that is
+not named in `GATES`, of a later version of transformers say, has to be held against its own forward (`own_output`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import gelu, relu, silu
 
 TRANSPOSED = frozenset({"AriaExperts", "GptOssExperts", "OpenAIPrivacyFilterExperts"})
@@ -75,20 +77,40 @@ def _squared_relu(row: torch.Tensor, config: Any) -> torch.Tensor:
     return relu(row).square()
 
 
+# fmt: off
+_PLAIN = [
+    "AXK1Experts", "AXK2Experts", "AfmoeExperts", "AriaExperts", "BailingHybridExperts", "BeamExperts",
+    "Cohere2MoeExperts", "DeepseekOcr2TextExperts", "DeepseekV2Experts", "DeepseekV32Experts", "DeepseekV3Experts",
+    "Dots1Experts", "Dots3NoteExperts", "Ernie4_5_MoeExperts", "Ernie4_5_VLMoeMoeExperts", "ExaoneMoeExperts",
+    "FlexOlmoExperts", "FlintExperts", "Glm4MoeExperts", "Glm4MoeLiteExperts", "Glm4vMoeTextExperts",
+    "GlmMoeDsaExperts", "GraniteMoeExperts", "GraniteMoeHybridExperts", "GraniteMoeSWAExperts",
+    "GraniteMoeSharedExperts", "HYV3Experts", "HunYuanMoEV1Experts", "InklingExperts", "JambaExperts",
+    "KimiLinearExperts", "Kolibri1Experts", "LagunaExperts", "LaraMiniExperts", "Lfm2MoeExperts", "MellumExperts",
+    "MiMoV2FlashExperts", "MiniMaxExperts", "MiniMaxM2Experts", "Mistral4Experts", "MistralLarge4TextExperts",
+    "MixtralExperts", "MuseSparkExperts", "OlmoeExperts", "PhimoeExperts", "Qwen2MoeExperts", "Qwen3MoeExperts",
+    "Qwen3NextExperts", "Qwen3OmniMoeTalkerTextExperts", "Qwen3OmniMoeThinkerTextExperts", "Qwen3VLMoeTextExperts",
+    "Qwen3_5MoeExperts", "Qwen4ExpTextExperts", "SolarOpenExperts", "UnlimitedOcrTextExperts", "ZayaExperts",
+]
+# fmt: on
+
 GATES: dict[str, Gate] = {
+    **dict.fromkeys(_PLAIN, _silu_gate),
     "DeepseekV4Experts": _clamped_silu_gate,
     "DiffusionGemmaTextExperts": _gelu_gate,
     "Gemma4TextExperts": _gelu_gate,
     "Glm5NextTextExperts": _clamped_silu_gate,
     "GptOssExperts": _interleaved_swiglu_oai,
     "HYV4Experts": _clamped_silu_gate,
+    "HYV4VLExperts": _clamped_silu_gate,
     "Inkling2Experts": _softcapped_gate,
+    "Inkling2LoopExperts": _softcapped_gate,
     "MiniMaxM3VLExperts": _concatenated_swiglu_oai,
     "NemotronHExperts": _squared_relu,
     "OpenAIPrivacyFilterExperts": _concatenated_swiglu_oai,
 }
+"""What stands between the two projections of every class whose formula is written down."""
 
-LIMITED = frozenset(name for name, gate in GATES.items() if gate not in (_gelu_gate, _squared_relu))
+LIMITED = frozenset(name for name, gate in GATES.items() if gate not in (_silu_gate, _gelu_gate, _squared_relu))
 """Classes that clamp or cap what comes out of the first projection."""
 
 
@@ -108,12 +130,12 @@ def stored_shape(class_name: str, num_experts: int, in_features: int, out_featur
     return num_experts, out_features, in_features
 
 
-def with_lora(class_name: str, stack: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+def with_lora(
+    stack: torch.Tensor, is_transposed: bool, A: torch.Tensor, B: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """A dense stack, as the class stores it, plus `scaling * B[e] @ A[e]` of each expert."""
     deltas = [scaling * (B[expert] @ A[expert]) for expert in range(stack.shape[0])]
-    if class_name in TRANSPOSED:
-        deltas = [delta.T for delta in deltas]
-    return stack + torch.stack(deltas)
+    return stack + torch.stack([delta.T if is_transposed else delta for delta in deltas])
 
 
 def experts_output(
@@ -134,7 +156,7 @@ def experts_output(
         top_k_index: `(T, K)`; an id that is no expert here contributes nothing.
         top_k_weights: `(T, K)`.
     """
-    activate = GATES.get(class_name, _silu_gate)
+    activate = GATES[class_name]
 
     def linear(row: torch.Tensor, projection: str, expert: int) -> torch.Tensor:
         matrix = matrices[projection][expert]
@@ -157,3 +179,17 @@ def experts_output(
             total = total + top_k_weights[token, choice] * row
         tokens.append(total)
     return torch.stack(tokens) if tokens else 0 * hidden_states
+
+
+def own_output(
+    experts: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """`experts_output` by the class's own forward, with other parameters than its own."""
+    # classes differ in what they do with an id that is no expert here
+    is_here = (top_k_index >= 0) & (top_k_index < experts.down_proj.shape[0])
+    arguments = (hidden_states, top_k_index.where(is_here, 0), top_k_weights * is_here)
+    return functional_call(experts, dict(parameters), arguments) + 0 * hidden_states

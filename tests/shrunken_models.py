@@ -24,7 +24,8 @@ MODEL_TYPES = [
     "kolibri1", "laguna", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
     "minimax_m3_vl_text", "mistral4", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter", "phimoe",
     "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp", "solar_open",
-    "unlimited_ocr", "zaya",
+    "unlimited_ocr", "zaya", "deepseek_v32", "glm4v_moe_text", "glm_moe_dsa", "granitemoehybrid", "hunyuan_v1_moe",
+    "hy_v4_vl", "inkling2_loop_text", "lara_mini", "qwen3_omni_moe_thinker", "qwen4_exp_text",
 ]
 # fmt: on
 
@@ -42,6 +43,7 @@ _SIZES = {
     "num_layers": 2,
     "depth": 2,
     "vocab_size": 128,
+    "unpadded_vocab_size": 120,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -130,18 +132,18 @@ def shrunken_model(model_type: str, device: str = "cpu", dtype: torch.dtype = to
 
 
 def shrunken_model_or_skip(model_type: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """As `shrunken_model`; versions of transformers before 5.23 lack some types, or have them otherwise."""
+    """As `shrunken_model`; versions of transformers before 5.24 lack some types, or have them otherwise."""
     try:
         missing = None if model_type in CONFIG_MAPPING else "it"
         model = None if missing else shrunken_model(model_type, dtype=dtype)
     except (TypeError, ValueError, AttributeError):
-        if Version(transformers.__version__) >= Version("5.23"):
+        if Version(transformers.__version__) >= Version("5.24"):
             raise
         missing = "this configuration of it"
     if missing is None and not list(find_experts(model)):
         missing = "its experts fused"
     if missing is not None:
-        assert Version(transformers.__version__) < Version("5.23")
+        assert Version(transformers.__version__) < Version("5.24")
         pytest.skip(f"this version of transformers doesn't have {missing}")
     return model
 

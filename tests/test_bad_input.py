@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from torch import nn
+from transformers_adapters import needs_adapter_methods
 
 from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, prepare_model_for_training, quantize_experts
 
@@ -194,6 +195,7 @@ def test_two_adapters_that_disagree_on_storage():
     assert set(model.peft_config) == {"default"}
 
 
+@needs_adapter_methods
 def test_two_adapters_that_disagree_on_storage_through_transformers():
     model = tiny_model()
     model.add_adapter(MoeQLoraConfig(), adapter_name="first")

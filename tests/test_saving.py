@@ -15,6 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_m
 from safetensors.torch import load_file
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
+from transformers_adapters import needs_adapter_methods
 
 from peft_moe_qlora import MoeQLoraConfig
 
@@ -173,6 +174,7 @@ def test_loading_without_the_import_says_which_type_is_missing(tmp_path):
     assert "MOE_QLORA" in result.stderr
 
 
+@needs_adapter_methods
 def test_transformers_own_adapter_methods(tmp_path):
     model = tiny_model()
     model.add_adapter(MoeQLoraConfig(r=4), adapter_name="first")

@@ -46,6 +46,9 @@ def save_trained(directory, model_type: str, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
+    # whose own forward fails in transformers 5.24: it asks its text model for `image_outputs`
+    if isinstance(model, transformers.Llama4ForConditionalGeneration):
+        model = model.language_model
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 

@@ -206,8 +206,8 @@ class SourceFinder:
                 firsts = converter.target_patterns[0]
                 for turn, pattern in enumerate(converter.target_patterns[1:], start=1):
                     other = plain.get(target.name.replace(pattern, firsts), {})
-                    if pattern in target.name and converter.source_patterns[0] in other:
-                        return dict(other), converter, turn
+                    if pattern in target.name and not other.keys().isdisjoint(converter.source_patterns):
+                        return _in_order(converter, other), converter, turn
             return {}, None, 0
         if len(by_pattern) > 1 and None in by_pattern:
             first, second = (keys[0] for keys in list(by_pattern.values())[:2])
@@ -215,17 +215,18 @@ class SourceFinder:
         if None in by_pattern:
             return {target.name: by_pattern[None]}, None, 0
         converter = self.by_pattern[next(iter(by_pattern))]
-        missing = [pattern for pattern in converter.source_patterns if pattern not in by_pattern]
-        if missing:
-            example = next(iter(by_pattern.values()))[0]
-            raise CheckpointError(
-                f"{target.name} needs tensors {', '.join(missing)} beside {self.checkpoint.tensors[example]}; the "
-                "checkpoint has none."
-            )
-        return {pattern: by_pattern[pattern] for pattern in converter.source_patterns}, converter, 0
+        return _in_order(converter, by_pattern), converter, 0
 
     def _refuse_mixture(self, target: Target, one: str, other: str) -> None:
         raise CheckpointError(
             f"{self.checkpoint.tensors[one]} and {self.checkpoint.tensors[other]} are both for {target.name}, but in "
             "different layouts or storages. The checkpoint is a mixture of two; download it again."
         )
+
+
+def _in_order(converter: WeightConverter, by_pattern: dict[str | None, list[str]]) -> dict[str, list[str]]:
+    """The keys that are there, in the converter's order.
+
+    Patterns may have none: weights in floating point have no scales. Where one is needed, the stack's shape shows it.
+    """
+    return {pattern: by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern}

@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -218,13 +218,13 @@ class DenseSource(Source):
             else:
                 check_expert_ids(keys, count, self.target)
         self._is_stack = {key: len(checkpoint.tensors[key].shape) == 3 for key in self.keys}
-        found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
+        examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
+        try:
+            found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
+        except ValueError as error:  # some operations ask for all of their tensors
+            raise _misfit(self.target, self.converter, self.lists, examples, None) from error
         if tuple(found.shape) != self.target.shape[1:]:
-            examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
-            raise CheckpointError(
-                f"{examples} give experts of shape {tuple(found.shape)} for {self.target.name}; "
-                f"{self.target.shape[1:]} was expected. Checkpoint and config don't belong together."
-            )
+            raise _misfit(self.target, self.converter, self.lists, examples, tuple(found.shape))
 
     def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
         if storage is None:
@@ -341,7 +341,7 @@ class PackedSource(Source):
         turn: int,
     ) -> None:
         super().__init__(target, keys)
-        self.lists = list(lists.values())
+        self.patterns, self.lists = list(lists), list(lists.values())
         self.first_expert = turn * target.num_experts
         self.is_fused = len(self.lists[0]) == 1 and len(self.lists[0][0].shape) == 3
         packed = [tensor for tensors in self.lists for tensor in tensors]
@@ -388,10 +388,7 @@ class PackedSource(Source):
         expected = self.target.shape[1:]
         as_declared = (rows, columns) == expected and (not transposes or transposes[0].check_dims)
         if not as_declared and (not transposes or (columns, rows) != expected):
-            raise CheckpointError(
-                f"{firsts[0].key} and its like give experts of shape {(rows, columns)} for {self.target.name}; "
-                f"{expected} was expected. Checkpoint and config don't belong together."
-            )
+            raise _misfit(self.target, converter, self.patterns, f"{firsts[0].key} and its like", (rows, columns))
         return self.target.is_transposed == as_declared
 
     def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
@@ -442,6 +439,27 @@ def _expert_id(key: str) -> int:
     """The number behind `experts`, or the last one."""
     found = re.search(r"experts\.(\d+)\.", key) or re.search(r".*\.(\d+)\.", key)
     return int(found.group(1)) if found else 0
+
+
+def _misfit(
+    target: Target,
+    converter: WeightConverter | None,
+    patterns: Iterable[str],
+    examples: str,
+    shape: tuple[int, ...] | None,
+) -> CheckpointError:
+    """The error for tensors that don't become the stack's matrices, but others of `shape`, or none."""
+    sources = [] if converter is None else converter.source_patterns
+    missing = [pattern for pattern in sources if pattern not in patterns]
+    if missing:
+        return CheckpointError(
+            f"{target.name} needs tensors {', '.join(missing)} beside {examples}; the checkpoint has none."
+        )
+    found = "can't be combined into experts" if shape is None else f"give experts of shape {shape}"
+    return CheckpointError(
+        f"{examples} {found} for {target.name}; {target.shape[1:]} was expected. Checkpoint and config don't belong "
+        "together."
+    )
 
 
 class _OneExpert:
