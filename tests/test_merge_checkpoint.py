@@ -362,6 +362,20 @@ def test_weights_that_stay_in_fp32(attribute, tmp_path, monkeypatch):
     assert {tensor.dtype for tensor in read_tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
+def test_weights_that_stay_in_fp32_under_other_names(tmp_path):
+    """The model says which by its own names; the checkpoint calls them otherwise."""
+    model = shrunken_model_or_skip("inkling2_text", dtype=torch.float32)
+    assert "e_score_correction_bias" in model._keep_in_fp32_modules_strict
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, MoeQLoraConfig(r=2))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path, dtype=torch.bfloat16)
+    dtypes = {key: tensor.dtype for key, tensor in read_tensors(tmp_path / "merged").items()}
+    assert dtypes["model.llm.layers.0.mlp.gate.bias"] == torch.float32
+    assert dtypes["model.llm.layers.0.mlp.experts.w2_weight"] == torch.bfloat16
+
+
 def test_an_adapter_of_others(tmp_path):
     """PEFT's own, trained on the checkpoint's weights, is merged onto those."""
     base_model("qwen3_moe").save_pretrained(tmp_path / "base")

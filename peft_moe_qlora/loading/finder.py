@@ -94,6 +94,10 @@ class SourceFinder:
                 found[name] = key
         return found
 
+    def name_of(self, key: str) -> str:
+        """What the model calls the parameter that a tensor is, or becomes a part of."""
+        return self._rename(key)[0]
+
     def known_keys(self) -> set[str]:
         """Keys of tensors that become part of a parameter of the model, packed ones' scales included."""
         known = set()

@@ -142,9 +142,6 @@ class _Merge:
         self.checkpoint = checkpoint
         self.plan = plan
         self.dtype = dtype
-        self.kept_in_fp32 = tuple(
-            {*(model.model._keep_in_fp32_modules or ()), *(model.model._keep_in_fp32_modules_strict or ())}
-        )
         self.output = output
         self.names = {file: str(file.relative_to(model.directory)) for file in checkpoint.files}
         self.results: list[dict[str, Any]] = []
@@ -164,8 +161,7 @@ class _Merge:
         """What a tensor is cast to; None if it isn't."""
         if self.dtype is None or info.dtype not in (*DTYPES, torch.float64):
             return None
-        is_kept = info.dtype == torch.float32 and any(name in info.key for name in self.kept_in_fp32)
-        return None if is_kept else self.dtype
+        return None if info.key in self.plan.kept_in_fp32 else self.dtype
 
     def _nbytes(self, info: TensorInfo) -> int:
         dtype = self.dtype_of(info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -120,11 +121,13 @@ class MergePlan:
         of_experts: key -> stack and expert that it holds; all experts of a stack where it is one tensor.
         of_tensors: key -> edit.
         changed: keys of the tensors that the adapter changes, by what it and the base have.
+        kept_in_fp32: keys of tensors in fp32 that the model keeps so, whatever dtype is asked for.
     """
 
     of_experts: dict[str, list[tuple[StackEdit, int]]] = field(default_factory=lambda: defaultdict(list))
     of_tensors: dict[str, TensorEdit] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
+    kept_in_fp32: frozenset[str] = frozenset()
     _places: OrderedDict[str, Places] = field(default_factory=OrderedDict)
 
     def places(self, source: DenseSource, checkpoint: Checkpoint) -> Places:
@@ -166,7 +169,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
                 "Name the unquantized base, or merge in memory with merge_and_unload."
             )
     check_base(adapter, base, checkpoint, sources)
-    plan = MergePlan()
+    plan = MergePlan(kept_in_fp32=_kept_in_fp32(base, checkpoint, finder))
     trained = onto == "quantized"
     dtype = getattr(torch, identity.dtype) if identity is not None and identity.dtype else None
     factors = {one.name: one for one in adapter.experts}
@@ -188,6 +191,16 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
     keys = finder.beside_stacks | finder.plain_tensors()
     _plan_tensors(plan, base, checkpoint, adapter, keys, identity if trained else None)
     return plan
+
+
+def _kept_in_fp32(base: BaseModel, checkpoint: Checkpoint, finder: SourceFinder) -> frozenset[str]:
+    """Keys of the tensors in fp32 that transformers' loader keeps so; it goes by the names of the model."""
+    patterns = {*(base.model._keep_in_fp32_modules or ()), *(base.model._keep_in_fp32_modules_strict or ())}
+    if not patterns:
+        return frozenset()
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    in_fp32 = (key for key, info in checkpoint.tensors.items() if info.dtype == torch.float32)
+    return frozenset(key for key in in_fp32 if kept.search(finder.name_of(key)))
 
 
 def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
