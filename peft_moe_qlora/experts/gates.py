@@ -1,47 +1,128 @@
-"""Which of the gates that the kernels know is an experts class's own."""
+"""Which of the gates that the kernels know is an experts class's own: found by running both, not by the class's name.
+
+The class's gate is run on numbers around every number that it could clamp at. It is known if its values and
+derivatives are those of a formula, in training and in evaluation mode.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
 from torch import nn
-from transformers.activations import GELUTanh, SiLUActivation
 
 from ..ops import Gate
+from ..ops.reference import gated
 from .architectures import architecture_of
 from .layout import ExpertsLayout
 
-_ACTIVATIONS = {SiLUActivation: "silu", nn.SiLU: "silu", GELUTanh: "gelu_tanh"}
+_FAR = 1e9
+"""Beyond every clamp. Its cube is still finite in fp32, which is what gates are run in."""
+_TOLERANCE = 2e-6
+"""For rounding, relative to what the formula gives for the magnitudes of gate and up."""
+_CPU = {"dtype": torch.float32, "device": "cpu"}
 
-_CLAMPED_GATES = {
-    "DeepseekV4Experts": ("clamped_silu", False, "limit", None),
-    "Glm5NextTextExperts": ("clamped_silu", False, "swiglu_limit", None),
-    "GptOssExperts": ("swiglu_oai", True, "limit", "alpha"),
-    "HYV4Experts": ("clamped_silu", False, "swiglu_limit", None),
-    "MiniMaxM3VLExperts": ("swiglu_oai", False, "swiglu_limit", "swiglu_alpha"),
-    "OpenAIPrivacyFilterExperts": ("swiglu_oai", False, "limit", "alpha"),
-}
-"""Classes with an `_apply_gate` of their own: kind, interleaved, and the attributes that hold the two numbers."""
+_Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def known_gate(module: nn.Module, layout: ExpertsLayout) -> Gate | str:
     """The gate of an experts module if the kernels know it, otherwise why not.
 
     Args:
-        module: of the class itself, with or without its stacks.
+        module: of the class itself, with or without its stacks, on any device.
         layout: what it declares.
     """
+    name = layout.class_name
     if not layout.has_gate:
-        return f"{layout.class_name} has no gate"
-    if not type(module).__module__.startswith("transformers.models.") or "_apply_gate" in vars(module):
-        return f"the gate of this {layout.class_name} is not that of transformers"
-    activation = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)))
-    if layout.class_name in _CLAMPED_GATES:
-        kind, interleaved, limit, alpha = _CLAMPED_GATES[layout.class_name]
-        if kind == "clamped_silu" and hasattr(module, "act_fn") and activation != "silu":
-            return f"the activation {type(module.act_fn).__name__} is not one of the kernels'"
-        return Gate(kind, interleaved, float(getattr(module, limit)), float(getattr(module, alpha)) if alpha else 0.0)
-    # what transformers gives to classes without one of their own (integrations/moe.py)
-    if architecture_of(module) is None and type(module)._apply_gate.__name__ != "_default_apply_gate":
-        return f"{layout.class_name} has a gate of its own"
-    if activation is None:
-        return f"the activation {type(module.act_fn).__name__} is not one of the kernels'"
-    return Gate(activation)
+        return f"{name} has no gate"
+    if "_apply_gate" in vars(module):
+        return f"the gate of this {name} was put in the place of its class's own"
+    tensors = _tensors_beside_stacks(module, layout)
+    if tensors:
+        return f"the gate of {name} may depend on {tensors[0]}, which can change"
+    numbers = _numbers(module)
+    pairs = _pairs(numbers)
+    for interleaved in (not layout.is_concatenated, layout.is_concatenated):
+        rows = _rows(pairs, layout.intermediate_size, interleaved)
+        try:
+            found = [_response(_gate_of(module, is_training), rows) for is_training in (False, True)]
+        except Exception as error:  # the class may be anybody's, and raise anything
+            return f"the gate of {name} can't be tried on a CPU ({type(error).__name__}: {error})"
+        for gate in _candidates(numbers, interleaved):
+            if all(_is_response_of(gate, rows, *one) for one in found):
+                return gate
+    return f"the gate of {name} is none of those that the kernels know"
+
+
+def _tensors_beside_stacks(module: nn.Module, layout: ExpertsLayout) -> list[str]:
+    """Names of parameters and buffers that the layout doesn't speak of."""
+    declared = {*layout.projections, *(f"{name}_bias" for name in layout.projections if layout.has_bias)}
+    if layout.has_post_expert_norm:
+        declared.add("post_expert_norm")
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return [name for name in names if name.partition(".")[0] not in declared]
+
+
+def _numbers(module: nn.Module) -> list[float]:
+    """The positive numbers that are attributes of the module, its submodules and their classes."""
+    owners = [owner for part in module.modules() for owner in (part, *type(part).__mro__) if owner is not nn.Module]
+    values = [value for owner in owners for value in vars(owner).values() if type(value) in (int, float)]
+    values.sort(key=lambda value: type(value) is int)  # sizes last: they are the least likely
+    return list(dict.fromkeys(float(value) for value in values if 0 < value < _FAR))
+
+
+def _pairs(numbers: list[float]) -> torch.Tensor:
+    """`(P, 2)` of gate and up: a grid of small numbers, and both sides of all others, of either sign."""
+    edges = torch.tensor([*numbers, _FAR], **_CPU)
+    infinity = torch.tensor(math.inf, **_CPU)
+    edges = torch.cat([edges, edges.nextafter(infinity), edges.nextafter(-infinity)])
+    values = torch.cat([torch.linspace(-12, 12, 42, **_CPU), edges, -edges])
+    return torch.cartesian_prod(values, values)
+
+
+def _rows(pairs: torch.Tensor, width: int, interleaved: bool) -> torch.Tensor:
+    """`(R, 2 * width)`: the pairs as the class's gate gets them, some of them twice to fill the last row."""
+    count = -(-len(pairs) // width) * width
+    pairs = pairs[torch.arange(count, device="cpu") % len(pairs)].view(-1, width, 2)
+    return pairs.flatten(1) if interleaved else pairs.transpose(1, 2).flatten(1)
+
+
+def _gate_of(module: nn.Module, is_training: bool) -> _Function:
+    """The gate of a copy without stacks, whose own mode can be set."""
+    shell = copy.copy(module)
+    shell._parameters = {}
+    bare = {name: child for name, child in module.named_children() if next(child.parameters(), None) is None}
+    shell._modules = copy.deepcopy(bare)
+    shell.train(is_training)
+    architecture = architecture_of(shell)
+    return shell._apply_gate if architecture is None else partial(architecture.apply_gate, shell)
+
+
+def _candidates(numbers: list[float], interleaved: bool) -> Iterator[Gate]:
+    yield Gate("silu", interleaved)
+    yield Gate("gelu_tanh", interleaved)
+    yield from (Gate("clamped_silu", interleaved, limit) for limit in numbers)
+    yield from (Gate("swiglu_oai", interleaved, *pair) for pair in product(numbers, repeat=2))
+
+
+def _response(function: _Function, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values `(R, I)` and derivatives `(R, 2I)` of a gate."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        rows = rows.clone().requires_grad_()
+        values = function(rows.clone())  # a copy, since a gate may write over what it gets
+        return values.detach(), torch.autograd.grad(values.sum(), rows)[0]
+
+
+def _is_response_of(gate: Gate, rows: torch.Tensor, values: torch.Tensor, derivatives: torch.Tensor) -> bool:
+    formula = partial(gated, gate=gate)
+    if not _is_near(values, formula(rows), formula(rows.abs())):
+        return False
+    return _is_near(derivatives, _response(formula, rows)[1], _response(formula, rows.abs())[1])
+
+
+def _is_near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
+    return found.shape == expected.shape and bool(((found - expected).abs() <= _TOLERANCE * scale.abs()).all())

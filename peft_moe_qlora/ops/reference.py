@@ -1,4 +1,5 @@
-"""The layer of experts again, in the plainest torch: the twin that every faster path is tested against.
+"""The layer of experts again, in the plainest torch: the twin that every faster path is tested against, and that an
+experts class's gate is held against to see whether the kernels know it.
 
 Dense weights, one product for each routed pair, no sorting, autograd throughout.
 """
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import gelu, silu
 
 from ..quantization import Stack
 from .grouped_linear import LowRank
+from .operands import Gate
 
 
 def linear(
@@ -34,3 +37,18 @@ def linear(
     if bias is not None:
         out = out + bias.to(x.dtype)[expert]
     return out * is_here[:, None]
+
+
+def gated(x: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """`(S, 2I)` -> `(S, I)`, in the dtype of `x`."""
+    g, u = (x[..., ::2], x[..., 1::2]) if gate.interleaved else x.chunk(2, dim=-1)
+    if gate.kind == "silu":
+        return silu(g) * u
+    if gate.kind == "gelu_tanh":
+        return gelu(g, approximate="tanh") * u
+    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
+    if gate.kind == "clamped_silu":
+        return silu(g) * u
+    if gate.kind == "swiglu_oai":
+        return (u + 1) * g * torch.sigmoid(gate.alpha * g)
+    raise ValueError(f"{gate} is of no kind that the kernels know.")
