@@ -22,12 +22,12 @@ from .base_identity import BaseIdentity, differing_sample, identify_base
 from .calibration import merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
+from .gradient_watch import watch_gradients
 from .layer import BASE, MoeQLoraExperts
 from .loading import restore_experts, store_experts
 from .report import ExpertsReport, experts_report
 from .targets import (
     UNTIE,
-    check_not_bypassed,
     check_not_shared,
     check_pattern_order,
     check_targets,
@@ -39,6 +39,7 @@ from .targets import (
     targeted_projections,
     unmatched_patterns,
 )
+from .unadaptable import check_adaptable
 from .weighted import Combination, combine_experts, combined_rank
 
 ROUNDINGS = ("second-order", "nearest")
@@ -82,7 +83,7 @@ class MoeQLoraModel(LoraModel):
         check_targets(peft_config, module_names, layouts, self._expert_targets)
         self._check_matched_modules(peft_config, model, layouts)
         adapted = [name for name in module_names if self._check_target_module_exists(peft_config, name)]
-        check_not_bypassed(adapted, model)
+        check_adaptable(adapted, model, peft_config.is_read)
         stacks = [f"{path}.{name}" for path, names in self._expert_targets.items() for name in names]
         check_pattern_order(peft_config, [*adapted, *stacks])
         check_stored_shapes(peft_config, layouts, self._expert_targets)
@@ -163,6 +164,7 @@ class MoeQLoraModel(LoraModel):
                 # PeftModel takes the config back by itself, transformers' add_adapter does not
                 self.peft_config.pop(adapter_name, None)
                 raise
+        watch_gradients(self.model)
         unmatched = unmatched_patterns(
             self.peft_config[adapter_name], self.targeted_module_names, self._expert_targets
         )

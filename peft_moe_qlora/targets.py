@@ -14,14 +14,12 @@ from torch import nn
 
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, find_experts, read_layout
+from .unadaptable import why_unadaptable
 
 # names that a projection, or half of a fused one, had when each expert was a module of its own
 GATE_NAMES = ("gate_proj", "w1")
 UP_NAMES = ("up_proj", "w3")
 DOWN_NAMES = ("down_proj", "w2")
-
-# with the kernels of mamba_ssm, in training (transformers 5.23); PEFT refuses the layer for the first
-_MIXERS = ("NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer")
 
 UNTIE = (
     "Give them weights of their own before the adapter is loaded: model.lm_head.weight = "
@@ -68,14 +66,14 @@ def is_all_linear(config: LoraConfig) -> bool:
 
 
 def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
-    """Writes "all-linear" out: PEFT's linear layers without routers and what kernels go past, and all experts."""
+    """Writes "all-linear" out: PEFT's linear layers without routers and what LoRA can't train, and all experts."""
     if not is_all_linear(config):
         return
     _maybe_include_all_linear_layers(config, model)
     left_out = {
         name
         for name in config.target_modules
-        if is_router(name, model.get_submodule(name), layouts) or is_bypassed(name, model)
+        if is_router(name, model.get_submodule(name), layouts) or why_unadaptable(name, model)
     }
     config.target_modules = (config.target_modules - left_out) | {ALL_EXPERTS}
 
@@ -291,30 +289,6 @@ def check_pattern_order(config: MoeQLoraConfig, keys: list[str]) -> None:
                     f"{option}: {matching[0]!r} and {min(matching)!r} both match {key}. The adapter file has them "
                     "sorted, so that the second would count after loading. Make them exclude each other."
                 )
-
-
-def is_bypassed(name: str, model: nn.Module) -> bool:
-    """Whether a kernel takes the weight of a linear layer, and goes past whatever wraps it."""
-    mixer, _, last = name.rpartition(".")
-    return last == "out_proj" and type(model.get_submodule(mixer)).__name__ in _MIXERS
-
-
-def check_not_bypassed(names: list[str], model: nn.Module) -> None:
-    """Refuses layers on which LoRA has an effect on some machines only.
-
-    Args:
-        names: of the linear layers that are to be adapted.
-        model: that has them.
-
-    Raises:
-        ValueError: names the first.
-    """
-    for name in names:
-        if is_bypassed(name, model):
-            raise ValueError(
-                f"target_modules names {name}, whose weight a kernel takes by itself on a GPU, so that LoRA on it has "
-                "no effect there. Leave it out."
-            )
 
 
 def is_router(name: str, module: nn.Module, layouts: dict[str, ExpertsLayout]) -> bool:

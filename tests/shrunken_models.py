@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from small_sizes import OF_TYPE, SIZES
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,70 +25,12 @@ MODEL_TYPES = [
     "kolibri1", "laguna", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
     "minimax_m3_vl_text", "mistral4", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter", "phimoe",
     "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp", "solar_open",
-    "unlimited_ocr", "zaya", "deepseek_v32", "glm4v_moe_text", "glm_moe_dsa", "granitemoehybrid", "hunyuan_v1_moe",
-    "hy_v4_vl", "inkling2_loop_text", "lara_mini", "qwen3_omni_moe_thinker", "qwen4_exp_text",
+    "unlimited_ocr", "zaya", "beam", "deepseek_ocr2", "deepseek_v32", "dots1", "flint", "glm4v_moe_text",
+    "glm5_next", "glm5_next_text", "glm_moe_dsa", "granitemoehybrid", "hunyuan_v1_moe", "hy_v4_vl", "hy_v4_vl_text",
+    "inkling2", "inkling2_loop", "inkling2_loop_text", "lara_mini", "mistral_large4", "mistral_large4_text",
+    "muse_spark", "nemo_speechlm", "qwen3_omni_moe_thinker", "qwen4_exp_text",
 ]
 # fmt: on
-
-_SIZES = {
-    "hidden_size": 64,
-    "moe_hidden_size": 64,
-    "moe_latent_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "expert_ffn_hidden_size": 64,
-    "ffn_hidden_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "moe_shared_expert_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "depth": 2,
-    "vocab_size": 128,
-    "unpadded_vocab_size": 120,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "top_k_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "first_k_dense_replace": 0,
-    "mlp_layer_types": None,
-    "layer_types": None,
-    "no_rope_layers": None,
-    "moe_layers": None,
-    "per_layer_config": {},
-}
-_OF_TYPE = {
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
-    "ernie4_5_vl_moe_text": {
-        "moe_intermediate_size": [64, 128],
-        "mlp_layer_types": ["sparse", "sparse"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [2, 2, 4]},
-    },
-    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
-    "llama4_text": {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
-    "granitemoehybrid": {
-        "mamba_n_heads": 8,
-        "mamba_d_head": 16,
-        "mamba_d_state": 16,
-        "layer_types": ["attention"] * 2,
-    },
-    "hunyuan_v1_moe": {"head_dim": 16},
-    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
-    "zaya": {"num_experts_per_tok": 1},
-    "laguna": {"num_attention_heads_per_layer": [4, 4]},
-    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_output_size": 64},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64, "embed_dim": 64},
-    "inkling_vision": {"patch_size": 2, "num_hidden_layers": 1},
-}
 
 
 def shrunken_config(model_type: str) -> PreTrainedConfig:
@@ -101,11 +44,11 @@ def _shrunken(values: dict) -> dict:
     for name, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             small[name] = _shrunken(value)
-        elif name in _SIZES and value is not None:
-            small[name] = _SIZES[name]
+        elif name in SIZES and value is not None:
+            small[name] = SIZES[name]
         else:
             small[name] = value
-    small |= _OF_TYPE.get(values["model_type"], {})
+    small |= OF_TYPE.get(values["model_type"], {})
     return {name: value for name, value in small.items() if value is not None and name != "transformers_version"}
 
 

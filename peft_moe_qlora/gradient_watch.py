@@ -1,0 +1,106 @@
+"""Warns once of adapted layers that got no gradient in the first backward of a training."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def watch_gradients(model: nn.Module) -> None:
+    """Warns at the second training forward of layers that the backward before it gave no gradient.
+
+    As long as no layer has got one, it waits. A model that is compiled as a whole is not watched.
+
+    Args:
+        model: the base model, with its adapters.
+    """
+    if not any(isinstance(hook, GradientWatch) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(GradientWatch())
+
+
+class GradientWatch:
+    """A forward pre-hook, which removes itself and the hooks on factors when the first backward is over.
+
+    It sets those on factors at the first training forward, because FSDP2 replaces parameters before that. A copy of
+    the model, or one that was pickled, is watched from the beginning.
+    """
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+        self.watched: set[str] = set()
+        self.reached: set[str] = set()
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
+            return
+        if not self.watched:
+            for path, factor in _trainable_factors(model):
+                self.watched.add(path)
+                self.handles.append(
+                    factor.register_post_accumulate_grad_hook(lambda _, path=path: self.reached.add(path))
+                )
+        if self.reached or not self.watched:
+            self._remove(model)
+            if self.watched != self.reached:
+                warnings.warn(_message(self.watched - self.reached, self.reached), RuntimeWarning, stacklevel=2)
+
+    def _remove(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+        # a copy of the model has no handle of this hook
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self:
+                del model._forward_pre_hooks[key]
+
+    def __reduce__(self) -> tuple:
+        return GradientWatch, ()
+
+
+def _trainable_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(path of the layer, factor)`."""
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for name in layer.adapter_layer_names:
+            for factors in getattr(layer, name).values():
+                for factor in [factors] if isinstance(factors, torch.Tensor) else factors.parameters():
+                    # replicas of DataParallel have no leaves
+                    if factor.requires_grad and factor.is_leaf:
+                        yield path, factor
+
+
+def _message(missing: set[str], reached: set[str]) -> str:
+    parts = _parts(missing, reached)
+    pattern = "|".join(re.escape(part).replace(r"\*", r"\d+") for part in parts)
+    return (
+        f"Adapted layers got no gradient in the first backward: {', '.join(parts)}. Either the batch didn't reach "
+        "them (a vision tower, without an image), or LoRA can't train them, because the model reads their weights "
+        "without calling them or only selects with them. Layers that never get a gradient are not trained, and "
+        f'DistributedDataParallel fails on them. To leave them out: exclude_modules=r"({pattern})(\\..*)?".'
+    )
+
+
+def _parts(missing: set[str], reached: set[str]) -> list[str]:
+    """The largest parts of the model that hold missing layers and no other; `*` is any number."""
+    reached_parts = {part for path in reached for above in _and_above(path) for part in (above, _numberless(above))}
+    largest = set()
+    for path in missing:
+        parts = (part for above in _and_above(path) for part in (_numberless(above), above))
+        largest.add(next(part for part in parts if part not in reached_parts))
+    return sorted(largest)
+
+
+def _and_above(path: str) -> list[str]:
+    """A path and those above it, the highest first."""
+    names = path.split(".")
+    return [".".join(names[:length]) for length in range(1, len(names) + 1)]
+
+
+def _numberless(path: str) -> str:
+    return ".".join("*" if name.isdigit() else name for name in path.split("."))
