@@ -101,7 +101,7 @@ class MoeQLoraConfig(LoraConfig):
             linear layers, experts modules (`"experts"` for all), a projection of them (`"gate_up_proj"`,
             `"down_proj"`), or use the names of a time when experts were linear layers (`"gate_proj"`, `"up_proj"`,
             `"down_proj"`, `"w1"`, `"w2"`, `"w3"`). `"all-linear"` is every linear layer and the experts, the router
-            and layers that a kernel goes past excepted. Names that match nothing raise an error.
+            and layers that LoRA can't train (`UNADAPTABLE`) excepted. Names that match nothing raise an error.
         target_experts: which projections of the targeted experts get factors: of `"gate_up_proj"` (`"up_proj"` where
             the class has no gate) and `"down_proj"`. Default: all that `target_modules` names.
         expert_r: rank of the factors of each expert. Default: `r`. Experts are many: for one projection a rank costs

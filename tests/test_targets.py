@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from shrunken_models import shrunken_model
+from shrunken_models import shrunken_model_or_skip
 from tiny_models import tiny_model
-from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts
 
@@ -160,36 +161,45 @@ def test_router_is_trained_in_full_when_asked_for():
     assert any(".mlp.gate.modules_to_save.default" in name for name in trainable)
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid"])
-def test_layers_that_a_kernel_goes_past(model_type):
-    """On a machine that has the kernel, LoRA on them would train nothing, and elsewhere it would."""
-    model = hybrid(model_type)
-    mixers = [name for name, module in model.named_modules() if type(module).__name__.endswith(("Mixer", "Layer"))]
-    mixers = [name for name in mixers if "in_proj" in dict(model.get_submodule(name).named_children())]
-    assert mixers
-    found = adapted(get_peft_model(model, MoeQLoraConfig(target_modules="all-linear", quant_type=None)))
-    assert {f"{name}.in_proj" for name in mixers} <= found.keys()
-    assert not {f"{name}.out_proj" for name in mixers} & found.keys()
-    with pytest.raises(ValueError, match=r"out_proj, whose weight a kernel takes .* Leave it out"):
-        get_peft_model(hybrid(model_type), MoeQLoraConfig(target_modules=["experts", "out_proj"], quant_type=None))
+UNADAPTABLE = [
+    ("nemotron_h", "mixer", "in_proj", ["out_proj"], "reads the weight"),
+    ("granitemoehybrid", "mamba", "in_proj", ["out_proj", "conv1d"], "reads the weight"),
+    ("jamba", "mamba", "x_proj", ["dt_proj"], "reads the weight"),
+    ("axk2", "indexer", None, ["wk", "wq_b"], "only scores what attention selects"),
+    ("minimax_m3_vl_text", "indexer", None, ["k_proj", "q_proj"], "only scores what attention selects"),
+    ("deepseek_v4", "self_attn", "o_b_proj", ["o_a_proj"], "a weight for each group"),
+]
 
 
-def hybrid(model_type: str) -> torch.nn.Module:
-    if model_type == "nemotron_h":
-        return shrunken_model(model_type, dtype=torch.float32)
-    config = GraniteMoeHybridConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        shared_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["mamba", "attention"],
-        mamba_n_heads=8,
-        mamba_d_head=16,
-        mamba_d_state=16,
-    )
-    return GraniteMoeHybridForCausalLM(config)
+@pytest.mark.parametrize(("model_type", "parent", "adaptable", "names", "reason"), UNADAPTABLE)
+def test_layers_that_lora_cant_train(model_type, parent, adaptable, names, reason):
+    """Left out of "all-linear"; by name refused, with what excludes them."""
+
+    def adapt_it(**options) -> dict[str, tuple[str, ...]]:
+        model = shrunken_model_or_skip(model_type, dtype=torch.float32)
+        return adapted(get_peft_model(model, MoeQLoraConfig(r=2, quant_type=None, **options)))
+
+    def of_parent(found: dict[str, tuple[str, ...]]) -> set[str]:
+        return {path.rpartition(".")[2] for path in found if path.split(".")[-2] == parent}
+
+    found = of_parent(adapt_it(target_modules="all-linear"))
+    assert not found & set(names)
+    assert adaptable is None or adaptable in found
+    excluding = [f"{parent}.{name}" for name in sorted(names)]
+    with pytest.raises(ValueError, match=re.escape(f"exclude_modules={excluding}")) as refused:
+        adapt_it(target_modules=["experts", *names])
+    assert reason in str(refused.value)
+    assert not of_parent(adapt_it(target_modules=["experts", *names], exclude_modules=excluding)) & set(names)
+
+
+@pytest.mark.parametrize(("model_type", "name", "is_refused"), [("axk2", "wq_b", False), ("jamba", "dt_proj", True)])
+def test_adapters_that_have_them_load_where_they_have_an_effect(model_type, name, is_refused, tmp_path):
+    """Others may have trained an indexer, or adapted it in vain."""
+    model = shrunken_model_or_skip(model_type, dtype=torch.float32)
+    MoeQLoraConfig(r=2, quant_type=None, target_modules=["experts", name]).save_pretrained(tmp_path)
+    config = MoeQLoraConfig.from_pretrained(tmp_path)
+    if is_refused:
+        with pytest.raises(ValueError, match="can't train"):
+            get_peft_model(model, config)
+    else:
+        assert any(path.endswith(name) for path in adapted(get_peft_model(model, config)))
