@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import convert_experts, revert_experts
 from ..quantization import FourBitFormat
+from .linear import keep_linear_as_stored
 from .quantization_config import MoeQuantizationConfig
 from .quantizer import MoeQuantizer, refuse_adapters
 
@@ -80,7 +81,12 @@ class UnsavableQuantizer(HfQuantizer):
 
 
 def store_experts(model: nn.Module, storage: FourBitFormat | None, progressbar: bool) -> None:
-    """`convert_experts`, and transformers knows of it."""
+    """`convert_experts`, and transformers knows of it.
+
+    Raises:
+        ValueError: see `convert_experts` and `keep_linear_as_stored`; the model is then unchanged.
+    """
+    keep_linear_as_stored(model)
     convert_experts(model, storage, progressbar)
     register_storage(model, storage)
 

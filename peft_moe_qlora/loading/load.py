@@ -18,6 +18,7 @@ from ..quantization import FourBitFormat, QuantizedStack
 from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder
 from .in_memory import register_storage
+from .linear import keep_linear_as_stored
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
 from .quantizer import settle_storage
 from .sources import DenseSource, NativeSource, Source, each_source
@@ -152,9 +153,10 @@ def load_experts(
     Raises:
         CheckpointError: see `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight is not finite,
             after which the model is of no use.
-        ValueError: an experts class is not supported.
+        ValueError: an experts class is not supported, or see `keep_linear_as_stored`.
     """
     refuse_unsupported(model)
+    keep_linear_as_stored(model)
     checkpoint = Checkpoint.open(directory)
     saved = saved_config(Path(directory))
     finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())

@@ -30,6 +30,7 @@ from ..quantization import FourBitFormat, Stack
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder, conversions_of, without_stacks
+from .linear import keep_linear_as_stored
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
 from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, each_source
 from .streaming import attach_empty_experts, fill_experts
@@ -230,6 +231,7 @@ class MoeQuantizer(HfQuantizer):
                 part.hf_quantizer = self  # parts can be saved by themselves
         if self.linear is not None:
             self.linear._process_model_after_weight_loading(model)
+            keep_linear_as_stored(model)
         # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
         model.is_loaded_in_4bit = True
         self._loading = None
