@@ -23,7 +23,7 @@ from .calibration import merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .layer import BASE, MoeQLoraExperts
-from .loading import restore_experts, store_experts
+from .loading import cast_as_loaded, restore_experts, store_experts
 from .report import ExpertsReport, experts_report
 from .targets import (
     UNTIE,
@@ -373,7 +373,8 @@ class MoeQLoraModel(LoraModel):
             safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always refused.
             adapter_names: what to merge. Default: the active adapters.
             dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
-                with dequantized and merged stacks, ready for `save_pretrained`.
+                with dequantized and merged stacks, and the model as `from_pretrained(dtype=dtype)` would, ready for
+                `save_pretrained`. Linear layers in 4 bits stay so.
             rounding: of experts in 4 bits, `"second-order"` or `"nearest"`, which needs no forward.
             calibration: `(N, L)` token ids for the forward. Default: `random_token_ids`.
 
@@ -409,7 +410,11 @@ class MoeQLoraModel(LoraModel):
             layer.merge_into_dense(dtype, adapter_names)
         self._unwrap([path for path, layer in self.model.named_modules() if isinstance(layer, MoeQLoraExperts)])
         restore_experts(self.model, dtype)
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if dtype == torch.float32:
+            cast_as_loaded(self.model, dtype)  # before deltas of linear layers are added, which 16 bits would round
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        cast_as_loaded(merged, dtype)
+        return merged
 
     def _merge_for_inputs(
         self, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool

@@ -201,7 +201,8 @@ def test_training_saving_and_merging_an_adapter(quantize_linear, tmp_path):
 
     merged = again.merge_and_unload(dtype=torch.bfloat16)
     merged.save_pretrained(tmp_path / "merged")
-    plain = loaded_again(tmp_path / "merged")
+    # stock layers; in evaluation mode bitsandbytes rounds their scales on CPUs with AVX512-BF16
+    plain = loaded_again(tmp_path / "merged").train()
     assert not any(isinstance(module, QuantizedExperts) for module in plain.modules())
     assert hasattr(plain.config, "quantization_config") == quantize_linear
     assert torch.equal(logits(plain, token_ids()), logits(merged, token_ids()))
