@@ -60,6 +60,13 @@ class MoeQLoraModel(LoraModel):
     prefix: str = "lora_"
     tuner_layer_cls = (LoraLayer, MoeQLoraExperts)
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # PeftModel passes a dictionary and casts afterwards. transformers passes a config and fills the factors in the
+        # dtype that they have, which for a 16-bit model would round those of a file
+        if isinstance(peft_config, MoeQLoraConfig):
+            self._cast_adapter_dtype(adapter_name)
+
     def _prepare_adapter_config(self, peft_config: MoeQLoraConfig, model_config: dict) -> MoeQLoraConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = {ALL_EXPERTS}
