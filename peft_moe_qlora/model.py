@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
 from .base_identity import BaseIdentity, differing_sample, identify_base
-from .calibration import merge_for_inputs, random_token_ids
+from .calibration import config_with_vocabulary, merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .layer import BASE, MoeQLoraExperts
@@ -439,12 +439,13 @@ class MoeQLoraModel(LoraModel):
         if not layers:
             return
         if calibration is None:
-            if not hasattr(self.model, "config"):
+            config = config_with_vocabulary(self.model)
+            if config is None:
                 raise ValueError(
                     f"{type(self.model).__name__} has no config that tells its vocabulary. Pass token ids as "
                     "calibration, or rounding='nearest'."
                 )
-            calibration = random_token_ids(self.model.config)
+            calibration = random_token_ids(config)
         self.enable_adapter_layers()
         self.set_adapter(names, inference_mode=True)
         # each at once: should the forward fail later, what is merged is not merged again
