@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .layer import MoeQLoraExperts
 from .quantization import MergedExpert, QuantizedStack, quantize_second_order
 
 NUM_SEQUENCES, LENGTH = 16, 512
 """Of the tokens drawn where no text is given."""
+
+
+def config_with_vocabulary(model: nn.Module) -> PreTrainedConfig | None:
+    """The config that tells a model's vocabulary: its own, or that of a part, such as its experts."""
+    configs = (getattr(part, "config", None) for part in model.modules())
+    return next((config for config in configs if _has_vocabulary(config)), None)
+
+
+def _has_vocabulary(config: Any) -> bool:
+    return isinstance(config, PreTrainedConfig) and hasattr(config.get_text_config(decoder=True), "vocab_size")
 
 
 def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: int = LENGTH) -> torch.Tensor:
@@ -56,7 +66,8 @@ def merge_for_inputs(
     """Runs a model, and merges adapters into its quantized experts on the way.
 
     Args:
-        model: that the layers are in, with the adapters active.
+        model: that the layers are in, with the adapters active; one that isn't of transformers is called with the ids
+            alone.
         layers: path -> layer; merged in place, without a way back.
         adapter_names: what to merge.
         token_ids: `(N, L)`.
@@ -78,10 +89,13 @@ def merge_for_inputs(
     was_training = model.training
     model.eval()
     handles = [layer.register_forward_hook(merge, with_kwargs=True) for layer in layers.values()]
-    # without its head: nobody looks at logits, which for a large vocabulary are larger than all else
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    token_ids = token_ids.to(next(model.parameters()).device)
     try:
-        body(input_ids=token_ids.to(next(model.parameters()).device), use_cache=False)
+        if isinstance(model, PreTrainedModel):
+            # without its head: nobody looks at logits, which for a large vocabulary are larger than all else
+            model.base_model(input_ids=token_ids, use_cache=False)
+        else:
+            model(token_ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
 from .base_identity import BaseIdentity, differing_sample, identify_base
-from .calibration import merge_for_inputs, random_token_ids
+from .calibration import config_with_vocabulary, merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .gradient_watch import watch_gradients
 from .layer import BASE, MoeQLoraExperts
-from .loading import restore_experts, store_experts
+from .loading import cast_as_loaded, restore_experts, store_experts
 from .report import ExpertsReport, experts_report
 from .targets import (
     UNTIE,
@@ -60,6 +60,13 @@ class MoeQLoraModel(LoraModel):
 
     prefix: str = "lora_"
     tuner_layer_cls = (LoraLayer, MoeQLoraExperts)
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # PeftModel passes a dictionary and casts afterwards. transformers passes a config and fills the factors in the
+        # dtype that they have, which for a 16-bit model would round those of a file
+        if isinstance(peft_config, MoeQLoraConfig):
+            self._cast_adapter_dtype(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: MoeQLoraConfig, model_config: dict) -> MoeQLoraConfig:
         if peft_config.target_modules is None:
@@ -375,7 +382,8 @@ class MoeQLoraModel(LoraModel):
             safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always refused.
             adapter_names: what to merge. Default: the active adapters.
             dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
-                with dequantized and merged stacks, ready for `save_pretrained`.
+                with dequantized and merged stacks, and the model as `from_pretrained(dtype=dtype)` would, ready for
+                `save_pretrained`. Linear layers in 4 bits stay so.
             rounding: of experts in 4 bits, `"second-order"` or `"nearest"`, which needs no forward.
             calibration: `(N, L)` token ids for the forward. Default: `random_token_ids`.
 
@@ -411,7 +419,11 @@ class MoeQLoraModel(LoraModel):
             layer.merge_into_dense(dtype, adapter_names)
         self._unwrap([path for path, layer in self.model.named_modules() if isinstance(layer, MoeQLoraExperts)])
         restore_experts(self.model, dtype)
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if dtype == torch.float32:
+            cast_as_loaded(self.model, dtype)  # before deltas of linear layers are added, which 16 bits would round
+        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        cast_as_loaded(merged, dtype)
+        return merged
 
     def _merge_for_inputs(
         self, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool
@@ -429,12 +441,13 @@ class MoeQLoraModel(LoraModel):
         if not layers:
             return
         if calibration is None:
-            if not hasattr(self.model, "config"):
+            config = config_with_vocabulary(self.model)
+            if config is None:
                 raise ValueError(
                     f"{type(self.model).__name__} has no config that tells its vocabulary. Pass token ids as "
                     "calibration, or rounding='nearest'."
                 )
-            calibration = random_token_ids(self.model.config)
+            calibration = random_token_ids(config)
         self.enable_adapter_layers()
         self.set_adapter(names, inference_mode=True)
         # each at once: should the forward fail later, what is merged is not merged again

@@ -17,7 +17,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 from transformers_adapters import needs_adapter_methods
 
-from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig
 
 MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
 
@@ -162,6 +162,47 @@ def test_every_way_of_loading_in_a_fresh_process(tmp_path):
     assert lines["PeftModel"] == lines["AutoPeftModel"] == ("True", 0)
     assert lines["load_adapter"][1] <= 1e-5
     assert lines["AutoModel"][1] <= 1e-5
+
+
+@pytest.mark.parametrize("quantize_linear", [False, True])
+def test_transformers_does_not_round_the_factors(quantize_linear, tmp_path):
+    """On a 16-bit model it would create them in 16 bits, and fill those."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_model(dtype=torch.bfloat16).save_pretrained(base)
+    kwargs = {"dtype": torch.bfloat16}
+    if quantize_linear:
+        kwargs |= {"quantization_config": MoeQuantizationConfig(), "device_map": "cpu"}
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, **kwargs), MoeQLoraConfig(r=4, target_modules="all-linear")
+    )
+    randomize_adapter(model)
+    model.eval().save_pretrained(adapter)
+    expected = {name: factor for name, factor in model.base_model.model.named_parameters() if ".lora_" in name}
+    assert {factor.dtype for factor in expected.values()} == {torch.float32}
+
+    def by_load_adapter():
+        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        model.load_adapter(adapter)
+        return model
+
+    def by_pipeline():
+        options = {name: value for name, value in kwargs.items() if name != "dtype"}
+        found = transformers.pipeline(
+            "text-generation",
+            model=str(adapter),
+            tokenizer=byte_tokenizer(),
+            dtype=torch.bfloat16,
+            device=None if quantize_linear else "cpu",
+            model_kwargs=options,
+        )
+        return found.model
+
+    for load in (by_load_adapter, lambda: AutoModelForCausalLM.from_pretrained(adapter, **kwargs), by_pipeline):
+        found = load()
+        factors = {name: factor for name, factor in found.named_parameters() if ".lora_" in name}
+        assert factors.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(factors[name], expected[name])] == []
+        assert torch.equal(logits(found.eval(), token_ids()), logits(model, token_ids()))
 
 
 def test_loading_without_the_import_says_which_type_is_missing(tmp_path):

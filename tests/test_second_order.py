@@ -287,3 +287,55 @@ def test_what_is_no_calibration():
     ):
         with pytest.raises(ValueError, match="has to be a tensor of token ids"):
             model.merge_and_unload(calibration=calibration)
+
+
+class PlainModel(torch.nn.Module):
+    """One layer of experts in a model that transformers has no part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        source = tiny_model()
+        self.embed, self.mlp, self.head = source.model.embed_tokens, source.model.layers[0].mlp, source.lm_head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mlp(self.embed(ids)))
+
+
+class Wrapper(torch.nn.Module):
+    """Around a model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"calibration": token_ids()}, {"rounding": "nearest"}, {"dtype": torch.float32}],
+    ids=["random", "calibration", "nearest", "fp32"],
+)
+@pytest.mark.parametrize("model_class", [PlainModel, Wrapper])
+def test_a_model_without_a_config_of_its_own(model_class, options):
+    """It is called with the ids alone; its experts tell the vocabulary."""
+    model = get_peft_model(model_class(), MoeQLoraConfig(r=4, target_modules=["experts"])).eval()
+    randomize_adapter(model, std=0.05)
+    with torch.no_grad():
+        live = model(token_ids())
+        merged = model.merge_and_unload(**options)
+        error = (merged(token_ids()) - live).abs().mean() / live.abs().mean()
+    assert isinstance(merged, model_class)
+    assert error < (1e-5 if "dtype" in options else 0.2)
+
+
+def test_a_model_without_a_vocabulary():
+    model = PlainModel()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = None
+    model = get_peft_model(model, MoeQLoraConfig(r=4)).eval()
+    with pytest.raises(ValueError, match=r"PlainModel has no config that tells its vocabulary.*rounding='nearest'"):
+        model.merge_and_unload()
+    assert model.merge_and_unload(calibration=token_ids())(token_ids()).isfinite().all()

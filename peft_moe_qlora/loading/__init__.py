@@ -1,11 +1,12 @@
 """How a model comes to hold quantized experts."""
 
 from .checkpoint import Checkpoint, CheckpointError
-from .in_memory import restore_experts, store_experts
+from .in_memory import store_experts
 from .inspection import Inspection, inspect_checkpoint
 from .load import load_experts, load_quantized
 from .quantization_config import MoeQuantizationConfig
 from .quantizer import MoeQuantizer
+from .restoring import cast_as_loaded, restore_experts
 from .save_bnb import save_bitsandbytes
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Inspection",
     "MoeQuantizationConfig",
     "MoeQuantizer",
+    "cast_as_loaded",
     "inspect_checkpoint",
     "load_experts",
     "load_quantized",

@@ -18,6 +18,7 @@ from ..quantization import FourBitFormat, QuantizedStack
 from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder
 from .in_memory import register_storage
+from .linear import keep_linear_as_stored
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
 from .quantizer import settle_storage
 from .sources import DenseSource, NativeSource, Source, each_source
@@ -50,7 +51,8 @@ def load_quantized(
         model_id: a directory, or a name on the hub.
         quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`.
         model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names.
-        kwargs: of `from_pretrained`, values of the model's config among them. `dtype` is `torch.bfloat16` by default.
+        kwargs: of `from_pretrained`; without `config`, values of the model's config among them. `dtype`, or by its old
+            name `torch_dtype`, is `torch.bfloat16` by default.
 
     Returns:
         The model, in evaluation mode.
@@ -60,10 +62,14 @@ def load_quantized(
             that is quantized already.
         CheckpointError: see `Checkpoint` and `SourceFinder`.
     """
-    of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
-    config = copy.deepcopy(kwargs.pop("config", None)) or AutoConfig.from_pretrained(model_id, **of_hub)
-    for name in [name for name in kwargs if name != "dtype" and hasattr(config, name)]:
-        setattr(config, name, kwargs.pop(name))
+    config, dtype = kwargs.pop("config", None), kwargs.pop("torch_dtype", None)
+    dtype = kwargs.pop("dtype", None) or dtype or torch.bfloat16
+    if config is None:
+        of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
+        config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
+        kwargs |= of_hub
+    else:
+        config = copy.deepcopy(config)
     found = quantization_of(config)
     if found is not None and quantization_config is not None:
         raise ValueError(
@@ -82,7 +88,7 @@ def load_quantized(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     model_class = model_class or class_of(config)
-    return model_class.from_pretrained(model_id, config=config, **{"dtype": torch.bfloat16, **kwargs})
+    return model_class.from_pretrained(model_id, config=config, dtype=dtype, **kwargs)
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -152,9 +158,10 @@ def load_experts(
     Raises:
         CheckpointError: see `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight is not finite,
             after which the model is of no use.
-        ValueError: an experts class is not supported.
+        ValueError: an experts class is not supported, or see `keep_linear_as_stored`.
     """
     refuse_unsupported(model)
+    keep_linear_as_stored(model)
     checkpoint = Checkpoint.open(directory)
     saved = saved_config(Path(directory))
     finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())

@@ -6,11 +6,9 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -21,16 +19,17 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.quantizers import register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..experts import QuantizedExperts, refuse_unsupported, revert_experts
+from ..experts import QuantizedExperts, refuse_unsupported
 from ..quantization import FourBitFormat, Stack
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder, conversions_of, without_stacks
+from .linear import keep_linear_as_stored
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
+from .restoring import ExpertsQuantizer, Undone, transformers_models
 from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, each_source
 from .streaming import attach_empty_experts, fill_experts
 
@@ -45,7 +44,7 @@ class _Loading(NamedTuple):
 
 
 @register_quantizer(QUANT_METHOD)
-class MoeQuantizer(HfQuantizer):
+class MoeQuantizer(ExpertsQuantizer):
     """Loads experts straight into 4 bits, and leaves linear layers to bitsandbytes' quantizer.
 
     transformers loads everything but the experts. Those are read afterwards, expert by expert, into stacks that it has
@@ -57,17 +56,16 @@ class MoeQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    has_loaded_experts = True
 
     def __init__(self, quantization_config: MoeQuantizationConfig, **kwargs: Any) -> None:
         # a caller may load several models with one configuration, and packed experts settle their own storage
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self.linear: HfQuantizer | None = None
         if quantization_config.quantize_linear:
-            self.linear = Bnb4BitHfQuantizer(quantization_config.linear_config(), pre_quantized=self.pre_quantized)
+            self.inner = Bnb4BitHfQuantizer(quantization_config.linear_config(), pre_quantized=self.pre_quantized)
         self._loading: _Loading | None = None
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
         """Saved instead of the model's own, by `save_bitsandbytes`."""
-        self._conversions: WeakKeyDictionary[PreTrainedModel, list[WeightTransform]] = WeakKeyDictionary()
 
     # before loading
 
@@ -80,14 +78,14 @@ class MoeQuantizer(HfQuantizer):
                     "device_map puts modules on the CPU or the disk beside an accelerator, but experts in 4 bits "
                     "can't be offloaded. Give all of them devices that they fit on, or use device_map='cpu'."
                 )
-        if self.linear is not None:
-            self.linear.validate_environment(*args, **kwargs)
+        if self.inner is not None:
+            self.inner.validate_environment(*args, **kwargs)
 
     def update_device_map(self, device_map: Any) -> Any:
         return Bnb4BitHfQuantizer.update_device_map(self, device_map)
 
     def adjust_max_memory(self, max_memory: dict) -> dict:
-        return max_memory if self.linear is None else self.linear.adjust_max_memory(max_memory)
+        return max_memory if self.inner is None else self.inner.adjust_max_memory(max_memory)
 
     def _process_model_before_weight_loading(
         self,
@@ -112,7 +110,7 @@ class MoeQuantizer(HfQuantizer):
         routers = _routers(model)
         attach_empty_experts(model, sources, self._storage_of, checkpoint)
         self._loading = _Loading(model, checkpoint, sources, dict.fromkeys(model.state_dict()))
-        if self.linear is not None:
+        if self.inner is not None:
             self._prepare_linear(model, finder, routers, **kwargs)
         return model
 
@@ -140,7 +138,7 @@ class MoeQuantizer(HfQuantizer):
             packed = finder.packed_names()
             skipped = [name for name in linear if f"{name}.weight" not in packed]
             if len(skipped) == len(linear):
-                self.linear = None
+                self.inner = None
                 self.quantization_config.quantize_linear = self.quantization_config.quant_type is None
                 return
             skipped = [re.escape(name) for name in skipped]
@@ -150,30 +148,30 @@ class MoeQuantizer(HfQuantizer):
             )
             # `weight` in the name of a layer is taken for the weight itself when it loads packed (transformers 5.23)
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
-        config = self.linear.quantization_config
+        config = self.inner.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
         config.llm_int8_skip_modules = skipped
-        self.linear._process_model_before_weight_loading(model, **kwargs)
+        self.inner._process_model_before_weight_loading(model, **kwargs)
 
     # while transformers loads
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return self.linear is not None and self.linear.param_needs_quantization(model, param_name, **kwargs)
+        return self.inner is not None and self.inner.param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
-        if self.linear is None:
+        if self.inner is None:
             return param.element_size()
-        return self.linear.param_element_size(model, param_name, param)
+        return self.inner.param_element_size(model, param_name, param)
 
     def get_quantize_ops(self) -> Any:
-        return self.linear.get_quantize_ops()
+        return self.inner.get_quantize_ops()
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
     ) -> list[WeightTransform]:
         kept = without_stacks(weight_conversions)
-        if self.linear is not None:
-            kept += self.linear.get_weight_conversions()
+        if self.inner is not None:
+            kept += self.inner.get_weight_conversions()
         self._keep_transformers_silent(kept)
         return kept
 
@@ -225,13 +223,14 @@ class MoeQuantizer(HfQuantizer):
                 )
             stack.requires_grad_(False)
         fill_experts(model, sources, checkpoint)
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                part.hf_quantizer = self  # parts can be saved by themselves
-        if self.linear is not None:
-            self.linear._process_model_after_weight_loading(model)
+        for part in transformers_models(model):
+            part.hf_quantizer = self  # parts can be saved by themselves
+        if self.inner is not None:
+            self.inner._process_model_after_weight_loading(model)
+            keep_linear_as_stored(model)
         # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
-        model.is_loaded_in_4bit = True
+        is_packed = any(stack.storage is not None for _, _, stack in quantized_stacks(model))
+        model.is_loaded_in_4bit = is_packed or self.inner is not None
         self._loading = None
         return model
 
@@ -251,11 +250,12 @@ class MoeQuantizer(HfQuantizer):
             return self.state_dict_to_save, {}
         # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
         # them, and nothing is left for it to undo
-        if model not in self._conversions:
-            conversions = getattr(model, "_weight_conversions", None)
-            conversions = conversions_of(model) if conversions is None else conversions
-            self._conversions[model] = [entry for entry in without_stacks(conversions) if not _has_no_inverse(entry)]
-        check_linear_can_be_saved(model, self._conversions[model])
+        before = getattr(model, "_weight_conversions", None)
+        if isinstance(before, Undone):
+            before = before.before
+        conversions = conversions_of(model) if before is None else before
+        conversions = [entry for entry in without_stacks(conversions) if not _has_no_inverse(entry)]
+        check_linear_can_be_saved(model, conversions)
         self.quantization_config.flipped_stacks = flipped_stacks(model) or None
         stacks = tuple(f"{name}." for name, _, _ in quantized_stacks(model))
         tensors = model.state_dict()
@@ -263,24 +263,11 @@ class MoeQuantizer(HfQuantizer):
             # training one of two in full unties them
             if name in tensors and source in tensors and tensors[name].data_ptr() == tensors[source].data_ptr():
                 del tensors[name]
-        model._weight_conversions = self._conversions[model]
+        model._weight_conversions = conversions
         others = {name: tensor for name, tensor in tensors.items() if not name.startswith(stacks)}
         others = revert_weight_conversion(model, others)
-        model._weight_conversions = []
+        model._weight_conversions = Undone(before)
         return {**others, **{name: tensor for name, tensor in tensors.items() if name.startswith(stacks)}}, {}
-
-    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        refuse_adapters(model)
-        found = model.dtype
-        revert_experts(model, dtype)
-        if self.linear is not None:
-            model = self.linear._dequantize(model, dtype=dtype or found)
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel) and isinstance(getattr(part, "hf_quantizer", None), MoeQuantizer):
-                part._weight_conversions = None
-                part.is_loaded_in_4bit = False
-                self.remove_quantization_config(part)
-        return model if dtype is None else model.to(dtype)
 
 
 def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
@@ -337,18 +324,6 @@ def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransfor
                     f"({', '.join(type(op).__name__ for op in entry.operations)}), which packed weights can't be "
                     "brought to. Load with quantize_linear=False or the layer in skip_modules, or dequantize() first."
                 )
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Refuses to dequantize under an adapter.
-
-    Raises:
-        ValueError: the model has one.
-    """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model has adapters, so it can't be dequantized; call merge_and_unload(dtype=...) or unload()."
-        )
 
 
 def _routers(model: nn.Module) -> list[str]:

@@ -13,7 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..quantization import QuantizedStack, Stack, code_values
 from .finder import conversions_of, without_stacks
-from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, quantized_stacks, refuse_adapters
+from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, quantized_stacks
+from .restoring import refuse_adapters
 
 
 def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:

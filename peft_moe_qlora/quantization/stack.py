@@ -298,7 +298,10 @@ class QuantizedStack(Stack):
         return stack
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedStack:
-        # `model.to(dtype)` means the 16-bit weights; scales rounded to 16 bits would be other weights
+        # `model.to(dtype)` means the weights that it stands for, whose dtype an empty one of them shows; scales
+        # rounded to 16 bits would be other weights
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
+
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

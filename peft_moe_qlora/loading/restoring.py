@@ -1,0 +1,158 @@
+"""The way back from quantized experts to the model that transformers' own classes make."""
+
+from __future__ import annotations
+
+import copy
+import re
+from itertools import chain
+
+import torch
+from bitsandbytes.nn import Params4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from ..experts import revert_experts
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class ExpertsQuantizer(HfQuantizer):
+    """What a model with `QuantizedExperts` has as its `hf_quantizer`; subclasses say how it is loaded and saved."""
+
+    inner: HfQuantizer | None = None
+    """Of the other layers; None where they are in floating point."""
+
+    has_loaded_experts = False
+    """Whether the model was loaded by this quantizer, so that transformers knows no conversion of its stacks."""
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Gives the model back in floating point, experts and other layers.
+
+        Args:
+            model: without an adapter; changed in place.
+            dtype: of the result, as `from_pretrained(dtype=dtype)` would give it. Default: what was quantized gets the
+                dtype that the model is in, the rest stays as it is.
+
+        Raises:
+            ValueError: the model has an adapter.
+        """
+        refuse_adapters(model)
+        found = model.dtype
+        restore_experts(model, dtype)
+        if self.inner is not None:
+            model = self.inner.dequantize(model, dtype=dtype or found)
+            for part in transformers_models(model):
+                set_quantizer(part, None)
+        if dtype is not None:
+            cast_as_loaded(model, dtype)
+        return model
+
+
+class Undone(list):
+    """The conversions that are left for transformers to undo in a state dict that is as it is to be saved: none.
+
+    Args:
+        before: what the model had.
+    """
+
+    def __init__(self, before: list[WeightTransform] | None) -> None:
+        super().__init__()
+        self.before = before
+
+
+def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """`revert_experts`, and transformers knows of it: what is left is what the other layers are quantized by."""
+    revert_experts(model, dtype)
+    for part in transformers_models(model):
+        quantizer = getattr(part, "hf_quantizer", None)
+        if not isinstance(quantizer, ExpertsQuantizer):
+            continue
+        conversions = getattr(part, "_weight_conversions", None)
+        if isinstance(conversions, Undone):
+            conversions = conversions.before
+        part._weight_conversions = None if quantizer.has_loaded_experts else conversions
+        set_quantizer(part, quantizer.inner)
+
+
+def set_quantizer(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None:
+    """Tells transformers, and whoever asks as it does, which quantizer a model is left with; None for none."""
+    config = model.config
+    is_in_config = getattr(config, "quantization_config", None) is not None
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (config, "quantization_config"),
+        (config, "_is_quantized"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = quantizer is not None
+    model.is_loaded_in_4bit = isinstance(quantizer, Bnb4BitHfQuantizer)
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        model.quantization_method = quantizer.quantization_config.quant_method
+        config._is_quantized = True
+        if is_in_config:
+            config.quantization_config = quantizer.quantization_config
+
+
+def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model as `from_pretrained(dtype=dtype)` would have loaded it.
+
+    What the class keeps in fp32, such as rotary frequencies and some routers, is in fp32 then. Packed weights and what
+    the class doesn't have stay as they are.
+
+    Args:
+        model: changed in place; layers of LoRA may be around its own. One that isn't of transformers stays as it is.
+        dtype: a floating dtype.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    expected = dtypes_as_loaded(model, dtype)
+    for path, module in model.named_modules():
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            wanted = expected.get(f"{path}.{name}".replace(".base_layer.", "."))
+            if wanted is None or tensor is None or tensor.is_meta:
+                continue
+            if tensor.dtype not in _FLOATING or isinstance(tensor, Params4bit):
+                continue
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.to(wanted)
+            else:
+                module._buffers[name] = tensor.to(wanted)
+    for part in transformers_models(model):
+        part.config.dtype = dtype
+
+
+def dtypes_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name -> dtype of every floating parameter and buffer that `from_pretrained(dtype=dtype)` gives."""
+    with torch.device("meta"):
+        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    tensors = chain(fresh.named_parameters(remove_duplicate=False), fresh.named_buffers(remove_duplicate=False))
+    expected = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    # transformers goes by the keys that it loads, so that other buffers are as the class makes them
+    for pattern, planned in fresh._get_dtype_plan(dtype).items():
+        pattern = re.compile(pattern.replace("*", ".*"))
+        expected |= {name: planned for name in fresh.state_dict() if name in expected and pattern.search(name)}
+    return expected
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuses to dequantize under an adapter.
+
+    Raises:
+        ValueError: the model has one.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has adapters, so it can't be dequantized; call merge_and_unload(dtype=...) or unload()."
+        )
+
+
+def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
+    """The model, or what it wraps, and their parts that could be saved by themselves; the outer ones first."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
