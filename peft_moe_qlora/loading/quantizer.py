@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -152,6 +153,7 @@ class MoeQuantizer(HfQuantizer):
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
         config = self.linear.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
+        config.bnb_4bit_quant_storage = finder.packed_dtype
         config.llm_int8_skip_modules = skipped
         self.linear._process_model_before_weight_loading(model, **kwargs)
 
@@ -249,6 +251,7 @@ class MoeQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if self.state_dict_to_save is not None:
             return self.state_dict_to_save, {}
+        _refuse_saving_adapters(model)
         # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
         # them, and nothing is left for it to undo
         if model not in self._conversions:
@@ -348,6 +351,21 @@ def refuse_adapters(model: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "The model has adapters, so it can't be dequantized; call merge_and_unload(dtype=...) or unload()."
+        )
+
+
+def _refuse_saving_adapters(model: PreTrainedModel) -> None:
+    """Refuses to save a model whole that adapters are in: nothing would read their tensors beside the model's.
+
+    Raises:
+        ValueError: it has some, and isn't saved as an adapter by transformers.
+    """
+    is_saved_as_adapter = getattr(model, "_hf_peft_config_loaded", False)
+    has_adapters = any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules())
+    if has_adapters and not is_saved_as_adapter:
+        raise ValueError(
+            f"{type(model).__name__} has adapters inside, and can't be saved whole with them. Save the adapters with "
+            "save_pretrained of the PeftModel, or call its merge_and_unload() or unload() before."
         )
 
 

@@ -207,6 +207,8 @@ class DenseSource(Source):
                         f"{info} is in a storage that is not known for experts; floating point, or 4 bits by "
                         "bitsandbytes, was expected."
                     )
+                if len(info.shape) not in (2, 3):
+                    raise CheckpointError(f"{info}: one matrix, or one of each expert, was expected.")
                 if info.shape != infos[0].shape:
                     raise CheckpointError(f"{info} differs in shape from {infos[0]}, but both are of one stack.")
             if len(infos[0].shape) == 3:
@@ -218,9 +220,15 @@ class DenseSource(Source):
             else:
                 check_expert_ids(keys, count, self.target)
         self._is_stack = {key: len(checkpoint.tensors[key].shape) == 3 for key in self.keys}
-        found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
+        examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
+        try:
+            found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
+        except (IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{examples} can't be put together to {self.target.name}: {error}. Checkpoint and config don't belong "
+                "together."
+            ) from error
         if tuple(found.shape) != self.target.shape[1:]:
-            examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
             raise CheckpointError(
                 f"{examples} give experts of shape {tuple(found.shape)} for {self.target.name}; "
                 f"{self.target.shape[1:]} was expected. Checkpoint and config don't belong together."
@@ -345,6 +353,11 @@ class PackedSource(Source):
         self.first_expert = turn * target.num_experts
         self.is_fused = len(self.lists[0]) == 1 and len(self.lists[0][0].shape) == 3
         packed = [tensor for tensors in self.lists for tensor in tensors]
+        if self.is_fused and len(packed) > 1:
+            raise CheckpointError(
+                f"{packed[0].key} and {packed[1].key} are both of the stack {target.name}, of which one for all "
+                "experts was expected."
+            )
         self.storage = packed[0].storage
         for tensor in packed:
             if tensor.storage != self.storage:
