@@ -131,8 +131,8 @@ def _merge(args: argparse.Namespace) -> None:
             _check_unused(args, "--quantize and --verify", device="cpu")
     else:
         # before the work
-        read_windows(args.verify, args.base)
-        plan_live(args.base, args.adapter)
+        plan = plan_live(args.base, args.adapter)
+        read_windows(args.verify, args.base, plan.revision)
     if args.quantize is None:
         _check_unused(args, "--quantize", layout="native", rounding="second-order", calibration=None)
         dtype = None if args.dtype is None else getattr(torch, args.dtype)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from .adapter_files import refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 from .model_card import add_loading
 from .quantization import FourBitFormat
 
@@ -183,7 +183,12 @@ class MoeQLoraConfig(LoraConfig):
             raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'lora_only'.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; where an adapter lies beside it, its README says how that is loaded."""
+        """As PEFT's; where an adapter lies beside it, its README says how that is loaded.
+
+        Raises:
+            ValueError: the adapter beside it was just saved as a pickle (`safe_serialization=False`).
+        """
+        refuse_pickled_just_saved(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
             add_loading(save_directory, self.base_model_name_or_path, self.format_version)
@@ -193,8 +198,8 @@ class MoeQLoraConfig(LoraConfig):
         """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed.
 
         Raises:
-            ValueError: the config has what experts can't honour, the tensors beside it are pickled, or their file is
-                cut off. The error names the file.
+            ValueError: the config has what experts can't honour, the tensors beside it, on the hub too, are pickled,
+                or their file is cut off. The error names the file.
         """
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -202,20 +207,12 @@ class MoeQLoraConfig(LoraConfig):
             raise ValueError(f"The config of {pretrained_model_name_or_path}: {error}") from error
         config.is_read = True
         directory = Path(pretrained_model_name_or_path, subfolder or "")
-        file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
-        if pickled.is_file() and not file.is_file():
-            raise ValueError(
-                f"{pickled} is a pickle, which is never read; {file.name} was expected. Save the adapter again with "
-                "save_pretrained(..., safe_serialization=True)."
-            )
-        if file.is_file():
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    keys = tensors.keys()
-                    shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
-            except SafetensorError as error:
-                raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
-            config.stored = StoredAdapter(shapes, config.resolved_expert_r, dict(config.rank_pattern))
+        if directory.is_dir():
+            shapes = stored_shapes(directory)
+            if shapes is not None:
+                config.stored = StoredAdapter(shapes, config.resolved_expert_r, dict(config.rank_pattern))
+        else:
+            refuse_pickled_on_hub(str(pretrained_model_name_or_path), subfolder, kwargs)
         return config
 
     @property

@@ -363,7 +363,7 @@ class MoeQLoraModel(LoraModel):
 
     def merge_and_unload(
         self,
-        progressbar: bool = False,
+        progressbar: bool = True,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -378,7 +378,7 @@ class MoeQLoraModel(LoraModel):
         the layers that it has passed are merged for good, and the same call goes on with the others.
 
         Args:
-            progressbar: show one.
+            progressbar: show one; PEFT's own default is not to.
             safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always refused.
             adapter_names: what to merge. Default: the active adapters.
             dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,

@@ -41,10 +41,17 @@ def write_tensors(directory: Path, tensors: Tensors, num_shards: int = 1) -> Non
 
 
 def packed(
-    key: str, weight: torch.Tensor, quant_type: str = "nf4", nested: bool = False, blocksize: int = 64
+    key: str,
+    weight: torch.Tensor,
+    quant_type: str = "nf4",
+    nested: bool = False,
+    blocksize: int = 64,
+    storage: torch.dtype = torch.uint8,
 ) -> Tensors:
     """What bitsandbytes writes for a weight that it has quantized."""
-    codes, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
+    )
     return {key: codes, **{f"{key}.{name}": part for name, part in state.as_dict(packed=True).items()}}
 
 

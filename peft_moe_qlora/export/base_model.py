@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..experts import ExpertsLayout
-from ..loading.load import class_of, quantization_of
+from ..loading.load import class_of, quantization_of, read_config
+from ..loading.quantization_config import quant_method
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts, parents
 
@@ -58,9 +60,10 @@ class BaseModel:
 
         Raises:
             ValueError: there is no config.json.
+            CheckpointError: see `read_config`.
         """
         directory = Path(base) if cls.is_at(base) else _downloaded(base, revision)
-        config = AutoConfig.from_pretrained(directory)
+        config = read_config(directory)
         with torch.device("meta"):
             model = class_of(config)._from_config(config)
             found = cls(directory, config, model, expert_layouts(model))
@@ -93,7 +96,7 @@ class BaseModel:
     def quantization(self) -> str | None:
         """By what the checkpoint is quantized, as its config says."""
         found = quantization_of(self.config)
-        return None if found is None else str(found.get("quant_method", "bitsandbytes"))
+        return None if found is None else quant_method(found)
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
         """What the parts of a stack are called in the checkpoint, expert by expert, gate before up, without `.weight`.
@@ -130,6 +133,18 @@ class BaseModel:
         """Shape of a parameter or buffer of that name; None if there is none."""
         tensor = self.model.state_dict().get(key)
         return None if tensor is None else tuple(tensor.shape)
+
+
+def revision_of_base(config: Mapping[str, Any], base: str | Path | None) -> str | None:
+    """The revision of the base that an adapter remembers; None if there is none, or another base is named.
+
+    Args:
+        config: options of the adapter, as its config.json has them.
+        base: directory of a model, or its name on the hub. None for what the adapter names.
+    """
+    is_own = base is None or str(base) == config.get("base_model_name_or_path")
+    revision = config.get("revision")
+    return revision if is_own and isinstance(revision, str) else None
 
 
 def _downloaded(base: str | Path | None, revision: str | None) -> Path:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from .adapter_file import AdapterFile
-from .base_model import BaseModel
+from .base_model import BaseModel, revision_of_base
 from .readers.read import read_adapter
 from .readers.source import ReadOptions
 from .writers.engines import LLAMA_CPP, MLX, SGLANG, VLLM, write_for_engine
@@ -69,6 +69,6 @@ def convert_adapter(
     named = found.config.base_model_name_or_path
     # two layouts mostly don't depend on the base, which may be a name on the hub
     is_needed = base is not None or target not in ("peft-lora", "moe-qlora") or BaseModel.is_at(named)
-    revision = None if base else found.config.revision
+    revision = revision_of_base(vars(found.config), base)
     TARGETS[target](found, directory, BaseModel.open(base or named, found.stacks, revision) if is_needed else None)
     return found

@@ -1,21 +1,23 @@
 """4-bit weights as bitsandbytes serializes them: a packed tensor, and beside it what its `QuantState` needs.
 
-`KEY` holds the codes, `(numel / 2, 1)` uint8; `KEY.absmax`, `KEY.quant_map` and `KEY.quant_state.bitsandbytes__nf4`
+`KEY` holds the codes, `(numel / 2, 1)` uint8, or the same bytes as another dtype (`bnb_4bit_quant_storage`);
+`KEY.absmax`, `KEY.quant_map` and `KEY.quant_state.bitsandbytes__nf4`
 (or `fp4`) the rest, the last as JSON in bytes; `KEY.nested_absmax` and `KEY.nested_quant_map` where the scales are
 stored in 8 bits. Format: `bitsandbytes.functional.QuantState.as_dict(packed=True)`, bitsandbytes 0.41 to 0.50.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
 
-from ..quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat, code_values
-from .checkpoint import Checkpoint, CheckpointError
+from ..quantization import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat, code_values
+from .checkpoint import Checkpoint, CheckpointError, read_object
 
 STATE_SUFFIXES = tuple(f".quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
 SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATE_SUFFIXES)
@@ -48,18 +50,24 @@ class PackedTensor:
     nested_offset: float | None
 
     def read(self, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(numel / 2,)` codes and `(num_blocks,)` fp32 scales, as bitsandbytes itself computes them at use."""
-        codes = checkpoint.read(self.key).flatten()
-        absmax = checkpoint.read(f"{self.key}.absmax")
-        if self.nested_offset is None:
-            return codes, absmax
-        nested = bnb.QuantState(
-            absmax=checkpoint.read(f"{self.key}.nested_absmax"),
-            code=checkpoint.read(f"{self.key}.nested_quant_map"),
-            blocksize=256,
-            dtype=torch.float32,
-        )
-        return codes, bnb.dequantize_blockwise(absmax, nested) + self.nested_offset
+        """`(numel / 2,)` codes and `(num_blocks,)` fp32 scales, as bitsandbytes itself computes them at use.
+
+        Raises:
+            CheckpointError: a scale is not finite.
+        """
+        codes = checkpoint.read(self.key).flatten().view(torch.uint8)
+        absmax = checkpoint.read(f"{self.key}.absmax").flatten()
+        if self.nested_offset is not None:
+            nested = bnb.QuantState(
+                absmax=checkpoint.read(f"{self.key}.nested_absmax").flatten(),
+                code=checkpoint.read(f"{self.key}.nested_quant_map").flatten(),
+                blocksize=256,
+                dtype=torch.float32,
+            )
+            absmax = bnb.dequantize_blockwise(absmax, nested) + self.nested_offset
+        if not torch.isfinite(absmax).all():
+            raise CheckpointError(f"{self.key} has scales that are not finite; the checkpoint is broken.")
+        return codes, absmax
 
 
 def packed_tensor(checkpoint: Checkpoint, key: str) -> PackedTensor:
@@ -76,26 +84,20 @@ def packed_tensor(checkpoint: Checkpoint, key: str) -> PackedTensor:
             "packed by bitsandbytes."
         )
     state = _read_state(checkpoint, key + states[0])
-    try:
-        shape, blocksize, quant_type = tuple(state["shape"]), state["blocksize"], state["quant_type"]
-        dtype = getattr(torch, state["dtype"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{key + states[0]} doesn't describe a quantized weight: {error!r}.") from error
-    if quant_type not in QUANT_TYPES or blocksize not in BLOCKSIZES:
-        raise CheckpointError(f"{key} is stored as {quant_type} in blocks of {blocksize}, which is not supported.")
+    shape, blocksize, quant_type = tuple(state["shape"]), state["blocksize"], state["quant_type"]
+    num_bytes = -(-math.prod(shape) // 2)
+    if info.dtype_name not in _STORAGES or info.nbytes != num_bytes:
+        raise CheckpointError(
+            f"{info} doesn't fit a {quant_type} weight of shape {list(shape)}: U8 with {num_bytes} values was "
+            f"expected, or as many bytes in one of {', '.join(_STORAGES[1:])}."
+        )
     num_blocks = -(-math.prod(shape) // blocksize)
     nested = "nested_blocksize" in state
     parts = {
-        "": ("U8", -(-math.prod(shape) // 2)),
         ".absmax": ("U8" if nested else "F32", num_blocks),
         ".quant_map": ("F32", 16),
     }
     if nested:
-        if state["nested_blocksize"] != 256 or state.get("nested_dtype") != "float32":
-            raise CheckpointError(
-                f"{key}: scales in groups of {state['nested_blocksize']} and {state.get('nested_dtype')} are unknown; "
-                "groups of 256 and float32 were expected."
-            )
         parts |= {".nested_absmax": ("F32", -(-num_blocks // 256)), ".nested_quant_map": ("F32", 256)}
     for suffix, expected in parts.items():
         part = checkpoint.tensors.get(key + suffix)
@@ -109,17 +111,39 @@ def packed_tensor(checkpoint: Checkpoint, key: str) -> PackedTensor:
     if not torch.equal(checkpoint.read(f"{key}.quant_map"), code_values(quant_type, torch.device("cpu"))):
         raise CheckpointError(f"{key}.quant_map is not the table of {quant_type}; the codes mean something else.")
     offset = float(state["nested_offset"]) if nested else None
-    return PackedTensor(key, shape, dtype, FourBitFormat(quant_type, blocksize), offset)
+    return PackedTensor(key, shape, getattr(torch, state["dtype"]), FourBitFormat(quant_type, blocksize), offset)
 
 
-def _read_state(checkpoint: Checkpoint, key: str) -> dict:
+def _read_state(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
     info = checkpoint.tensors[key]
+    what = f"{info} is no quantization state"
     if info.dtype_name != "U8" or info.numel > 2**16:
-        raise CheckpointError(f"{info} is no quantization state: a short text in U8 was expected.")
-    try:
-        state = json.loads(bytes(checkpoint.read(key).tolist()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{info} is no quantization state: {error}.") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{info} is no quantization state: {type(state).__name__} instead of a dictionary.")
+        raise CheckpointError(f"{what}: a short text in U8 was expected.")
+    state = read_object(bytes(checkpoint.read(key).flatten().tolist()), f"{what}: it")
+    expected = _STATE | (_NESTED_STATE if "nested_blocksize" in state else {})
+    for name, (values, fits) in expected.items():
+        if name not in state or not fits(state[name]):
+            found = f"{name}={state[name]!r:.200}" if name in state else f"no {name}"
+            raise CheckpointError(f"{what}: it has {found}; {values} was expected.")
     return state
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) in (2, 3) and all(type(size) is int and size > 0 for size in value)
+
+
+_LARGEST_OFFSET = torch.finfo(torch.float32).max
+_STORAGES = ("U8", "I8", "F16", "BF16", "F32", "F64")
+_DTYPES = [str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE_DTYPES]
+# name -> what it may be, in words, and whether a value is that
+_STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "shape": ("a list of two or three sizes", _are_sizes),
+    "dtype": (f"one of {', '.join(_DTYPES)}", _DTYPES.__contains__),
+    "quant_type": (f"one of {', '.join(QUANT_TYPES)}", QUANT_TYPES.__contains__),
+    "blocksize": (f"one of {BLOCKSIZES}", lambda value: type(value) is int and value in BLOCKSIZES),
+}
+_NESTED_STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "nested_blocksize": ("256", lambda value: type(value) is int and value == 256),
+    "nested_dtype": ("float32", lambda value: value == "float32"),
+    "nested_offset": ("a finite number", lambda value: type(value) in (int, float) and abs(value) < _LARGEST_OFFSET),
+}

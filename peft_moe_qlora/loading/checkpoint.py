@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .paths import is_plain_name, leads_out
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -66,6 +70,90 @@ class TensorInfo:
         return f"{self.key} ({self.dtype_name} {list(self.shape)} in {self.file.name})"
 
 
+def read_object(text: str | bytes, what: str, can_repeat: bool = False) -> dict[str, Any]:
+    """An object of JSON that a file has.
+
+    Args:
+        text: of the object.
+        what: it is, for errors.
+        can_repeat: whether a name may be there twice, of which the last counts.
+
+    Raises:
+        CheckpointError: it is no JSON, no object, or has a name twice.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=dict if can_repeat else _without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} can't be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} can't be read: it is a {type(found).__name__}; an object was expected.")
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has {name!r:.200} twice")
+        found[name] = value
+    return found
+
+
+def read_weight_map(directory: Path) -> dict[str, str] | None:
+    """What the index of a checkpoint says: key -> name of the shard; None for a checkpoint of one file.
+
+    Raises:
+        CheckpointError: there is no checkpoint in safetensors; the index is none; a shard is not there, or out of the
+            directory: by its name, or by a link.
+    """
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        if not (directory / SINGLE_NAME).is_file():
+            raise CheckpointError(
+                f"{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}. A checkpoint in safetensors was expected; "
+                "pickled ones (.bin) are never read."
+            )
+        check_inside(directory / SINGLE_NAME, directory)
+        return None
+    check_inside(index, directory)
+    weight_map = read_object(index.read_bytes(), f"{index} is no index of a checkpoint: it").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index} is no index of a checkpoint: weight_map={weight_map!r:.200}; an object of keys and names of "
+            "shards was expected. Download it again."
+        )
+    for key, name in weight_map.items():
+        if not is_plain_name(name):
+            raise CheckpointError(
+                f"{index} says that {key!r:.200} is in {name!r:.200}; the plain name of a file in {directory} was "
+                'expected, without "..". Nothing elsewhere is read or written. Get the checkpoint from a source that '
+                "you trust."
+            )
+    files = sorted(set(weight_map.values()))
+    missing = [name for name in files if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {', '.join(missing[:3])}, which {'is' if len(missing) == 1 else 'are'} not there "
+            f"({len(missing)} of {len(files)} shards missing). Download the checkpoint again."
+        )
+    for name in files:
+        check_inside(directory / name, directory)
+    return weight_map
+
+
+def check_inside(file: Path, directory: Path) -> None:
+    """Refuses a file that a link takes from elsewhere.
+
+    Raises:
+        CheckpointError: names the file, and where the link leads.
+    """
+    if leads_out(file, directory):
+        raise CheckpointError(
+            f"{file} is a link out of {directory}, to {os.path.realpath(file)}; such links are not followed. Put the "
+            "file itself there, if you know what it is."
+        )
+
+
 class Checkpoint:
     """Safetensors shards, opened by their headers; values are read from memory-mapped files when asked for.
 
@@ -99,26 +187,9 @@ class Checkpoint:
             CheckpointError: see the class; or there is no checkpoint in safetensors.
         """
         directory = Path(directory)
-        index = directory / INDEX_NAME
-        if not index.is_file():
-            if not (directory / SINGLE_NAME).is_file():
-                raise CheckpointError(
-                    f"{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}. A checkpoint in safetensors was "
-                    "expected; pickled ones (.bin) are never read."
-                )
-            return cls([directory / SINGLE_NAME])
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = sorted({str(name) for name in weight_map.values()})
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index of a checkpoint: {error!r}. Download it again.") from error
-        missing = [name for name in files if not (directory / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{index} names {', '.join(missing[:3])}, which {'is' if len(missing) == 1 else 'are'} not there "
-                f"({len(missing)} of {len(files)} shards missing). Download the checkpoint again."
-            )
-        return cls([directory / name for name in files], weight_map)
+        weight_map = read_weight_map(directory)
+        names = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
+        return cls([directory / name for name in names], weight_map)
 
     def _read_header(self, file: Path) -> None:
         if file.suffix != ".safetensors":

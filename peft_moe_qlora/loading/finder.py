@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,7 +21,7 @@ from ..experts import ExpertsLayout, find_experts, read_layout
 from ..experts.architectures import checkpoint_conversions
 from .bnb_format import SUFFIXES, packed_tensor, split_suffix
 from .checkpoint import Checkpoint, CheckpointError
-from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, Target
+from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, Target, each_source
 
 _STACK = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 
@@ -79,6 +80,8 @@ class SourceFinder:
         """Name in the model -> key, of biases and norms of the experts modules; known once `find` has run."""
         self.native: dict[str, str] = {}
         """Name in the model -> key, of stacks that this package has saved; known once `find` has run."""
+        self.packed_dtype: torch.dtype = torch.uint8
+        """That bitsandbytes has written the codes of other layers as; known once `find` has run."""
         self._packed = {split_suffix(key)[0] for key in checkpoint.tensors if split_suffix(key)[1]}
 
     def packed_names(self) -> set[str]:
@@ -141,7 +144,21 @@ class SourceFinder:
                 raise CheckpointError(
                     f"The checkpoint has no tensor for {name}, which belongs to the experts. It is incomplete."
                 )
+        self._check_packed_beside(found)
         return dict(found)
+
+    def _check_packed_beside(self, found: Sources) -> None:
+        """Refuses packed weights of other layers that bitsandbytes couldn't decode."""
+        of_experts = {key for source in each_source(found) for key in source.keys}
+        keys = [key for key in sorted(self._packed - of_experts) if self._rename(key)[0] in self.names]
+        for key in keys:
+            packed_tensor(self.checkpoint, key)
+            self.packed_dtype = self.checkpoint.tensors[key].dtype
+            if self.packed_dtype != self.checkpoint.tensors[keys[0]].dtype:
+                raise CheckpointError(
+                    f"{self.checkpoint.tensors[keys[0]]} and {self.checkpoint.tensors[key]} have their codes as "
+                    "different dtypes; one for all (bnb_4bit_quant_storage) was expected."
+                )
 
     def _rename(self, key: str) -> tuple[str, str | None]:
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.names)
@@ -162,7 +179,7 @@ class SourceFinder:
 
     def _check_orphan(self, key: str, base: str) -> None:
         name, _ = self._rename(base)
-        if name.removesuffix(".weight") in self.targets:
+        if name.removesuffix(".weight") in self.targets or name in self.names:
             raise CheckpointError(
                 f"{self.checkpoint.tensors[key]} describes {base}, which the checkpoint doesn't have."
             )

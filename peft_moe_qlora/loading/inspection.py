@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from transformers import AutoConfig
 
 from ..experts import read_layout, refuse_unsupported
 from ..quantization import FourBitFormat
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint
 from .finder import SourceFinder
-from .load import class_of, quantization_of, saved_config
-from .quantization_config import MoeQuantizationConfig
+from .load import class_of, read_config, readable_quantization, refuse_unexplained, saved_config
+from .quantization_config import MoeQuantizationConfig, quant_method
 from .sources import DenseSource, NativeSource, PackedSource, Source
 
 GIB = 2**30
@@ -160,21 +159,22 @@ def inspect_checkpoint(
         batch: sequences in a step.
 
     Raises:
-        CheckpointError: see `Checkpoint` and `SourceFinder`.
+        CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
         ValueError: the model has no routed experts, or of a class that is not supported.
     """
     expert_r = r if expert_r is None else expert_r
     if not Path(directory).is_dir():
         raise ValueError(f"{directory} is no directory.")
-    checkpoint = Checkpoint.open(directory)
-    config = AutoConfig.from_pretrained(directory)
-    quantization = quantization_of(config)
+    config = read_config(directory)
+    quantization = readable_quantization(config, directory)
     saved = saved_config(Path(directory))
+    checkpoint = Checkpoint.open(directory)
     with torch.device("meta"):
         model = class_of(config)._from_config(config)
     refuse_unsupported(model)
     finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())
     sources = finder.find()
+    refuse_unexplained(sources, saved, directory)
     if not sources:
         raise ValueError(f"{directory}: {type(model).__name__} has no routed experts.")
     groups: dict[tuple, list[tuple[Source, int, int]]] = defaultdict(list)
@@ -228,7 +228,7 @@ def inspect_checkpoint(
     )
     return Inspection(
         model_class=type(model).__name__,
-        quantization=None if quantization is None else str(quantization.get("quant_method")),
+        quantization=None if quantization is None else quant_method(quantization),
         num_files=len(checkpoint.files),
         stacks=stacks,
         linear_weights=linear_weights,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import refuse_unsupported
 from ..quantization import FourBitFormat, QuantizedStack
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, read_object, read_weight_map
 from .finder import SourceFinder
 from .in_memory import register_storage
 from .linear import keep_linear_as_stored
-from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
+from .quantization_config import QUANT_METHOD, MoeQuantizationConfig, quant_method, refuse_unreadable
 from .quantizer import settle_storage
-from .sources import DenseSource, NativeSource, Source, each_source
+from .sources import DenseSource, NativeSource, Source, Sources, each_source
 from .streaming import attach_empty_experts, fill_experts
 
 _OF_HUB = (
@@ -58,37 +58,51 @@ def load_quantized(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint is quantized in a way that is not known, or a `quantization_config` is given for one
-            that is quantized already.
-        CheckpointError: see `Checkpoint` and `SourceFinder`.
+        ValueError: a `quantization_config` is given for a checkpoint that is quantized already.
+        CheckpointError: see `readable_quantization`, `read_weight_map`, `Checkpoint` and `SourceFinder`.
     """
     config, dtype = kwargs.pop("config", None), kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype or torch.bfloat16
+    of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
+    directory = Path(model_id, of_hub.get("subfolder") or "")
+    if directory.is_dir():
+        _stored_quantization(directory)
+        if kwargs.get("variant") is None:
+            read_weight_map(directory)  # transformers would look wherever an index says
     if config is None:
-        of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         kwargs |= of_hub
     else:
         config = copy.deepcopy(config)
-    found = quantization_of(config)
+    found = readable_quantization(config, model_id)
     if found is not None and quantization_config is not None:
         raise ValueError(
-            f"{model_id} is quantized already ({found.get('quant_method')}), and its experts are loaded as they are. "
+            f"{model_id} is quantized already ({quant_method(found)}), and its experts are loaded as they are. "
             "Leave quantization_config out."
         )
     if found is None:
         quantization_config = quantization_config or MoeQuantizationConfig()
-    elif found.get("quant_method") == "bitsandbytes":
+    elif quant_method(found) == "bitsandbytes":
         config.quantization_config = MoeQuantizationConfig.from_bitsandbytes(found).to_dict()
-    elif found.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"{model_id} is quantized by {found.get('quant_method')!r}, whose experts can't be read. Load an "
-            "unquantized checkpoint, or one by bitsandbytes in 4 bits."
-        )
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     model_class = model_class or class_of(config)
     return model_class.from_pretrained(model_id, config=config, dtype=dtype, **kwargs)
+
+
+def readable_quantization(config: PreTrainedConfig, place: str | Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint, None for one in floating point.
+
+    Args:
+        config: of the model.
+        place: directory or name of the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: its experts are in a storage that is not read.
+    """
+    found = quantization_of(config)
+    refuse_unreadable(found, place)
+    return found
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -96,21 +110,67 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     for part in (config, config.get_text_config(decoder=True)):
         found = getattr(part, "quantization_config", None)
         if found is not None:
-            return found if isinstance(found, dict) else found.to_dict()
+            return found.to_dict() if isinstance(found, QuantizationConfigMixin) else found
     return None
+
+
+def read_config(directory: str | Path) -> PreTrainedConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        CheckpointError: config.json is no JSON, or its `quantization_config` no object.
+        OSError: there is none.
+    """
+    _stored_quantization(Path(directory))
+    return AutoConfig.from_pretrained(directory)
 
 
 def saved_config(directory: Path) -> MoeQuantizationConfig | None:
-    """The configuration of a checkpoint that this package has saved; None for any other."""
+    """The configuration of a checkpoint that this package has saved; None for any other.
+
+    Raises:
+        CheckpointError: config.json can't be read, or the experts are in a storage that is not read.
+    """
+    found = _stored_quantization(directory)
+    refuse_unreadable(found, directory)
+    if found is None or quant_method(found) != QUANT_METHOD:
+        return None
+    try:
+        return MoeQuantizationConfig.from_dict(found)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / 'config.json'}: quantization_config: {error}") from error
+
+
+def _stored_quantization(directory: Path) -> dict[str, Any] | None:
+    """The `quantization_config` in config.json, of the model or of its text model; None if there is none."""
     file = directory / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text())
-    for part in (config, config.get("text_config") or {}):
-        found = part.get("quantization_config") or {}
-        if found.get("quant_method") == QUANT_METHOD:
-            return MoeQuantizationConfig.from_dict(found)
-    return None
+    config = read_object(file.read_bytes(), str(file), can_repeat=True)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(f"{file}: quantization_config={found!r:.200}; an object was expected.")
+    return found
+
+
+def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, directory: str | Path) -> None:
+    """Refuses codes of this package whose config is not there.
+
+    Args:
+        sources: of a checkpoint.
+        saved: `saved_config` of its directory.
+        directory: for errors.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for source in each_source(sources):
+        if isinstance(source, NativeSource) and (saved is None or saved.storage is None):
+            raise CheckpointError(
+                f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
+                "again with save_pretrained."
+            )
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -120,8 +180,8 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
         ValueError: it names none that transformers has.
     """
     for name in config.architectures or ():
-        model_class = getattr(transformers, name, None)
-        if model_class is not None:
+        model_class = getattr(transformers, str(name), None)
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             return model_class
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM._model_mapping[type(config)]
@@ -156,22 +216,17 @@ def load_experts(
         progressbar: show one.
 
     Raises:
-        CheckpointError: see `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight is not finite,
-            after which the model is of no use.
+        CheckpointError: see `saved_config`, `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight
+            is not finite, after which the model is of no use.
         ValueError: an experts class is not supported, or see `keep_linear_as_stored`.
     """
     refuse_unsupported(model)
     keep_linear_as_stored(model)
-    checkpoint = Checkpoint.open(directory)
     saved = saved_config(Path(directory))
+    checkpoint = Checkpoint.open(directory)
     finder = SourceFinder(model, checkpoint, (saved and saved.flipped_stacks) or ())
     sources = finder.find()
-    for source in each_source(sources):
-        if isinstance(source, NativeSource) and saved is None:
-            raise CheckpointError(
-                f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
-                "again with save_pretrained."
-            )
+    refuse_unexplained(sources, saved, directory)
     settle_storage(MoeQuantizationConfig(), sources)
 
     def storage_of(source: Source) -> FourBitFormat | None:

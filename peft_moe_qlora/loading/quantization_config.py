@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from ..quantization import FourBitFormat
+from .checkpoint import CheckpointError
 
 QUANT_METHOD = "peft_moe_qlora"
 CHECKPOINT_FORMAT_VERSION = 1
 """Version of what `save_pretrained` writes: names and shapes of the experts' tensors."""
+
+
+def quant_method(found: dict[str, Any]) -> str:
+    """By what a checkpoint is quantized, as its `quantization_config` says; bitsandbytes did not always say it."""
+    default = "bitsandbytes" if found.keys() & {"load_in_4bit", "load_in_8bit"} else "a method without a name"
+    method = found.get("quant_method") or default
+    return str(method.value if isinstance(method, QuantizationMethod) else method)
+
+
+def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
+    """Refuses a checkpoint whose experts are in a storage that is not read: by its config, not by its tensors.
+
+    Args:
+        found: the `quantization_config` in its config.json; None for none.
+        place: directory or name of the checkpoint.
+
+    Raises:
+        CheckpointError: names the method, and what to do.
+    """
+    if found is None:
+        return
+    method = quant_method(found)
+    bits = "" if method != "bitsandbytes" or _is_in_4_bits(found) else " in 8 bits"
+    if bits or method not in ("bitsandbytes", QUANT_METHOD):
+        raise CheckpointError(
+            f"{place} is quantized by {method!r}{bits}, whose experts are not read. Use the model's checkpoint in 16 "
+            "bits, or one that bitsandbytes or this package has quantized to 4 bits."
+        )
+
+
+def _is_in_4_bits(found: dict[str, Any]) -> bool:
+    return bool(found.get("load_in_4bit", found.get("_load_in_4bit", False)))
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -57,6 +91,8 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}.")
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method={quant_method!r} is not that of MoeQuantizationConfig, {QUANT_METHOD!r}.")
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"format_version={format_version!r}: a whole number of at least 1 was expected.")
         if format_version > CHECKPOINT_FORMAT_VERSION:
             raise ValueError(
                 f"The checkpoint has format_version {format_version}; this peft-moe-qlora reads up to "
@@ -66,10 +102,18 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
             FourBitFormat(quant_type, blocksize, double_quant)
         elif not quantize_linear:
             raise ValueError("quant_type=None and quantize_linear=False leave nothing to quantize.")
-        if isinstance(compute_dtype, str):
-            name, compute_dtype = compute_dtype, getattr(torch, compute_dtype, None)
+        if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
+            name, compute_dtype = compute_dtype, getattr(torch, str(compute_dtype), None)
             if not isinstance(compute_dtype, torch.dtype):
                 raise ValueError(f"compute_dtype={name!r} is no dtype of torch.")
+        for name, value in (("double_quant", double_quant), ("quantize_linear", quantize_linear)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r:.200}: True or False was expected.")
+        for name, value in (("skip_modules", skip_modules), ("flipped_stacks", flipped_stacks)):
+            if not isinstance(value, (list, tuple, set, type(None))) or not all(
+                isinstance(one, str) for one in value or ()
+            ):
+                raise ValueError(f"{name}={value!r:.200}: a list of names was expected.")
         self.quant_method = QUANT_METHOD
         self.quant_type = quant_type
         self.blocksize = blocksize
@@ -102,7 +146,7 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         Raises:
             ValueError: it is not packed in 4 bits.
         """
-        if not config.get("load_in_4bit", config.get("_load_in_4bit", False)):
+        if not _is_in_4_bits(config):
             raise ValueError("The checkpoint is quantized by bitsandbytes, but not in 4 bits, which is not supported.")
         return cls(
             quant_type=config.get("bnb_4bit_quant_type", "fp4"),

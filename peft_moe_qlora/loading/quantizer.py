@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -150,6 +152,7 @@ class MoeQuantizer(ExpertsQuantizer):
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
         config = self.inner.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
+        config.bnb_4bit_quant_storage = finder.packed_dtype
         config.llm_int8_skip_modules = skipped
         self.inner._process_model_before_weight_loading(model, **kwargs)
 
@@ -248,6 +251,7 @@ class MoeQuantizer(ExpertsQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if self.state_dict_to_save is not None:
             return self.state_dict_to_save, {}
+        _refuse_saving_adapters(model)
         # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
         # them, and nothing is left for it to undo
         before = getattr(model, "_weight_conversions", None)
@@ -324,6 +328,21 @@ def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransfor
                     f"({', '.join(type(op).__name__ for op in entry.operations)}), which packed weights can't be "
                     "brought to. Load with quantize_linear=False or the layer in skip_modules, or dequantize() first."
                 )
+
+
+def _refuse_saving_adapters(model: PreTrainedModel) -> None:
+    """Refuses to save a model whole that adapters are in: nothing would read their tensors beside the model's.
+
+    Raises:
+        ValueError: it has some, and isn't saved as an adapter by transformers.
+    """
+    is_saved_as_adapter = getattr(model, "_hf_peft_config_loaded", False)
+    has_adapters = any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules())
+    if has_adapters and not is_saved_as_adapter:
+        raise ValueError(
+            f"{type(model).__name__} has adapters inside, and can't be saved whole with them. Save the adapters with "
+            "save_pretrained of the PeftModel, or call its merge_and_unload() or unload() before."
+        )
 
 
 def _routers(model: nn.Module) -> list[str]:

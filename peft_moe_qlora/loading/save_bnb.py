@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -45,6 +46,8 @@ def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: A
     linear_config = config.linear_config()
     linear_config.llm_int8_skip_modules = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     linear_config.bnb_4bit_compute_dtype = config.compute_dtype or model.dtype
+    packed = (module.weight.dtype for module in model.modules() if isinstance(module, Linear4bit))
+    linear_config.bnb_4bit_quant_storage = next(packed, torch.uint8)
     before = getattr(model.config, "quantization_config", None)
     quantizer.state_dict_to_save = state_dict
     model.config.quantization_config = linear_config

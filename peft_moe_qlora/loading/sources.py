@@ -207,6 +207,8 @@ class DenseSource(Source):
                         f"{info} is in a storage that is not known for experts; floating point, or 4 bits by "
                         "bitsandbytes, was expected."
                     )
+                if len(info.shape) not in (2, 3):
+                    raise CheckpointError(f"{info}: one matrix, or one of each expert, was expected.")
                 if info.shape != infos[0].shape:
                     raise CheckpointError(f"{info} differs in shape from {infos[0]}, but both are of one stack.")
             if len(infos[0].shape) == 3:
@@ -221,7 +223,7 @@ class DenseSource(Source):
         examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
         try:
             found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
-        except ValueError as error:  # some operations ask for all of their tensors
+        except (IndexError, RuntimeError, ValueError) as error:  # some operations ask for all of their tensors
             raise _misfit(self.target, self.converter, self.lists, examples, None) from error
         if tuple(found.shape) != self.target.shape[1:]:
             raise _misfit(self.target, self.converter, self.lists, examples, tuple(found.shape))
@@ -345,6 +347,11 @@ class PackedSource(Source):
         self.first_expert = turn * target.num_experts
         self.is_fused = len(self.lists[0]) == 1 and len(self.lists[0][0].shape) == 3
         packed = [tensor for tensors in self.lists for tensor in tensors]
+        if self.is_fused and len(packed) > 1:
+            raise CheckpointError(
+                f"{packed[0].key} and {packed[1].key} are both of the stack {target.name}, of which one for all "
+                "experts was expected."
+            )
         self.storage = packed[0].storage
         for tensor in packed:
             if tensor.storage != self.storage:

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ... import __version__
 from ...loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
+from ...loading.load import readable_quantization
 from ...quantization import Fidelity
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
-from ..readers.read import read_adapter
+from ..readers.read import read_adapter, read_config
 from ..readers.source import ReadOptions
+from .beside import copy_beside, names_beside
 from .edits import ONTO, Edit, MergePlan, plan_merge
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
 from .partial_directory import PartialDirectory
@@ -68,16 +69,17 @@ def merge_checkpoint(
         What was done, which also stands in `merge_report.json`.
 
     Raises:
-        ValueError: see `read_adapter`, `plan_merge` and `PartialDirectory`; or the base has this adapter in it
-            already, or not every tensor that the adapter changes came out changed.
-        CheckpointError: see `Checkpoint`.
+        ValueError: see `read_adapter`, `refuse_quantized`, `plan_merge` and `PartialDirectory`; or the base has this
+            adapter in it already, or not every tensor that the adapter changes came out changed.
+        CheckpointError: see `Checkpoint` and `names_beside`.
         OSError: the disk is full; what is finished is kept.
     """
     if onto not in ONTO:
         raise ValueError(f"onto={onto!r} is unknown; choose one of {ONTO}.")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
-    base, adapter = checkpoint_directory(base), Path(adapter)
+    adapter = Path(adapter)
+    base = checkpoint_directory(base, adapter)
     found = read_adapter(adapter, base, options, usual_quant_type="none")
     digest = adapter_digest(adapter)
     merged_before = digests_merged_before(base, digest)
@@ -85,9 +87,10 @@ def merge_checkpoint(
     refuse_quantized(model)
     checkpoint = Checkpoint.open(base)
     plan = plan_merge(model, checkpoint, found, onto)
-    config = config_for_all(json.loads((base / "config.json").read_text()), dtype)
+    config = config_for_all(json.loads((base / "config.json").read_text(encoding="utf-8")), dtype)
     task = _task(checkpoint, config, adapter, digest, onto, dtype, options)
     output = PartialDirectory(directory, task)
+    beside = names_beside(base, output)
     planned = MergeReport(
         base=str(base.resolve()),
         adapter=str(adapter.resolve()),
@@ -123,8 +126,8 @@ def merge_checkpoint(
             notes=planned.notes + ((note_of_lost("tensors", unchanged),) if unchanged else ()),
         )
         merge.write_index()
-        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
-        output.finish([_result_name(name) for name in merge.names.values()])
+        copy_beside(base, beside, output, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish()
     return done
 
 
@@ -143,7 +146,7 @@ class _Merge:
         self.plan = plan
         self.dtype = dtype
         self.output = output
-        self.names = {file: str(file.relative_to(model.directory)) for file in checkpoint.files}
+        self.names = {file: file.relative_to(model.directory).as_posix() for file in checkpoint.files}
         self.results: list[dict[str, Any]] = []
 
     def check_space(self) -> None:
@@ -173,13 +176,14 @@ class _Merge:
         with tqdm(total=total, desc="Merging", unit="tensor", disable=not progressbar) as bar:
             for file, name in self.names.items():
                 keys = [key for key, info in self.checkpoint.tensors.items() if info.file == file]
-                if not self.output.is_written(_result_name(name)):
-                    self._write(file, name, sorted(keys, key=self.checkpoint.position), bar)
+                result = self.output.read_note(_result_name(name))
+                if result is None:
+                    result = self._write(file, name, sorted(keys, key=self.checkpoint.position), bar)
                 else:
                     bar.update(len(keys))
-                self.results.append(self.output.read_json(_result_name(name)))
+                self.results.append(result)
 
-    def _write(self, file: Path, name: str, keys: list[str], bar: tqdm) -> None:
+    def _write(self, file: Path, name: str, keys: list[str], bar: tqdm) -> dict[str, Any]:
         shard = _Shard(self, keys)
         for key in keys:
             if key not in shard.done:
@@ -189,10 +193,12 @@ class _Merge:
             save_file(shard.tensors, self.output.path_to_write(name), self.checkpoint.metadata[file] or None)
         except SafetensorError as error:
             raise OSError(
-                f"{self.output.partial / name} can't be written: {error}. Make room; the same command goes on."
+                f"{self.output.place(name)} can't be written: {error}. Make room; the same command goes on."
             ) from error
         self.output.written(name)
-        self.output.write_json(_result_name(name), shard.result())
+        result = shard.result()
+        self.output.write_note(_result_name(name), result)
+        return result
 
     def changed(self) -> set[str]:
         """Keys of tensors that came out otherwise than without the adapter."""
@@ -219,7 +225,7 @@ class _Merge:
         Raises:
             ValueError: a tensor is missing, too many, or of another shape.
         """
-        written = Checkpoint([self.output.partial / name for name in self.names.values()])
+        written = Checkpoint([self.output.place(name) for name in self.names.values()])
         for key in self.checkpoint.tensors.keys() | written.tensors.keys():
             before, after = self.checkpoint.tensors.get(key), written.tensors.get(key)
             if before is None or after is None or before.shape != after.shape:
@@ -331,7 +337,7 @@ def _task(
         "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "base_config": config,
         "adapter_sha256": digest,
-        "adapter_config": json.loads((adapter / CONFIG_NAME).read_text()),
+        "adapter_config": read_config(adapter),
         "onto": onto,
         "dtype": str(dtype),
         "options": str(options),
@@ -353,9 +359,9 @@ def refuse_quantized(base: BaseModel) -> None:
     """Refuses a base that isn't in floating point.
 
     Raises:
-        ValueError: it is quantized.
+        ValueError: it is quantized; see also `readable_quantization`.
     """
-    if base.quantization is not None:
+    if readable_quantization(base.config, base.directory) is not None:
         raise ValueError(
             f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was "
             "expected. Name the unquantized base, or merge into 4 bits (--quantize), or in memory with "

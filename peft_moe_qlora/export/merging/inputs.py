@@ -7,14 +7,18 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..base_model import HUB_NAME
-from ..readers.read import weights_file
-from .partial_directory import PICKLED
+from ..base_model import HUB_NAME, revision_of_base
+from ..readers.read import read_config, weights_file
+from .beside import PICKLED
 from .report import REPORT_NAME, MergeReport
 
 
-def checkpoint_directory(base: str | Path) -> Path:
+def checkpoint_directory(base: str | Path, adapter: Path) -> Path:
     """Where a checkpoint is, downloaded from the hub unless it is a directory.
+
+    Args:
+        base: directory, or name on the hub.
+        adapter: directory of an adapter, which may remember the revision of its base.
 
     Raises:
         ValueError: it is neither.
@@ -23,7 +27,9 @@ def checkpoint_directory(base: str | Path) -> Path:
         return Path(base)
     if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
         raise ValueError(f"{base} is no directory, and no name of a model on the hub. Name the base's checkpoint.")
-    return Path(snapshot_download(str(base), ignore_patterns=[*(f"*{ending}" for ending in PICKLED), "original/*"]))
+    left_out = [*(f"*{ending}" for ending in PICKLED), "original/*"]
+    revision = revision_of_base(read_config(adapter), base)
+    return Path(snapshot_download(str(base), revision=revision, ignore_patterns=left_out))
 
 
 def adapter_digest(adapter: Path) -> str:

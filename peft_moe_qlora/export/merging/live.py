@@ -17,10 +17,11 @@ from ...base_identity import BaseIdentity
 from ...config import MoeQLoraConfig, MoeQLoraPeftType
 from ...loading import MoeQuantizationConfig, load_quantized
 from ..adapter_file import PREFIX
-from ..base_model import BaseModel
+from ..base_model import BaseModel, revision_of_base
 from ..readers.read import read_config
 
 _WINDOW, _MOST_WINDOWS = 512, 16
+_POSITIONS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class LivePlan:
         dtype: of the model, or `"auto"` for that of the checkpoint.
         quantization: of a base in floating point; None to leave it so, or quantized as it is.
         is_quantized: whether anything of the model is quantized.
+        revision: of a base that is named as on the hub; None for the usual one.
     """
 
     base: str | Path
@@ -42,13 +44,14 @@ class LivePlan:
     dtype: torch.dtype | str
     quantization: MoeQuantizationConfig | None
     is_quantized: bool
+    revision: str | None = None
 
 
 def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None = None) -> LivePlan:
     """Settles how base and adapter are loaded as they were in training, from the configs alone.
 
     Args:
-        base: directory of the model.
+        base: directory of the model, or its name on the hub.
         adapter: directory of the adapter.
         dtype: of the model. Default: that of the training, or of the checkpoint.
 
@@ -56,7 +59,8 @@ def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None =
         ValueError: the adapter isn't of this package, or was trained with linear layers stored in another way than
             the experts, which can't be made again.
     """
-    found_type = read_config(Path(adapter)).get("peft_type")
+    options = read_config(Path(adapter))
+    found_type = options.get("peft_type")
     if found_type != MoeQLoraPeftType.MOE_QLORA.value:
         raise ValueError(
             f"{adapter} is an adapter of type {found_type}, which doesn't say how its base was stored. Convert it "
@@ -65,12 +69,13 @@ def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None =
     config = MoeQLoraConfig.from_pretrained(str(adapter))
     if config.stored is None:
         raise ValueError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}; a saved adapter was expected.")
-    found = BaseModel.open(base, (key.removeprefix(PREFIX) for key in config.stored.shapes))
+    revision = revision_of_base(options, base)
+    found = BaseModel.open(base, (key.removeprefix(PREFIX) for key in config.stored.shapes), revision)
     identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if found.quantization is not None else _quantization(found, config, identity)
     is_quantized = config.storage is not None or quantization is not None
-    return LivePlan(base, adapter, found.model_class, dtype, quantization, is_quantized)
+    return LivePlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
 
 
 def load_live(plan: LivePlan, device: str) -> PeftModel:
@@ -83,12 +88,13 @@ def load_live(plan: LivePlan, device: str) -> PeftModel:
     Raises:
         ValueError: the adapter was trained on other weights.
     """
+    how = {"dtype": plan.dtype, "device_map": device, "use_safetensors": True}
+    if plan.revision is not None:
+        how["revision"] = plan.revision
     if plan.is_quantized:
-        model = load_quantized(
-            str(plan.base), plan.quantization, plan.model_class, dtype=plan.dtype, device_map=device
-        )
+        model = load_quantized(str(plan.base), plan.quantization, plan.model_class, **how)
     else:
-        model = plan.model_class.from_pretrained(plan.base, dtype=plan.dtype, device_map=device)
+        model = plan.model_class.from_pretrained(plan.base, **how)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The adapter was trained on other weights")
         try:
@@ -128,12 +134,13 @@ def _quantization(
     )
 
 
-def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
+def read_windows(file: str | Path, tokenizer_of: str | Path, revision: str | None = None) -> torch.Tensor:
     """`(N, L)` token ids of a text, at most 16 windows of 512.
 
     Args:
         file: of plain text.
-        tokenizer_of: directory of a model.
+        tokenizer_of: directory of a model, or its name on the hub.
+        revision: of a model on the hub; None for the usual one.
 
     Raises:
         ValueError: the text is not in UTF-8, or has less than two tokens.
@@ -142,7 +149,8 @@ def read_windows(file: str | Path, tokenizer_of: str | Path) -> torch.Tensor:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
-    ids = torch.tensor(AutoTokenizer.from_pretrained(tokenizer_of)(text)["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, revision=revision or "main")
+    ids = torch.tensor(tokenizer(text)["input_ids"])
     length = min(_WINDOW, len(ids))
     if length < 2:
         raise ValueError(
@@ -168,7 +176,8 @@ def logits_of_window(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
 def kl_divergence(of: torch.Tensor, against: torch.Tensor) -> float:
     """Mean over positions of the KL divergence in nats, from logits `(N, L, V)`, computed in fp64."""
     total = 0.0
-    for left, right in zip(of, against):
+    # few positions at a time: in fp64 the logits of a window can be 1 GB
+    for left, right in zip(*(logits.flatten(0, 1).split(_POSITIONS_AT_A_TIME) for logits in (of, against))):
         left, right = left.double().log_softmax(dim=-1), right.double().log_softmax(dim=-1)
         total += (left.exp() * (left - right)).sum().item()
     return total / (of.shape[0] * of.shape[1])

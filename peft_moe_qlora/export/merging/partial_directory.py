@@ -6,26 +6,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock
 
-_PLAN = "unfinished.json"
-_LOCK = ".lock"
-_CAN_BE_TAKEN_UP = "can_be_taken_up"
-PICKLED = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-"""Ends of names of weights in other formats than safetensors."""
+from ...loading.paths import is_plain_name
 
-_WEIGHTS = (".safetensors", ".index.json", *PICKLED)
+_NOTES = ".unfinished"
+"""Folder of what is needed for taking up work; nothing of a checkpoint is in a hidden folder."""
+_PLAN = "plan.json"
+_CAN_BE_TAKEN_UP = "can_be_taken_up"
 
 
 class PartialDirectory:
     """Files are written to `DIRECTORY.partial`, which has no config.json and so can't be loaded, and is renamed last.
 
-    What an interrupted run has finished is kept for the next one of the same task.
+    What an interrupted run has finished is kept for the next one of the same task. Runs keep each other out by a lock
+    beside the directory, `.DIRECTORY.lock`, which is held until the directory has appeared.
 
     Args:
         directory: what is to appear; must not be there, or be empty.
@@ -39,126 +39,163 @@ class PartialDirectory:
     def __init__(self, directory: str | Path, task: Mapping[str, Any], can_be_taken_up: bool = True) -> None:
         self.directory = Path(directory).resolve()
         self.partial = self.directory.with_name(f"{self.directory.name}.partial")
-        self._check_free()
+        self._lock = self.directory.with_name(f".{self.directory.name}.lock")
+        self._can_be_taken_up = can_be_taken_up
+        self._task = dict(task) if can_be_taken_up else {**task, _CAN_BE_TAKEN_UP: False}
         if self.directory.is_mount():
             raise ValueError(
                 f"{self.directory} is a mount point, which nothing can be renamed to; name a folder in it."
             )
-        plan = self.partial / _PLAN
-        known = _read_plan(plan) if plan.is_file() else None
-        self._can_be_taken_up = can_be_taken_up
-        self._is_of_use = can_be_taken_up and known == task
-        # a run that was killed at its very start has left nothing but the folder
-        if known is None:
-            holds_work = self.partial.exists() and any(self.partial.rglob("*.safetensors"))
-        else:
-            holds_work = known != task and known.get(_CAN_BE_TAKEN_UP, True)
-        if holds_work:
-            raise ValueError(
-                f"{self.partial} holds unfinished work of another merge: another adapter, base or option. Finish that "
-                "with the same command, or remove the directory."
-            )
-        self.task = task if can_be_taken_up else {**task, _CAN_BE_TAKEN_UP: False}
+        self._check()
 
-    def _check_free(self) -> None:
+    def _check(self) -> bool:
+        """Whether what an earlier run has left is of use.
+
+        Raises:
+            ValueError: the directory is there, or its place is taken by other work.
+        """
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             what = "there already and not empty. If it is a finished merge, nothing is left to do"
             raise ValueError(
                 f"{self.directory} is {what if self.directory.is_dir() else 'a file'}; name another directory, or "
                 "remove it."
             )
+        plan = self.partial / _NOTES / _PLAN
+        known = _read_plan(plan) if plan.is_file() else None
+        if self.partial.is_symlink():
+            is_other = True
+        elif known is None:
+            # a run that was killed at its very start has left no more than its notes
+            is_other = self.partial.exists() and not _holds_at_most_notes(self.partial)
+        else:
+            is_other = known != self._task and known.get(_CAN_BE_TAKEN_UP, True)
+        if is_other:
+            raise ValueError(
+                f"{self.partial} holds unfinished work of another merge: another adapter, base or option. Finish that "
+                "with the same command, or remove the directory."
+            )
+        return self._can_be_taken_up and known == self._task
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Creates the directory, or takes up what is there, and keeps other runs away while in the context.
 
         Raises:
-            ValueError: another run is at it, or has just finished.
+            ValueError: another run is at it, or has been since this object was made.
         """
-        self.partial.mkdir(parents=True, exist_ok=True)
-        try:
-            with WeakFileLock(self.partial / _LOCK, timeout=0.1):
-                self._check_free()
-                if not self._is_of_use:
-                    self._clear()
-                for left in self.partial.rglob("*.writing"):
-                    left.unlink()
-                self.write_json(_PLAN, self.task)
-                try:
-                    yield
-                except BaseException:
-                    if not self._can_be_taken_up:
-                        self.discard()
-                    raise
-        except Timeout as error:
-            raise ValueError(f"Another run is writing {self.partial}. Wait for it, or stop it.") from error
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(WeakFileLock(self._lock, timeout=0.1))
+            except Timeout as error:
+                raise ValueError(
+                    f"Another run is writing {self.partial}. Wait for it, or stop it. If there is none, remove "
+                    f"{self._lock}."
+                ) from error
+            # again, now that nobody else can change it
+            if not self._check():
+                self._clear()
+            for left in self.partial.rglob("*.writing"):
+                left.unlink()
+            self.write_note(_PLAN, self._task)
+            try:
+                yield
+            except BaseException:
+                if not self._can_be_taken_up:
+                    self.discard()
+                raise
+            if not self.partial.exists():
+                # only now: who still gets hold of it finds the directory full. Windows removes it by itself
+                with suppress(PermissionError):
+                    self._lock.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        for left in self.partial.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left.name != _LOCK:
-                left.unlink()
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir()
+
+    def place(self, name: str) -> Path:
+        """Where a file of the result is.
+
+        Raises:
+            ValueError: the name is none inside the directory.
+        """
+        if not is_plain_name(name):
+            raise ValueError(f"{name!r} can't be written: it is no plain name of a file in {self.directory}.")
+        return self.partial / name
 
     def is_written(self, name: str) -> bool:
-        return (self.partial / name).is_file()
+        return self.place(name).is_file()
 
     def path_to_write(self, name: str) -> Path:
         """Where to write a file; it counts as written after `written`."""
-        path = self.partial / f"{name}.writing"
+        path = _unfinished(self.place(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def written(self, name: str) -> None:
         """Gives a file its name, once it is on the disk."""
-        path = self.partial / f"{name}.writing"
-        _sync(path)
-        os.replace(path, self.partial / name)
+        _finish(self.place(name))
 
     def write_json(self, name: str, values: Any) -> None:
-        self.path_to_write(name).write_text(json.dumps(values, indent=2) + "\n")
-        self.written(name)
+        write_json(self.place(name), values)
 
-    def read_json(self, name: str) -> Any:
-        return json.loads((self.partial / name).read_text())
+    def write_note(self, name: str, values: Any) -> None:
+        """Writes plain data that a run needs which takes up the work, and that is no part of the result."""
+        write_json(self._note(name), values)
 
-    def copy_beside(self, source: Path, changed: Mapping[str, Any]) -> None:
-        """Copies everything of a checkpoint that isn't weights.
+    def read_note(self, name: str) -> Any:
+        """What `write_note` has written; None if it hasn't."""
+        file = self._note(name)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-        Args:
-            source: directory of the checkpoint.
-            changed: name -> plain data, of files to be written instead.
-        """
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source)
-            is_hidden = any(part.startswith(".") for part in name.parts)
-            is_own = self.partial in path.resolve().parents or path.name.startswith("adapter_")
-            if is_own or is_hidden or path.name.endswith(_WEIGHTS) or str(name) in changed:
-                continue
-            if path.is_file():
-                shutil.copyfile(path, self.path_to_write(str(name)))
-                self.written(str(name))
-        for name, values in changed.items():
-            self.write_json(name, values)
+    def _note(self, name: str) -> Path:
+        self.place(name)  # refuses what is no plain name
+        return self.partial / _NOTES / name
 
-    def finish(self, scraps: list[str]) -> None:
-        """Removes what was needed for taking up work, and lets the directory appear.
-
-        Args:
-            scraps: names of such files.
-        """
-        for name in (*scraps, _LOCK):
-            (self.partial / name).unlink(missing_ok=True)
-        _sync(self.partial)
+    def finish(self) -> None:
+        """Lets the directory appear."""
+        _sync_directory(self.partial)
         if self.directory.exists():
             self.directory.rmdir()
         os.replace(self.partial, self.directory)
         # last, so that a run that is killed before is taken up
-        (self.directory / _PLAN).unlink()
+        shutil.rmtree(self.directory / _NOTES)
 
     def discard(self) -> None:
         """Removes unfinished work that no other run could finish either."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes plain data such that the file is there whole or not at all; a link of its name is replaced."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _unfinished(file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _finish(file)
+
+
+def _unfinished(file: Path) -> Path:
+    return file.with_name(f"{file.name}.writing")
+
+
+def _finish(file: Path) -> None:
+    with _unfinished(file).open("rb+") as written:  # Windows syncs only what is open for writing
+        os.fsync(written.fileno())
+    os.replace(_unfinished(file), file)
+
+
+def _sync_directory(path: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # Windows can't open one, and needs it not
+        return
+    descriptor = os.open(path, os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _holds_at_most_notes(directory: Path) -> bool:
+    return directory.is_dir() and all(path.name == _NOTES for path in directory.iterdir())
 
 
 def _read_plan(file: Path) -> dict[str, Any]:
@@ -166,13 +203,6 @@ def _read_plan(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} can't be read ({error}); what an interrupted merge has to do was expected. Remove {file.parent}."
+            f"{file} can't be read ({error}); what an interrupted merge has to do was expected. Remove "
+            f"{file.parent.parent}."
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,13 +21,14 @@ from ... import __version__
 from ...layer import MoeQLoraExperts
 from ...loading import Checkpoint, save_bitsandbytes
 from ...loading.finder import SourceFinder
-from ...loading.load import saved_config
+from ...loading.load import readable_quantization, saved_config
 from ...loading.quantizer import quantized_stacks
 from ...loading.sources import Source, each_source
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import TOKENS, adapted_weights, beside_factors, factor_pairs, name_in_model
 from ..readers.read import read_adapter
+from .beside import copy_beside, names_beside
 from .checkpoint import config_for_all
 from .edits import check_base, check_not_tied
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
@@ -76,7 +77,8 @@ def merge_quantized(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
-    base, adapter = checkpoint_directory(base), Path(adapter)
+    adapter = Path(adapter)
+    base = checkpoint_directory(base, adapter)
     found = read_adapter(adapter, base)
     if found.config.quant_type != quant_type:
         raise ValueError(
@@ -96,6 +98,7 @@ def merge_quantized(
         "version": __version__,
     }
     output = PartialDirectory(directory, task, can_be_taken_up=False)
+    beside = names_beside(base, output)
     in_full = {key: tensor for key, tensor in beside_factors(found.others).items() if not key.endswith(TOKENS)}
     num_with_delta = _num_with_delta(found)
     planned = MergeReport(
@@ -135,8 +138,8 @@ def merge_quantized(
             ),
             notes=notes + ((note_of_lost("stacks and layers", unchanged),) if unchanged else ()),
         )
-        output.copy_beside(base, {"config.json": config, REPORT_NAME: done.to_dict()})
-        output.finish([])
+        copy_beside(base, beside, output, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish()
     return done
 
 
@@ -145,7 +148,9 @@ def _check_checkpoint(adapter: AdapterFile, base: BaseModel) -> tuple[str, ...]:
 
     Raises:
         ValueError: the base is another, or changes would be lost because tensors share their weights.
+        CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
     """
+    readable_quantization(base.config, base.directory)
     checkpoint = Checkpoint.open(base.directory)
     storage = saved_config(base.directory)
     finder = SourceFinder(base.model, checkpoint, (storage and storage.flipped_stacks) or ())
@@ -190,7 +195,7 @@ def _save(merged: PreTrainedModel, layout: str, directory: Path) -> dict[str, An
             save_bitsandbytes(merged, saved)
         for file in Path(saved).glob("*.safetensors*"):
             file.rename(directory / file.name)
-        return config_for_all(json.loads(Path(saved, "config.json").read_text()), None)
+        return config_for_all(json.loads(Path(saved, "config.json").read_text(encoding="utf-8")), None)
 
 
 def _num_with_delta(adapter: AdapterFile) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ...config import MoeQLoraPeftType
 from ..adapter_file import PREFIX, AdapterFile
-from ..base_model import BaseModel
+from ..base_model import BaseModel, revision_of_base
 from ..others import A_SUFFIX
 from .check_options import check_lora, check_mlx, check_own
 from .mlx import FILE_NAME, peft_options, read_mlx
@@ -69,13 +69,13 @@ def read_adapter(
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
     file = weights_file(directory)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in _load_tensors(file).items()}
-    named, revision = peft_config.get("base_model_name_or_path"), peft_config.get("revision")
+    named, revision = peft_config.get("base_model_name_or_path"), revision_of_base(peft_config, base)
     if is_own:
         _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
         # what the adapter names may be on the hub; what the caller names has to be there
         is_here = base is not None or BaseModel.is_at(named)
-        return read_own(directory, tensors, BaseModel.open(base or named, tensors) if is_here else None)
-    found = BaseModel.open(base or named, tensors, None if base else revision)
+        return read_own(directory, tensors, BaseModel.open(base or named, tensors, revision) if is_here else None)
+    found = BaseModel.open(base or named, tensors, revision)
     reading = replace(options, quant_type=options.quant_type or usual_quant_type)
     source = Source(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from ..adapter_file import AdapterFile
 from ..base_model import PARTS_OF_FUSED, BaseModel
+from ..others import adapted_layers
+from .gaps import find_gaps, without_gaps
 from .uniform import adapted_blocks, gate_and_up, pairs_in_checkpoint, uniform
 
 _BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")
@@ -38,6 +40,10 @@ def write_mlx(
             the checkpoint.
     """
     adapter = uniform(adapter, base)
+    names = [*adapted_layers(adapter.others), *(factors.path for factors in adapter.experts)]
+    first = min(adapted_blocks(names, base) or [0])
+    num_layers = base.model.config.get_text_config().num_hidden_layers
+    adapter = without_gaps(adapter, find_gaps(adapter, base, list(range(first, num_layers))), base)
     tensors: dict[str, torch.Tensor] = {}
 
     def add(name: str, A: torch.Tensor, B: torch.Tensor) -> None:
@@ -60,10 +66,9 @@ def write_mlx(
         add(pair.name, pair.A.T, pair.B.T)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapters.safetensors", {"format": "mlx"})
-    num_layers = base.model.config.get_text_config().num_hidden_layers
     config = {
         "fine_tune_type": "lora",
-        "num_layers": num_layers - min(adapted_blocks(tensors, base) or [0]),  # counted from the end
+        "num_layers": num_layers - first,  # counted from the end
         "lora_parameters": {
             "rank": adapter.config.r,
             "scale": adapter.config.lora_alpha / adapter.config.r,

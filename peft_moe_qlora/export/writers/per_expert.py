@@ -11,6 +11,7 @@ from pathlib import Path
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX
+from .gaps import exclude_pattern, find_gaps
 from .uniform import adapted_blocks, gate_and_up, linear_in_checkpoint, save_lora, uniform
 from .whole_model import in_whole_model
 
@@ -46,4 +47,6 @@ def write_per_expert(
     targets = {key.removesuffix(A_SUFFIX).rpartition(".")[2] for key in tensors if key.endswith(A_SUFFIX)}
     if targets_in_newer_names:
         targets = {_NEWER_NAMES.get(name, name) for name in targets}
-    save_lora(directory, tensors, adapter.config, targets, adapted_blocks(tensors, base))
+    blocks = adapted_blocks(tensors, base)
+    excluded = exclude_pattern(find_gaps(adapter, base, blocks), base)
+    save_lora(directory, tensors, adapter.config, targets, blocks, excluded)

@@ -13,6 +13,7 @@ import torch
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX, adapted_layers
+from .gaps import exclude_pattern, find_gaps
 from .uniform import adapted_blocks, gate_and_up, linear_in_checkpoint, save_lora, uniform
 
 
@@ -37,4 +38,6 @@ def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> Non
     tensors |= linear_in_checkpoint(adapter, base)
     targets = {"gate_proj", "up_proj", "down_proj"}
     targets |= {name.rpartition(".")[2] for name in adapted_layers(adapter.others)}
-    save_lora(directory, tensors, adapter.config, targets, adapted_blocks(tensors, base))
+    blocks = adapted_blocks(tensors, base)
+    excluded = exclude_pattern(find_gaps(adapter, base, blocks), base)
+    save_lora(directory, tensors, adapter.config, targets, blocks, excluded)

@@ -124,6 +124,7 @@ def save_lora(
     config: MoeQLoraConfig,
     targets: set[str],
     blocks: list[int] | None,
+    excluded: str | None,
 ) -> None:
     """Writes the two files of a LoRA adapter.
 
@@ -133,6 +134,7 @@ def save_lora(
         config: of a uniform adapter.
         targets: what the config is to name as `target_modules`.
         blocks: the layers that they are meant in, by their numbers; None for all.
+        excluded: a pattern of what they are not meant to reach in these; None for nothing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # clones, since parts of one tensor share memory, which safetensors refuses
@@ -143,6 +145,7 @@ def save_lora(
         lora_alpha=config.lora_alpha,
         target_modules=sorted(targets),
         layers_to_transform=blocks,
+        exclude_modules=excluded,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         task_type=config.task_type,

@@ -1,0 +1,41 @@
+"""Which names of files, read from a file, may be opened or written; and where links lead."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_LONGEST_NAME = 255
+"""Bytes that every file system takes."""
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a value names a file inside a directory on any system: parts apart by slashes, none of them hidden.
+
+    `".."`, absolute paths, drives and backslashes are no part of such a name.
+    """
+    if not isinstance(name, str) or not name.isprintable() or re.search(r"\\|^[A-Za-z]:", name):
+        return False
+    return len(name.encode()) <= _LONGEST_NAME and not any(part[:1] in ("", ".") for part in name.split("/"))
+
+
+def leads_out(path: Path, directory: Path) -> bool:
+    """Whether a path, links followed, is outside a directory.
+
+    Where the directory is a snapshot in the hub's cache, the blobs of that repository, and those that the cache shares
+    between repositories, count as inside.
+    """
+    real, root = (Path(os.path.realpath(one)) for one in (path, directory))
+    if real == root or root in real.parents:
+        return False
+    snapshots = [one for one in (root, *root.parents) if one.parent.name == "snapshots"]
+    return not any(_is_blob(real, snapshot.parent.parent) for snapshot in snapshots)
+
+
+def _is_blob(file: Path, repository: Path) -> bool:
+    # huggingface_hub: REPOSITORY/blobs/HASH, which may itself be a link to CACHE/blobs/HA/HASH
+    if file.parent == Path(os.path.realpath(repository / "blobs")):
+        return True
+    store = Path(os.path.realpath(repository.parent / "blobs"))
+    return file.parent.parent == store and file.name.startswith(file.parent.name)
