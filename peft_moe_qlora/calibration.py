@@ -7,7 +7,9 @@ takes itself off the model then. At no time are there second moments of more tha
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .experts import QuantizedExperts
 from .layer import MoeQLoraExperts
 from .quantization import MergedExpert, QuantizedStack, quantize_second_order
 
 NUM_SEQUENCES, LENGTH = 16, 512
 """Of the tokens drawn where no text is given."""
+
+_NAMED = 8
 
 
 def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: int = LENGTH) -> torch.Tensor:
@@ -55,6 +60,8 @@ def merge_for_inputs(
 ) -> list[str]:
     """Runs a model, and merges adapters into its quantized experts on the way.
 
+    Warns of inputs that are of no use; the `merge_notes` of the stacks have all of them.
+
     Args:
         model: that the layers are in, with the adapters active.
         layers: path -> layer; merged in place, without a way back.
@@ -87,7 +94,21 @@ def merge_for_inputs(
             handle.remove()
         bar.close()
         model.train(was_training)
+    _warn_of_notes({path: layer.base_layer for path, layer in layers.items() if layer not in paths})
     return list(paths.values())
+
+
+def _warn_of_notes(merged: Mapping[str, QuantizedExperts]) -> None:
+    """One warning for all stacks whose rounding there is something to know of."""
+    notes = [
+        f"{path}.{projection}: {note}"
+        for path, experts in merged.items()
+        for projection in experts.layout.projections
+        for note in experts.stack(projection).merge_notes
+    ]
+    if notes:
+        more = f"; {len(notes) - _NAMED} more are in the experts' report" if len(notes) > _NAMED else ""
+        warnings.warn("; ".join(notes[:_NAMED]) + f"{more}.", RuntimeWarning, stacklevel=4)
 
 
 def _inputs(
@@ -108,6 +129,8 @@ def merge_layer(
 ) -> None:
     """Merges adapters into one layer's quantized stacks, rounded for the given inputs; others are rounded plainly.
 
+    Inputs that are not finite don't count; the stacks' `merge_notes` say how many, of which experts.
+
     Args:
         layer: not merged so far.
         adapter_names: what to merge.
@@ -122,29 +145,66 @@ def merge_layer(
     routing, inputs = experts.projection_inputs(hidden_states, top_k_index, layer.low_rank_terms(adapter_names))
     weight_of_row = torch.empty(routing.num_rows, dtype=torch.float32, device=hidden_states.device)
     weight_of_row[routing.row_of_pair.flatten()] = top_k_weights.flatten().float()
-    ends = routing.offsets.tolist()
+    num_rows = int(routing.offsets[-1])
+    expert_of_row, weight_of_row = routing.expert_of_row[:num_rows], weight_of_row[:num_rows, None]
     merged = {}
     for projection in layer.adapted_projections(adapter_names):
         stack = experts.stack(projection)
-        if not isinstance(stack, QuantizedStack):
-            merged[projection] = stack.merged(
-                lambda expert, projection=projection: layer.expert_delta(projection, adapter_names, expert)
-            )
-            continue
-        # a row counts as much as its expert's output does
-        rows = inputs[projection][: ends[-1]].float() * weight_of_row[: ends[-1], None]
-
-        def merged_expert(
-            expert: int, projection: str = projection, stack: QuantizedStack = stack, rows: torch.Tensor = rows
-        ) -> MergedExpert:
-            A, B = layer.expert_factors(projection, adapter_names, expert)
-            weight = stack.decode_expert(expert, torch.float32)
-            own = rows[ends[expert - 1] if expert else 0 : ends[expert]]
-            return MergedExpert(
-                weight=(weight.T if stack.is_transposed else weight) + B @ A,
-                moment=own.T @ own / max(len(own), 1),
-                core=torch.linalg.qr(B).R @ A,
-            )
-
-        merged[projection] = quantize_second_order(stack, merged_expert, rows.T @ rows / max(len(rows), 1))
+        if isinstance(stack, QuantizedStack):
+            # a row counts as much as its expert's output does
+            rows = inputs[projection][:num_rows].float() * weight_of_row
+            merged[projection] = _merge_for_rows(layer, projection, adapter_names, rows, expert_of_row)
+        else:
+            merged[projection] = stack.merged(partial(layer.expert_delta, projection, adapter_names))
     layer.replace_stacks(merged, adapter_names)
+
+
+def _merge_for_rows(
+    layer: MoeQLoraExperts,
+    projection: str,
+    adapter_names: Sequence[str],
+    rows: torch.Tensor,
+    expert_of_row: torch.Tensor,
+) -> QuantizedStack:
+    """One merged stack, rounded for `(S, in)` fp32 rows that are sorted by expert; `(S,)` says whose each is.
+
+    Some models have activations beyond the range of their dtype in a few tokens of their last layers. Rows with such
+    values are left out.
+    """
+    stack = layer.base_layer.stack(projection)
+    is_finite = rows.isfinite().all(dim=1)
+    num_seen, num_left_out = (
+        expert_of_row[mask].bincount(minlength=stack.num_experts).tolist() for mask in (is_finite, ~is_finite)
+    )
+    rows = rows[is_finite]
+    if len(rows):
+        # the unit is of no account, and with this one squares stay in range
+        rows /= torch.linalg.vector_norm(rows, torch.inf).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows_of_expert = rows.split(num_seen)
+
+    def merged_expert(expert: int) -> MergedExpert:
+        A, B = layer.expert_factors(projection, adapter_names, expert)
+        weight = stack.decode_expert(expert, torch.float32)
+        own = rows_of_expert[expert]
+        return MergedExpert(
+            weight=(weight.T if stack.is_transposed else weight) + B @ A,
+            moment=own.T @ own / max(len(own), 1),
+            core=torch.linalg.qr(B).R @ A,
+        )
+
+    merged = quantize_second_order(stack, merged_expert, rows.T @ rows / max(len(rows), 1))
+    if any(num_left_out):
+        merged.merge_notes += (_note_of_left_out(num_left_out, len(rows)),)
+    return merged
+
+
+def _note_of_left_out(num_left_out: Sequence[int], num_seen: int) -> str:
+    """How many rows of which experts don't count."""
+    total = sum(num_left_out)
+    counts = [f"{count} of expert {expert}" for expert, count in enumerate(num_left_out) if count]
+    more = f" and of {len(counts) - _NAMED} more" if len(counts) > _NAMED else ""
+    none = "" if num_seen else "; none is left, so that it is rounded without regard to inputs"
+    return (
+        f"{total} of {total + num_seen} rows of calibration inputs are not finite and were left out "
+        f"({', '.join(counts[:_NAMED])}{more}){none}"
+    )

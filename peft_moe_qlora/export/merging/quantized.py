@@ -124,14 +124,14 @@ def merge_quantized(
         unchanged = _unchanged(merged, before, allow_unchanged)
         _check_trained_in_full(merged, in_full)
         config = _save(merged, layout, output.partial)
+        of_stacks = {name: stack for name, _, stack in quantized_stacks(merged)}
+        notes += tuple(f"{name}: {note}" for name, stack in of_stacks.items() for note in stack.merge_notes)
         done = replace(
             planned,
             tensors_changed=planned.tensors_expected - len(unchanged),
             tensors_written=len(Checkpoint.open(output.partial).tensors),
             stacks=tuple(
-                FidelityRow.of(name, stack.fidelity)
-                for name, _, stack in quantized_stacks(merged)
-                if stack.fidelity is not None
+                FidelityRow.of(name, stack.fidelity) for name, stack in of_stacks.items() if stack.fidelity is not None
             ),
             notes=notes + ((note_of_lost("stacks and layers", unchanged),) if unchanged else ()),
         )
