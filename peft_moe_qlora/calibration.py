@@ -50,6 +50,21 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
 
 
 @torch.no_grad()
+def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
+    """What a model's body gives for `(N, L)` token ids, in evaluation mode.
+
+    Nobody looks at logits here, which for a large vocabulary are larger than all else.
+    """
+    was_training = model.training
+    model.eval()
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    try:
+        return body(input_ids=token_ids.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
 def merge_for_inputs(
     model: nn.Module,
     layers: Mapping[str, MoeQLoraExperts],
@@ -82,18 +97,13 @@ def merge_for_inputs(
             on_merged(paths.pop(layer))
             bar.update()
 
-    was_training = model.training
-    model.eval()
     handles = [layer.register_forward_hook(merge, with_kwargs=True) for layer in layers.values()]
-    # without its head: nobody looks at logits, which for a large vocabulary are larger than all else
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
     try:
-        body(input_ids=token_ids.to(next(model.parameters()).device), use_cache=False)
+        run_without_head(model, token_ids)
     finally:
         for handle in handles:
             handle.remove()
         bar.close()
-        model.train(was_training)
     _warn_of_notes({path: layer.base_layer for path, layer in layers.items() if layer not in paths})
     return list(paths.values())
 

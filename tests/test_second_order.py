@@ -256,10 +256,11 @@ def test_layers_that_no_token_reaches_are_told():
     assert all(stack.merge_error is not None for stack in experts_report(merged).stacks)
 
 
-def test_two_adapters_and_one_that_is_merged_already():
+@pytest.mark.parametrize("target_modules", [["experts"], "all-linear"], ids=str)
+def test_two_adapters_and_one_that_is_merged_already(target_modules):
     def build():
-        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
-        model.add_adapter("other", MoeQLoraConfig(r=2))
+        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=target_modules)).eval()
+        model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=target_modules))
         randomize_adapter(model)
         return model
 
@@ -267,9 +268,11 @@ def test_two_adapters_and_one_that_is_merged_already():
     model = build()
     model.merge_adapter(["default"])
     in_turn = model.merge_and_unload(adapter_names=["other"])
-    assert torch.equal(logits(together, token_ids()), logits(in_turn, token_ids()))
+    # of linear layers in floating point one delta is added, taken off and added again
+    atol = 0 if target_modules == ["experts"] else 1e-3
+    torch.testing.assert_close(logits(together, token_ids()), logits(in_turn, token_ids()), rtol=0, atol=atol)
     alone = build().merge_and_unload(adapter_names=["other"])
-    assert not torch.equal(logits(together, token_ids()), logits(alone, token_ids()))
+    assert not torch.allclose(logits(together, token_ids()), logits(alone, token_ids()), atol=0.1)
 
 
 def test_a_forward_that_fails_merges_nothing_twice():
