@@ -127,9 +127,13 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
                 )
             self._check_mixed_batch(hidden_states, adapter_names)
             low_rank = self._mixed_low_rank(hidden_states, adapter_names)
-        elif not self.merged:
-            low_rank = self.low_rank_terms(self.active_adapters)
+        else:
+            low_rank = self.active_terms()
         return self.base_layer(hidden_states, top_k_index, top_k_weights, low_rank=low_rank)
+
+    def active_terms(self) -> dict[str, list[LowRank]]:
+        """What a forward adds: projection -> terms of the active adapters, none if they are disabled or merged."""
+        return {} if self.disable_adapters or self.merged else self.low_rank_terms(self.active_adapters)
 
     def low_rank_terms(
         self, adapter_names: Sequence[str], token_masks: dict[str, torch.Tensor] | None = None

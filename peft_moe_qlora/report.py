@@ -32,7 +32,7 @@ class StackReport:
         merge_error: relative L2 error of the stack against the exact merged weights; None if nothing was merged.
         delta_kept: share of the delta that the stack holds, 1 for all of it; None if nothing was merged.
         merge_notes: what to know of how a merge has rounded the stack.
-        compute_path: what computes it, and why.
+        compute_path: what computes it with the active adapters, in the mode that the model is in, and why.
     """
 
     path: str
@@ -177,7 +177,7 @@ def _of_stack(path: str, experts: QuantizedExperts, projection: str, layer: MoeQ
         merge_error=None if stack.fidelity is None else stack.fidelity.relative_error,
         delta_kept=None if stack.fidelity is None else stack.fidelity.delta_kept,
         merge_notes=stack.merge_notes,
-        compute_path=str(experts.compute_path(projection)),
+        compute_path=str(experts.compute_path(projection, {} if layer is None else layer.active_terms())),
     )
 
 
