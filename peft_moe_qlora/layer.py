@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import MoeQLoraConfig
-from .experts import QuantizedExperts
+from .experts import QuantizedExperts, refuse_liger
 from .ops import LowRank
 from .quantization import DenseStack, Stack
 
@@ -49,6 +49,11 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_stacks: dict[str, Stack] = {}
         self.train(base_layer.training)
+
+    def train(self, mode: bool = True) -> MoeQLoraExperts:
+        # a Trainer calls this between Liger's patches and the first forward
+        refuse_liger(self, self.base_layer.layout.class_name)
+        return super().train(mode)
 
     @property
     def in_features(self) -> int:

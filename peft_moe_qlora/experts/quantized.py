@@ -27,7 +27,7 @@ from ..ops import (
 from ..quantization import Stack
 from .architectures import architecture_of
 from .gates import known_gate
-from .layout import ExpertsLayout
+from .layout import ExpertsLayout, refuse_liger
 
 _NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
 
@@ -61,6 +61,11 @@ class QuantizedExperts(nn.Module):
         self._gate = known_gate(original, layout)
         self._architecture = architecture_of(original)
         self.train(original.training)
+
+    def train(self, mode: bool = True) -> QuantizedExperts:
+        # a Trainer calls this between Liger's patches and the first forward
+        refuse_liger(self, self.layout.class_name)
+        return super().train(mode)
 
     def stack(self, projection: str) -> Stack:
         return self.get_submodule(projection)
