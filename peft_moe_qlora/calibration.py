@@ -7,7 +7,9 @@ takes itself off the model then. At no time are there second moments of more tha
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .experts import QuantizedExperts
 from .layer import MoeQLoraExperts
 from .quantization import MergedExpert, QuantizedStack, quantize_second_order
 
 NUM_SEQUENCES, LENGTH = 16, 512
 """Of the tokens drawn where no text is given."""
+
+_NAMED = 8
 
 
 def config_with_vocabulary(model: nn.Module) -> PreTrainedConfig | None:
@@ -55,6 +60,23 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
 
 
 @torch.no_grad()
+def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
+    """What a model's body gives for `(N, L)` token ids, in evaluation mode.
+
+    Nobody looks at logits here, which for a large vocabulary are larger than all else.
+    """
+    was_training = model.training
+    model.eval()
+    token_ids = token_ids.to(next(model.parameters()).device)
+    try:
+        if isinstance(model, PreTrainedModel):
+            return model.base_model(input_ids=token_ids, use_cache=False)
+        return model(token_ids)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
 def merge_for_inputs(
     model: nn.Module,
     layers: Mapping[str, MoeQLoraExperts],
@@ -64,6 +86,8 @@ def merge_for_inputs(
     progressbar: bool = False,
 ) -> list[str]:
     """Runs a model, and merges adapters into its quantized experts on the way.
+
+    Warns of inputs that are of no use; the `merge_notes` of the stacks have all of them.
 
     Args:
         model: that the layers are in, with the adapters active; one that isn't of transformers is called with the ids
@@ -86,22 +110,28 @@ def merge_for_inputs(
             on_merged(paths.pop(layer))
             bar.update()
 
-    was_training = model.training
-    model.eval()
     handles = [layer.register_forward_hook(merge, with_kwargs=True) for layer in layers.values()]
-    token_ids = token_ids.to(next(model.parameters()).device)
     try:
-        if isinstance(model, PreTrainedModel):
-            # without its head: nobody looks at logits, which for a large vocabulary are larger than all else
-            model.base_model(input_ids=token_ids, use_cache=False)
-        else:
-            model(token_ids)
+        run_without_head(model, token_ids)
     finally:
         for handle in handles:
             handle.remove()
         bar.close()
-        model.train(was_training)
+    _warn_of_notes({path: layer.base_layer for path, layer in layers.items() if layer not in paths})
     return list(paths.values())
+
+
+def _warn_of_notes(merged: Mapping[str, QuantizedExperts]) -> None:
+    """One warning for all stacks whose rounding there is something to know of."""
+    notes = [
+        f"{path}.{projection}: {note}"
+        for path, experts in merged.items()
+        for projection in experts.layout.projections
+        for note in experts.stack(projection).merge_notes
+    ]
+    if notes:
+        more = f"; {len(notes) - _NAMED} more are in the experts' report" if len(notes) > _NAMED else ""
+        warnings.warn("; ".join(notes[:_NAMED]) + f"{more}.", RuntimeWarning, stacklevel=4)
 
 
 def _inputs(
@@ -122,6 +152,8 @@ def merge_layer(
 ) -> None:
     """Merges adapters into one layer's quantized stacks, rounded for the given inputs; others are rounded plainly.
 
+    Inputs that are not finite don't count; the stacks' `merge_notes` say how many, of which experts.
+
     Args:
         layer: not merged so far.
         adapter_names: what to merge.
@@ -136,29 +168,66 @@ def merge_layer(
     routing, inputs = experts.projection_inputs(hidden_states, top_k_index, layer.low_rank_terms(adapter_names))
     weight_of_row = torch.empty(routing.num_rows, dtype=torch.float32, device=hidden_states.device)
     weight_of_row[routing.row_of_pair.flatten()] = top_k_weights.flatten().float()
-    ends = routing.offsets.tolist()
+    num_rows = int(routing.offsets[-1])
+    expert_of_row, weight_of_row = routing.expert_of_row[:num_rows], weight_of_row[:num_rows, None]
     merged = {}
     for projection in layer.adapted_projections(adapter_names):
         stack = experts.stack(projection)
-        if not isinstance(stack, QuantizedStack):
-            merged[projection] = stack.merged(
-                lambda expert, projection=projection: layer.expert_delta(projection, adapter_names, expert)
-            )
-            continue
-        # a row counts as much as its expert's output does
-        rows = inputs[projection][: ends[-1]].float() * weight_of_row[: ends[-1], None]
-
-        def merged_expert(
-            expert: int, projection: str = projection, stack: QuantizedStack = stack, rows: torch.Tensor = rows
-        ) -> MergedExpert:
-            A, B = layer.expert_factors(projection, adapter_names, expert)
-            weight = stack.decode_expert(expert, torch.float32)
-            own = rows[ends[expert - 1] if expert else 0 : ends[expert]]
-            return MergedExpert(
-                weight=(weight.T if stack.is_transposed else weight) + B @ A,
-                moment=own.T @ own / max(len(own), 1),
-                core=torch.linalg.qr(B).R @ A,
-            )
-
-        merged[projection] = quantize_second_order(stack, merged_expert, rows.T @ rows / max(len(rows), 1))
+        if isinstance(stack, QuantizedStack):
+            # a row counts as much as its expert's output does
+            rows = inputs[projection][:num_rows].float() * weight_of_row
+            merged[projection] = _merge_for_rows(layer, projection, adapter_names, rows, expert_of_row)
+        else:
+            merged[projection] = stack.merged(partial(layer.expert_delta, projection, adapter_names))
     layer.replace_stacks(merged, adapter_names)
+
+
+def _merge_for_rows(
+    layer: MoeQLoraExperts,
+    projection: str,
+    adapter_names: Sequence[str],
+    rows: torch.Tensor,
+    expert_of_row: torch.Tensor,
+) -> QuantizedStack:
+    """One merged stack, rounded for `(S, in)` fp32 rows that are sorted by expert; `(S,)` says whose each is.
+
+    Some models have activations beyond the range of their dtype in a few tokens of their last layers. Rows with such
+    values are left out.
+    """
+    stack = layer.base_layer.stack(projection)
+    is_finite = rows.isfinite().all(dim=1)
+    num_seen, num_left_out = (
+        expert_of_row[mask].bincount(minlength=stack.num_experts).tolist() for mask in (is_finite, ~is_finite)
+    )
+    rows = rows[is_finite]
+    if len(rows):
+        # the unit is of no account, and with this one squares stay in range
+        rows /= torch.linalg.vector_norm(rows, torch.inf).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows_of_expert = rows.split(num_seen)
+
+    def merged_expert(expert: int) -> MergedExpert:
+        A, B = layer.expert_factors(projection, adapter_names, expert)
+        weight = stack.decode_expert(expert, torch.float32)
+        own = rows_of_expert[expert]
+        return MergedExpert(
+            weight=(weight.T if stack.is_transposed else weight) + B @ A,
+            moment=own.T @ own / max(len(own), 1),
+            core=torch.linalg.qr(B).R @ A,
+        )
+
+    merged = quantize_second_order(stack, merged_expert, rows.T @ rows / max(len(rows), 1))
+    if any(num_left_out):
+        merged.merge_notes += (_note_of_left_out(num_left_out, len(rows)),)
+    return merged
+
+
+def _note_of_left_out(num_left_out: Sequence[int], num_seen: int) -> str:
+    """How many rows of which experts don't count."""
+    total = sum(num_left_out)
+    counts = [f"{count} of expert {expert}" for expert, count in enumerate(num_left_out) if count]
+    more = f" and of {len(counts) - _NAMED} more" if len(counts) > _NAMED else ""
+    none = "" if num_seen else "; none is left, so that it is rounded without regard to inputs"
+    return (
+        f"{total} of {total + num_seen} rows of calibration inputs are not finite and were left out "
+        f"({', '.join(counts[:_NAMED])}{more}){none}"
+    )

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import MoeQLoraConfig
-from .experts import QuantizedExperts
+from .experts import QuantizedExperts, refuse_liger
 from .ops import LowRank
 from .quantization import DenseStack, Stack
 
@@ -49,6 +49,11 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_stacks: dict[str, Stack] = {}
         self.train(base_layer.training)
+
+    def train(self, mode: bool = True) -> MoeQLoraExperts:
+        # a Trainer calls this between Liger's patches and the first forward
+        refuse_liger(self, self.base_layer.layout.class_name)
+        return super().train(mode)
 
     @property
     def in_features(self) -> int:
@@ -127,9 +132,13 @@ class MoeQLoraExperts(nn.Module, BaseTunerLayer):
                 )
             self._check_mixed_batch(hidden_states, adapter_names)
             low_rank = self._mixed_low_rank(hidden_states, adapter_names)
-        elif not self.merged:
-            low_rank = self.low_rank_terms(self.active_adapters)
+        else:
+            low_rank = self.active_terms()
         return self.base_layer(hidden_states, top_k_index, top_k_weights, low_rank=low_rank)
+
+    def active_terms(self) -> dict[str, list[LowRank]]:
+        """What a forward adds: projection -> terms of the active adapters, none if they are disabled or merged."""
+        return {} if self.disable_adapters or self.merged else self.low_rank_terms(self.active_adapters)
 
     def low_rank_terms(
         self, adapter_names: Sequence[str], token_masks: dict[str, torch.Tensor] | None = None

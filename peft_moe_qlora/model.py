@@ -25,6 +25,7 @@ from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertib
 from .gradient_watch import watch_gradients
 from .layer import BASE, MoeQLoraExperts
 from .loading import cast_as_loaded, restore_experts, store_experts
+from .merge_check import MergeCheck, Reference, take_reference
 from .report import ExpertsReport, experts_report
 from .targets import (
     UNTIE,
@@ -60,6 +61,8 @@ class MoeQLoraModel(LoraModel):
 
     prefix: str = "lora_"
     tuner_layer_cls = (LoraLayer, MoeQLoraExperts)
+    merge_check: MergeCheck | None = None
+    """Of the last `merge_and_unload` with second-order rounding."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -377,6 +380,9 @@ class MoeQLoraModel(LoraModel):
         tokens do for that; a text like the one that the model is for does a little better. Should the forward fail,
         the layers that it has passed are merged for good, and the same call goes on with the others.
 
+        After second-order rounding the merged model is run too, on 512 of these tokens, and a warning tells if it is
+        far from the live adapter; `merge_check` has the figures (`MergeCheck`).
+
         Args:
             progressbar: show one; PEFT's own default is not to.
             safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always refused.
@@ -409,10 +415,15 @@ class MoeQLoraModel(LoraModel):
             or not calibration.numel()
         ):
             raise ValueError("calibration has to be a tensor of token ids, (sequences, length), and not empty.")
-        if dtype is None and rounding == "second-order":
-            self._merge_for_inputs(adapter_names, calibration, progressbar)
+        self.merge_check = None
         if dtype is None:
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            reference = None
+            if rounding == "second-order":
+                reference, adapter_names = self._merge_for_inputs(adapter_names, calibration, progressbar)
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            if reference is not None:
+                self.merge_check = reference.check(merged)
+            return merged
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype={dtype} can't hold merged weights; choose torch.bfloat16, float16 or float32.")
         for layer in tqdm(list(self.expert_layers()), desc="Merging experts", disable=not progressbar):
@@ -427,19 +438,25 @@ class MoeQLoraModel(LoraModel):
 
     def _merge_for_inputs(
         self, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool
-    ) -> None:
-        """Merges the quantized experts that adapters reach; what is left, PEFT does."""
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        layers = {}
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, MoeQLoraExperts) and not layer.base_layer.is_dense:
-                names = list(dict.fromkeys([*layer.merged_adapters, *names]))
-                if layer.merged:
-                    layer.unmerge()
-                if layer.adapted_projections(names):
-                    layers[path] = layer
+    ) -> tuple[Reference | None, list[str] | None]:
+        """Merges the quantized experts that adapters reach; what is left, PEFT does.
+
+        Returns:
+            What the live model gave, None if there are no such experts; and the adapters to be merged into the other
+            layers, with those that were merged before.
+        """
+        tuner_layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        merged_before = [name for layer in tuner_layers for name in layer.merged_adapters]
+        asked_for = self.active_adapters if adapter_names is None else adapter_names
+        names = list(dict.fromkeys([*merged_before, *asked_for]))
+        experts = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, MoeQLoraExperts)}
+        layers = {
+            path: layer
+            for path, layer in experts.items()
+            if not layer.base_layer.is_dense and layer.adapted_projections(names)
+        }
         if not layers:
-            return
+            return None, adapter_names
         if calibration is None:
             config = config_with_vocabulary(self.model)
             if config is None:
@@ -448,8 +465,10 @@ class MoeQLoraModel(LoraModel):
                     "calibration, or rounding='nearest'."
                 )
             calibration = random_token_ids(config)
-        self.enable_adapter_layers()
-        self.set_adapter(names, inference_mode=True)
+        for layer in tuner_layers:
+            if layer.merged:
+                layer.unmerge()
+        reference = take_reference(self, names, calibration)
         # each at once: should the forward fail later, what is merged is not merged again
         missed = merge_for_inputs(
             self.model, layers, names, calibration, lambda path: self._unwrap([path]), progressbar
@@ -461,6 +480,7 @@ class MoeQLoraModel(LoraModel):
                 RuntimeWarning,
                 stacklevel=3,
             )
+        return reference, names
 
     def _unwrap(self, paths: Sequence[str]) -> None:
         """Puts experts in the place of their layers, which are merged; what is left are linear layers."""

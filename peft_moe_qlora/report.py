@@ -31,7 +31,8 @@ class StackReport:
         merged: adapters merged into the stack.
         merge_error: relative L2 error of the stack against the exact merged weights; None if nothing was merged.
         delta_kept: share of the delta that the stack holds, 1 for all of it; None if nothing was merged.
-        compute_path: what computes it, and why.
+        merge_notes: what to know of how a merge has rounded the stack.
+        compute_path: what computes it with the active adapters, in the mode that the model is in, and why.
     """
 
     path: str
@@ -47,6 +48,7 @@ class StackReport:
     merged: tuple[str, ...]
     merge_error: float | None
     delta_kept: float | None
+    merge_notes: tuple[str, ...]
     compute_path: str
 
 
@@ -117,6 +119,7 @@ class ExpertsReport:
             "computed by",
         )
         lines = [tabulate(rows, header, disable_numparse=True)]
+        lines += [f"{stack.path}.{stack.projection}: {note}" for stack in self.stacks for note in stack.merge_notes]
         lines += [f"left alone: {path} ({reason})" for path, reason in self.left_alone.items()]
         lines.append(
             f"{self.num_weights:,} weights in {self.nbytes / 2**20:.2f} MiB ({self.dense_nbytes / 2**20:.2f} MiB "
@@ -173,7 +176,8 @@ def _of_stack(path: str, experts: QuantizedExperts, projection: str, layer: MoeQ
         merged=tuple(merged),
         merge_error=None if stack.fidelity is None else stack.fidelity.relative_error,
         delta_kept=None if stack.fidelity is None else stack.fidelity.delta_kept,
-        compute_path=str(experts.compute_path(projection)),
+        merge_notes=stack.merge_notes,
+        compute_path=str(experts.compute_path(projection, {} if layer is None else layer.active_terms())),
     )
 
 
@@ -194,6 +198,7 @@ def _of_plain_module(path: str, module: nn.Module) -> list[StackReport]:
             merged=(),
             merge_error=None,
             delta_kept=None,
+            merge_notes=(),
             compute_path="transformers",
         )
         for name in layout.projections

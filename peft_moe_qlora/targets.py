@@ -28,6 +28,9 @@ UNTIE = (
 )
 """What to do where embeddings and head are tied."""
 
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT adds to `modules_to_save` by itself, by task; a model has one of them."""
+
 _ROUTER_NAMES = re.compile(r"(gate|router|wg|.*_router|.*router_proj)")
 
 
@@ -66,14 +69,15 @@ def is_all_linear(config: LoraConfig) -> bool:
 
 
 def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
-    """Writes "all-linear" out: PEFT's linear layers without routers and what LoRA can't train, and all experts."""
+    """Writes "all-linear" out: all experts; PEFT's linear layers without heads, routers and what LoRA can't train."""
     if not is_all_linear(config):
         return
     _maybe_include_all_linear_layers(config, model)
+    heads = _HEADS.get(config.task_type, ())
     left_out = {
         name
         for name in config.target_modules
-        if is_router(name, model.get_submodule(name), layouts) or why_unadaptable(name, model)
+        if name in heads or is_router(name, model.get_submodule(name), layouts) or why_unadaptable(name, model)
     }
     config.target_modules = (config.target_modules - left_out) | {ALL_EXPERTS}
 
@@ -191,8 +195,12 @@ def check_targets(
     if not adapted:
         config.target_experts = []
     _check_layers(config, module_names)
+
+    def is_module(name: str) -> bool:
+        return any(key == name or key.endswith(f".{name}") for key in module_names)
+
     for name in config.modules_to_save or ():
-        if not any(key == name or key.endswith(f".{name}") for key in module_names):
+        if not is_module(name) and not may_be_absent(name, config, is_module):
             raise ValueError(f"modules_to_save names {name!r}, which is no module of the model. Correct or remove it.")
         for path in layouts:
             if re.match(rf"(^|.*\.){name}($|\..*)", path):
@@ -200,6 +208,12 @@ def check_targets(
                     f"modules_to_save names {name!r}, which includes the experts {path}; they can't be trained in "
                     "full. Take it out; to train a router, name the router alone."
                 )
+
+
+def may_be_absent(name: str, config: LoraConfig, exists: Callable[[str], bool]) -> bool:
+    """Whether an entry of `modules_to_save` is one of PEFT's for the task, and another of these is there."""
+    heads = _HEADS.get(config.task_type, ())
+    return name in heads and any(map(exists, heads))
 
 
 def _check_layers(config: MoeQLoraConfig, module_names: list[str]) -> None:

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_models import tiny_model
 
 from peft_moe_qlora import MoeQLoraConfig, experts_report, quantize_experts
+from peft_moe_qlora.experts import quantized
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,53 @@ def test_report_counts_adapters_and_names_the_path():
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.num_trainable_parameters == trainable
     assert json.loads(json.dumps(report.to_dict()))["stacks"][0]["storage"] == "nf4/64"
+
+
+@pytest.fixture
+def fusing(monkeypatch) -> None:
+    """As if this were a GPU that the kernels run on."""
+    monkeypatch.setattr(quantized, "why_no_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(quantized, "tiles_origin", lambda device, dtype: "some tiles")
+
+
+def paths_and_what_ran(model: PeftModel, monkeypatch) -> tuple[set[str], bool]:
+    """The paths that the report names; and whether a forward then goes into the fused layer."""
+    ran = []
+
+    def fused(self, hidden_states, *_):
+        ran.append(self)
+        return torch.zeros_like(hidden_states)
+
+    paths = {stack.compute_path for stack in model.experts_report().stacks}
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(quantized.QuantizedExperts, "_fused", fused)
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    return paths, bool(ran)
+
+
+@pytest.mark.usefixtures("fusing")
+def test_the_path_is_that_of_the_active_adapters_in_the_present_mode(monkeypatch):
+    """What the report says is what runs."""
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, lora_dropout=0.1)).eval()
+    model.add_adapter("large", MoeQLoraConfig(r=129))
+    model.add_adapter("plain", MoeQLoraConfig(r=128))
+
+    def path_of(adapter_name: str) -> str:
+        model.set_adapter(adapter_name)
+        (path,), ran_fused = paths_and_what_ran(model, monkeypatch)
+        assert path.startswith("fused (") == ran_fused
+        return path
+
+    assert path_of("plain") == "fused (silu gate, some tiles)"
+    assert path_of("default") == "fused (silu gate, some tiles; not fused in training: LoRA dropout)"
+    assert path_of("large").endswith("; not fused: adapters of rank 129; the kernels take 128 in all)")
+    model.train()
+    assert path_of("plain") == "fused (silu gate, some tiles)"
+    assert path_of("default").endswith("; not fused: LoRA dropout)")
+    with model.disable_adapter():
+        assert paths_and_what_ran(model, monkeypatch) == ({"fused (silu gate, some tiles)"}, True)
+    model.merge_adapter()
+    assert paths_and_what_ran(model, monkeypatch) == ({"fused (silu gate, some tiles)"}, True)
 
 
 def test_printed_report_shows_every_stack_and_the_totals():

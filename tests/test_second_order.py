@@ -47,11 +47,38 @@ def test_the_nearest_codes_are_those_of_bitsandbytes(storage, device):
     assert torch.equal(again.decode(torch.float32), stack.decode(torch.float32))
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("scale", [1.5, 1e-30, 0.0, -0.0, -1e-30, -0.7])
+def test_the_nearest_codes_are_nearest_whatever_the_scale(quant_type, scale, device):
+    """Of all 16; scales in 8 bits come out negative where they are small beside others of their group."""
+    storage = FourBitFormat(quant_type)
+    weights = (abs(scale) or 1.0) * randn(2000, device=device)
+    values = scale * code_values(quant_type, weights.device)
+    codes = nearest_codes(weights, torch.full_like(weights, scale), storage)
+    least = (weights[:, None] - values).abs().amin(dim=1)
+    torch.testing.assert_close((weights - values[codes.int()]).abs(), least, rtol=1e-6, atol=1e-6 * abs(scale))
+
+
+def test_negative_scales_in_8_bits():
+    """Blocks of one group that differ in size by far: codes are right for the scales that are stored."""
+    weight = randn(1, 64, 64) * torch.tensor([1e-3] * 60 + [10.0] * 4)[:, None]
+    stack = QuantizedStack.from_dense(weight, False, FourBitFormat(double_quant=True))
+    merged = quantize_second_order(
+        stack, lambda _: MergedExpert(weight[0], torch.zeros(64, 64), torch.zeros(0, 64)), torch.zeros(64, 64)
+    )
+    scales = merged.scales(slice(0, 1))[0]
+    assert (scales < 0).any()
+    values = scales[:, None] * code_values("nf4", torch.device("cpu"))
+    least = (weight[0][:, :, None] - values[:, None]).abs().amin(dim=2)
+    torch.testing.assert_close((merged.decode_expert(0, torch.float32) - weight[0]).abs(), least)
+
+
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_inputs_alike_in_every_direction_ask_for_the_nearest(storage, device):
     weights = randn(2, 24, 96, device=device)
     scales = torch.full_like(weights, 2.5)
-    codes = round_second_order(weights, scales, torch.eye(96, device=device).expand(2, 96, 96), storage)
+    codes, is_nearest = round_second_order(weights, scales, torch.eye(96, device=device).expand(2, 96, 96), storage)
+    assert not is_nearest.any()
     assert torch.equal(codes, nearest_codes(weights, scales, storage))
 
 
@@ -69,7 +96,7 @@ def test_what_the_layer_gives_changes_less(features, device):
         return torch.einsum("eoi,eij,eoj->e", error, moments, error)
 
     nearest = cost(nearest_codes(weights, scales, storage))
-    found = cost(round_second_order(weights, scales, moments, storage))
+    found = cost(round_second_order(weights, scales, moments, storage)[0])
     assert (found < 0.5 * nearest).all()
 
 
@@ -229,10 +256,11 @@ def test_layers_that_no_token_reaches_are_told():
     assert all(stack.merge_error is not None for stack in experts_report(merged).stacks)
 
 
-def test_two_adapters_and_one_that_is_merged_already():
+@pytest.mark.parametrize("target_modules", [["experts"], "all-linear"], ids=str)
+def test_two_adapters_and_one_that_is_merged_already(target_modules):
     def build():
-        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
-        model.add_adapter("other", MoeQLoraConfig(r=2))
+        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=target_modules)).eval()
+        model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=target_modules))
         randomize_adapter(model)
         return model
 
@@ -240,9 +268,11 @@ def test_two_adapters_and_one_that_is_merged_already():
     model = build()
     model.merge_adapter(["default"])
     in_turn = model.merge_and_unload(adapter_names=["other"])
-    assert torch.equal(logits(together, token_ids()), logits(in_turn, token_ids()))
+    # of linear layers in floating point one delta is added, taken off and added again
+    atol = 0 if target_modules == ["experts"] else 1e-3
+    torch.testing.assert_close(logits(together, token_ids()), logits(in_turn, token_ids()), rtol=0, atol=atol)
     alone = build().merge_and_unload(adapter_names=["other"])
-    assert not torch.equal(logits(together, token_ids()), logits(alone, token_ids()))
+    assert not torch.allclose(logits(together, token_ids()), logits(alone, token_ids()), atol=0.1)
 
 
 def test_a_forward_that_fails_merges_nothing_twice():

@@ -49,6 +49,10 @@ _OF_TYPE = {
 }
 
 
+def tiny_config(model_type: str, **sizes) -> transformers.PreTrainedConfig:
+    return transformers.AutoConfig.for_model(model_type, **{**_SIZES, **_OF_TYPE[model_type], **sizes})
+
+
 def tiny_model(
     model_type: str = "qwen3_moe", device: str = "cpu", dtype: torch.dtype = torch.float32, std: float = 0.15, **sizes
 ) -> nn.Module:
@@ -56,7 +60,7 @@ def tiny_model(
 
     The default `std` makes experts matter for the output, at the price of amplifying rounding from layer to layer.
     """
-    config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **_OF_TYPE[model_type], **sizes})
+    config = tiny_config(model_type, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(config)

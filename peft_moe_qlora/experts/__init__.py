@@ -1,11 +1,20 @@
 """What an experts module is, with or without an adapter."""
 
 from .convert import check_convertible, convert_experts, find_experts, revert_experts
-from .layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, ExpertsLayout, read_layout, refuse_unsupported
+from .layout import (
+    ALWAYS_ON_CLASSES,
+    SHARD_LATER,
+    UNSUPPORTED_CLASSES,
+    ExpertsLayout,
+    read_layout,
+    refuse_liger,
+    refuse_unsupported,
+)
 from .quantized import QuantizedExperts, bias_name
 
 __all__ = [
     "ALWAYS_ON_CLASSES",
+    "SHARD_LATER",
     "UNSUPPORTED_CLASSES",
     "ExpertsLayout",
     "QuantizedExperts",
@@ -14,6 +23,7 @@ __all__ = [
     "convert_experts",
     "find_experts",
     "read_layout",
+    "refuse_liger",
     "refuse_unsupported",
     "revert_experts",
 ]

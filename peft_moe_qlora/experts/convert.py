@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..quantization import QUANTIZABLE_DTYPES, DenseStack, FourBitFormat, QuantizedStack, Stack
-from .layout import check_floating_point, declares_layout, read_layout, refuse_unsupported
+from .layout import check_floating_point, check_not_sharded, declares_layout, read_layout, refuse_unsupported
 from .quantized import QuantizedExperts
 
 
@@ -27,7 +27,7 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
 
     Raises:
         ValueError: there are no routed experts, or a module has an unsupported class, an unexpected layout, dtype or
-            device, or is already stored otherwise. The error names it.
+            device, is sharded, or is already stored otherwise. The error names it.
     """
     refuse_unsupported(model)
     paths = []
@@ -35,6 +35,7 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     is_mixed = _has_packed_stack(model)
     for path, module in find_experts(model):
         found = True
+        check_not_sharded(module, path)
         if isinstance(module, QuantizedExperts):
             _check_storage(path, module, storage, is_mixed)
             continue

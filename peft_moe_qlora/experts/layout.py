@@ -71,6 +71,15 @@ class ExpertsLayout:
         return self.hidden_size, self.intermediate_size * (2 if self.has_gate else 1)
 
 
+WITHOUT_LIGER = "liger_kernel_config={'swiglu': False}"
+"""What to give to a Trainer beside `use_liger_kernel`."""
+
+SHARD_LATER = (
+    "experts are quantized and adapted whole. Load the model without distributed_config, and shard it when it has "
+    "its adapter, as Trainer and accelerate do with FSDP."
+)
+
+
 def up_projection(has_gate: bool) -> str:
     return "gate_up_proj" if has_gate else "up_proj"
 
@@ -148,6 +157,34 @@ def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype
             )
 
 
+def refuse_liger(experts: nn.Module, class_name: str) -> None:
+    """Refuses experts whose `forward` Liger has replaced on the instance, as it does when a Trainer is made.
+
+    Args:
+        experts: a module that has its own `forward`.
+        class_name: of the experts, for the error.
+
+    Raises:
+        ValueError: names the class and what to do.
+    """
+    if getattr(experts.__dict__.get("forward"), "__qualname__", "").startswith("Liger"):
+        raise ValueError(
+            f"Liger has replaced the forward of {class_name} by its own, which knows neither 4-bit weights nor "
+            f"adapters. Load the model in a new process, and keep Liger off the experts: {WITHOUT_LIGER}."
+        )
+
+
+def check_not_sharded(experts: nn.Module, path: str) -> None:
+    """Refuses experts of which this process has but a part.
+
+    Raises:
+        ValueError: a parameter is a DTensor, or the experts are spread over processes.
+    """
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in experts.parameters())
+    if is_sharded or getattr(experts, "_is_expert_parallel", False):
+        raise ValueError(f"{path.removesuffix('.base_layer')} is sharded over processes; {SHARD_LATER}")
+
+
 def refuse_unsupported(model: nn.Module) -> None:
     """Refuses a model whose routed experts cannot be computed.
 
@@ -156,6 +193,11 @@ def refuse_unsupported(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         name = type(module).__name__
+        if name.startswith("Liger") and name.endswith("Experts"):
+            raise ValueError(
+                f"{path} is of class {name}: Liger has replaced the class of these experts, for as long as this "
+                f"process runs. Start a new one, and keep Liger off the experts: {WITHOUT_LIGER}."
+            )
         if name in UNSUPPORTED_CLASSES and name not in ALWAYS_ON_CLASSES:
             raise ValueError(
                 f"{path} is of class {name}, which is not supported yet: {UNSUPPORTED_CLASSES[name]}. "

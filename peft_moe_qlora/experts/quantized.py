@@ -27,7 +27,7 @@ from ..ops import (
 from ..quantization import Stack
 from .architectures import architecture_of
 from .gates import known_gate
-from .layout import ExpertsLayout
+from .layout import ExpertsLayout, refuse_liger
 
 _NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
 
@@ -62,6 +62,11 @@ class QuantizedExperts(nn.Module):
         self._architecture = architecture_of(original)
         self.train(original.training)
 
+    def train(self, mode: bool = True) -> QuantizedExperts:
+        # a Trainer calls this between Liger's patches and the first forward
+        refuse_liger(self, self.layout.class_name)
+        return super().train(mode)
+
     def stack(self, projection: str) -> Stack:
         return self.get_submodule(projection)
 
@@ -74,15 +79,25 @@ class QuantizedExperts(nn.Module):
         """Whether all stacks are in floating point."""
         return all(self.stack(projection).storage is None for projection in self.layout.projections)
 
-    def compute_path(self, projection: str) -> ComputePath:
-        """What computes a projection for activations in the stack's own dtype, without dropout or mixed batches."""
+    def compute_path(self, projection: str, low_rank: Mapping[str, Sequence[LowRank]] = _NO_ADAPTER) -> ComputePath:
+        """What computes a projection, in the mode that the terms' dropout is in.
+
+        Args:
+            projection: name of the stack.
+            low_rank: projection name -> what adapters add to it, as in `forward`; a mixed batch shows in these only.
+
+        Returns:
+            The path for activations in the stack's own dtype.
+        """
         stack = self.stack(projection)
-        reason = self._why_not_fused(stack.device, stack.dtype, {})
+        reason = self._why_not_fused(stack.device, stack.dtype, low_rank)
         if reason is None:
-            return ComputePath("fused", f"{self._gate.kind} gate, {tiles_origin(stack.device, stack.dtype)}")
+            has_dropout = any(term.dropout is not None for terms in low_rank.values() for term in terms)
+            later = "; not fused in training: LoRA dropout" if has_dropout else ""
+            return ComputePath("fused", f"{self._gate.kind} gate, {tiles_origin(stack.device, stack.dtype)}{later}")
         path = choose_path(stack.device, stack.dtype, stack.in_features, stack.out_features)
         # off the GPU there is one reason for all of it
-        return path if stack.device.type != "cuda" else ComputePath(path.name, f"{path.reason}; not fused: {reason}")
+        return path if path.reason == reason else ComputePath(path.name, f"{path.reason}; not fused: {reason}")
 
     def _why_not_fused(
         self, device: torch.device, dtype: torch.dtype, low_rank: Mapping[str, Sequence[LowRank]]

@@ -24,7 +24,7 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..experts import QuantizedExperts, refuse_unsupported
+from ..experts import SHARD_LATER, QuantizedExperts, refuse_unsupported
 from ..quantization import FourBitFormat, Stack
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError
@@ -97,6 +97,8 @@ class MoeQuantizer(ExpertsQuantizer):
     ) -> PreTrainedModel:
         if not checkpoint_files:
             raise ValueError("Quantized experts are read from files; from_pretrained(state_dict=...) can't be used.")
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(f"distributed_config can't be used with a MoeQuantizationConfig; {SHARD_LATER}")
         refuse_unsupported(model)
         checkpoint = Checkpoint(checkpoint_files)
         finder = SourceFinder(model, checkpoint, self.quantization_config.flipped_stacks or ())

@@ -21,6 +21,7 @@ from .stack import QuantizedStack
 # of a block's largest magnitude; a smaller scale clips the largest weight and is finer for the others
 _SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85)
 _COLUMNS_AT_A_TIME = 128
+_NAMED = 20
 
 SHARE_OF_ALL = 0.02
 """How much the second moment over all experts counts beside an expert's own, which may come from few tokens."""
@@ -36,7 +37,8 @@ class MergedExpert:
 
     Args:
         weight: `(out, in)` fp32, the exact merged matrix.
-        moment: `(in, in)` fp32, mean of `x x^T` over the tokens that the expert has seen; zeros if it saw none.
+        moment: `(in, in)` fp32, mean of `x x^T` over the tokens that the expert has seen; zeros if it saw none. The
+            inputs may be in any unit that all experts share.
         core: `(r, in)` fp32 with `core^T core = delta^T delta`.
     """
 
@@ -56,6 +58,9 @@ def quantize_second_order(
         merged: gives what an expert is to hold.
         moment_of_all: `(in, in)` fp32, mean of `x x^T` over all experts' tokens.
 
+    Returns:
+        The stack; its `merge_notes` name experts whose moments were of no use, which are rounded to the nearest.
+
     Raises:
         ValueError: a merged weight is not finite.
     """
@@ -63,6 +68,7 @@ def quantize_second_order(
     size = stack.in_features * (4 * stack.out_features + 10 * stack.in_features) * 4
     step = max(1, _batch_bytes(stack.device) // size)
     fidelity = Fidelity()
+    nearest = []
     for start in range(0, stack.num_experts, step):
         experts = range(start, min(start + step, stack.num_experts))
         found = [merged(expert) for expert in experts]
@@ -74,14 +80,25 @@ def quantize_second_order(
             scales.append(_spread(result.scales(slice(expert, expert + 1))[0], stored, stack))
         hessians = torch.stack([_hessian(one, moment_of_all) for one in found])
         weights = torch.stack([one.weight for one in found])
-        codes = round_second_order(weights, torch.stack(scales), hessians, stack.storage)
+        codes, is_nearest = round_second_order(weights, torch.stack(scales), hessians, stack.storage)
+        nearest += [expert for expert, is_one in zip(experts, is_nearest.tolist()) if is_one]
         for expert, one, of_expert in zip(experts, found, codes):
             result.set_codes(expert, of_expert.T if stack.is_transposed else of_expert)
             exact = one.weight.T if stack.is_transposed else one.weight
             before = stack.decode_expert(expert, torch.float32)
             fidelity.add(before, exact, result.decode_expert(expert, torch.float32))
     result.fidelity = fidelity
+    if nearest:
+        result.merge_notes = (
+            f"the second moments of the inputs can't be factorized, so that {_of_experts(nearest)} are rounded to the "
+            "nearest",
+        )
     return result
+
+
+def _of_experts(ids: list[int]) -> str:
+    more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+    return f"experts {', '.join(map(str, ids[:_NAMED]))}{more}"
 
 
 def _batch_bytes(device: torch.device) -> int:
@@ -96,12 +113,12 @@ def _hessian(merged: MergedExpert, moment_of_all: torch.Tensor) -> torch.Tensor:
     moment = merged.moment + SHARE_OF_ALL * moment_of_all
     unit = moment.diagonal().mean()
     # no token, no input: every direction counts alike
-    moment = moment / unit if unit > 0 else torch.zeros_like(moment)
+    moment = moment / (unit if unit != 0 else 1)
     largest = torch.linalg.matrix_norm(merged.core, 2) if len(merged.core) else merged.core.new_zeros(())
     if largest > 0:
         core = merged.core / largest
         moment = moment + SHARE_OF_DELTA * (core.T @ core)
-    moment.diagonal().add_(DAMPING if unit > 0 else 1.0)
+    moment.diagonal().add_(DAMPING if unit != 0 else 1.0)
     return moment
 
 
@@ -133,7 +150,7 @@ def choose_scales(matrix: torch.Tensor, before: torch.Tensor, storage: FourBitFo
 
 def round_second_order(
     weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: FourBitFormat
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of several matrices, their columns rounded in turn.
 
     Args:
@@ -143,14 +160,15 @@ def round_second_order(
         storage: the format.
 
     Returns:
-        `(E, out, in)` uint8.
+        `(E, out, in)` uint8; and `(E,)` bool: whether a Hessian is not positive definite, or not finite. Such a matrix
+        is rounded to the nearest.
     """
     # the costliest columns first, while there are many left to make up for their errors
     order = hessians.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     of_columns = order[:, None].expand_as(weights)
     weights, scales = weights.gather(2, of_columns), scales.gather(2, of_columns)
     hessians = hessians.gather(1, order[:, :, None].expand_as(hessians))
-    spread = _inverse_factor(hessians.gather(2, order[:, None].expand_as(hessians)))
+    spread, is_nearest = _inverse_factor(hessians.gather(2, order[:, None].expand_as(hessians)))
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     columns = weights.shape[2]
     for start in range(0, columns, _COLUMNS_AT_A_TIME):
@@ -164,22 +182,32 @@ def round_second_order(
             errors[:, :, column - start] = error
             weights[:, :, column:stop] -= error[:, :, None] * spread[:, column, None, column:stop]
         weights[:, :, stop:] -= errors @ spread[:, start:stop, stop:]
-    return torch.empty_like(codes).scatter_(2, of_columns, codes)
+    return torch.empty_like(codes).scatter_(2, of_columns, codes), is_nearest
 
 
-def _inverse_factor(hessians: torch.Tensor) -> torch.Tensor:
-    """Upper triangular `U` with `U^T U = H^-1`, `(E, in, in)`: in row k, what column k's error asks of later ones."""
+def _inverse_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper triangular `U` with `U^T U = H^-1`, `(E, in, in)`: in row k, what column k's error asks of later ones.
+
+    Where `H` has no such factor, `U` is the identity, by which errors ask nothing of other columns. `(E,)` bool says
+    where.
+    """
     # of H with rows and columns in reverse order the Cholesky factor is lower, of H itself then upper
-    factor = torch.linalg.cholesky(hessians.double().flip(1, 2)).flip(1, 2)
+    factor, info = torch.linalg.cholesky_ex(hessians.double().flip(1, 2))
+    factor = factor.flip(1, 2)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True).float()
+    has_none = (info != 0) | ~factor.isfinite().all(dim=2).all(dim=1)
+    factor[has_none] = identity
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True).float(), has_none
 
 
 def nearest_codes(weights: torch.Tensor, scales: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
-    """The codes whose values, times the scales, are nearest; uint8."""
+    """The codes whose values, times the scales, are nearest; uint8. Any sign of a scale will do, and 0.
+
+    A scale that is rounded to 8 bits around the mean of all can come out negative.
+    """
     table, order = code_values(storage.quant_type, weights.device).sort()
     middles = (table[1:] + table[:-1]) / 2
-    ratios = (weights / scales.clamp_min(torch.finfo(torch.float32).tiny)).contiguous()
+    ratios = torch.where(scales == 0, 0, weights / scales).contiguous()
     return order.to(torch.uint8)[torch.bucketize(ratios, middles)]
 
 

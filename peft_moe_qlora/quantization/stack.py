@@ -43,6 +43,8 @@ class Stack(nn.Module, ABC):
         self.is_transposed = is_transposed
         self.fidelity: Fidelity | None = None
         """Of the stored weights to the exact merged ones; None if nothing was merged into 4 bits."""
+        self.merge_notes: tuple[str, ...] = ()
+        """What a reader of the merge's report should know of how this stack was rounded."""
 
     @property
     def num_experts(self) -> int:

@@ -18,12 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ... import __version__
+from ...calibration import random_token_ids
 from ...layer import MoeQLoraExperts
 from ...loading import Checkpoint, save_bitsandbytes
 from ...loading.finder import SourceFinder
 from ...loading.load import readable_quantization, saved_config
 from ...loading.quantizer import quantized_stacks
 from ...loading.sources import Source, each_source
+from ...merge_check import take_reference
 from ..adapter_file import AdapterFile
 from ..base_model import BaseModel
 from ..others import TOKENS, adapted_weights, beside_factors, factor_pairs, name_in_model
@@ -123,20 +125,27 @@ def merge_quantized(
                 f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in "
                 "the model. Merge in memory, and report this."
             )
+        tuner, reference = live.base_model, None
+        if rounding == "nearest":  # for which the merge itself doesn't run the model
+            reference = take_reference(tuner, tuner.active_adapters, random_token_ids(tuner.model.config))
         merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
+        check = tuner.merge_check if reference is None else reference.check(merged)
         unchanged = _unchanged(merged, before, allow_unchanged)
         _check_trained_in_full(merged, in_full)
         config = _save(merged, layout, output.partial)
+        of_stacks = {name: stack for name, _, stack in quantized_stacks(merged)}
+        notes += tuple(f"{name}: {note}" for name, stack in of_stacks.items() for note in stack.merge_notes)
+        notes += (note_of_lost("stacks and layers", unchanged),) if unchanged else ()
+        notes += (check.problem,) if check is not None and check.problem is not None else ()
         done = replace(
             planned,
             tensors_changed=planned.tensors_expected - len(unchanged),
             tensors_written=len(Checkpoint.open(output.partial).tensors),
             stacks=tuple(
-                FidelityRow.of(name, stack.fidelity)
-                for name, _, stack in quantized_stacks(merged)
-                if stack.fidelity is not None
+                FidelityRow.of(name, stack.fidelity) for name, stack in of_stacks.items() if stack.fidelity is not None
             ),
-            notes=notes + ((note_of_lost("stacks and layers", unchanged),) if unchanged else ()),
+            notes=notes,
+            check=check,
         )
         copy_beside(base, beside, output, {"config.json": config, REPORT_NAME: done.to_dict()})
         output.finish()

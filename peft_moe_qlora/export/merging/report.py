@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ...merge_check import MergeCheck
 from ...quantization import Fidelity
 
 REPORT_NAME = "merge_report.json"
@@ -72,6 +73,7 @@ class MergeReport:
         merged_before: SHA-256 of the adapters that the base had in it already.
         notes: what a reader should know.
         verification: None if not asked for.
+        check: of a quantized merge, against the live adapter.
     """
 
     base: str
@@ -87,6 +89,7 @@ class MergeReport:
     merged_before: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     verification: Verification | None = field(default=None)
+    check: MergeCheck | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,7 +101,9 @@ class MergeReport:
         lists = {name: tuple(values[name]) for name in ("merged_before", "notes")}
         found = values["verification"]
         verification = None if found is None else Verification(**found)
-        return cls(**{**values, **rows, **lists, "verification": verification})
+        checked = values.get("check")
+        check = None if checked is None else MergeCheck(**checked)
+        return cls(**{**values, **rows, **lists, "verification": verification, "check": check})
 
     @classmethod
     def read(cls, directory: Path) -> MergeReport | None:
@@ -128,6 +133,8 @@ class MergeReport:
             f"merged onto {self.onto} as {self.storage}: {self.tensors_expected} tensors expected to change, "
             f"{self.tensors_changed} changed, {self.tensors_written} written"
         )
+        if self.check is not None:
+            lines.append(f"merged model: {self.check}")
         if self.verification is not None:
             found = self.verification
             lines.append(

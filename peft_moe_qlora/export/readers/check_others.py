@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from ...targets import parents
+from ...targets import may_be_absent, parents
 from ..base_model import BaseModel
 from ..others import LORA, PAIRS, TOKENS, adapted_layers, name_in_model
 
@@ -56,8 +56,14 @@ def _check_saved_modules(
     file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None
 ) -> None:
     keys = [name_in_model(key) for key in others if not key.endswith((*LORA, *TOKENS))]
+
+    def is_saved(name: str) -> bool:
+        return any(f"{name}." in key for key in keys)
+
     for name in config.modules_to_save or ():
-        missing = None if any(f"{name}." in key for key in keys) else name
+        if not is_saved(name) and may_be_absent(name, config, is_saved):
+            continue
+        missing = None if is_saved(name) else name
         if base is not None and missing is None:
             # PEFT takes every module whose name ends so, but of one inside another saves the inner one alone
             modules = {path: module for path, module in base.model.named_modules() if path.endswith(name)}

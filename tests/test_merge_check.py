@@ -1,0 +1,153 @@
+"""Holding a merged model against the live adapter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from merged_checkpoints import save_adapter
+from peft import PeftModel, get_peft_model
+from peft.tuners import lora
+from tiny_models import randomize_adapter, tiny_model, token_ids
+from torch import nn
+
+from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora.cli import main
+from peft_moe_qlora.export import MergeReport
+from peft_moe_qlora.merge_check import MergeCheck, take_reference
+
+
+def adapted(**options) -> PeftModel:
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(**{"r": 4, "target_modules": "all-linear", **options})).eval()
+    randomize_adapter(model)
+    return model
+
+
+def last_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+
+
+def break_linear_layers(monkeypatch) -> None:
+    """As where a library decodes them wrongly: nothing of it shows in the figures of the experts' stacks."""
+    merge = lora.Linear.merge
+
+    def merge_wrongly(self, *args, **kwargs):
+        merge(self, *args, **kwargs)
+        self.base_layer.weight.data = self.base_layer.weight.data.roll(1, dims=0)
+
+    monkeypatch.setattr(lora.Linear, "merge", merge_wrongly)
+
+
+def test_a_sound_merge_is_measured_and_nothing_said():
+    """The figures are those of looking by hand."""
+    model, ids = adapted(), token_ids(batch=5, length=30)
+    live = last_states(model, ids)
+    with model.disable_adapter():
+        base = last_states(model, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        merged = model.merge_and_unload(calibration=ids)
+    check = model.base_model.merge_check
+    assert check.num_positions == 5 * 30
+    assert check.num_broken == 0
+    assert check.error == pytest.approx(((last_states(merged, ids) - live).norm() / live.norm()).item(), rel=1e-4)
+    assert check.effect == pytest.approx(((base - live).norm() / live.norm()).item(), rel=1e-4)
+    assert 0 < check.error < 0.3 * check.effect
+    assert check.problem is None
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_few_tokens_are_tried():
+    model = adapted()
+    model.merge_and_unload(calibration=token_ids(batch=50, length=60))
+    assert model.base_model.merge_check.num_positions == 8 * 60
+    model = adapted()
+    model.merge_and_unload(calibration=token_ids(batch=2, length=600))
+    assert model.base_model.merge_check.num_positions == 512
+
+
+def test_a_layer_that_was_merged_wrongly_is_told(monkeypatch):
+    break_linear_layers(monkeypatch)
+    model = adapted()
+    with pytest.warns(RuntimeWarning, match="merged model is far from the live adapter: hidden states differ"):
+        model.merge_and_unload()
+    assert model.base_model.merge_check.error > 0.5
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+def test_a_checkpoint_says_so_too(rounding, monkeypatch, tmp_path, capsys):
+    save_adapter(tmp_path)
+    command = ["merge", *(str(tmp_path / name) for name in ("base", "adapter"))]
+    options = ["--quantize", "nf4", "--rounding", rounding]
+    assert main([*command, str(tmp_path / "sound"), *options]) == 0
+    output = capsys.readouterr().out
+    sound = MergeReport.read(tmp_path / "sound")
+    assert sound.check.problem is None
+    assert f"merged model: {sound.check}" in output
+    break_linear_layers(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="far from the live adapter"):
+        assert main([*command, str(tmp_path / "broken"), *options]) == 0
+    broken = MergeReport.read(tmp_path / "broken")
+    assert broken.check.error > 0.5 > sound.check.error
+    assert broken.notes[-1] == broken.check.problem
+    assert broken.check.problem in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "effect", "is_far"),
+    [
+        (0.45, 1.0, False),
+        (0.55, 1.0, True),  # more than half of what the adapter does
+        (1.1, 1.4, True),
+        (0.12, 0.1, True),
+        (0.09, 0.1, False),  # so little is lost in 4 bits
+    ],
+)
+def test_what_is_far(error, effect, is_far):
+    assert (MergeCheck(512, 0, error, effect).problem is not None) == is_far
+
+
+def test_live_states_that_are_not_finite_are_left_out():
+    """And merged ones that are not, where the live are, are a fault."""
+    model = adapted()
+
+    def spoil(*positions: int):
+        def hook(module, args, output):
+            output = output.clone()
+            output[:, positions] = torch.inf
+            return output
+
+        return model.base_model.model.model.norm.register_forward_hook(hook)
+
+    handle = spoil(3)
+    ids = token_ids(batch=2, length=20)
+    reference = take_reference(model.base_model, ["default"], ids)
+    merged = model.merge_and_unload(rounding="nearest")
+    check = reference.check(merged)
+    assert (check.num_positions, check.num_broken, check.problem) == (38, 0, None)
+    assert 0 < check.error < 0.5
+    handle.remove()
+    handle = spoil(5, 6)
+    with pytest.warns(RuntimeWarning, match="broken: its hidden states are not finite at 4 of 38 positions"):
+        assert reference.check(merged).num_broken == 4
+    handle.remove()
+    with pytest.warns(RuntimeWarning, match="couldn't be compared"):
+        assert replace(reference, live=reference.live * torch.nan).check(merged).num_positions == 0
+
+
+def test_a_merge_that_runs_nothing_has_no_figure():
+    model = adapted()
+    model.merge_and_unload(rounding="nearest")
+    assert model.base_model.merge_check is None
+
+
+def test_reports_of_before_can_be_read(tmp_path):
+    report = MergeReport("base", "adapter", "0", "quantized", "nf4", 1, 1, 1)
+    values = report.to_dict()
+    del values["check"]
+    (tmp_path / "merge_report.json").write_text(json.dumps(values))
+    assert MergeReport.read(tmp_path) == report
