@@ -7,7 +7,7 @@ takes itself off the model then. At no time are there second moments of more tha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .layer import MoeQLoraExperts
+from .experts import QuantizedExperts
+from .layer import ExpertsLora
 from .quantization import MergedExpert, QuantizedStack, quantize_second_order
 
 NUM_SEQUENCES, LENGTH = 16, 512
@@ -44,23 +45,33 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
     return ordinary[torch.randint(len(ordinary), (num_sequences, length), generator=generator)]
 
 
+def adapted_projections(experts: QuantizedExperts, adapter_names: Collection[str]) -> dict[str, ExpertsLora]:
+    """The projections of an experts module that one of the adapters has factors for."""
+    layers = {projection: experts.get_submodule(projection) for projection in experts.layout.projections}
+    return {
+        projection: layer
+        for projection, layer in layers.items()
+        if isinstance(layer, ExpertsLora) and any(name in layer.lora_A for name in adapter_names)
+    }
+
+
 @torch.no_grad()
 def merge_for_inputs(
     model: nn.Module,
-    layers: Mapping[str, MoeQLoraExperts],
+    layers: Mapping[str, QuantizedExperts],
     adapter_names: Sequence[str],
     token_ids: torch.Tensor,
-    on_merged: Callable[[str], None],
+    on_merged: Callable[[QuantizedExperts], None],
     progressbar: bool = False,
 ) -> list[str]:
     """Runs a model, and merges adapters into its quantized experts on the way.
 
     Args:
         model: that the layers are in, with the adapters active.
-        layers: path -> layer; merged in place, without a way back.
+        layers: path -> experts module; merged in place, without a way back.
         adapter_names: what to merge.
         token_ids: `(N, L)`.
-        on_merged: called with the path of each layer that is merged.
+        on_merged: called with each experts module that is merged.
         progressbar: show one.
 
     Returns:
@@ -69,10 +80,11 @@ def merge_for_inputs(
     bar = tqdm(total=len(layers), desc="Merging experts", unit="layer", disable=not progressbar)
     paths = {layer: path for path, layer in layers.items()}
 
-    def merge(layer: MoeQLoraExperts, args: tuple, kwargs: dict[str, Any], _: torch.Tensor) -> None:
-        if layer in paths:
-            merge_layer(layer, adapter_names, *_inputs(layer, args, kwargs))
-            on_merged(paths.pop(layer))
+    def merge(experts: QuantizedExperts, args: tuple, kwargs: dict[str, Any], _: torch.Tensor) -> None:
+        if experts in paths:
+            merge_layer(experts, adapter_names, *_inputs(experts, args, kwargs))
+            on_merged(experts)
+            del paths[experts]
             bar.update()
 
     was_training = model.training
@@ -91,16 +103,16 @@ def merge_for_inputs(
 
 
 def _inputs(
-    layer: MoeQLoraExperts, args: tuple, kwargs: dict[str, Any]
+    experts: QuantizedExperts, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, chosen experts and routing weights of a call."""
-    given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-    return layer.base_layer.routed(given["hidden_states"], given.get("top_k_index"), given.get("top_k_weights"))
+    given = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
+    return experts.routed(given["hidden_states"], given.get("top_k_index"), given.get("top_k_weights"))
 
 
 @torch.no_grad()
 def merge_layer(
-    layer: MoeQLoraExperts,
+    experts: QuantizedExperts,
     adapter_names: Sequence[str],
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -109,7 +121,7 @@ def merge_layer(
     """Merges adapters into one layer's quantized stacks, rounded for the given inputs; others are rounded plainly.
 
     Args:
-        layer: not merged so far.
+        experts: not merged so far, with the adapters active.
         adapter_names: what to merge.
         hidden_states: `(T, H)`.
         top_k_index: `(T, K)` ids of the chosen experts.
@@ -118,26 +130,24 @@ def merge_layer(
     Raises:
         ValueError: a merged weight is not finite.
     """
-    experts = layer.base_layer
-    routing, inputs = experts.projection_inputs(hidden_states, top_k_index, layer.low_rank_terms(adapter_names))
+    low_rank = experts.low_rank_terms(hidden_states.shape[0])
+    routing, inputs = experts.projection_inputs(hidden_states, top_k_index, low_rank)
     weight_of_row = torch.empty(routing.num_rows, dtype=torch.float32, device=hidden_states.device)
     weight_of_row[routing.row_of_pair.flatten()] = top_k_weights.flatten().float()
     ends = routing.offsets.tolist()
     merged = {}
-    for projection in layer.adapted_projections(adapter_names):
-        stack = experts.stack(projection)
+    for projection, layer in adapted_projections(experts, adapter_names).items():
+        stack = layer.base_layer
         if not isinstance(stack, QuantizedStack):
-            merged[projection] = stack.merged(
-                lambda expert, projection=projection: layer.expert_delta(projection, adapter_names, expert)
-            )
+            merged[layer] = stack.merged(lambda expert, layer=layer: layer.expert_delta(adapter_names, expert))
             continue
         # a row counts as much as its expert's output does
         rows = inputs[projection][: ends[-1]].float() * weight_of_row[: ends[-1], None]
 
         def merged_expert(
-            expert: int, projection: str = projection, stack: QuantizedStack = stack, rows: torch.Tensor = rows
+            expert: int, layer: ExpertsLora = layer, stack: QuantizedStack = stack, rows: torch.Tensor = rows
         ) -> MergedExpert:
-            A, B = layer.expert_factors(projection, adapter_names, expert)
+            A, B = layer.expert_factors(adapter_names, expert)
             weight = stack.decode_expert(expert, torch.float32)
             own = rows[ends[expert - 1] if expert else 0 : ends[expert]]
             return MergedExpert(
@@ -146,5 +156,6 @@ def merge_layer(
                 core=torch.linalg.qr(B).R @ A,
             )
 
-        merged[projection] = quantize_second_order(stack, merged_expert, rows.T @ rows / max(len(rows), 1))
-    layer.replace_stacks(merged, adapter_names)
+        merged[layer] = quantize_second_order(stack, merged_expert, rows.T @ rows / max(len(rows), 1))
+    for layer, stack in merged.items():
+        layer.base_layer, layer.merged_adapters = stack, list(adapter_names)
