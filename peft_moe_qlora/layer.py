@@ -172,6 +172,20 @@ class ExpertsLora(nn.Module, LoraLayer):
         A, B = self.factors(adapter)
         return self.scaling[adapter] * (B @ A)
 
+    def get_base_weight(self) -> torch.Tensor:
+        """`(E, rows, columns)` as the class stores it, dequantized to the stack's dtype."""
+        stack = self.get_base_layer()
+        return stack.decode(stack.dtype)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Stores `(E, rows, columns)` weights, in the storage of the stack.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        for expert, matrix in enumerate(weight_data):
+            self.get_base_layer().set_expert(expert, matrix)
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the stack, in its storage. The stack of before is kept for `unmerge`.

@@ -104,7 +104,7 @@ def test_what_is_expected_to_change_is_what_the_factors_change(tmp_path):
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     for key, tensor in tensors.items():
-        if key.endswith("gate_up_proj_B"):
+        if key.endswith("gate_up_proj.lora_B.weight"):
             tensor[:, tensor.shape[1] // 2 :] = 0
         elif key.endswith("layers.0.self_attn.q_proj.lora_B.weight"):
             tensor.zero_()
