@@ -15,7 +15,7 @@ from shapes import DTYPE, Shape
 from torch import nn
 from transformers import PreTrainedConfig
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts, quantize_experts
+from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, quantize_experts
 
 RANK = 16
 ALPHA = 32
@@ -171,20 +171,21 @@ def build_ours(
         quantize_experts(block, quant_type, double_quant=double_quant, progressbar=False)
     config = MoeQLoraConfig(r=RANK, lora_alpha=ALPHA, quant_type=quant_type, double_quant=double_quant)
     model = get_peft_model(block, config)
-    module: MoeQLoraExperts = _adapted(model)
+    module: QuantizedExperts = _adapted(model)
+    layers = {projection: module.get_submodule(projection) for projection in module.layout.projections}
     factors = {
-        projection: Factors(*module.factors(projection, "default"), module.scaling["default"][projection])
-        for projection in module.base_layer.layout.projections
+        projection: Factors(*layer.factors("default"), layer.scaling["default"])
+        for projection, layer in layers.items()
     }
     _randomize(factors, shape.num_experts, seed)
 
     def matrix(projection: str, expert: int) -> torch.Tensor:
-        stack = module.base_layer.stack(projection)
+        stack = module.stack(projection)
         weights = stack.decode_expert(expert, torch.float32)
         return weights.T if stack.is_transposed else weights
 
     def bias(projection: str, expert: int) -> torch.Tensor | None:
-        biases = module.base_layer.projection_bias(projection)
+        biases = module.projection_bias(projection)
         return None if biases is None else biases[expert].detach().float()
 
     report = model.experts_report()

@@ -7,7 +7,7 @@ from peft import mapping as _mapping
 
 from .config import MoeQLoraConfig, MoeQLoraPeftType
 from .experts import QuantizedExperts
-from .layer import MoeQLoraExperts
+from .layer import ExpertsLora
 from .loading import CheckpointError, MoeQuantizationConfig, load_experts, load_quantized, save_bitsandbytes
 from .model import MoeQLoraModel
 from .prepare import prepare_model_for_training, quantize_experts
@@ -17,9 +17,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ExpertsLora",
     "ExpertsReport",
     "MoeQLoraConfig",
-    "MoeQLoraExperts",
     "MoeQLoraModel",
     "MoeQuantizationConfig",
     "QuantizedExperts",

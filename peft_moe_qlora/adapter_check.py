@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from .targets import resolve_rank_and_alpha
+from .config import rank_and_alpha
 
 if TYPE_CHECKING:
     from .config import MoeQLoraConfig
     from .experts import ExpertsLayout
 
-_FACTOR_KEY = re.compile(r".*\.lora_(gate_up|up|down)_proj_[AB]")
+_FACTOR_KEY = re.compile(r".*\.(gate_up|up|down)_proj\.lora_[AB]\.(.*\.)?weight")
 _PEFT_PREFIX = "base_model.model."
 _REMEDY = "The adapter belongs to another base model, or the file is damaged; load the base it was trained on."
 
 
 def check_stored_shapes(
-    config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout], targets: Mapping[str, tuple[str, ...]]
+    config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout], targets: Collection[str]
 ) -> None:
     """Holds the adapter file that a config came from, if any, against the experts of a model.
 
     Args:
         config: one read by `MoeQLoraConfig.from_pretrained`, or any other.
         layouts: path -> layout of every experts module.
-        targets: path -> projections that get factors.
+        targets: paths of the projections that get factors.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or fits no experts of the model.
@@ -33,13 +33,13 @@ def check_stored_shapes(
     if config.stored is None or not config.stored.belongs_to(config):
         return
     expected = {}
-    for path, projections in targets.items():
-        for projection in projections:
-            r, _ = resolve_rank_and_alpha(config, path, projection)
-            in_features, out_features = layouts[path].features(projection)
-            num_experts = layouts[path].num_experts
-            expected[f"{path}.lora_{projection}_A"] = (num_experts, r, in_features)
-            expected[f"{path}.lora_{projection}_B"] = (num_experts, out_features, r)
+    for name in targets:
+        path, _, projection = name.rpartition(".")
+        r, _ = rank_and_alpha(config.of_experts(), name)
+        in_features, out_features = layouts[path].features(projection)
+        num_experts = layouts[path].num_experts
+        expected[f"{name}.lora_A.weight"] = (num_experts, r, in_features)
+        expected[f"{name}.lora_B.weight"] = (num_experts, out_features, r)
     found = {key.removeprefix(_PEFT_PREFIX): shape for key, shape in config.stored.shapes.items()}
     check_factor_shapes(found, expected)
 
@@ -55,6 +55,7 @@ def check_factor_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[
             raise ValueError(f"The adapter has no tensor for {key}; one of shape {shape} was expected. {_REMEDY}")
         if found[key] != shape:
             raise ValueError(f"{key} has shape {found[key]} in the adapter; {shape} was expected. {_REMEDY}")
-    for key in found:
-        if key not in expected and _FACTOR_KEY.fullmatch(key):
+    for key, shape in found.items():
+        # linear layers may have the same names, and factors of two dimensions
+        if key not in expected and len(shape) == 3 and _FACTOR_KEY.fullmatch(key):
             raise ValueError(f"The adapter's tensor {key} fits no adapted experts of the model. {_REMEDY}")

@@ -161,7 +161,7 @@ def differing_sample(recorded: BaseIdentity, found: BaseIdentity) -> str | None:
 
 def _stacks(model: nn.Module) -> dict[str, Stack]:
     return {
-        f"{path.removesuffix('.base_layer')}.{projection}": module.stack(projection)
+        f"{path}.{projection}": module.stack(projection)
         for path, module in model.named_modules()
         if isinstance(module, QuantizedExperts)
         for projection in module.layout.projections

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .experts import QuantizedExperts
-from .layer import MoeQLoraExperts
+from .layer import ExpertsLora
 from .quantization import MergedExpert, QuantizedStack, quantize_second_order
 
 NUM_SEQUENCES, LENGTH = 16, 512
@@ -59,6 +59,16 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
     return ordinary[torch.randint(len(ordinary), (num_sequences, length), generator=generator)]
 
 
+def adapted_projections(experts: QuantizedExperts, adapter_names: Collection[str]) -> dict[str, ExpertsLora]:
+    """The projections of an experts module that one of the adapters has factors for."""
+    layers = {projection: experts.get_submodule(projection) for projection in experts.layout.projections}
+    return {
+        projection: layer
+        for projection, layer in layers.items()
+        if isinstance(layer, ExpertsLora) and any(name in layer.lora_A for name in adapter_names)
+    }
+
+
 @torch.no_grad()
 def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
     """What a model's body gives for `(N, L)` token ids, in evaluation mode.
@@ -79,10 +89,10 @@ def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
 @torch.no_grad()
 def merge_for_inputs(
     model: nn.Module,
-    layers: Mapping[str, MoeQLoraExperts],
+    layers: Mapping[str, QuantizedExperts],
     adapter_names: Sequence[str],
     token_ids: torch.Tensor,
-    on_merged: Callable[[str], None],
+    on_merged: Callable[[QuantizedExperts], None],
     progressbar: bool = False,
 ) -> list[str]:
     """Runs a model, and merges adapters into its quantized experts on the way.
@@ -92,10 +102,10 @@ def merge_for_inputs(
     Args:
         model: that the layers are in, with the adapters active; one that isn't of transformers is called with the ids
             alone.
-        layers: path -> layer; merged in place, without a way back.
+        layers: path -> experts module; merged in place, without a way back.
         adapter_names: what to merge.
         token_ids: `(N, L)`.
-        on_merged: called with the path of each layer that is merged.
+        on_merged: called with each experts module that is merged.
         progressbar: show one.
 
     Returns:
@@ -104,10 +114,11 @@ def merge_for_inputs(
     bar = tqdm(total=len(layers), desc="Merging experts", unit="layer", disable=not progressbar)
     paths = {layer: path for path, layer in layers.items()}
 
-    def merge(layer: MoeQLoraExperts, args: tuple, kwargs: dict[str, Any], _: torch.Tensor) -> None:
-        if layer in paths:
-            merge_layer(layer, adapter_names, *_inputs(layer, args, kwargs))
-            on_merged(paths.pop(layer))
+    def merge(experts: QuantizedExperts, args: tuple, kwargs: dict[str, Any], _: torch.Tensor) -> None:
+        if experts in paths:
+            merge_layer(experts, adapter_names, *_inputs(experts, args, kwargs))
+            on_merged(experts)
+            del paths[experts]
             bar.update()
 
     handles = [layer.register_forward_hook(merge, with_kwargs=True) for layer in layers.values()]
@@ -135,16 +146,16 @@ def _warn_of_notes(merged: Mapping[str, QuantizedExperts]) -> None:
 
 
 def _inputs(
-    layer: MoeQLoraExperts, args: tuple, kwargs: dict[str, Any]
+    experts: QuantizedExperts, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, chosen experts and routing weights of a call."""
-    given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-    return layer.base_layer.routed(given["hidden_states"], given.get("top_k_index"), given.get("top_k_weights"))
+    given = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
+    return experts.routed(given["hidden_states"], given.get("top_k_index"), given.get("top_k_weights"))
 
 
 @torch.no_grad()
 def merge_layer(
-    layer: MoeQLoraExperts,
+    experts: QuantizedExperts,
     adapter_names: Sequence[str],
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -155,7 +166,7 @@ def merge_layer(
     Inputs that are not finite don't count; the stacks' `merge_notes` say how many, of which experts.
 
     Args:
-        layer: not merged so far.
+        experts: not merged so far, with the adapters active.
         adapter_names: what to merge.
         hidden_states: `(T, H)`.
         top_k_index: `(T, K)` ids of the chosen experts.
@@ -164,27 +175,26 @@ def merge_layer(
     Raises:
         ValueError: a merged weight is not finite.
     """
-    experts = layer.base_layer
-    routing, inputs = experts.projection_inputs(hidden_states, top_k_index, layer.low_rank_terms(adapter_names))
+    low_rank = experts.low_rank_terms(hidden_states.shape[0])
+    routing, inputs = experts.projection_inputs(hidden_states, top_k_index, low_rank)
     weight_of_row = torch.empty(routing.num_rows, dtype=torch.float32, device=hidden_states.device)
     weight_of_row[routing.row_of_pair.flatten()] = top_k_weights.flatten().float()
     num_rows = int(routing.offsets[-1])
     expert_of_row, weight_of_row = routing.expert_of_row[:num_rows], weight_of_row[:num_rows, None]
     merged = {}
-    for projection in layer.adapted_projections(adapter_names):
-        stack = experts.stack(projection)
-        if isinstance(stack, QuantizedStack):
+    for projection, layer in adapted_projections(experts, adapter_names).items():
+        if isinstance(layer.base_layer, QuantizedStack):
             # a row counts as much as its expert's output does
             rows = inputs[projection][:num_rows].float() * weight_of_row
-            merged[projection] = _merge_for_rows(layer, projection, adapter_names, rows, expert_of_row)
+            merged[layer] = _merge_for_rows(layer, adapter_names, rows, expert_of_row)
         else:
-            merged[projection] = stack.merged(partial(layer.expert_delta, projection, adapter_names))
-    layer.replace_stacks(merged, adapter_names)
+            merged[layer] = layer.base_layer.merged(partial(layer.expert_delta, adapter_names))
+    for layer, stack in merged.items():
+        layer.base_layer, layer.merged_adapters = stack, list(adapter_names)
 
 
 def _merge_for_rows(
-    layer: MoeQLoraExperts,
-    projection: str,
+    layer: ExpertsLora,
     adapter_names: Sequence[str],
     rows: torch.Tensor,
     expert_of_row: torch.Tensor,
@@ -194,7 +204,7 @@ def _merge_for_rows(
     Some models have activations beyond the range of their dtype in a few tokens of their last layers. Rows with such
     values are left out.
     """
-    stack = layer.base_layer.stack(projection)
+    stack = layer.base_layer
     is_finite = rows.isfinite().all(dim=1)
     num_seen, num_left_out = (
         expert_of_row[mask].bincount(minlength=stack.num_experts).tolist() for mask in (is_finite, ~is_finite)
@@ -206,7 +216,7 @@ def _merge_for_rows(
     rows_of_expert = rows.split(num_seen)
 
     def merged_expert(expert: int) -> MergedExpert:
-        A, B = layer.expert_factors(projection, adapter_names, expert)
+        A, B = layer.expert_factors(adapter_names, expert)
         weight = stack.decode_expert(expert, torch.float32)
         own = rows_of_expert[expert]
         return MergedExpert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 
 from .adapter_files import refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 from .model_card import add_loading
@@ -21,8 +23,6 @@ FORMAT_VERSION = 1
 
 ALL_EXPERTS = "experts"
 """As a target name: every routed experts module, whatever its path."""
-
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 # option -> the values of it that experts can honour
 _HONOURED = {
@@ -46,7 +46,7 @@ _HONOURED = {
     "layer_replication": (None,),
     "target_parameters": (None, []),
 }
-_REMEDIES = {"target_parameters": "Name the experts in target_modules, and projections of them in target_experts."}
+_REMEDIES = {"target_parameters": "Name the experts, or projections of them, in target_modules."}
 
 
 def check_honoured(options: Mapping[str, Any]) -> None:
@@ -98,12 +98,12 @@ class MoeQLoraConfig(LoraConfig):
 
     Args:
         target_modules: what to adapt. Default: the routed experts of every layer and nothing else. A list may name
-            linear layers, experts modules (`"experts"` for all), a projection of them (`"gate_up_proj"`,
-            `"down_proj"`), or use the names of a time when experts were linear layers (`"gate_proj"`, `"up_proj"`,
-            `"down_proj"`, `"w1"`, `"w2"`, `"w3"`). `"all-linear"` is every linear layer and the experts, the router
-            and layers that LoRA can't train (`UNADAPTABLE`) excepted. Names that match nothing raise an error.
-        target_experts: which projections of the targeted experts get factors: of `"gate_up_proj"` (`"up_proj"` where
-            the class has no gate) and `"down_proj"`. Default: all that `target_modules` names.
+            linear layers, experts modules (`"experts"` for all), projections of them (`"experts.gate_up_proj"`,
+            `"experts.down_proj"`; `"experts.up_proj"` where the class has no gate), or use the names from when each
+            expert was a module (`"gate_proj"`, `"up_proj"`, `"down_proj"`, `"w1"`, `"w2"`, `"w3"`). `"all-linear"` is
+            every linear layer and the experts, routers and layers that LoRA can't train (`UNADAPTABLE`) excepted.
+            Names that match nothing raise an error. Once an adapter is created, the config names projections by their
+            paths.
         expert_r: rank of the factors of each expert. Default: `r`. Experts are many: for one projection a rank costs
             `num_experts * (in_features + out_features)` parameters, so that rank 16 on all experts of a 30B-A3B model
             is 629 million parameters; `max(1, r // experts_per_token)` gives a token about as many active ones as rank
@@ -114,8 +114,8 @@ class MoeQLoraConfig(LoraConfig):
             in 16 bits.
         blocksize: number of weights that share a scale; 64 is the block size of QLoRA.
         double_quant: store the scales in 8 bits, 0.37 bits a weight less at block size 64.
-        rank_pattern, alpha_pattern: keys are matched against the path of an experts module, and before that against
-            that of a projection of it, such as `"layers.3.mlp.experts.down_proj"`.
+        rank_pattern, alpha_pattern: of linear layers and of projections of experts, by path, such as
+            `"layers.3.mlp.experts.down_proj"`.
         base: what the adapter was trained on (`BaseIdentity`); set by this package when the adapter is created.
         format_version: of the adapter file; set by this package.
 
@@ -123,10 +123,6 @@ class MoeQLoraConfig(LoraConfig):
         ValueError: an option can't be honoured for experts, has no such value, or comes from a later version.
     """
 
-    target_experts: list[str] | None = field(
-        default=None,
-        metadata={"help": "Projections of the targeted experts that get factors. Default: all that are targeted."},
-    )
     expert_r: int | None = field(default=None, metadata={"help": "Rank of each expert's factors. Default: r."})
     expert_alpha: float | None = field(
         default=None, metadata={"help": "Alpha of the experts. Default: such that their scaling is that of r."}
@@ -154,17 +150,12 @@ class MoeQLoraConfig(LoraConfig):
         check_honoured(vars(self))
         super().__post_init__()
         self.peft_type = MoeQLoraPeftType.MOE_QLORA
-        if isinstance(self.target_experts, str):
-            self.target_experts = [self.target_experts]
         self._check_values()
 
     def _check_values(self) -> None:
         """Refuses what would otherwise fail when layers are made, after the experts have been converted."""
         if self.quant_type is not None:
             FourBitFormat(self.quant_type, self.blocksize, self.double_quant)
-        unknown = sorted(set(self.target_experts or ()) - set(PROJECTIONS))
-        if unknown:
-            raise ValueError(f"target_experts={unknown} are no projections; choose from {PROJECTIONS}.")
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}}
         if self.expert_r is not None:
             ranks["expert_r"] = self.expert_r
@@ -227,12 +218,40 @@ class MoeQLoraConfig(LoraConfig):
         return self.r if self.expert_r is None else self.expert_r
 
     @property
+    def largest_expert_r(self) -> int:
+        """The largest rank that a projection of experts may have."""
+        return max(self.resolved_expert_r, *self.rank_pattern.values(), 0)
+
+    @property
     def resolved_expert_alpha(self) -> float:
         if self.expert_alpha is not None:
             return self.expert_alpha
         ratio = self.resolved_expert_r / self.r
         return self.lora_alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
 
+    def of_experts(self) -> MoeQLoraConfig:
+        """A copy with the experts' rank and alpha in the place of `r` and `lora_alpha`, as PEFT reads them."""
+        config = copy.copy(self)
+        config.r, config.lora_alpha = self.resolved_expert_r, self.resolved_expert_alpha
+        return config
+
     def scaling(self, r: int, alpha: float) -> float:
         """The factor of `B @ A` (rsLoRA: arXiv:2312.03732)."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
+    """Rank and alpha of a layer, as PEFT settles them.
+
+    Args:
+        config: with the patterns; for a projection of experts, `MoeQLoraConfig.of_experts()`.
+        names: all that the layer may be called in them; the first counts that a pattern matches.
+    """
+    return _by_pattern(config.rank_pattern, names, config.r), _by_pattern(
+        config.alpha_pattern, names, config.lora_alpha
+    )
+
+
+def _by_pattern(pattern: dict[str, float], names: tuple[str, ...], default: float) -> float:
+    keys = (get_pattern_key(pattern.keys(), name) for name in names)
+    return next((pattern[key] for key in keys if key in pattern), default)

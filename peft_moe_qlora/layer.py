@@ -1,17 +1,17 @@
-"""The adapter on one experts module: factors, forward, merge and unmerge."""
+"""LoRA on one projection of an experts module."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from .config import MoeQLoraConfig
-from .experts import QuantizedExperts, refuse_liger
 from .ops import LowRank
 from .quantization import DenseStack, Stack
 
@@ -19,285 +19,226 @@ BASE = "__base__"
 """Adapter name of a sample that no adapter applies to, in a mixed batch (PEFT's convention)."""
 
 
-class MoeQLoraExperts(nn.Module, BaseTunerLayer):
-    """LoRA on the stacks of one experts module, applied to the activations.
-
-    For each adapted projection, `lora_<projection>_A[adapter]` is `(E, R, in)` and `lora_<projection>_B[adapter]` is
-    `(E, out, R)`, whatever the orientation of the stack; `delta[e] = scaling * B[e] @ A[e]`.
+class Factor(nn.Module):
+    """One factor of all experts, in the place that an `nn.Linear` has in LoRA on a linear layer.
 
     Args:
-        base_layer: the experts.
-        adapter_name: the adapter to be active first.
+        weight: `(E, r, in)` for A, `(E, out, r)` for B.
     """
 
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
-
-    def __init__(self, base_layer: QuantizedExperts, adapter_name: str) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.weight = nn.Parameter(weight)
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.weight.shape))
+
+
+class ExpertsLora(nn.Module, LoraLayer):
+    """LoRA on the stack of one projection: `delta[e] = scaling * B[e] @ A[e]`, applied to the activations.
+
+    `lora_A.<adapter>.weight` is `(E, r, in)` and `lora_B.<adapter>.weight` `(E, out, r)`, whatever the orientation of
+    the stack. The layer isn't called: `QuantizedExperts` asks its projections for their `low_rank_terms` and computes
+    the whole module at once.
+
+    Args:
+        base_layer: the stack.
+        adapter_name: the first adapter.
+        config: of the adapter; see `update_layer`.
+        r: rank.
+        lora_alpha: numerator of the scaling.
+        kwargs: what PEFT passes to all layers, unused.
+    """
+
+    def __init__(
+        self, base_layer: Stack, adapter_name: str, config: MoeQLoraConfig, r: int, lora_alpha: float, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._unmerged: list[Stack] = []  # at most one; a list, since a module would be registered
         self._active_adapter = adapter_name
-        self.r: dict[str, dict[str, int]] = {}
-        self.lora_alpha: dict[str, dict[str, float]] = {}
-        self.scaling: dict[str, dict[str, float]] = {}
-        self.lora_dropout = nn.ModuleDict()
-        names = []
-        for projection in base_layer.layout.projections:
-            for factor in "AB":
-                names.append(f"lora_{projection}_{factor}")
-                self.add_module(names[-1], nn.ParameterDict())
-        self.adapter_layer_names = tuple(names)
-        self.merged_adapters: list[str] = []
-        self._unmerged_stacks: dict[str, Stack] = {}
-        self.train(base_layer.training)
-
-    def train(self, mode: bool = True) -> MoeQLoraExperts:
-        # a Trainer calls this between Liger's patches and the first forward
-        refuse_liger(self, self.base_layer.layout.class_name)
-        return super().train(mode)
-
-    @property
-    def in_features(self) -> int:
-        return self.base_layer.layout.hidden_size
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.layout.hidden_size
-
-    def factors(self, projection: str, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """`A (E, R, in)` and `B (E, out, R)`, None where the adapter leaves the projection alone."""
-        A = self.get_submodule(f"lora_{projection}_A")
-        if adapter_name not in A:
-            return None
-        return A[adapter_name], self.get_submodule(f"lora_{projection}_B")[adapter_name]
+        self.update_layer(adapter_name, r, lora_alpha, config)
 
     def update_layer(
-        self, adapter_name: str, ranks: dict[str, int], alphas: dict[str, float], config: MoeQLoraConfig
+        self, adapter_name: str, r: int, lora_alpha: float, config: MoeQLoraConfig, **kwargs: Any
     ) -> None:
-        """Adds an adapter.
+        """Adds an adapter, or replaces one.
 
         Args:
-            adapter_name: a name; factors that it has already are replaced.
-            ranks: projection -> rank of its factors; projections left out get none.
-            alphas: projection -> alpha.
+            adapter_name: its name.
+            r: rank.
+            lora_alpha: numerator of the scaling.
             config: dropout, initialization and kind of scaling.
+            kwargs: what PEFT passes to all layers, unused.
         """
-        for name in self.adapter_layer_names:
-            container = self.get_submodule(name)
-            if adapter_name in container:
-                del container[adapter_name]
-        self.r[adapter_name] = dict(ranks)
-        self.lora_alpha[adapter_name] = dict(alphas)
-        self.scaling[adapter_name] = {name: config.scaling(ranks[name], alphas[name]) for name in ranks}
-        has_dropout = config.lora_dropout > 0
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if has_dropout else nn.Identity()
-        for projection, r in ranks.items():
-            stack = self.base_layer.stack(projection)
-            A, B = self._initial_factors(stack, r, config.init_lora_weights)
-            self.get_submodule(f"lora_{projection}_A")[adapter_name] = nn.Parameter(A.to(stack.dtype))
-            self.get_submodule(f"lora_{projection}_B")[adapter_name] = nn.Parameter(B.to(stack.dtype))
+        stack = self.get_base_layer()
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = config.scaling(r, lora_alpha)
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        E, device = stack.num_experts, stack.device
+        self.lora_A[adapter_name] = Factor(torch.empty(E, r, stack.in_features, device=device))
+        self.lora_B[adapter_name] = Factor(torch.empty(E, stack.out_features, r, device=device))
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        for factor in (self.lora_A, self.lora_B):
+            factor[adapter_name].to(stack.dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @staticmethod
-    def _initial_factors(stack: Stack, r: int, init: bool | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each expert's factors as PEFT initializes those of one linear layer, in fp32."""
-        E, device = stack.num_experts, stack.device
-        A = torch.empty(E, r, stack.in_features, device=device)
-        B = torch.zeros(E, stack.out_features, r, device=device)
-        if init == "gaussian":
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Initializes each expert's factors as PEFT does those of one linear layer.
+
+        Args:
+            adapter_name: whose.
+            init_lora_weights: True, False (B is not zero), or `"gaussian"`.
+        """
+        A, B = self.factors(adapter_name)
+        r, in_features = A.shape[1:]
+        if init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / r)
         else:
             # nn.Linear's default, kaiming_uniform_(a=sqrt(5)), is this for one matrix of `in` columns
-            nn.init.uniform_(A, -(stack.in_features**-0.5), stack.in_features**-0.5)
-        if init is False:
+            nn.init.uniform_(A, -(in_features**-0.5), in_features**-0.5)
+        if init_lora_weights is False:
             nn.init.uniform_(B, -(r**-0.5), r**-0.5)
-        return A, B
+        else:
+            nn.init.zeros_(B)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
-        adapter_names: Sequence[str] | None = None,
-    ) -> torch.Tensor:
-        """As `QuantizedExperts.forward`; `adapter_names` gives the adapter of each sample of a mixed batch."""
-        low_rank: dict[str, list[LowRank]] = {}
+    def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """`A (E, r, in)` and `B (E, out, r)`."""
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+
+    def active_terms(self) -> list[LowRank]:
+        """What active adapters add to all tokens: nothing while they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self._term(name) for name in self.active_adapters if name in self.lora_A]
+
+    def low_rank_terms(self, num_tokens: int, adapter_names: Sequence[str] | None = None) -> list[LowRank]:
+        """What adapters add in a forward.
+
+        Args:
+            num_tokens: T, of all samples together.
+            adapter_names: in a mixed batch, the adapter of each sample. Default: the active ones for all.
+
+        Raises:
+            ValueError: a mixed batch while adapters are merged, or one whose samples can't be of one length.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-        elif adapter_names is not None:
-            if top_k_index is None:
-                raise ValueError(
-                    f"adapter_names can't be passed to {self.base_layer.layout.class_name}, which is called with one "
-                    "copy of all tokens for each expert; pass one adapter at a time."
-                )
-            self._check_mixed_batch(hidden_states, adapter_names)
-            low_rank = self._mixed_low_rank(hidden_states, adapter_names)
-        else:
-            low_rank = self.active_terms()
-        return self.base_layer(hidden_states, top_k_index, top_k_weights, low_rank=low_rank)
-
-    def active_terms(self) -> dict[str, list[LowRank]]:
-        """What a forward adds: projection -> terms of the active adapters, none if they are disabled or merged."""
-        return {} if self.disable_adapters or self.merged else self.low_rank_terms(self.active_adapters)
-
-    def low_rank_terms(
-        self, adapter_names: Sequence[str], token_masks: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, list[LowRank]]:
-        """What the given adapters add: projection -> terms, for the tokens of their masks if there are any."""
-        terms: dict[str, list[LowRank]] = {}
-        for adapter_name in adapter_names:
-            for projection in self.r.get(adapter_name, ()):
-                A, B = self.factors(projection, adapter_name)
-                dropout = self.lora_dropout[adapter_name]
-                term = LowRank(
-                    A,
-                    B,
-                    self.scaling[adapter_name][projection],
-                    dropout if isinstance(dropout, nn.Dropout) else None,
-                    token_masks[adapter_name] if token_masks else None,
-                )
-                terms.setdefault(projection, []).append(term)
-        return terms
-
-    def _check_mixed_batch(self, hidden_states: torch.Tensor, adapter_names: Sequence[str]) -> None:
+            return []
+        if adapter_names is None:
+            return self.active_terms()
         if self.merged:
             raise ValueError("adapter_names can't be passed while adapters are merged; call unmerge_adapter() first.")
-        num_tokens = hidden_states.shape[0]
         if num_tokens % len(adapter_names):
             raise ValueError(
                 f"adapter_names has {len(adapter_names)} entries, but the experts got {num_tokens} tokens, which is "
                 "no multiple of it. Pass one name for each sample of the batch."
             )
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
+        return [self._term(name, self._tokens_of(name, adapter_names, num_tokens)) for name in names]
 
-    def _mixed_low_rank(self, hidden_states: torch.Tensor, adapter_names: Sequence[str]) -> dict[str, list[LowRank]]:
-        """The terms of every adapter in the batch, each masked to the tokens of its samples."""
-        tokens_per_sample = hidden_states.shape[0] // len(adapter_names)
-        masks = {}
-        for adapter_name in dict.fromkeys(name for name in adapter_names if name != BASE):
-            of_sample = torch.tensor([name == adapter_name for name in adapter_names], device=hidden_states.device)
-            masks[adapter_name] = of_sample.repeat_interleave(tokens_per_sample)
-        return self.low_rank_terms(list(masks), masks)
+    def _term(self, adapter_name: str, token_mask: torch.Tensor | None = None) -> LowRank:
+        dropout = self.lora_dropout[adapter_name]
+        return LowRank(
+            *self.factors(adapter_name),
+            self.scaling[adapter_name],
+            dropout if isinstance(dropout, nn.Dropout) else None,
+            token_mask,
+        )
 
-    def expert_delta(self, projection: str, adapter_names: Sequence[str], expert: int) -> torch.Tensor:
-        """`(out, in)` fp32: what the given adapters add to one expert's matrix."""
-        A, B = self.expert_factors(projection, adapter_names, expert)
-        return B @ A
+    def _tokens_of(self, adapter_name: str, adapter_names: Sequence[str], num_tokens: int) -> torch.Tensor:
+        """`(T,)` bool: the tokens of samples that an adapter applies to."""
+        of_sample = torch.tensor([name == adapter_name for name in adapter_names], device=self.get_base_layer().device)
+        return of_sample.repeat_interleave(num_tokens // len(adapter_names))
 
-    def expert_factors(
-        self, projection: str, adapter_names: Sequence[str], expert: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def expert_factors(self, adapter_names: Iterable[str], expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`A (R, in)` and `B (out, R)` fp32 of one expert: the given adapters' side by side, scaling in B."""
-        stack = self.base_layer.stack(projection)
+        stack = self.get_base_layer()
         A = [torch.zeros(0, stack.in_features, device=stack.device)]
         B = [torch.zeros(stack.out_features, 0, device=stack.device)]
-        for adapter_name in adapter_names:
-            factors = self.factors(projection, adapter_name)
-            if factors is not None:
-                of_expert = (factor[expert].detach().to(stack.device, torch.float32) for factor in factors)
-                A.append(next(of_expert))
-                B.append(self.scaling[adapter_name][projection] * next(of_expert))
+        for name in adapter_names:
+            if name in self.lora_A:
+                of_expert = [factor[expert].detach().to(stack.device, torch.float32) for factor in self.factors(name)]
+                A.append(of_expert[0])
+                B.append(self.scaling[name] * of_expert[1])
         return torch.cat(A), torch.cat(B, dim=1)
+
+    def expert_delta(self, adapter_names: Iterable[str], expert: int) -> torch.Tensor:
+        """`(out, in)` fp32: what the given adapters add to one expert's matrix."""
+        A, B = self.expert_factors(adapter_names, expert)
+        return B @ A
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`(E, out, in)` in the dtype of the factors: what an adapter adds to all experts' matrices."""
+        A, B = self.factors(adapter)
+        return self.scaling[adapter] * (B @ A)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """`(E, rows, columns)` as the class stores it, dequantized to the stack's dtype."""
+        stack = self.get_base_layer()
+        return stack.decode(stack.dtype)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Stores `(E, rows, columns)` weights, in the storage of the stack.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        for expert, matrix in enumerate(weight_data):
+            self.get_base_layer().set_expert(expert, matrix)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters to the stacks, in their storage. The stacks of before are kept for `unmerge`.
-
-        All stacks are merged before one is replaced, so that an error leaves the layer as it was.
+        """Adds adapters to the stack, in its storage. The stack of before is kept for `unmerge`.
 
         Args:
             safe_merge: for PEFT's sake; weights that are not finite are always refused, since no code could show them.
             adapter_names: what to merge. Default: the active adapters that are not merged yet.
 
         Raises:
-            ValueError: a merged weight is not finite.
+            ValueError: a merged weight is not finite; the layer is then as it was.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        adapter_names = [name for name in adapter_names if self.r.get(name)]
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not adapter_names:
             return
         names = [*self.merged_adapters, *adapter_names]
-        # from the first stacks, not from the merged ones: requantizing twice would round twice
-        merged = {
-            projection: self._base_stack(projection).merged(
-                lambda expert, projection=projection: self.expert_delta(projection, names, expert)
-            )
-            for projection in self.adapted_projections(names)
-        }
-        for projection in merged:
-            self._unmerged_stacks.setdefault(projection, self.base_layer.stack(projection))
-        self.replace_stacks(merged, names)
+        # from the stack of before: requantizing a merged one would round twice
+        unmerged = self.unmerged_stack()
+        self.base_layer = unmerged.merged(lambda expert: self.expert_delta(names, expert))
+        self._unmerged = [unmerged]
+        self.merged_adapters = names
 
-    def replace_stacks(self, merged: Mapping[str, Stack], adapter_names: Sequence[str]) -> None:
-        """Puts merged stacks in the place of those that they were made from.
-
-        Args:
-            merged: projection -> stack.
-            adapter_names: what is merged into them.
-        """
-        for projection, stack in merged.items():
-            self.base_layer.add_module(projection, stack)
-        self.merged_adapters = list(adapter_names)
-
-    def _base_stack(self, projection: str) -> Stack:
-        current = self.base_layer.stack(projection)
-        # the model may have been moved or cast since
-        return self._unmerged_stacks.get(projection, current).to(current.device, current.dtype)
-
-    def adapted_projections(self, adapter_names: Sequence[str]) -> list[str]:
-        """Names of the projections that one of the adapters has factors for."""
-        return [
-            projection
-            for projection in self.base_layer.layout.projections
-            if any(projection in self.r.get(name, ()) for name in adapter_names)
-        ]
+    @torch.no_grad()
+    def merged_dense(self, dtype: torch.dtype, adapter_names: Iterable[str]) -> DenseStack:
+        """A new stack: dequantized weights plus delta in fp32, rounded once to `dtype`."""
+        stack, names = self.unmerged_stack(), list(dict.fromkeys([*self.merged_adapters, *adapter_names]))
+        matrices = stack.merged_matrices(lambda expert: self.expert_delta(names, expert))
+        return DenseStack.from_matrices(matrices, stack.shape, dtype, stack.is_transposed, stack.device)
 
     def unmerge(self) -> None:
-        """Puts the stacks of before the merge back, bit for bit."""
+        """Puts the stack of before the merge back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for projection in self._unmerged_stacks:
-            self.base_layer.add_module(projection, self._base_stack(projection))
-        self._unmerged_stacks = {}
-        self.merged_adapters = []
+        self.base_layer = self.unmerged_stack()
+        self._unmerged, self.merged_adapters = [], []
 
-    @torch.no_grad()
-    def merge_into_dense(self, dtype: torch.dtype, adapter_names: list[str] | None = None) -> None:
-        """Merges into floating point: dequantized weights plus delta, in fp32, rounded once to `dtype`."""
-        names = list(self.merged_adapters)
-        if self.merged:
-            self.unmerge()
-        adapter_names = self.active_adapters if adapter_names is None else adapter_names
-        names += [name for name in adapter_names if name not in names]
-        merged = {}
-        for projection in self.base_layer.layout.projections:
-            stack = self.base_layer.stack(projection)
-            matrices = stack.merged_matrices(
-                lambda expert, projection=projection: self.expert_delta(projection, names, expert)
-            )
-            merged[projection] = DenseStack.from_matrices(
-                matrices, stack.shape, dtype, stack.is_transposed, stack.device
-            )
-        for projection, stack in merged.items():
-            self.base_layer.add_module(projection, stack)
+    def unmerged_stack(self) -> Stack:
+        """The stack without any adapter."""
+        current = self.get_base_layer()
+        # the model may have been moved or cast since
+        return self._unmerged[0].to(current.device, current.dtype) if self._unmerged else current
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves the factors; their dtype stays, so that fp32 factors loaded beside bf16 experts are not rounded."""
-        device = device or self.base_layer.stack("down_proj").device
-        for name in self.adapter_layer_names:
-            container = self.get_submodule(name)
-            if adapter_name in container and not container[adapter_name].is_meta:
-                factor = container[adapter_name]
-                container[adapter_name] = nn.Parameter(factor.data.to(device), requires_grad=factor.requires_grad)
+    def _get_in_out_features(self, module: Stack) -> tuple[int, int]:
+        return module.in_features, module.out_features
 
-    def __getattr__(self, name: str) -> Any:
-        # models may ask their experts for sizes or for the config
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+    def _get_base_layer_device_and_dtype(self, base_layer: Stack) -> tuple[torch.device, None]:
+        # no dtype: PEFT would round fp32 factors to it when it loads them
+        return base_layer.device, None
 
     def __repr__(self) -> str:
         return "moe_qlora." + super().__repr__()

@@ -1,4 +1,4 @@
-"""The tuner: which modules get an adapter, and what happens to the model as a whole."""
+"""The tuner: PEFT's LoRA on linear layers and on the stacks of experts."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
 from .base_identity import BaseIdentity, differing_sample, identify_base
-from .calibration import config_with_vocabulary, merge_for_inputs, random_token_ids
+from .calibration import adapted_projections, config_with_vocabulary, merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .gradient_watch import watch_gradients
-from .layer import BASE, MoeQLoraExperts
+from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge_check import MergeCheck, Reference, take_reference
+from .quantization import Stack
 from .report import ExpertsReport, experts_report
 from .targets import (
     UNTIE,
     check_not_shared,
-    check_pattern_order,
+    check_patterns,
     check_targets,
     expert_layouts,
     is_router,
-    parents,
-    resolve_all_linear,
-    resolve_rank_and_alpha,
-    targeted_projections,
-    unmatched_patterns,
+    module_names,
+    reached_stacks,
+    resolve_targets,
 )
 from .unadaptable import check_adaptable
-from .weighted import Combination, combine_experts, combined_rank
+from .weighted import Combination, combined_rank
 
 ROUNDINGS = ("second-order", "nearest")
 
 
 class MoeQLoraModel(LoraModel):
-    """LoRA for MoE models: PEFT's `LoraModel` on linear layers, `MoeQLoraExperts` on fused experts.
+    """LoRA for MoE models: PEFT's `LoraModel`, whose layers on the stacks of experts are `ExpertsLora`.
 
     When the first adapter is added, the experts of the whole model are converted to the storage that its config names,
     in place and stack by stack; experts converted before (`quantize_experts`) are used as they are.
@@ -59,8 +58,6 @@ class MoeQLoraModel(LoraModel):
         low_cpu_mem_usage: create the factors on the meta device, to be filled from a file.
     """
 
-    prefix: str = "lora_"
-    tuner_layer_cls = (LoraLayer, MoeQLoraExperts)
     merge_check: MergeCheck | None = None
     """Of the last `merge_and_unload` with second-order rounding."""
 
@@ -81,24 +78,17 @@ class MoeQLoraModel(LoraModel):
         check_convertible(model, peft_config.storage)
         check_not_shared(model)
         layouts = expert_layouts(model)
-        resolve_all_linear(peft_config, model, layouts)
-        self._expert_targets = {
-            path: targeted_projections(peft_config, path, layout) for path, layout in layouts.items()
-        }
-        module_names = [
-            name
-            for name, _ in model.named_modules()
-            if name and ".base_layer" not in name and not any(parent in layouts for parent in parents(name))
-        ]
-        check_targets(peft_config, module_names, layouts, self._expert_targets)
+        names = module_names(model, layouts)
+        check_targets(peft_config, names, layouts)
+        resolve_targets(peft_config, model, layouts)
         self._check_matched_modules(peft_config, model, layouts)
-        adapted = [name for name in module_names if self._check_target_module_exists(peft_config, name)]
-        check_adaptable(adapted, model, peft_config.is_read)
-        stacks = [f"{path}.{name}" for path, names in self._expert_targets.items() for name in names]
-        check_pattern_order(peft_config, [*adapted, *stacks])
-        check_stored_shapes(peft_config, layouts, self._expert_targets)
+        linear = [name for name in names if self._check_target_module_exists(peft_config, name)]
+        check_adaptable(linear, model, peft_config.is_read)
+        stacks = reached_stacks(peft_config, layouts)
+        check_patterns(peft_config, [*linear, *stacks], layouts)
+        check_stored_shapes(peft_config, layouts, stacks)
         peft_config.stored = None
-        if any(self._check_target_module_exists(peft_config, name) for name in module_names):
+        if linear or stacks:
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
             skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
         self._settle_base(peft_config, model, stacks)
@@ -149,65 +139,35 @@ class MoeQLoraModel(LoraModel):
                     "the same quant_type, blocksize and double_quant."
                 )
 
-    def _check_target_module_exists(self, peft_config: MoeQLoraConfig, key: str) -> Any:
-        # not static as in PEFT: whether a key is an experts module depends on the model
-        if self._expert_targets.get(key):
-            return True
-        found = super()._check_target_module_exists(peft_config, key)
-        # the parts of experts are theirs: a stack is a module that is called down_proj
-        is_of_experts = key in self._expert_targets or any(name in self._expert_targets for name in parents(key))
-        return False if found and is_of_experts else found
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             self.peft_config.pop(adapter_name, None)
             raise ValueError(
                 f"{adapter_name!r} can't be the name of an adapter: torch's containers have no place for an empty "
                 "name, a dot, or the name of one of their own attributes. Choose another."
             )
-        with warnings.catch_warnings():
-            # PEFT holds the patterns against modules only; here they may also name a projection of experts
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
-            try:
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            except Exception:
-                # PeftModel takes the config back by itself, transformers' add_adapter does not
-                self.peft_config.pop(adapter_name, None)
-                raise
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            # PeftModel takes the config back by itself, transformers' add_adapter does not
+            self.peft_config.pop(adapter_name, None)
+            raise
         watch_gradients(self.model)
-        unmatched = unmatched_patterns(
-            self.peft_config[adapter_name], self.targeted_module_names, self._expert_targets
-        )
-        if unmatched:
-            warnings.warn(
-                f"rank_pattern or alpha_pattern: {unmatched} match nothing that is adapted.", RuntimeWarning, 2
-            )
 
     def _create_and_replace(
-        self,
-        lora_config: MoeQLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        *,
-        parameter_name: str | None = None,
+        self, lora_config: MoeQLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
-        if not isinstance(target, (QuantizedExperts, MoeQLoraExperts)):
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
-            )
-            return
-        layer = MoeQLoraExperts(target, adapter_name) if isinstance(target, QuantizedExperts) else target
-        ranks, alphas = {}, {}
-        for projection in self._expert_targets[current_key]:
-            ranks[projection], alphas[projection] = resolve_rank_and_alpha(lora_config, current_key, projection)
-        layer.update_layer(adapter_name, ranks, alphas, lora_config)
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        if isinstance(target, (Stack, ExpertsLora)):
+            lora_config = lora_config.of_experts()
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: MoeQLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        if isinstance(target, Stack):
+            return ExpertsLora(target, adapter_name, lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -228,17 +188,16 @@ class MoeQLoraModel(LoraModel):
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
-            f"{path}.{name}.{adapter_name}": tuple(layer.get_submodule(name)[adapter_name].shape)
+            f"{path}.lora_{factor}.{adapter_name}.weight": tuple(weight.shape)
             for path, layer in model.named_modules()
-            if isinstance(layer, MoeQLoraExperts)
-            for name in layer.adapter_layer_names
-            if adapter_name in layer.get_submodule(name)
+            if isinstance(layer, ExpertsLora) and adapter_name in layer.lora_A
+            for factor, weight in zip("AB", layer.factors(adapter_name))
         }
         check_factor_shapes({key: tuple(tensor.shape) for key, tensor in remapped.items()}, expected)
         return remapped
 
-    def expert_layers(self) -> Iterator[MoeQLoraExperts]:
-        return (module for module in self.model.modules() if isinstance(module, MoeQLoraExperts))
+    def expert_layers(self) -> Iterator[ExpertsLora]:
+        return (module for module in self.model.modules() if isinstance(module, ExpertsLora))
 
     def experts_report(self) -> ExpertsReport:
         """What is stored how, what is adapted with which rank, what is trainable, what computes it."""
@@ -269,7 +228,7 @@ class MoeQLoraModel(LoraModel):
         handles = [
             module.register_forward_pre_hook(add_names, with_kwargs=True)
             for module in self.modules()
-            if isinstance(module, (*self.tuner_layer_cls, AuxiliaryTrainingWrapper))
+            if isinstance(module, (LoraLayer, QuantizedExperts, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -285,64 +244,63 @@ class MoeQLoraModel(LoraModel):
         combination_type: str = "svd",
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
-        **kwargs: Any,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Combines adapters into a new one, on linear layers as PEFT does and on experts likewise, per expert.
+        """Combines adapters into a new one by PEFT's formulas, on experts for each of them.
 
         Args:
             adapters: names of adapters.
-            weights: one for each.
+            weights: one for each; may be negative.
             adapter_name: name of the new one; nothing happens if it exists.
-            combination_type: `"linear"`, `"cat"` or `"svd"`.
-            svd_rank: rank of the result of `svd`, on linear layers and experts. Default: the largest.
-            svd_clamp: as in PEFT.
-            kwargs: PEFT's options for linear layers.
+            combination_type: of those that PEFT's `add_weighted_adapter` has, which describes the other options too.
+            svd_rank: rank of the result of the `svd` forms. Default: the largest.
+            svd_clamp: quantile at which values of the factors are cut, for the `svd` forms.
+            svd_full_matrices: of `torch.linalg.svd`, on linear layers; the result doesn't depend on it.
+            svd_driver: of `torch.linalg.svd`.
+            density: share of the values that ties, dare and magnitude_prune keep.
+            majority_sign_method: of ties, `"total"` or `"frequency"`.
 
         Raises:
-            ValueError: another combination type, an unknown adapter, or different ranks with `"linear"`.
+            ValueError: an unknown combination type or adapter, ranks that differ where one is needed, or adapters of
+                which no config reaches all layers.
         """
         if adapter_name in self.peft_config:
             return
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"One weight for each adapter was expected, got adapters={adapters}, weights={weights}.")
-        self._check_adapter_names(adapters)
+        kind, rank, targets = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         configs = [self.peft_config[name] for name in adapters]
-        kind = "linear" if len(adapters) == 1 else combination_type
-        ranks = [max(config.resolved_expert_r, *config.rank_pattern.values(), 0) for config in configs]
-        rank = combined_rank(kind, ranks, svd_rank)
-        no_choice = any(config.target_experts is None for config in configs)
-        # PEFT derives the new adapter's config from the first one's
-        derived = replace(
+        expert_rank = combined_rank(kind, [config.largest_expert_r for config in configs], svd_rank)
+        unit = configs[0].scaling
+        combined = replace(
             configs[0],
-            target_modules=self._check_add_weighted_adapter(adapters, kind, svd_rank)[2],
-            expert_r=rank,
-            expert_alpha=1 / configs[0].scaling(rank, 1.0),
-            target_experts=None if no_choice else sorted({name for c in configs for name in c.target_experts}),
+            r=rank,
+            lora_alpha=1 / unit(rank, 1.0),
+            expert_r=expert_rank,
+            expert_alpha=1 / unit(expert_rank, 1.0),
+            target_modules=targets,
+            rank_pattern={},
+            alpha_pattern={},
         )
-        self._check_reach(derived, adapters)
-        self.peft_config[adapters[0]] = replace(derived, target_modules=configs[0].target_modules)
-        try:
-            super().add_weighted_adapter(
-                adapters, weights, adapter_name, kind, svd_rank=svd_rank, svd_clamp=svd_clamp, **kwargs
-            )
-        finally:
-            self.peft_config[adapters[0]] = configs[0]
-        for layer in self.expert_layers():
-            if adapter_name in layer.r:
-                combine_experts(layer, adapter_name, Combination(adapters, weights, kind, rank, svd_clamp))
+        self._check_reach(combined, adapters)
+        self.peft_config[adapter_name] = combined
+        self.inject_adapter(self.model, adapter_name)
+        self.set_requires_grad(adapter_name, False)
+        combine = Combination(
+            adapters, weights, kind, density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver
+        )
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+                combine.fill(self, layer, adapter_name)
 
-    def _check_reach(self, derived: MoeQLoraConfig, adapters: Sequence[str]) -> None:
+    def _check_reach(self, config: MoeQLoraConfig, adapters: Sequence[str]) -> None:
         """Refuses a combination whose config would leave out a layer that one of the adapters has."""
-        layouts = expert_layouts(self.model)
         for path, layer in self.model.named_modules():
-            if not isinstance(layer, self.tuner_layer_cls) or not any(name in layer.scaling for name in adapters):
-                continue
-            if isinstance(layer, MoeQLoraExperts):
-                wanted = {projection for name in adapters for projection in layer.r.get(name, ())}
-                reached = wanted <= set(targeted_projections(derived, path, layouts[path]))
-            else:
-                reached = check_target_module_exists(derived, path)
-            if not reached:
+            is_adapted = isinstance(layer, LoraLayer) and any(name in layer.r for name in adapters)
+            if is_adapted and not check_target_module_exists(config, path):
                 raise ValueError(
                     f"The adapters {list(adapters)} reach different layers by layers_to_transform or exclude_modules: "
                     f"{path} would be left out. Combine adapters that share these options."
@@ -426,9 +384,11 @@ class MoeQLoraModel(LoraModel):
             return merged
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype={dtype} can't hold merged weights; choose torch.bfloat16, float16 or float32.")
-        for layer in tqdm(list(self.expert_layers()), desc="Merging experts", disable=not progressbar):
-            layer.merge_into_dense(dtype, adapter_names)
-        self._unwrap([path for path, layer in self.model.named_modules() if isinstance(layer, MoeQLoraExperts)])
+        names = self.active_adapters if adapter_names is None else adapter_names
+        layers = [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, ExpertsLora)]
+        for path, layer in tqdm(layers, desc="Merging experts", disable=not progressbar):
+            parent, _, name = path.rpartition(".")
+            self._replace_module(self.model.get_submodule(parent), name, layer.merged_dense(dtype, names), layer)
         restore_experts(self.model, dtype)
         if dtype == torch.float32:
             cast_as_loaded(self.model, dtype)  # before deltas of linear layers are added, which 16 bits would round
@@ -449,11 +409,10 @@ class MoeQLoraModel(LoraModel):
         merged_before = [name for layer in tuner_layers for name in layer.merged_adapters]
         asked_for = self.active_adapters if adapter_names is None else adapter_names
         names = list(dict.fromkeys([*merged_before, *asked_for]))
-        experts = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, MoeQLoraExperts)}
         layers = {
-            path: layer
-            for path, layer in experts.items()
-            if not layer.base_layer.is_dense and layer.adapted_projections(names)
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, QuantizedExperts) and not module.is_dense and adapted_projections(module, names)
         }
         if not layers:
             return None, adapter_names
@@ -470,9 +429,7 @@ class MoeQLoraModel(LoraModel):
                 layer.unmerge()
         reference = take_reference(self, names, calibration)
         # each at once: should the forward fail later, what is merged is not merged again
-        missed = merge_for_inputs(
-            self.model, layers, names, calibration, lambda path: self._unwrap([path]), progressbar
-        )
+        missed = merge_for_inputs(self.model, layers, names, calibration, self._unwrap, progressbar)
         if missed:
             warnings.warn(
                 f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "
@@ -482,12 +439,12 @@ class MoeQLoraModel(LoraModel):
             )
         return reference, names
 
-    def _unwrap(self, paths: Sequence[str]) -> None:
-        """Puts experts in the place of their layers, which are merged; what is left are linear layers."""
-        for path in paths:
-            parent_path, _, name = path.rpartition(".")
-            layer = self.model.get_submodule(path)
-            self._replace_module(self.model.get_submodule(parent_path), name, layer.base_layer, layer)
+    def _unwrap(self, experts: QuantizedExperts) -> None:
+        """Puts merged stacks in the place of their adapters."""
+        for projection in experts.layout.projections:
+            layer = experts.get_submodule(projection)
+            if isinstance(layer, ExpertsLora):
+                self._replace_module(experts, projection, layer.base_layer, layer)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -525,7 +482,9 @@ class MoeQLoraModel(LoraModel):
             for parameter in module.parameters(recurse=False):
                 holders[parameter].append(path.removesuffix(".base_layer"))
         for path, layer in self.model.named_modules():
-            if not isinstance(layer, LoraLayer) or not any(name in layer.scaling for name in adapter_names):
+            if isinstance(layer, ExpertsLora) or not isinstance(layer, LoraLayer):
+                continue  # two stacks that are tied are merged into two
+            if not any(name in layer.scaling for name in adapter_names):
                 continue
             # PEFT's layer on nn.MultiheadAttention has several weights, none of them tied
             weight = getattr(layer.get_base_layer(), "weight", None)
@@ -541,10 +500,10 @@ def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parame
     """`(name, parameter)` of the experts' biases that a config's `bias` makes trainable."""
     if bias == "none":
         return
-    adapted = {id(layer.base_layer) for layer in model.modules() if isinstance(layer, MoeQLoraExperts)}
+    adapted = {id(layer.get_base_layer()) for layer in model.modules() if isinstance(layer, ExpertsLora)}
     for path, experts in model.named_modules():
         if not isinstance(experts, QuantizedExperts) or not experts.layout.has_bias:
             continue
-        if bias == "all" or id(experts) in adapted:
-            for projection in experts.layout.projections:
+        for projection in experts.layout.projections:
+            if bias == "all" or id(experts.stack(projection)) in adapted:
                 yield f"{path}.{bias_name(projection)}", experts.projection_bias(projection)

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import nn
 
 from .experts import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, QuantizedExperts, find_experts, read_layout
-from .layer import MoeQLoraExperts
+from .layer import ExpertsLora
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,10 @@ def _join(names: Iterator[str] | tuple[str, ...]) -> str:
 
 def experts_report(model: nn.Module) -> ExpertsReport:
     """Reports on every experts module of a model, converted or not, adapted or not."""
-    wrappers = {id(module.base_layer): module for module in model.modules() if isinstance(module, MoeQLoraExperts)}
     stacks = []
     for path, module in find_experts(model):
-        path = path.removesuffix(".base_layer")
         if isinstance(module, QuantizedExperts):
-            stacks += [_of_stack(path, module, name, wrappers.get(id(module))) for name in module.layout.projections]
+            stacks += [_of_stack(path, module, name) for name in module.layout.projections]
         else:
             stacks += _of_plain_module(path, module)
     left_alone = {
@@ -150,18 +148,12 @@ def experts_report(model: nn.Module) -> ExpertsReport:
     return ExpertsReport(tuple(stacks), left_alone)
 
 
-def _of_stack(path: str, experts: QuantizedExperts, projection: str, layer: MoeQLoraExperts | None) -> StackReport:
-    stack = experts.stack(projection)
-    ranks, sizes, trainable = {}, {}, []
-    for adapter_name, of_projection in layer.r.items() if layer is not None else ():
-        if projection not in of_projection:
-            continue
-        A, B = layer.factors(projection, adapter_name)
-        ranks[adapter_name] = of_projection[projection]
-        sizes[adapter_name] = A.numel() + B.numel()
-        if A.requires_grad and B.requires_grad:
-            trainable.append(adapter_name)
-    merged = [name for name in layer.merged_adapters if name in ranks] if layer is not None else []
+def _of_stack(path: str, experts: QuantizedExperts, projection: str) -> StackReport:
+    stack, layer = experts.stack(projection), experts.get_submodule(projection)
+    factors, merged = {}, []
+    if isinstance(layer, ExpertsLora):
+        factors = {name: layer.factors(name) for name in layer.lora_A}
+        merged = layer.merged_adapters
     return StackReport(
         path=path,
         architecture=experts.layout.class_name,
@@ -170,14 +162,14 @@ def _of_stack(path: str, experts: QuantizedExperts, projection: str, layer: MoeQ
         storage=str(stack.storage or stack.dtype).removeprefix("torch."),
         nbytes=stack.nbytes,
         dense_nbytes=stack.shape.numel() * stack.dtype.itemsize,
-        ranks=ranks,
-        num_adapter_parameters=sizes,
-        trainable=tuple(trainable),
+        ranks={name: A.shape[1] for name, (A, _) in factors.items()},
+        num_adapter_parameters={name: A.numel() + B.numel() for name, (A, B) in factors.items()},
+        trainable=tuple(name for name, (A, B) in factors.items() if A.requires_grad and B.requires_grad),
         merged=tuple(merged),
         merge_error=None if stack.fidelity is None else stack.fidelity.relative_error,
         delta_kept=None if stack.fidelity is None else stack.fidelity.delta_kept,
         merge_notes=stack.merge_notes,
-        compute_path=str(experts.compute_path(projection, {} if layer is None else layer.active_terms())),
+        compute_path=str(experts.compute_path(projection)),
     )
 
 

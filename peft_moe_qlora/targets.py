@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from peft import LoraConfig
@@ -53,13 +53,25 @@ def check_not_shared(model: nn.Module) -> None:
 
 
 def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
-    """Path -> layout of every routed experts module, wrapped in a tuner layer or not."""
+    """Path -> layout of every routed experts module, converted or not."""
     return {
-        path.removesuffix(".base_layer"): module.layout
-        if isinstance(module, QuantizedExperts)
-        else read_layout(module, path)
+        path: module.layout if isinstance(module, QuantizedExperts) else read_layout(module, path)
         for path, module in find_experts(model)
     }
+
+
+def stack_names(layouts: Mapping[str, ExpertsLayout]) -> list[str]:
+    """Paths of all projections of experts."""
+    return [f"{path}.{projection}" for path, layout in layouts.items() for projection in layout.projections]
+
+
+def module_names(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> list[str]:
+    """Paths of all modules but the parts of experts and of adapters."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name and ".base_layer" not in name and not any(parent in layouts for parent in parents(name))
+    ]
 
 
 def is_all_linear(config: LoraConfig) -> bool:
@@ -68,18 +80,68 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
-def resolve_all_linear(config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
-    """Writes "all-linear" out: all experts; PEFT's linear layers without heads, routers and what LoRA can't train."""
-    if not is_all_linear(config):
+def resolve_targets(config: MoeQLoraConfig, model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> None:
+    """Rewrites `target_modules` such that PEFT's own matching finds the linear layers and the stacks that are meant.
+
+    "all-linear" is written out as PEFT's linear layers without heads, routers and what LoRA can't train, and all
+    experts. Names of experts modules, and names from when each expert was a module, become paths of projections.
+
+    Args:
+        config: changed in place; what PEFT finds by itself stays as it is.
+        model: with its experts converted or not.
+        layouts: path -> layout of every experts module.
+
+    Raises:
+        ValueError: the names single out half of a fused stack, or some of the experts.
+    """
+    if is_all_linear(config):
+        _maybe_include_all_linear_layers(config, model)
+        heads = _HEADS.get(config.task_type, ())
+        left_out = {
+            name
+            for name in config.target_modules
+            if name in heads or is_router(name, model.get_submodule(name), layouts) or why_unadaptable(name, model)
+        }
+        config.target_modules = (config.target_modules - left_out) | {ALL_EXPERTS}
+    excluded = _names(layouts, partial(_excluded_projections, config))
+    if unknown := [name for name in excluded if not is_excluded(config, name)]:
+        config.exclude_modules = _with_names(config.exclude_modules, unknown)
+    wanted = set(_names(layouts, partial(targeted_projections, config)))
+    if _reached(config, layouts) == wanted:
         return
-    _maybe_include_all_linear_layers(config, model)
-    heads = _HEADS.get(config.task_type, ())
-    left_out = {
-        name
-        for name in config.target_modules
-        if name in heads or is_router(name, model.get_submodule(name), layouts) or why_unadaptable(name, model)
-    }
-    config.target_modules = (config.target_modules - left_out) | {ALL_EXPERTS}
+    names = [name for name in module_names(model, layouts) if name not in layouts]
+    if isinstance(config.target_modules, str):
+        others = {name for name in names if check_target_module_exists(config, name)}
+    else:
+        others = set(config.target_modules) & {suffix for name in names for suffix in _suffixes(name)}
+    # short names where they reach the same
+    for paths in ({".".join(name.split(".")[-2:]) for name in wanted}, wanted):
+        config.target_modules = others | paths
+        if _reached(config, layouts) == wanted:
+            return
+
+
+def _names(
+    layouts: Mapping[str, ExpertsLayout], projections: Callable[[str, ExpertsLayout], Iterable[str]]
+) -> list[str]:
+    return [f"{path}.{name}" for path, layout in layouts.items() for name in projections(path, layout)]
+
+
+def reached_stacks(config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout]) -> list[str]:
+    """Paths of the projections that PEFT finds by a config whose targets are resolved."""
+    return [name for name in stack_names(layouts) if check_target_module_exists(config, name)]
+
+
+def _reached(config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout]) -> set[str]:
+    """The projections that PEFT finds, and experts modules, which it couldn't adapt."""
+    modules = (path for path in layouts if check_target_module_exists(config, path))
+    return {*modules, *reached_stacks(config, layouts)}
+
+
+def _with_names(option: Iterable[str] | str | None, names: list[str]) -> list[str] | str:
+    if isinstance(option, str):
+        return "|".join([f"({option})", *map(re.escape, names)])
+    return [*(option or ()), *names]
 
 
 def targeted_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayout) -> tuple[str, ...]:
@@ -92,16 +154,19 @@ def targeted_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayou
     def is_targeted(key: str) -> bool:
         return bool(check_target_module_exists(config, key))
 
-    if is_excluded(config, path):
-        return ()
     if is_targeted(path) or is_targeted(f"{path}.{ALL_EXPERTS}"):
         named = set(layout.projections)
     else:
         named = _matching_projections(config, "target_modules", is_targeted, path, layout)
-    named -= _matching_projections(config, "exclude_modules", partial(is_excluded, config), path, layout)
-    if config.target_experts is not None:
-        named &= set(config.target_experts)
+    named -= _excluded_projections(config, path, layout)
     return tuple(name for name in layout.projections if name in named)
+
+
+def _excluded_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayout) -> set[str]:
+    """The projections of an experts module that `exclude_modules` names."""
+    if is_excluded(config, path):
+        return set(layout.projections)
+    return _matching_projections(config, "exclude_modules", partial(is_excluded, config), path, layout)
 
 
 def _matching_projections(
@@ -149,51 +214,21 @@ def is_excluded(config: MoeQLoraConfig, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in excluded)
 
 
-def resolve_rank_and_alpha(config: MoeQLoraConfig, path: str, projection: str) -> tuple[int, float]:
-    """Rank and alpha of one projection: by pattern on the projection, by pattern on the module, else the experts'."""
-    return (
-        _by_pattern(config.rank_pattern, path, projection, config.resolved_expert_r),
-        _by_pattern(config.alpha_pattern, path, projection, config.resolved_expert_alpha),
-    )
-
-
-def _by_pattern(pattern: dict[str, float], path: str, projection: str, default: float):
-    for key in (f"{path}.{projection}", path):
-        pattern_key = get_pattern_key(pattern.keys(), key)
-        if pattern_key in pattern:
-            return pattern[pattern_key]
-    return default
-
-
-def check_targets(
-    config: MoeQLoraConfig,
-    module_names: list[str],
-    layouts: dict[str, ExpertsLayout],
-    targets: dict[str, tuple[str, ...]],
-) -> None:
-    """Refuses names that reach nothing, and settles `target_experts` so that the saved config reaches the same.
+def check_targets(config: MoeQLoraConfig, module_names: list[str], layouts: Mapping[str, ExpertsLayout]) -> None:
+    """Refuses names that reach nothing, and modules to be trained in full that can't be.
 
     Args:
         config: the configuration.
         module_names: paths of all modules.
         layouts: path -> layout of every experts module.
-        targets: path -> projections that get factors.
 
     Raises:
         ValueError: names the entries at fault and the experts modules there are.
     """
     experts = f"Experts modules here: {_shorten(list(layouts))}; 'experts' names them all."
-    unmatched = unmatched_names(config, module_names, layouts)
+    unmatched = [] if is_all_linear(config) else unmatched_names(config, module_names, layouts)
     if unmatched or not config.target_modules:
         raise ValueError(f"target_modules={unmatched} match no module. Correct or remove them. {experts}")
-    adapted = {projection for projections in targets.values() for projection in projections}
-    if config.target_experts and not adapted:
-        raise ValueError(
-            f"target_experts={config.target_experts} leaves nothing of the experts to adapt that target_modules="
-            f"{config.target_modules} names. Drop one of the two. {experts}"
-        )
-    if not adapted:
-        config.target_experts = []
     _check_layers(config, module_names)
 
     def is_module(name: str) -> bool:
@@ -232,7 +267,9 @@ def _shorten(paths: list[str], most: int = 3) -> str:
     return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
 
 
-def unmatched_names(config: MoeQLoraConfig, module_names: list[str], layouts: dict[str, ExpertsLayout]) -> list[str]:
+def unmatched_names(
+    config: MoeQLoraConfig, module_names: list[str], layouts: Mapping[str, ExpertsLayout]
+) -> list[str]:
     """The entries of `target_modules` that name neither a module nor experts.
 
     Args:
@@ -264,40 +301,29 @@ def _suffixes(key: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def unmatched_patterns(
-    config: MoeQLoraConfig, module_names: list[str], targets: dict[str, tuple[str, ...]]
-) -> list[str]:
-    """The keys of `rank_pattern` and `alpha_pattern` that match nothing that got an adapter.
+def check_patterns(config: MoeQLoraConfig, adapted: list[str], layouts: Mapping[str, ExpertsLayout]) -> None:
+    """Refuses patterns of ranks and alphas that mean experts modules, and those of which the order matters.
+
+    PEFT sorts patterns when it saves, and the first that matches counts.
 
     Args:
         config: the configuration.
-        module_names: paths of the modules that got one.
-        targets: path -> adapted projections of every experts module.
-    """
-    keys = [*module_names, *(f"{path}.{name}" for path, projections in targets.items() for name in projections)]
-    patterns = {*config.rank_pattern, *config.alpha_pattern}
-    # get_pattern_key gives the key back where nothing matches, and where the pattern is the key
-    return sorted(
-        pattern
-        for pattern in patterns
-        if all(pattern != key and get_pattern_key([pattern], key) == key for key in keys)
-    )
-
-
-def check_pattern_order(config: MoeQLoraConfig, keys: list[str]) -> None:
-    """Refuses patterns of which the order matters: PEFT sorts them when it saves, and the first that matches counts.
-
-    Args:
-        config: the configuration.
-        keys: paths of modules, and of projections of experts, that patterns are held against.
+        adapted: paths of linear layers and projections that get factors.
+        layouts: path -> layout of every experts module.
 
     Raises:
-        ValueError: names the two patterns, and what both match.
+        ValueError: names the pattern, or two patterns and what both match.
     """
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option) or {}
-        for key in keys if len(patterns) > 1 else ():
-            matching = [pattern for pattern in patterns if get_pattern_key([pattern], key) != key or pattern == key]
+        for pattern in patterns:
+            if any(_matches(pattern, path) for path in layouts) and not any(_matches(pattern, key) for key in adapted):
+                raise ValueError(
+                    f"{option} names experts modules by {pattern!r}, but ranks belong to their projections. Name "
+                    f"these: {pattern + '.gate_up_proj'!r}, {pattern + '.down_proj'!r}; or set expert_r for all."
+                )
+        for key in adapted if len(patterns) > 1 else ():
+            matching = [pattern for pattern in patterns if _matches(pattern, key)]
             if matching and patterns[matching[0]] != patterns[min(matching)]:
                 raise ValueError(
                     f"{option}: {matching[0]!r} and {min(matching)!r} both match {key}. The adapter file has them "
@@ -305,7 +331,12 @@ def check_pattern_order(config: MoeQLoraConfig, keys: list[str]) -> None:
                 )
 
 
-def is_router(name: str, module: nn.Module, layouts: dict[str, ExpertsLayout]) -> bool:
+def _matches(pattern: str, key: str) -> bool:
+    # get_pattern_key gives the key back where nothing matches, and where the pattern is the key
+    return pattern == key or get_pattern_key([pattern], key) != key
+
+
+def is_router(name: str, module: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> bool:
     """Whether a linear layer is, or belongs to, the router of one of the experts modules.
 
     Args:

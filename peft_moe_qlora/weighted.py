@@ -1,104 +1,135 @@
-"""Several adapters combined into one, for each expert as PEFT's `add_weighted_adapter` does for a linear layer."""
+"""Several adapters combined into one, by PEFT's formulas, on experts for each of them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import pad
+from peft.tuners.lora import LoraLayer, LoraModel
 
-from .layer import MoeQLoraExperts
+from .layer import ExpertsLora
 
-COMBINATION_TYPES = ("linear", "cat", "svd")
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def combined_rank(kind: str, ranks: Sequence[int], svd_rank: int | None) -> int:
+    """The rank that a combination of adapters of the given ranks has on experts.
+
+    Raises:
+        ValueError: the ranks differ, and `kind` adds factors.
+    """
+    if kind == "cat":
+        return sum(ranks)
+    if kind.endswith("svd"):
+        return svd_rank or max(ranks)
+    if len(set(ranks)) > 1:
+        raise ValueError(f"combination_type={kind!r} needs adapters of one rank for experts, got {list(ranks)}.")
+    return ranks[0]
 
 
 @dataclass(frozen=True)
 class Combination:
-    """How to combine.
-
-    Args:
-        adapters: names.
-        weights: one for each adapter; may be negative.
-        kind: `"linear"` (factors added, each scaled by the root of its weight), `"cat"` (ranks added up; exact) or
-            `"svd"` (the best approximation of the exact sum in `rank`).
-        rank: of the result.
-        clamp: `svd` only: quantile at which values of the factors are cut, as PEFT's `svd_clamp`.
-    """
+    """How adapters are combined; see `MoeQLoraModel.add_weighted_adapter`."""
 
     adapters: Sequence[str]
     weights: Sequence[float]
     kind: str
-    rank: int
+    density: float | None = None
+    majority_sign_method: str = "total"
     clamp: float | None = None
+    full_matrices: bool = True
+    driver: str | None = None
 
+    @torch.no_grad()
+    def fill(self, model: LoraModel, layer: LoraLayer, adapter_name: str) -> None:
+        """Fills the factors of `adapter_name`, of scaling 1, on one layer.
 
-def combined_rank(kind: str, ranks: Sequence[int], svd_rank: int | None) -> int:
-    """The rank that the combination of adapters of the given ranks needs.
-
-    Raises:
-        ValueError: `kind` is none that experts know, or `linear` is asked of different ranks.
-    """
-    if kind not in COMBINATION_TYPES:
-        raise ValueError(f"combination_type={kind!r} is not available for experts; choose from {COMBINATION_TYPES}.")
-    if kind == "cat":
-        return sum(ranks)
-    if kind == "svd":
-        return svd_rank or max(ranks)
-    if len(set(ranks)) > 1:
-        raise ValueError(f"combination_type='linear' needs adapters of one rank for experts, got {list(ranks)}.")
-    return ranks[0]
-
-
-@torch.no_grad()
-def combine_experts(layer: MoeQLoraExperts, adapter_name: str, combination: Combination) -> None:
-    """Fills the factors of `adapter_name`, which has rank `combination.rank` and scaling 1, on one experts module."""
-    for projection in layer.r[adapter_name]:
-        terms = []
-        for name, weight in zip(combination.adapters, combination.weights):
-            factors = layer.factors(projection, name)
-            if factors is not None:
-                A, B = (factor.detach().float() for factor in factors)
-                terms.append((A, B, weight * layer.scaling[name][projection]))
-        new_A, new_B = layer.factors(projection, adapter_name)
+        Args:
+            model: whose methods are PEFT's formulas.
+            layer: linear, embedding, or on a stack of experts.
+            adapter_name: an adapter of at least the rank of the combination.
+        """
+        new_A, new_B = _factors(layer, adapter_name)
+        if self.kind == "cat":
+            pairs = self._scaled_pairs(layer)
+            A, B = torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)
+        elif isinstance(layer, ExpertsLora):
+            A, B = self._of_experts(model, layer, adapter_name)
+        else:
+            A, B = self._of_layer(model, layer, new_A, new_B)
+        rank = A.shape[-2]
         new_A.zero_()
         new_B.zero_()
-        if not terms:
-            continue
-        A, B = _combine(terms, combination)
-        rank = A.shape[1]
-        new_A[:, :rank] = A.to(new_A)
-        new_B[:, :, :rank] = B.to(new_B)
+        new_A[..., :rank, :] = A
+        new_B[..., :rank] = B
 
+    def _of_experts(self, model: LoraModel, layer: ExpertsLora, adapter_name: str) -> Pair:
+        if self.kind == "svd":
+            return self._truncated_sum(layer, layer.r[adapter_name])
+        new_A, new_B = layer.factors(adapter_name)
+        experts = [_of_expert(layer, expert) for expert in range(layer.get_base_layer().num_experts)]
+        pairs = [self._of_layer(model, one, new_A[e], new_B[e]) for e, one in enumerate(experts)]
+        return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
 
-def _combine(
-    terms: list[tuple[torch.Tensor, torch.Tensor, float]], combination: Combination
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if combination.kind == "linear":
-        A = B = None
-        for term_A, term_B, weight in terms:
-            # the sign goes to one side, or a negative weight would cancel out
-            root = math.sqrt(abs(weight))
-            missing = combination.rank - term_A.shape[1]
-            scaled_A = pad(term_A * math.copysign(root, weight), (0, 0, 0, missing))
-            scaled_B = pad(term_B * root, (0, missing))
-            A, B = (scaled_A, scaled_B) if A is None else (A + scaled_A, B + scaled_B)
+    def _truncated_sum(self, layer: ExpertsLora, rank: int) -> Pair:
+        """The best rank-`rank` approximation of the weighted sum, by QR of the factors and an SVD of the small core.
+
+        As PEFT's SVD of the sum itself, for all experts at once and without their dense matrices.
+        """
+        pairs = self._scaled_pairs(layer)
+        Q_out, R_out = torch.linalg.qr(torch.cat([B.float() for _, B in pairs], dim=2))
+        Q_in, R_in = torch.linalg.qr(torch.cat([A.float() for A, _ in pairs], dim=1).transpose(1, 2))
+        U, S, Vh = torch.linalg.svd(R_out @ R_in.transpose(1, 2), full_matrices=False, driver=self.driver)
+        B = Q_out @ (U * S[:, None, :])[:, :, :rank]
+        A = Vh[:, :rank] @ Q_in.transpose(1, 2)
+        if self.clamp is not None:
+            values = torch.cat([B.flatten(1), A.flatten(1)], dim=1)
+            limit = torch.quantile(values, self.clamp, dim=1)[:, None, None]
+            A, B = A.clamp(-limit, limit), B.clamp(-limit, limit)
         return A, B
-    A = torch.cat([term_A * weight for term_A, _, weight in terms], dim=1)
-    B = torch.cat([term_B for _, term_B, _ in terms], dim=2)
-    return (A, B) if combination.kind == "cat" else _truncate(A, B, combination.rank, combination.clamp)
+
+    def _scaled_pairs(self, layer: LoraLayer) -> list[Pair]:
+        """The factors of the adapters that a layer has, weight and scaling in A."""
+        found = [(name, weight) for name, weight in zip(self.adapters, self.weights) if name in layer.r]
+        pairs = [(weight * layer.scaling[name], *_factors(layer, name)) for name, weight in found]
+        return [(scale * A, B) for scale, A, B in pairs]
+
+    def _of_layer(self, model: LoraModel, layer: LoraLayer, new_A: torch.Tensor, new_B: torch.Tensor) -> Pair:
+        if not self.kind.endswith("svd"):
+            return model._generalized_task_arithmetic_weighted_adapter(
+                self.kind, self.adapters, self.weights, layer, self.density, self.majority_sign_method
+            )
+        return model._svd_generalized_task_arithmetic_weighted_adapter(
+            self.kind,
+            self.adapters,
+            self.weights,
+            new_A.shape[-2],
+            layer,
+            new_A,
+            new_B,
+            self.density,
+            self.majority_sign_method,
+            self.clamp,
+            full_matrices=self.full_matrices,
+            driver=self.driver,
+        )
 
 
-def _truncate(A: torch.Tensor, B: torch.Tensor, rank: int, clamp: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best rank-`rank` approximation of `B @ A`, by QR of both factors and an SVD of the small core."""
-    Q_out, R_out = torch.linalg.qr(B)
-    Q_in, R_in = torch.linalg.qr(A.transpose(1, 2))
-    U, S, Vh = torch.linalg.svd(R_out @ R_in.transpose(1, 2), full_matrices=False)
-    new_B = Q_out @ (U * S[:, None, :])[:, :, :rank]
-    new_A = Vh[:, :rank] @ Q_in.transpose(1, 2)
-    if clamp is not None:
-        values = torch.cat([new_B.flatten(1), new_A.flatten(1)], dim=1)
-        limit = torch.quantile(values, clamp, dim=1)[:, None, None]
-        new_A, new_B = new_A.clamp(-limit, limit), new_B.clamp(-limit, limit)
-    return new_A, new_B
+def _factors(layer: LoraLayer, adapter_name: str) -> Pair:
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name].data, layer.lora_embedding_B[adapter_name].data
+    return layer.lora_A[adapter_name].weight.data, layer.lora_B[adapter_name].weight.data
+
+
+def _of_expert(layer: ExpertsLora, expert: int) -> SimpleNamespace:
+    """One expert as PEFT's formulas see a linear layer."""
+    factors = {name: layer.factors(name) for name in layer.lora_A}
+    return SimpleNamespace(
+        lora_A={name: SimpleNamespace(weight=A[expert]) for name, (A, _) in factors.items()},
+        lora_B={name: SimpleNamespace(weight=B[expert]) for name, (_, B) in factors.items()},
+        lora_embedding_A={},
+        scaling=layer.scaling,
+        get_delta_weight=lambda name: layer.scaling[name] * (factors[name][1][expert] @ factors[name][0][expert]),
+    )

@@ -34,7 +34,7 @@ OPTIONS = {
         "use_rslora": True,
         "expert_r": 3,
         "rank_pattern": {"layers.1.*experts.down_proj": 2},
-        "alpha_pattern": {"layers.1.*experts": 3},
+        "alpha_pattern": {"layers.1.*experts.*": 3},
     },
     "one projection": {"target_modules": ["experts.down_proj"]},
 }

@@ -34,7 +34,7 @@ def saved(tmp_path_factory):
 
 # what a tensor of the second layer is called, of the experts' down projection: A, B
 FACTORS = {
-    "ours": (f"{EXPERTS}.lora_down_proj_A", f"{EXPERTS}.lora_down_proj_B"),
+    "ours": (f"{EXPERTS}.down_proj.lora_A.weight", f"{EXPERTS}.down_proj.lora_B.weight"),
     "peft-lora": (f"{EXPERTS}.lora_A.weight", f"{EXPERTS}.lora_B.weight"),
     "per-expert": (f"{EXPERTS}.3.down_proj.lora_A.weight", f"{EXPERTS}.3.down_proj.lora_B.weight"),
     "stacked": (f"{EXPERTS}.down_proj.lora_A.weight", f"{EXPERTS}.down_proj.lora_B.weight"),
@@ -157,7 +157,7 @@ def test_tensors_of_any_shape(copied, shape):
         "model.layers.0.mlp.gate.lora_A.weight",  # the router
         "model.layers.7.mlp.experts.lora_A.weight",
         "model.layers.7.mlp.experts.2.up_proj.lora_B.weight",
-        "model.layers.0.mlp.experts.lora_gate_up_proj_magnitude",
+        "model.layers.0.mlp.experts.gate_up_proj.lora_magnitude",
         "model.layers.0.mlp.experts.base_layer.base_layer.lora_A.weight",
         "optimizer.step",
     ],

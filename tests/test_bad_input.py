@@ -46,7 +46,7 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
         ({"target_modules": ["q_proj", "w2x"]}, r"\['w2x'\] match no module"),
         ({"target_modules": "nothing.*"}, r"\['nothing.\*'\] match no module"),
         ({"target_modules": []}, "match no module"),
-        ({"target_modules": ["down_proj"], "target_experts": ["gate_up_proj"]}, "leaves nothing"),
+        ({"target_modules": ["experts"], "exclude_modules": ["experts"]}, "All modules were excluded|No modules were"),
         ({"target_modules": ["gate"]}, r"router model.layers.0.mlp.gate.*modules_to_save=\['gate'\]"),
         ({"target_modules": ["self_attn"]}, "model.layers.0.self_attn, .*no weight matrix.*Name the linear layers"),
         ({"target_modules": ["experts", "input_layernorm"]}, "model.layers.0.input_layernorm, .*no weight matrix"),
@@ -125,8 +125,13 @@ def test_merges_that_make_no_sense(options, message):
     [
         ({}, ["default", "other"], [1.0], "One weight for each adapter"),
         ({}, [], [], "One weight for each adapter"),
-        ({}, ["default", "nobody"], [1.0, 1.0], r"no adapter \['nobody'\]"),
-        ({"layers_to_transform": [1]}, ["other", "default"], [1.0, 1.0], "model.layers.0.mlp.experts would be left"),
+        ({}, ["default", "nobody"], [1.0, 1.0], "Adapter nobody does not exist"),
+        (
+            {"layers_to_transform": [1]},
+            ["other", "default"],
+            [1.0, 1.0],
+            "model.layers.0.mlp.experts.gate_up_proj would be left",
+        ),
     ],
 )
 def test_combinations_that_would_leave_something_out(other, adapters, weights, message):
@@ -212,7 +217,7 @@ def adapter(tmp_path):
     return tmp_path
 
 
-KEY = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
+KEY = "base_model.model.model.layers.1.mlp.experts.down_proj.lora_A.weight"
 
 
 def transposed(tensors):
@@ -235,10 +240,13 @@ def with_one_too_many(tensors):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (transposed, r"model.layers.1.mlp.experts.lora_down_proj_A has shape \(8, 32, 3\).*\(8, 3, 32\) was expected"),
-        (with_fewer_experts, r"model.layers.0.mlp.experts.lora_gate_up_proj_A has shape \(6, .*\(8, "),
-        (without_one, "no tensor for model.layers.1.mlp.experts.lora_down_proj_A"),
-        (with_one_too_many, "model.layers.2.mlp.experts.lora_down_proj_A fits no adapted experts"),
+        (
+            transposed,
+            r"model.layers.1.mlp.experts.down_proj.lora_A.weight has shape \(8, 32, 3\).*\(8, 3, 32\) was expected",
+        ),
+        (with_fewer_experts, r"model.layers.0.mlp.experts.gate_up_proj.lora_A.weight has shape \(6, .*\(8, "),
+        (without_one, "no tensor for model.layers.1.mlp.experts.down_proj.lora_A.weight"),
+        (with_one_too_many, "model.layers.2.mlp.experts.down_proj.lora_A.weight fits no adapted experts"),
     ],
 )
 @pytest.mark.parametrize("onto", ["base", "adapted model"])
@@ -262,7 +270,7 @@ def test_tensors_of_another_shape_given_directly(adapter):
 
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, expert_r=2))
     tensors = load_file(adapter / "adapter_model.safetensors")
-    with refused(model, r"lora_gate_up_proj_A.default has shape \(8, 3, 64\) in the adapter; \(8, 2, 64\)"):
+    with refused(model, r"gate_up_proj.lora_A.default.weight has shape \(8, 3, 64\) in the adapter; \(8, 2, 64\)"):
         set_peft_model_state_dict(model, copy.deepcopy(tensors))
 
 
@@ -280,7 +288,7 @@ def test_router_index_may_be_empty():
 def test_patterns_of_which_the_order_matters():
     """PEFT sorts them when it saves, and after loading another one would come first."""
     base = tiny_model()
-    for patterns in ({"layers.1.mlp.experts": 4, "experts": 3}, {r"layers\.1\..*": 3, ".*": 11}):
+    for patterns in ({"layers.1.mlp.experts.*": 4, "experts.*": 3}, {r"layers\.1\..*": 3, ".*": 11}):
         with pytest.raises(ValueError, match="both match model"):
             get_peft_model(base, MoeQLoraConfig(rank_pattern=patterns, target_modules=["experts"]))
-    get_peft_model(base, MoeQLoraConfig(rank_pattern={"layers.1.mlp.experts": 3, "experts": 3}))
+    get_peft_model(base, MoeQLoraConfig(rank_pattern={"layers.1.mlp.experts.*": 3, "experts.*": 3}))

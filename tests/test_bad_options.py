@@ -111,8 +111,6 @@ OWN = [
     ("blocksize", 63),
     ("double_quant", 1),
     ("format_version", "1"),
-    ("target_experts", 5),
-    ("target_experts", ["gate_proj"]),
     ("base", []),
     ("base", {"model": "qwen3_moe"}),
     ("base.model_type", 5),

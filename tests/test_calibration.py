@@ -11,7 +11,7 @@ from merged_checkpoints import save_adapter
 from peft import PeftModel, get_peft_model
 from tiny_models import randomize_adapter, tiny_model
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts, experts_report
+from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, experts_report
 from peft_moe_qlora import calibration as module
 from peft_moe_qlora.calibration import merge_layer
 from peft_moe_qlora.export import merge_quantized
@@ -37,9 +37,9 @@ def merged(
 ) -> dict[str, QuantizedStack]:
     """The stacks of one layer, merged for these inputs."""
     model = adapted(hidden_states.dtype, **options)
-    layer = next(module for module in model.modules() if isinstance(module, MoeQLoraExperts))
+    layer = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
     merge_layer(layer, ["default"], hidden_states, top_k_index, top_k_weights)
-    return {name: layer.base_layer.stack(name) for name in ("gate_up_proj", "down_proj")}
+    return {name: layer.stack(name) for name in ("gate_up_proj", "down_proj")}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

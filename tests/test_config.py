@@ -43,7 +43,6 @@ def test_initializations_that_need_the_weight_are_refused(init):
     [
         ({"quant_type": "int8"}, "quant_type='int8'"),
         ({"blocksize": 63}, "blocksize=63"),
-        ({"target_experts": ["gate_proj"]}, "gate_proj"),
         ({"expert_r": 0}, "expert_r=0"),
         ({"expert_r": True}, "expert_r=True"),
         ({"r": 0}, "r=0"),

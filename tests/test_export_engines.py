@@ -22,7 +22,7 @@ OPTIONS = {
         "use_rslora": True,
         "expert_r": 3,
         "rank_pattern": {"layers.1.mlp.experts.down_proj": 2, "o_proj": 5},
-        "alpha_pattern": {"layers.1.mlp.experts": 3, "layers.0.self_attn.q_proj": 9},
+        "alpha_pattern": {"layers.1.mlp.experts.*": 3, "layers.0.self_attn.q_proj": 9},
     },
     "one projection of one layer": {"target_modules": ["experts.down_proj"], "layers_to_transform": [1]},
 }
@@ -145,8 +145,8 @@ def test_scalings_are_multiplied_in_where_nothing_rounds(tmp_path):
     save_file(tensors, file, {"format": "pt"})
     written = Written(tmp_path, "vllm")
     for layer, alpha in ((0, 6), (1, 5)):
-        prefix = f"base_model.model.model.layers.{layer}.mlp.experts.lora_down_proj_"
-        A, B = (tensors[prefix + factor][2].float() for factor in "AB")
+        prefix = f"base_model.model.model.layers.{layer}.mlp.experts.down_proj.lora_"
+        A, B = (tensors[prefix + factor + ".weight"][2].float() for factor in "AB")
         keys = [f"base_model.model.model.layers.{layer}.mlp.experts.2.down_proj.lora_{one}.weight" for one in "AB"]
         found = (written.tensors[key].float() for key in keys)
         torch.testing.assert_close(next(found), A, rtol=0, atol=0)
@@ -264,7 +264,7 @@ def test_layers_that_engines_join_get_zeros(tmp_path):
 @pytest.mark.parametrize("target", ["vllm", "sglang", "mlx"])
 def test_layers_of_zeros_leave_the_scaling_alone(target, tmp_path):
     """k_proj and v_proj join q_proj without its pattern: that is no scaling that has to be multiplied into B."""
-    saved_deltas(tmp_path, target_modules=["experts", "q_proj"], alpha_pattern={"experts": 12, "q_proj": 12})
+    saved_deltas(tmp_path, target_modules=["experts", "q_proj"], alpha_pattern={"experts.*": 12, "q_proj": 12})
     directory = tmp_path / "adapter"
     edit_tensors(directory, {key: tensor.bfloat16() for key, tensor in tensors_of(directory).items()})
     written = convert_adapter(directory, tmp_path / target, target)

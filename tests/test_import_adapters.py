@@ -19,7 +19,7 @@ from test_export_adapters import OPTIONS, llama4, save_adapter
 from tiny_models import logits, tiny_model, token_ids
 
 from peft_moe_qlora.export import TARGETS, AdapterFile, ReadOptions, convert_adapter, read_adapter
-from peft_moe_qlora.export.adapter_file import linear_rank_and_alpha
+from peft_moe_qlora.export.adapter_file import rank_and_alpha
 from peft_moe_qlora.export.others import adapted_layers
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -159,7 +159,7 @@ def assert_same_adapter(found: AdapterFile, expected: AdapterFile) -> None:
     assert_same_tensors(all_of(found), all_of(expected))
     assert [one.scaling for one in found.experts] == [one.scaling for one in expected.experts]
     for name in adapted_layers(expected.others):
-        scalings = [one.config.scaling(*linear_rank_and_alpha(one.config, name)) for one in (found, expected)]
+        scalings = [one.config.scaling(*rank_and_alpha(one.config, name)) for one in (found, expected)]
         assert scalings[0] == scalings[1]
 
 
@@ -337,8 +337,8 @@ class TestNamesOfTheCheckpoint:
         alphas = {"shared_experts.up_proj": 1, "shared_mlp.up_proj": 8, "shared_experts.down_proj": 9}
         self.save(tmp_path, "shared_mlp", write, rank_pattern=patterns, alpha_pattern=alphas)
         config = read_adapter(tmp_path / "adapter").config
-        assert linear_rank_and_alpha(config, f"{self.SHARED}.up_proj") == (3, 8)
-        assert linear_rank_and_alpha(config, f"{self.SHARED}.down_proj") == (4, 9)
+        assert rank_and_alpha(config, f"{self.SHARED}.up_proj") == (3, 8)
+        assert rank_and_alpha(config, f"{self.SHARED}.down_proj") == (4, 9)
 
     def test_a_layer_under_both_names_is_refused(self, tmp_path):
         """One would replace the other without a word."""

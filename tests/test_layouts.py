@@ -29,7 +29,7 @@ from experts_classes import (
 from packaging.version import Version
 from torch import nn
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts, QuantizedExperts, quantize_experts
+from peft_moe_qlora import ExpertsLora, MoeQLoraConfig, QuantizedExperts, quantize_experts
 from peft_moe_qlora.experts import convert_experts, find_experts, revert_experts
 from peft_moe_qlora.experts.layout import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES
 from peft_moe_qlora.quantization import FourBitFormat
@@ -131,30 +131,31 @@ def adapted(
     sizes: Sizes = DEFAULT_SIZES,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> MoeQLoraExperts:
+) -> QuantizedExperts:
     """Converted experts with an adapter whose factors are all non-zero; biases and norms are trainable, too."""
     block = Block(build(experts_class, sizes).to(device, dtype))
     convert_experts(block, storage)
-    layer = MoeQLoraExperts(block.experts, "default")
-    projections = block.experts.layout.projections
+    experts = block.experts
     config = MoeQLoraConfig(r=RANK, init_lora_weights=False)
-    layer.update_layer("default", dict.fromkeys(projections, RANK), dict(zip(projections, ALPHAS)), config)
-    for name, parameter in layer.base_layer.named_parameters():
+    for projection, alpha in zip(experts.layout.projections, ALPHAS):
+        layer = ExpertsLora(experts.stack(projection), "default", config, RANK, alpha)
+        experts.add_module(projection, layer)
+    for name, parameter in experts.named_parameters():
         if name.endswith(("_bias", "norm.weight")):
             parameter.requires_grad_()
-    return layer
+    return experts
 
 
-def trainable(layer: MoeQLoraExperts) -> dict[str, torch.Tensor]:
+def trainable(layer: QuantizedExperts) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
 
 
-def leaves_of(layer: MoeQLoraExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
+def leaves_of(layer: QuantizedExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Everything that has a gradient, by name."""
     return {"hidden_states": inputs.hidden_states, "top_k_weights": inputs.top_k_weights, **trainable(layer)}
 
 
-def results_of_package(layer: MoeQLoraExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
+def results_of_package(layer: QuantizedExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Output and gradients by name; an input that is not connected to the output raises an error."""
     leaves = leaves_of(layer, inputs)
     output = layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
@@ -162,9 +163,8 @@ def results_of_package(layer: MoeQLoraExperts, inputs: Inputs) -> dict[str, torc
     return {"output": output.detach(), **dict(zip(leaves, gradients))}
 
 
-def dequantized(layer: MoeQLoraExperts) -> dict[str, torch.Tensor]:
-    experts = layer.base_layer
-    return {name: experts.stack(name).decode(torch.float32).cpu() for name in experts.layout.projections}
+def dequantized(layer: QuantizedExperts) -> dict[str, torch.Tensor]:
+    return {name: layer.stack(name).decode(torch.float32).cpu() for name in layer.layout.projections}
 
 
 def reference_is_transposed(experts_class: ExpertsClass) -> bool:
@@ -185,21 +185,19 @@ def reference_output(
 
 def results_of_reference(
     experts_class: ExpertsClass,
-    layer: MoeQLoraExperts,
+    layer: QuantizedExperts,
     inputs: Inputs,
     stacks: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The same of the reference; with other `stacks` than the layer's, to see what would be wrong."""
     leaves = {leaf: value.detach().cpu().float().requires_grad_() for leaf, value in leaves_of(layer, inputs).items()}
-    parameters = {
-        leaf.removeprefix("base_layer."): value for leaf, value in leaves.items() if leaf.startswith("base_layer.")
-    }
+    parameters = {leaf: value for leaf, value in leaves.items() if leaf.endswith(("_bias", "norm.weight"))}
     is_transposed = reference_is_transposed(experts_class)
     for projection, stack in (stacks or dequantized(layer)).items():
-        A, B = leaves[f"lora_{projection}_A.default"], leaves[f"lora_{projection}_B.default"]
+        A, B = (leaves[f"{projection}.lora_{factor}.default.weight"] for factor in "AB")
         alpha = ALPHAS[projection == "down_proj"]
         parameters[projection] = per_token.with_lora(stack, is_transposed, A, B, alpha / RANK)
-    layout = layer.base_layer.layout
+    layout = layer.layout
     sizes = Sizes(layout.num_experts, layout.hidden_size, layout.intermediate_size)
     arguments = (leaves["hidden_states"], inputs.top_k_index.cpu(), leaves["top_k_weights"])
     output = reference_output(experts_class, sizes, parameters, *arguments)
@@ -490,7 +488,7 @@ def test_a_wrong_factor_is_noticed(experts_class, projection, dtype):
     layer = adapted(experts_class, FourBitFormat(), dtype=dtype)
     inputs = Inputs.random(torch.tensor([[1, 0], [3, 1], [4, 2], [2, 1]]), dtype=dtype)
     found = results_of_package(layer, inputs)
-    _, B = layer.factors(layer.base_layer.layout.projections[projection], "default")
+    _, B = layer.get_submodule(layer.layout.projections[projection]).factors("default")
     with torch.no_grad():
         B[1] *= 1.02 if dtype == torch.float32 else 1.2
     with pytest.raises(AssertionError):

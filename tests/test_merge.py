@@ -145,13 +145,14 @@ def test_merging_leaves_alone_what_an_adapter_does_not_reach():
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts.down_proj"], layers_to_transform=[1]))
     randomize_adapter(model, seed=9, std=0.05)
     experts = [layer.mlp.experts for layer in model.base_model.model.model.layers]
-    before = [layer.base_layer.stack("gate_up_proj") for layer in experts]
+    before = [module.stack("gate_up_proj") for module in experts]
     model.merge_adapter(["other"])
-    assert [layer.merged for layer in experts] == [False, True]
-    assert all(layer.base_layer.stack("gate_up_proj") is stack for layer, stack in zip(experts, before))
-    assert experts[1].base_layer.stack("down_proj").fidelity is not None
+    assert [module.down_proj.merged for module in experts] == [False, True]
+    assert not any(module.gate_up_proj.merged for module in experts)
+    assert all(module.stack("gate_up_proj") is stack for module, stack in zip(experts, before))
+    assert experts[1].stack("down_proj").fidelity is not None
     with pytest.warns(UserWarning, match="Already unmerged"):
-        experts[0].unmerge()
+        experts[0].down_proj.unmerge()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
@@ -251,7 +252,7 @@ def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(value, merge):
         base = logits(model, ids)
     before = packed_bytes(model)
     with torch.no_grad():
-        model.base_model.model.model.layers[1].mlp.experts.lora_down_proj_B["default"][2, 3, 1] = value
+        model.base_model.model.model.layers[1].mlp.experts.down_proj.lora_B["default"].weight[2, 3, 1] = value
     options = {"dtype": torch.float32} if merge.endswith("fp32") else {}
     with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         getattr(model, merge.split()[0])(safe_merge=True, **options)
@@ -267,8 +268,8 @@ def test_delta_that_overflows_is_refused_and_layers_before_it_are_unmerged(safe_
     before = packed_bytes(model)
     layer = model.base_model.model.model.layers[1].mlp.experts
     with torch.no_grad():
-        layer.lora_down_proj_A["default"][2] = 1e30
-        layer.lora_down_proj_B["default"][2] = 1e30
+        layer.down_proj.lora_A["default"].weight[2] = 1e30
+        layer.down_proj.lora_B["default"].weight[2] = 1e30
     with pytest.raises(ValueError, match="NaNs detected in the weights of expert 2"):
         model.merge_adapter(safe_merge=safe_merge)
     assert_same_bytes(packed_bytes(model), before)
@@ -284,8 +285,8 @@ def test_a_second_merge_that_fails_leaves_the_first():
     before = packed_bytes(model)
     layer = model.base_model.model.model.layers[1].mlp.experts
     with torch.no_grad():
-        layer.lora_down_proj_A["other"][2] = 1e30
-        layer.lora_down_proj_B["other"][2] = 1e30
+        layer.down_proj.lora_A["other"].weight[2] = 1e30
+        layer.down_proj.lora_B["other"].weight[2] = 1e30
     with pytest.raises(ValueError, match="NaNs detected in the weights of expert 2"):
         model.merge_adapter(["other"])
     assert_same_bytes(packed_bytes(model), before)
@@ -296,7 +297,7 @@ def test_weights_out_of_range_of_the_wanted_dtype_are_refused():
     model = adapted_model(target_modules=["experts"])
     layer = model.base_model.model.model.layers[0].mlp.experts
     with torch.no_grad():
-        layer.lora_down_proj_B["default"][2] = 1e7
+        layer.down_proj.lora_B["default"].weight[2] = 1e7
     with pytest.raises(ValueError, match="expert 2"):
         model.merge_and_unload(dtype=torch.float16)
 

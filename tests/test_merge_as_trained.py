@@ -65,7 +65,7 @@ def test_every_weight_is_what_training_had_and_the_delta(model_type, onto, tmp_p
     before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
     layers = model.base_model.model.model.layers
     for number, layer in enumerate(layers):
-        experts = layer.mlp.experts.base_layer
+        experts = layer.mlp.experts
         assert experts.is_dense == (number == 1)
         for projection in ("gate_up_proj", "down_proj"):
             name = f"model.layers.{number}.mlp.experts.{projection}"
@@ -104,7 +104,7 @@ def test_what_is_expected_to_change_is_what_the_factors_change(tmp_path):
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     for key, tensor in tensors.items():
-        if key.endswith("gate_up_proj_B"):
+        if key.endswith("gate_up_proj.lora_B.weight"):
             tensor[:, tensor.shape[1] // 2 :] = 0
         elif key.endswith("layers.0.self_attn.q_proj.lora_B.weight"):
             tensor.zero_()

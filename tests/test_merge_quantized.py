@@ -168,7 +168,7 @@ def test_what_is_not_trained_is_not_expected_to_change(tmp_path):
     model = save_adapter(tmp_path, target_modules=["experts", "q_proj", "embed_tokens"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "layers.0" in name and ("lora_down_proj_B" in name or "q_proj.lora_B" in name):
+            if "layers.0" in name and ("experts.down_proj.lora_B" in name or "q_proj.lora_B" in name):
                 parameter.zero_()
     model.save_pretrained(tmp_path / "adapter")
     expected = merge(tmp_path, dry_run=True).tensors_expected
@@ -286,7 +286,7 @@ def test_factors_of_which_one_is_zero_are_no_delta(tmp_path):
     """As in training before the first step of B, or where an adapter of weight 0 was combined."""
     model = save_adapter(tmp_path, target_modules=["experts", "q_proj"])
     layer = model.base_model.model.model.layers[0]
-    nn.init.zeros_(layer.mlp.experts.lora_down_proj_A["default"])
+    nn.init.zeros_(layer.mlp.experts.down_proj.lora_A["default"].weight)
     nn.init.zeros_(layer.self_attn.q_proj.lora_A["default"].weight)
     model.save_pretrained(tmp_path / "adapter")
     report = merge(tmp_path, rounding="nearest")

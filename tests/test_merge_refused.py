@@ -33,17 +33,20 @@ def test_what_is_refused_before_anything_is_written(tmp_path):
     refused(r"dtype=torch\.int8 can't hold", dtype=torch.int8)
     file = adapter / "adapter_model.safetensors"
     whole, tensors = file.read_bytes(), load_file(file)
-    key = "base_model.model.model.layers.1.mlp.experts.lora_down_proj_A"
-    partner = key.removesuffix("A") + "B"
+    key = "base_model.model.model.layers.1.mlp.experts.down_proj.lora_A.weight"
+    partner = key.replace("lora_A", "lora_B")
     layer = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.experts" not in name}
     for damaged, match in (
-        ({**tensors, key: tensors[key] * float("nan")}, "lora_down_proj_A has values that are not finite"),
-        ({**tensors, key: tensors[key].transpose(1, 2).contiguous()}, r"lora_down_proj_A .* are not \(E, r, in\)"),
+        ({**tensors, key: tensors[key] * float("nan")}, "down_proj.lora_A.weight has values that are not finite"),
+        (
+            {**tensors, key: tensors[key].transpose(1, 2).contiguous()},
+            r"lora_A .* of .*down_proj are not \(E, r, in\)",
+        ),
         (
             {name: t for name, t in tensors.items() if name not in (key, partner)},
-            r"no tensor for .*1\.mlp\.experts\.lora_down_proj_A",
+            r"no tensor for .*1\.mlp\.experts\.down_proj.lora_A.weight",
         ),
-        (layer, r"no tensor for model\.layers\.1\.mlp\.experts\.lora_gate_up_proj_A"),
+        (layer, r"no tensor for model\.layers\.1\.mlp\.experts\.gate_up_proj.lora_A.weight"),
         ({n: t for n, t in tensors.items() if "0.self_attn.q_proj" not in n}, r"no factors of .*0\.self_attn\.q_proj"),
         (
             {**tensors, "base_model.model.model.other.weight": torch.ones(2)},

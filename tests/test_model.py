@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapter, tiny_model, token_ids
 from torch import nn
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts, prepare_model_for_training, quantize_experts
+from peft_moe_qlora import ExpertsLora, MoeQLoraConfig, prepare_model_for_training, quantize_experts
 
 MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
 
@@ -116,7 +116,7 @@ def test_initial_factors_are_distributed_as_pefts_on_one_expert(init):
         nn.Sequential(nn.Linear(in_features, 4096, bias=False)),
         LoraConfig(r=8, target_modules=["0"], init_lora_weights=init),
     ).base_model.model[0]
-    A, B = layer.factors("gate_up_proj", "default")
+    A, B = layer.gate_up_proj.factors("default")
     assert A.std().item() == pytest.approx(linear.lora_A["default"].weight.std().item(), rel=0.1)
     assert B.std().item() == pytest.approx(linear.lora_B["default"].weight.std().item(), rel=0.1)
     assert not torch.equal(A[0], A[1])
@@ -140,7 +140,8 @@ def test_dropout_keeps_the_mean():
     x, index, weights = torch.randn(4, 64), torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.5)
     with torch.no_grad():
         expected = layer(x, index, weights)
-        base = layer.base_layer(x, index, weights)
+        with model.disable_adapter():
+            base = layer(x, index, weights)
         layer.train()
         mean = torch.stack([layer(x, index, weights) for _ in range(2000)]).mean(0)
     assert (mean - expected).norm() <= 0.1 * (expected - base).norm()
@@ -210,7 +211,7 @@ def test_several_active_adapters_add_up():
     x, index, weights = torch.randn(6, 64), torch.randint(0, 8, (6, 2)), torch.rand(6, 2)
 
     def output(active: list[str]) -> torch.Tensor:
-        layer.set_adapter(active)
+        layer.down_proj.set_adapter(active)
         with torch.no_grad():
             return layer(x, index, weights)
 
@@ -224,14 +225,14 @@ def test_exact_combinations_equal_the_weighted_sum_of_deltas(two_adapters, kind)
     rank = 8 if kind == "svd" else None  # the rank of the sum: nothing is cut off
     two_adapters.add_weighted_adapter(["default", "other"], weights, "sum", combination_type=kind, svd_rank=rank)
     for layer in two_adapters.base_model.expert_layers():
-        for projection in layer.base_layer.layout.projections:
-            for expert in range(layer.base_layer.num_experts):
-                parts = [layer.expert_delta(projection, [name], expert) for name in ("default", "other")]
-                expected = weights[0] * parts[0] + weights[1] * parts[1]
-                torch.testing.assert_close(layer.expert_delta(projection, ["sum"], expert), expected)
+        parts = [layer.get_delta_weight(name) for name in ("default", "other")]
+        torch.testing.assert_close(layer.get_delta_weight("sum"), weights[0] * parts[0] + weights[1] * parts[1])
 
 
-@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+COMBINATIONS = ["linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
+
+
+@pytest.mark.parametrize("kind", [*COMBINATIONS, "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_combinations_are_pefts_for_each_expert(kind, use_rslora):
     """Stock LoRA on one linear layer, given one expert's factors, combines to the same delta."""
@@ -239,25 +240,34 @@ def test_combinations_are_pefts_for_each_expert(kind, use_rslora):
     model = get_peft_model(tiny_model(), MoeQLoraConfig(**options))
     model.add_adapter("other", MoeQLoraConfig(**options))
     randomize_adapter(model)
-    layer = model.base_model.model.model.layers[1].mlp.experts
+    layer = model.base_model.model.model.layers[1].mlp.experts.gate_up_proj
+    expert = 3
     linear_options = {"r": 4, "lora_alpha": 8, "target_modules": ["0"], "use_rslora": use_rslora}
     linear = get_peft_model(nn.Sequential(nn.Linear(64, 64, bias=False)), LoraConfig(**linear_options))
     linear.add_adapter("other", LoraConfig(**linear_options))
     lora = linear.base_model.model[0]
     for name in ("default", "other"):
-        A, B = layer.factors("gate_up_proj", name)
-        lora.lora_A[name].weight.data = A[3].detach().clone()
-        lora.lora_B[name].weight.data = B[3].detach().clone()
+        A, B = layer.factors(name)
+        lora.lora_A[name].weight.data = A[expert].detach().clone()
+        lora.lora_B[name].weight.data = B[expert].detach().clone()
+    # dare drops values at random; density 1 keeps them all
+    density = 1.0 if kind.startswith("dare") else 0.4
     for peft_model in (model, linear):
         peft_model.add_weighted_adapter(
-            ["default", "other"], [0.5, -0.3], "new", combination_type=kind, svd_rank=3 if kind == "svd" else None
+            ["default", "other"],
+            [0.5, -0.3],
+            "new",
+            combination_type=kind,
+            svd_rank=3 if kind.endswith("svd") else None,
+            density=density,
         )
     # PEFT gives the result alpha = r and then scales by alpha / sqrt(r) with rslora; the product of the factors is
     # what both agree on
-    A, B = layer.factors("gate_up_proj", "new")
+    A, B = layer.factors("new")
     expected = lora.lora_B["new"].weight @ lora.lora_A["new"].weight
-    torch.testing.assert_close(B[3] @ A[3], expected)
-    assert layer.scaling["new"]["gate_up_proj"] == pytest.approx(1)
+    torch.testing.assert_close(B[expert] @ A[expert], expected)
+    assert expected.any()
+    assert layer.scaling["new"] == pytest.approx(1)
 
 
 def test_combined_adapter_survives_saving(two_adapters, tmp_path):
@@ -270,11 +280,20 @@ def test_combined_adapter_survives_saving(two_adapters, tmp_path):
     assert torch.equal(logits(again, token_ids()), logits(two_adapters, token_ids()))
 
 
-@pytest.mark.parametrize("kind", ["ties", "dare_linear", "magnitude_prune_svd", "nonsense"])
-def test_other_combinations_are_refused(two_adapters, kind):
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
+def test_values_are_dropped_in_each_expert_at_random(two_adapters, kind):
+    two_adapters.add_weighted_adapter(["default"] * 2, [0.5, 0.5], "halves", combination_type=kind, density=0.5)
+    layer = next(two_adapters.base_model.expert_layers())
+    shares = [
+        (factor.weight == 0).float().mean(dim=(1, 2)) for factor in (layer.lora_A["halves"], layer.lora_B["halves"])
+    ]
+    assert all((share > 0.1).all() and (share < 0.6).all() for share in shares)
+
+
+def test_unknown_combinations_are_refused(two_adapters):
     names = set(two_adapters.peft_config)
-    with pytest.raises(ValueError, match=f"combination_type='{kind}' is not available for experts"):
-        two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type=kind, density=0.5)
+    with pytest.raises(ValueError, match="Invalid combination_type: nonsense"):
+        two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="nonsense")
     assert set(two_adapters.peft_config) == names
 
 
@@ -369,8 +388,10 @@ def test_moving_and_casting_the_model_keeps_the_packed_bytes(device):
 def test_layers_show_what_they_are():
     model = adapted_model()
     layer = next(model.base_model.expert_layers())
-    assert isinstance(layer, MoeQLoraExperts)
+    assert isinstance(layer, ExpertsLora)
     assert "nf4/64" in repr(model)
+    assert "moe_qlora.ExpertsLora" in repr(model)
     assert layer.in_features == layer.out_features == 64
-    assert layer.num_experts == 8
-    assert layer.config.model_type == "qwen3_moe"
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    assert experts.num_experts == 8
+    assert experts.config.model_type == "qwen3_moe"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from tiny_models import logits, tiny_model, token_ids
+from peft import get_peft_model
+from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
-from peft_moe_qlora import QuantizedExperts, quantize_experts
+from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, quantize_experts
 from peft_moe_qlora.experts import convert_experts
 from peft_moe_qlora.quantization import QuantizedStack
 
@@ -67,18 +69,42 @@ def test_quantized_model_runs_without_an_adapter_as_its_dequantized_self(device)
     torch.testing.assert_close(quantized, logits(model, token_ids(device)), rtol=0, atol=1e-4)
 
 
-def test_tied_stacks_stay_tied():
-    """As in an encoder and a decoder that own the same experts."""
+def model_with_tied_stacks() -> torch.nn.Module:
+    """As an encoder and a decoder that own the same experts."""
     model = tiny_model()
     first, second = (layer.mlp.experts for layer in model.model.layers)
     second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    return model
+
+
+def test_tied_stacks_stay_tied():
+    model = model_with_tied_stacks()
     report = quantize_experts(model, progressbar=False)
-    first, second = (layer.mlp.experts for layer in model.model.layers)
-    assert first is not second
-    assert first.gate_up_proj is second.gate_up_proj
-    assert first.down_proj is second.down_proj
     assert len(report.stacks) == 4
-    assert torch.isfinite(logits(model, token_ids())).all()
+    for one in (model, model.to(torch.bfloat16), copy.deepcopy(model)):
+        first, second = (layer.mlp.experts for layer in one.model.layers)
+        assert first is not second
+        for projection in ("gate_up_proj", "down_proj"):
+            assert first.stack(projection).codes is second.stack(projection).codes
+        assert torch.isfinite(logits(one, token_ids())).all()
+
+
+def test_each_of_two_tied_stacks_is_adapted_by_itself():
+    model = model_with_tied_stacks()
+    quantize_experts(model, progressbar=False)
+    base = logits(model, token_ids())
+    model = get_peft_model(model, MoeQLoraConfig(r=2)).eval()
+    layers = list(model.base_model.expert_layers())
+    assert len(layers) == 4
+    randomize_adapter(model)
+    live = logits(model, token_ids())
+    model.merge_adapter()
+    assert len({layer.base_layer.codes.data_ptr() for layer in layers}) == 4
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, token_ids()), live)
+    merged = model.merge_and_unload(dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert not torch.allclose(live, base, atol=1e-2)
 
 
 def test_shared_modules_stay_shared():

@@ -52,10 +52,10 @@ def test_file_holds_the_documented_keys_and_nothing_else(tmp_path):
     expected = {}
     for i in range(2):
         experts = f"base_model.model.model.layers.{i}.mlp.experts"
-        expected[f"{experts}.lora_gate_up_proj_A"] = (4, 3, 64)
-        expected[f"{experts}.lora_gate_up_proj_B"] = (4, 128, 3)
-        expected[f"{experts}.lora_down_proj_A"] = (4, 3, 64)
-        expected[f"{experts}.lora_down_proj_B"] = (4, 64, 3)
+        expected[f"{experts}.gate_up_proj.lora_A.weight"] = (4, 3, 64)
+        expected[f"{experts}.gate_up_proj.lora_B.weight"] = (4, 128, 3)
+        expected[f"{experts}.down_proj.lora_A.weight"] = (4, 3, 64)
+        expected[f"{experts}.down_proj.lora_B.weight"] = (4, 64, 3)
         attention = f"base_model.model.model.layers.{i}.self_attn.q_proj"
         expected[f"{attention}.lora_A.weight"] = (4, 64)
         expected[f"{attention}.lora_B.weight"] = (64, 4)
@@ -78,8 +78,8 @@ def test_delta_is_scaling_times_b_times_a(tmp_path):
     scaling = 6 / 4
     for i, layer in enumerate(base.model.layers):
         for name in ("gate_up_proj", "down_proj"):
-            prefix = f"base_model.model.model.layers.{i}.mlp.experts.lora_{name}"
-            delta = scaling * torch.bmm(tensors[f"{prefix}_B"], tensors[f"{prefix}_A"])
+            prefix = f"base_model.model.model.layers.{i}.mlp.experts.{name}"
+            delta = scaling * torch.bmm(tensors[f"{prefix}.lora_B.weight"], tensors[f"{prefix}.lora_A.weight"])
             getattr(layer.mlp.experts, name).data += delta
     torch.testing.assert_close(logits(base, token_ids()), expected, rtol=0, atol=1e-5)
 

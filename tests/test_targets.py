@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from shrunken_models import shrunken_model_or_skip
 from tiny_models import tiny_model
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQLoraExperts
+from peft_moe_qlora import ExpertsLora, MoeQLoraConfig
 
 BOTH = ("gate_up_proj", "down_proj")
 
@@ -20,8 +20,9 @@ def adapted(model) -> dict[str, tuple[str, ...]]:
     """Path -> adapted projections of experts, or () for a linear layer."""
     found = {}
     for path, module in model.base_model.model.named_modules():
-        if isinstance(module, MoeQLoraExperts):
-            found[path] = tuple(module.r["default"])
+        if isinstance(module, ExpertsLora):
+            experts, _, projection = path.rpartition(".")
+            found[experts] = (*found.get(experts, ()), projection)
         elif isinstance(module, LoraLayer):
             found[path] = ()
     return found
@@ -91,8 +92,8 @@ def test_qualified_names_of_shared_experts_do_not_reach_the_routed_ones():
     assert set(found) == {"model.layers.1.mlp.shared_experts.down_proj"}
 
 
-def test_target_experts_narrows_the_choice():
-    found = adapt(target_modules="all-linear", target_experts=["down_proj"])
+def test_one_projection_beside_all_linear_layers():
+    found = adapt(target_modules="all-linear", exclude_modules=["experts.gate_up_proj"])
     assert found["model.layers.0.mlp.experts"] == ("down_proj",)
     assert "model.layers.0.self_attn.q_proj" in found
 
@@ -136,15 +137,30 @@ def test_patterns_set_rank_and_alpha_of_modules_and_projections():
         r=8,
         expert_r=4,
         target_modules=["experts"],
-        rank_pattern={"layers.0.mlp.experts.down_proj": 2, "layers.1.mlp.experts": 6},
-        alpha_pattern={"layers.1.*experts": 12},
+        rank_pattern={"layers.0.mlp.experts.down_proj": 2, r"layers.1.mlp.experts\..*": 6},
+        alpha_pattern={"layers.1.*experts.*": 12},
     )
     model = get_peft_model(tiny_model(), config)
-    layers = [layer.mlp.experts for layer in model.base_model.model.model.layers]
-    assert layers[0].r["default"] == {"gate_up_proj": 4, "down_proj": 2}
-    assert layers[1].r["default"] == {"gate_up_proj": 6, "down_proj": 6}
-    assert layers[0].scaling["default"] == {"gate_up_proj": 1.0, "down_proj": 2.0}
-    assert layers[1].scaling["default"] == {"gate_up_proj": 2.0, "down_proj": 2.0}
+    found = [
+        (name, layer.r["default"], layer.scaling["default"])
+        for name, layer in model.base_model.model.named_modules()
+        if isinstance(layer, ExpertsLora)
+    ]
+    assert found == [
+        ("model.layers.0.mlp.experts.gate_up_proj", 4, 1.0),
+        ("model.layers.0.mlp.experts.down_proj", 2, 2.0),
+        ("model.layers.1.mlp.experts.gate_up_proj", 6, 2.0),
+        ("model.layers.1.mlp.experts.down_proj", 6, 2.0),
+    ]
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_patterns_of_experts_modules_are_refused(option):
+    """Ranks belong to projections; PEFT would ignore the pattern."""
+    with pytest.raises(
+        ValueError, match=rf"{option} names experts modules by 'layers.1.mlp.experts'.*experts.down_proj"
+    ):
+        adapt(**{option: {"layers.1.mlp.experts": 6}})
 
 
 def test_patterns_that_match_nothing_are_named(recwarn):

@@ -122,6 +122,7 @@ def _convert(
                 raise ValueError(f"{path}.{projection} can't be quantized: {error}") from error
         if id(parameter) in tied:
             tied[id(parameter)] = stack
+            stack = stack.alias()  # a module of its own, which an adapter can wrap
         stacks[projection] = stack
         del module._parameters[projection], parameter
     return QuantizedExperts(module, layout, stacks)

@@ -1,4 +1,4 @@
-"""An experts module that owns its stacks in packed form, with or without an adapter around it."""
+"""An experts module that owns its stacks in packed form, each with or without an adapter around it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from .architectures import architecture_of
 from .gates import known_gate
 from .layout import ExpertsLayout, refuse_liger
 
-_NO_ADAPTER: Mapping[str, Sequence[LowRank]] = {}
+Terms = Mapping[str, Sequence[LowRank]]
+"""Projection -> what adapters add to it."""
 
 
 class QuantizedExperts(nn.Module):
@@ -38,7 +39,8 @@ class QuantizedExperts(nn.Module):
     Takes the place of the original module in the model and keeps it as `original`, emptied of what has moved here:
     the class's own gate and activation are called on it, and it gets its parameters back when the 16-bit module is
     wanted again. Stacks are children named like the parameters they stand for; biases and the norm behind the experts
-    keep their names too.
+    keep their names too. An adapter takes the place of a stack and has it as `base_layer`; it is asked for its
+    `low_rank_terms` in a forward, and for its `active_terms` by the report.
 
     Args:
         original: the experts module, whose stacks have been moved into `stacks`.
@@ -68,7 +70,29 @@ class QuantizedExperts(nn.Module):
         return super().train(mode)
 
     def stack(self, projection: str) -> Stack:
-        return self.get_submodule(projection)
+        """The stack of a projection, adapted or not."""
+        module = self._modules[projection]
+        return module if isinstance(module, Stack) else module.base_layer
+
+    def low_rank_terms(self, num_tokens: int, adapter_names: Sequence[str] | None = None) -> Terms:
+        """What adapters add in a forward.
+
+        Args:
+            num_tokens: T, of all samples together.
+            adapter_names: in a mixed batch, the adapter of each sample. Default: the active ones for all.
+        """
+        return {
+            projection: module.low_rank_terms(num_tokens, adapter_names)
+            for projection, module in self._adapted.items()
+        }
+
+    def _active_terms(self) -> Terms:
+        return {projection: module.active_terms() for projection, module in self._adapted.items()}
+
+    @property
+    def _adapted(self) -> dict[str, nn.Module]:
+        modules = {projection: self._modules[projection] for projection in self.layout.projections}
+        return {name: module for name, module in modules.items() if not isinstance(module, Stack)}
 
     def projection_bias(self, projection: str) -> nn.Parameter | None:
         """`(E, out)`, None where the class has no biases."""
@@ -79,17 +103,12 @@ class QuantizedExperts(nn.Module):
         """Whether all stacks are in floating point."""
         return all(self.stack(projection).storage is None for projection in self.layout.projections)
 
-    def compute_path(self, projection: str, low_rank: Mapping[str, Sequence[LowRank]] = _NO_ADAPTER) -> ComputePath:
-        """What computes a projection, in the mode that the terms' dropout is in.
+    def compute_path(self, projection: str) -> ComputePath:
+        """What computes a projection for activations in the stack's own dtype, without mixed batches.
 
-        Args:
-            projection: name of the stack.
-            low_rank: projection name -> what adapters add to it, as in `forward`; a mixed batch shows in these only.
-
-        Returns:
-            The path for activations in the stack's own dtype.
+        With the active adapters, in the mode that the module is in.
         """
-        stack = self.stack(projection)
+        stack, low_rank = self.stack(projection), self._active_terms()
         reason = self._why_not_fused(stack.device, stack.dtype, low_rank)
         if reason is None:
             has_dropout = any(term.dropout is not None for terms in low_rank.values() for term in terms)
@@ -99,9 +118,7 @@ class QuantizedExperts(nn.Module):
         # off the GPU there is one reason for all of it
         return path if path.reason == reason else ComputePath(path.name, f"{path.reason}; not fused: {reason}")
 
-    def _why_not_fused(
-        self, device: torch.device, dtype: torch.dtype, low_rank: Mapping[str, Sequence[LowRank]]
-    ) -> str | None:
+    def _why_not_fused(self, device: torch.device, dtype: torch.dtype, low_rank: Terms) -> str | None:
         """Why the layer can't be computed as one; None if it can."""
         reason = why_no_kernels(device, dtype)
         if reason is not None:
@@ -128,7 +145,7 @@ class QuantizedExperts(nn.Module):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor | None = None,
         top_k_weights: torch.Tensor | None = None,
-        low_rank: Mapping[str, Sequence[LowRank]] = _NO_ADAPTER,
+        adapter_names: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """The experts' share of a MoE layer: `(T, H)` -> `(T, H)` in the dtype of `hidden_states`.
 
@@ -137,8 +154,17 @@ class QuantizedExperts(nn.Module):
             top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped. Left out, with the
                 weights, by classes that are called in a way of their own (`architectures`).
             top_k_weights: `(T, K)`, the router's weights, in any floating dtype.
-            low_rank: projection name -> what adapters add to it.
+            adapter_names: in a mixed batch, the adapter of each sample. Default: the active ones for all.
+
+        Raises:
+            ValueError: a mixed batch in a class that is called with several copies of each token.
         """
+        if adapter_names is not None and top_k_index is None:
+            raise ValueError(
+                f"adapter_names can't be passed to {self.layout.class_name}, which is called with one copy of all "
+                "tokens for each expert; pass one adapter at a time."
+            )
+        low_rank = self.low_rank_terms(hidden_states.shape[0], adapter_names)
         hidden_states, top_k_index, top_k_weights = self.routed(hidden_states, top_k_index, top_k_weights)
         dtype = self._compute_dtype(hidden_states)
         if top_k_index.numel():
@@ -161,7 +187,7 @@ class QuantizedExperts(nn.Module):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        low_rank: Mapping[str, Sequence[LowRank]],
+        low_rank: Terms,
     ) -> torch.Tensor:
         from ..ops.fused_experts import fused_experts  # needs Triton
 
@@ -191,7 +217,7 @@ class QuantizedExperts(nn.Module):
         return hidden_states, top_k_index, top_k_weights
 
     def projection_inputs(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, low_rank: Mapping[str, Sequence[LowRank]]
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, low_rank: Terms
     ) -> tuple[Routing, dict[str, torch.Tensor]]:
         """What each projection gets to see: projection -> `(S, in)` routed rows, sorted by expert as the routing says.
 
@@ -205,15 +231,11 @@ class QuantizedExperts(nn.Module):
         rows = gather_rows(hidden_states.to(self._compute_dtype(hidden_states)), routing)
         return routing, {up: rows, down: self._activated(rows, routing, low_rank)}
 
-    def _activated(
-        self, rows: torch.Tensor, routing: Routing, low_rank: Mapping[str, Sequence[LowRank]]
-    ) -> torch.Tensor:
+    def _activated(self, rows: torch.Tensor, routing: Routing, low_rank: Terms) -> torch.Tensor:
         up = self._project(self.layout.up_name, rows, routing, low_rank)
         return self._activate(up).to(rows.dtype)
 
-    def _project(
-        self, projection: str, rows: torch.Tensor, routing: Routing, low_rank: Mapping[str, Sequence[LowRank]]
-    ) -> torch.Tensor:
+    def _project(self, projection: str, rows: torch.Tensor, routing: Routing, low_rank: Terms) -> torch.Tensor:
         bias, terms = self.projection_bias(projection), low_rank.get(projection, ())
         return grouped_linear(rows, self.stack(projection), routing, bias, terms)
 

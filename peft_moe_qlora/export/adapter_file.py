@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
-from ..config import MoeQLoraConfig
+from ..config import MoeQLoraConfig, rank_and_alpha
 
 PREFIX = "base_model.model."
 
@@ -64,21 +62,4 @@ class AdapterFile:
 
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
     """The factor of `B @ A` of a linear layer."""
-    return config.scaling(*linear_rank_and_alpha(config, name))
-
-
-def linear_rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
-    """Rank and alpha of a linear layer, as PEFT settles them.
-
-    Args:
-        config: with the patterns.
-        names: all that the layer may be called in them; the first counts that a pattern matches.
-    """
-    return _by_pattern(config.rank_pattern, names, config.r), _by_pattern(
-        config.alpha_pattern, names, config.lora_alpha
-    )
-
-
-def _by_pattern(pattern: dict[str, float], names: tuple[str, ...], default: float) -> float:
-    keys = (get_pattern_key(pattern.keys(), name) for name in names)
-    return next((pattern[key] for key in keys if key in pattern), default)
+    return config.scaling(*rank_and_alpha(config, name))

@@ -54,7 +54,8 @@ def attach_empty_experts(
                 key = f"{path}.{projection}"
                 if key in tied:
                     sources[tied[key].rpartition(".")[0]][projection].is_shared = True
-                of_module[projection] = stacks[tied.pop(key, key)]
+                # a module of its own, which an adapter can wrap
+                of_module[projection] = stacks[tied.pop(key)].alias() if key in tied else stacks[key]
                 del module._parameters[projection]
             replaced[module] = _without_initialization(QuantizedExperts(module, layout, of_module))
         setattr(parent, name, replaced[module])

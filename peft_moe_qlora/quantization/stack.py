@@ -6,6 +6,7 @@ Letters: E experts, `rows` and `columns` the two last dimensions as stored. A st
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -107,6 +108,10 @@ class Stack(nn.Module, ABC):
         Raises:
             ValueError: a merged weight is not finite.
         """
+
+    def alias(self) -> Stack:
+        """The same stack as another module: whatever becomes of the parameters of one is of both."""
+        return copy.copy(self)  # the dictionary of parameters is shared
 
     def merged_matrices(self, delta: Delta) -> Callable[[int], torch.Tensor]:
         """For each expert its exact merged `(rows, columns)` matrix in fp32."""

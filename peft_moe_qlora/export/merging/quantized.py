@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from ... import __version__
 from ...calibration import random_token_ids
-from ...layer import MoeQLoraExperts
 from ...loading import Checkpoint, save_bitsandbytes
 from ...loading.finder import SourceFinder
 from ...loading.load import readable_quantization, saved_config
@@ -237,14 +236,10 @@ def _checksums_of_adapted(model: PeftModel) -> dict[str, int]:
     """One for the weights of every stack and layer that the adapter has a delta for."""
     found = {}
     for path, layer in model.base_model.model.named_modules():
-        if isinstance(layer, MoeQLoraExperts):
-            for projection in layer.adapted_projections(layer.active_adapters):
-                names = [name for name in layer.active_adapters if projection in layer.r.get(name, ())]
-                if any(all(factor.any() for factor in layer.factors(projection, name)) for name in names):
-                    weight = next(layer.base_layer.stack(projection).named_parameters())
-                    found[f"{path}.{projection}.{weight[0]}"] = _checksum(weight[1])
-        elif isinstance(layer, LoraLayer) and any(_has_delta(layer, name) for name in layer.active_adapters):
-            found[f"{path}.weight"] = _checksum(layer.get_base_layer().weight)
+        if isinstance(layer, LoraLayer) and any(_has_delta(layer, name) for name in layer.active_adapters):
+            # of a stack its codes, or its weights in 16 bits
+            name, weight = next(layer.get_base_layer().named_parameters())
+            found[f"{path}.{name}"] = _checksum(weight)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from peft import TaskType
 
 from ...base_identity import BaseIdentity
-from ...config import PROJECTIONS, MoeQLoraConfig
+from ...config import MoeQLoraConfig
 from ...quantization import BLOCKSIZES, QUANT_TYPES
 
 
@@ -159,9 +159,6 @@ _OWN = {
     "expert_r": _RANK,
     "format_version": _RANK,
     "quant_type": _one_of(*QUANT_TYPES),
-    "target_experts": _Values(
-        f"a list of {PROJECTIONS}", lambda value: all(one in PROJECTIONS for one in _listed(value))
-    ),
 }
 # without these the defaults of whoever reads would decide what the tensors mean
 _NEEDED = ("lora_alpha", "r")

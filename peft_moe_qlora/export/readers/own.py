@@ -11,14 +11,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ...adapter_check import check_stored_shapes
-from ...config import MoeQLoraConfig
-from ...targets import is_all_linear, resolve_all_linear, resolve_rank_and_alpha, targeted_projections
-from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
+from ...config import MoeQLoraConfig, rank_and_alpha
+from ...targets import is_all_linear, reached_stacks, resolve_targets
+from ..adapter_file import AdapterFile, ExpertFactors
 from ..base_model import BaseModel
 from ..others import adapted_layers, factor_pairs, name_in_model
 from .check_others import check_others, check_targeted
 
-_FACTOR = re.compile(r"(?P<path>.*)\.lora_(?P<projection>gate_up_proj|up_proj|down_proj)_(?P<factor>[AB])")
+_FACTOR = re.compile(r"(?P<path>.*)\.(?P<projection>gate_up_proj|up_proj|down_proj)\.lora_(?P<factor>[AB])\.weight")
 
 
 def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:
@@ -40,7 +40,7 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
             continue  # PEFT's copy of a frozen embedding or head
-        match = _FACTOR.fullmatch(name)
+        match = _FACTOR.fullmatch(name) if tensor.dim() == 3 else None
         if match is None:
             others[name] = tensor
         else:
@@ -50,14 +50,14 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
     reached = replace(config)
     if base is not None:
-        resolve_all_linear(reached, base.model, base.layouts)
+        resolve_targets(reached, base.model, base.layouts)
         _check_against(file, base, config, reached, experts, others)
     check_others(file, config, others, base)
     linear = adapted_layers(others)
     if not is_all_linear(reached):  # which can't be known without a base
         check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
     for pair in factor_pairs(others):
-        r, _ = linear_rank_and_alpha(config, pair.name)
+        r, _ = rank_and_alpha(config, pair.name)
         if pair.A.shape[0] != r:
             raise ValueError(
                 f"{file}: the factors of {pair.name} have rank {pair.A.shape[0]}, but the config says {r}, from which "
@@ -71,15 +71,15 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
 def _factors(
     file: Path, config: MoeQLoraConfig, path: str, projection: str, found: dict[str, torch.Tensor]
 ) -> ExpertFactors:
-    r, alpha = resolve_rank_and_alpha(config, path, projection)
-    name = f"{path}.lora_{projection}"
+    name = f"{path}.{projection}"
+    r, alpha = rank_and_alpha(config.of_experts(), name)
     if found.keys() != {"A", "B"}:
-        raise ValueError(f"{file} has {name}_{next(iter(found))}, but not the other factor of {path}.{projection}.")
+        raise ValueError(f"{file} has lora_{next(iter(found))} of {name}, but not the other factor.")
     A, B = found["A"], found["B"]
-    if A.dim() != 3 or B.dim() != 3 or A.shape[:2] != (B.shape[0], r) or B.shape[2] != r:
+    if A.shape[:2] != (B.shape[0], r) or B.shape[2] != r:
         raise ValueError(
-            f"{file}: {name}_A {list(A.shape)} and {name}_B {list(B.shape)} are not (E, r, in) and (E, out, r) of "
-            f"rank {r}, which the config has for {path}.{projection}."
+            f"{file}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {name} are not (E, r, in) and (E, out, r) "
+            f"of rank {r}, which the config has for it."
         )
     return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
 
@@ -98,7 +98,7 @@ def _check_against(
         file: for errors.
         base: what the adapter belongs to.
         config: as saved.
-        reached: the same with "all-linear" written out for the base.
+        reached: the same with its targets resolved for the base.
         experts: the factors of stacks.
         others: key without PEFT's prefix -> tensor.
     """
@@ -106,8 +106,7 @@ def _check_against(
         if factors.path not in base.layouts:
             raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
     try:
-        targets = {path: targeted_projections(reached, path, layout) for path, layout in base.layouts.items()}
-        check_stored_shapes(config, base.layouts, targets)
+        check_stored_shapes(config, base.layouts, reached_stacks(reached, base.layouts))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     found = adapted_layers(others)

@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 from packaging.version import InvalidVersion, Version
 
+from ...config import rank_and_alpha
 from ...experts import ExpertsLayout
-from ..adapter_file import AdapterFile, linear_rank_and_alpha
+from ..adapter_file import AdapterFile
 from ..others import A_SUFFIX, B_SUFFIX
 from .check_others import check_targeted
 from .parts import under_own_names
@@ -62,7 +63,7 @@ def read_peft_lora(source: Source) -> AdapterFile:
             )
         is_flipped = _is_flipped(source, path, layout, flat)
         for name, (A, B) in flat.items():
-            r, alpha = linear_rank_and_alpha(source.config, f"{path}.{name}")
+            r, alpha = rank_and_alpha(source.config, f"{path}.{name}")
             source.check_rank(f"{path}.{name}", A.shape[0] // layout.num_experts, r)
             A = A.reshape(layout.num_experts, r, -1)
             if _lora_b_order(source, path, name, layout.num_experts, r) == "experts-fastest":
@@ -81,7 +82,7 @@ def read_peft_lora(source: Source) -> AdapterFile:
     return source.adapter(
         experts,
         left,
-        lambda name: linear_rank_and_alpha(source.config, f"{name}.weight" if name in as_parameters else name),
+        lambda name: rank_and_alpha(source.config, f"{name}.weight" if name in as_parameters else name),
     )
 
 

@@ -11,7 +11,8 @@ from collections import defaultdict
 
 import torch
 
-from ..adapter_file import AdapterFile, linear_rank_and_alpha
+from ...config import rank_and_alpha
+from ..adapter_file import AdapterFile
 from ..others import A_SUFFIX, B_SUFFIX
 from .parts import Part, check_layers, join_parts, names_of_parts, others_by_own_names
 from .source import Source
@@ -46,7 +47,7 @@ def read_per_expert(source: Source) -> AdapterFile:
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
     others, names = others_by_own_names(source, left, source.targets)
-    return source.adapter(experts, others, lambda name: linear_rank_and_alpha(source.config, names[name], name))
+    return source.adapter(experts, others, lambda name: rank_and_alpha(source.config, names[name], name))
 
 
 def _part(source: Source, left: dict[str, torch.Tensor], path: str, part: str, names: dict[int, str]) -> Part:
@@ -65,7 +66,7 @@ def _part(source: Source, left: dict[str, torch.Tensor], path: str, part: str, n
         if absent:
             raise ValueError(f"{source.file} has no {absent[0]}, but the other factor of it; it is damaged.")
         A, B = left.pop(name + A_SUFFIX), left.pop(name + B_SUFFIX)
-        r, alpha = linear_rank_and_alpha(source.config, name)
+        r, alpha = rank_and_alpha(source.config, name)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
             raise ValueError(
                 f"{source.file}: {name}{A_SUFFIX} {list(A.shape)} and {name}{B_SUFFIX} {list(B.shape)} are not "

@@ -17,10 +17,10 @@ from packaging.version import InvalidVersion, Version
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-from ...config import MoeQLoraConfig, check_honoured
+from ...config import MoeQLoraConfig, check_honoured, rank_and_alpha
 from ...quantization import QUANT_TYPES
-from ...targets import is_all_linear, resolve_rank_and_alpha
-from ..adapter_file import AdapterFile, ExpertFactors, linear_rank_and_alpha
+from ...targets import is_all_linear
+from ..adapter_file import AdapterFile, ExpertFactors
 from ..base_model import BaseModel
 from ..others import adapted_layers, factor_pairs
 from .check_others import check_others
@@ -211,14 +211,14 @@ class Source:
         self,
         experts: list[ExpertFactors],
         others: dict[str, torch.Tensor],
-        rank_and_alpha: Callable[[str], tuple[int, float]],
+        of_linear: Callable[[str], tuple[int, float]],
     ) -> AdapterFile:
         """The adapter as one of this package, whose config reaches exactly what has factors.
 
         Args:
             experts: its stacks.
             others: key under the model's own names -> tensor.
-            rank_and_alpha: of a linear layer, by its name in the model.
+            of_linear: rank and alpha of a linear layer, by its name in the model.
 
         Raises:
             ValueError: there are no experts, or a tensor fits nothing.
@@ -227,7 +227,7 @@ class Source:
             raise ValueError(f"{self.file} has no factors of experts that {self.base.directory} has.")
         others = {key: tensor for key, tensor in others.items() if not key.endswith(".base_layer.weight")}
         check_others(self.file, self.config, others, self.base)
-        linear = {name: rank_and_alpha(name) for name in adapted_layers(others)}
+        linear = {name: of_linear(name) for name in adapted_layers(others)}
         for pair in factor_pairs(others):
             self.check_rank(pair.name, pair.A.shape[0], linear[pair.name][0])
         stacks = {factors.name: (factors.r, factors.alpha) for factors in experts}
@@ -248,8 +248,8 @@ class Source:
             quant_type=None if self.reading.quant_type == "none" else self.reading.quant_type,
             inference_mode=True,
         )
-        resolved = {name: linear_rank_and_alpha(config, name) for name in linear}
-        resolved |= {one.name: resolve_rank_and_alpha(config, one.path, one.projection) for one in experts}
+        resolved = {name: rank_and_alpha(config, name) for name in linear}
+        resolved |= {one.name: rank_and_alpha(config.of_experts(), one.name) for one in experts}
         for name, (r, alpha) in settled.items():
             if resolved[name] != (r, alpha):
                 raise ValueError(

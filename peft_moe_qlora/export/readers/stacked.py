@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from ..adapter_file import AdapterFile, linear_rank_and_alpha
+from ...config import rank_and_alpha
+from ..adapter_file import AdapterFile
 from .parts import Part, check_layers, containers_of, join_parts, others_by_own_names, part_names, with_rows_in_order
 from .source import Source
 
@@ -51,7 +52,7 @@ def read_stacked(source: Source) -> AdapterFile:
     check_layers(source, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
     others, names = others_by_own_names(source, left, source.targets)
-    return source.adapter(experts, others, lambda name: linear_rank_and_alpha(source.config, names[name], name))
+    return source.adapter(experts, others, lambda name: rank_and_alpha(source.config, names[name], name))
 
 
 def _with_weight(key: str) -> str:
@@ -66,6 +67,6 @@ def _part(source: Source, name: str, A: torch.Tensor | None, B: torch.Tensor | N
             f"{source.file}: the factors of {name} have shapes {list(A.shape)} and {list(B.shape)}; (E, r, in) and "
             "(E, out, r) were expected. They are transposed, or damaged."
         )
-    r, alpha = linear_rank_and_alpha(source.config, name)
+    r, alpha = rank_and_alpha(source.config, name)
     source.check_rank(name, A.shape[1], r)
     return Part(A, B, alpha)

@@ -22,7 +22,7 @@ def write_native(adapter: AdapterFile, directory: Path, base: BaseModel | None) 
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in adapter.others.items()}
     for factors in adapter.experts:
         for factor, tensor in (("A", factors.A), ("B", factors.B)):
-            tensors[f"{PREFIX}{factors.path}.lora_{factors.projection}_{factor}"] = tensor
+            tensors[f"{PREFIX}{factors.name}.lora_{factor}.weight"] = tensor
     directory.mkdir(parents=True, exist_ok=True)
     # cloned, since a safetensors file has every number once and A may be a view
     save_file(

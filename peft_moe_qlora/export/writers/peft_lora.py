@@ -14,7 +14,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_rank_and_alpha
+from ...config import rank_and_alpha
+from ..adapter_file import PREFIX, AdapterFile, ExpertFactors
 from ..base_model import BaseModel
 from ..others import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, adapted_layers
 
@@ -78,9 +79,7 @@ def _config(adapter: AdapterFile) -> LoraConfig:
     as_parameters = [f"{name}.weight" for name in linear if name.rpartition(".")[2] in _OLD_NAMES]
     settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
     parameters = [*settled, *as_parameters]
-    settled |= {
-        name: linear_rank_and_alpha(config, name.removesuffix(".weight")) for name in (*linear, *as_parameters)
-    }
+    settled |= {name: rank_and_alpha(config, name.removesuffix(".weight")) for name in (*linear, *as_parameters)}
     # names instead of the patterns: of patterns the first counts that matches, and PEFT sorts them when it saves
     ranks = {name: r for name, (r, _) in settled.items() if r != config.r}
     alphas = {name: alpha for name, (_, alpha) in settled.items() if alpha != config.lora_alpha}
