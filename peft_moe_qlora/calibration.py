@@ -128,7 +128,7 @@ def merge_for_inputs(
         for handle in handles:
             handle.remove()
         bar.close()
-    _warn_of_notes({path: layer.base_layer for path, layer in layers.items() if layer not in paths})
+    _warn_of_notes({path: experts for path, experts in layers.items() if experts not in paths})
     return list(paths.values())
 
 

@@ -73,7 +73,7 @@ def test_layers_without_gradient_are_named_once_with_what_excludes_them(layers, 
     assert hooks(model) == 0
     excluding = with_ignored_layers(layers, exclude_modules=re.search(r'exclude_modules=r"(.*)"', message)[1])
     adapted = [path for path, module in excluding.named_modules() if isinstance(module, BaseTunerLayer)]
-    assert len(adapted) == 10 - len(layers)
+    assert len(adapted) == 12 - len(layers)
     assert steps(excluding) == []
 
 
