@@ -38,7 +38,8 @@ def grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor
     out = torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
     # the kernel leaves them as it found them
     is_tail = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-    return out.masked_fill_(is_tail[:, None], 0)
+    # not in place: torch.compile of torch 2.11 then gives zeros as gradients
+    return out.masked_fill(is_tail[:, None], 0)
 
 
 class _GroupedMatmul(torch.autograd.Function):

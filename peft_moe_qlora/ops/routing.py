@@ -89,7 +89,8 @@ class _CombineRows(torch.autograd.Function):
         num_tokens, top_k = row_of_pair.shape
         out = rows.new_zeros((num_tokens, rows.shape[1]), dtype=torch.float32)
         for choice in range(top_k):
-            out += rows[row_of_pair[:, choice]] * weights[:, choice, None].float()
+            # not in place: torch.compile of torch 2.11 then gives zeros as gradients
+            out = out + rows[row_of_pair[:, choice]] * weights[:, choice, None].float()
         return out
 
     @staticmethod

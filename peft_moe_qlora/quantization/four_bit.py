@@ -94,7 +94,8 @@ def dequantize(
         return dequantize_reference(codes, absmax, numel, storage, dtype)
     state = bnb.QuantState(
         absmax=absmax,
-        shape=torch.Size((numel,)),
+        # of one dimension, the operator gives two on a CPU, while it promises one to torch.compile
+        shape=torch.Size((1, numel)),
         dtype=dtype,
         blocksize=storage.blocksize,
         quant_type=storage.quant_type,
