@@ -53,13 +53,16 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
 def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
     """What a model's body gives for `(N, L)` token ids, in evaluation mode.
 
-    Nobody looks at logits here, which for a large vocabulary are larger than all else.
+    Nobody looks at logits here, which for a large vocabulary are larger than all else. A model that isn't of
+    transformers is called with the ids alone.
     """
     was_training = model.training
     model.eval()
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    token_ids = token_ids.to(next(model.parameters()).device)
     try:
-        return body(input_ids=token_ids.to(next(model.parameters()).device), use_cache=False)
+        if isinstance(model, PreTrainedModel):
+            return model.base_model(input_ids=token_ids, use_cache=False)
+        return model(token_ids)
     finally:
         model.train(was_training)
 
