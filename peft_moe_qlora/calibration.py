@@ -73,7 +73,8 @@ def adapted_projections(experts: QuantizedExperts, adapter_names: Collection[str
 def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
     """What a model's body gives for `(N, L)` token ids, in evaluation mode.
 
-    Nobody looks at logits here, which for a large vocabulary are larger than all else.
+    Nobody looks at logits here, which for a large vocabulary are larger than all else. A model that isn't of
+    transformers is called with the ids alone.
     """
     was_training = model.training
     model.eval()

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.utils import ModelOutput
 
 from .calibration import run_without_head
 
@@ -54,8 +55,8 @@ class MergeCheck:
         """What to warn of; None if the merge looks sound."""
         if self.num_positions == 0:
             return (
-                "The merged model couldn't be compared with the live adapter, whose hidden states are not finite for "
-                "any of the tokens tried. Pass a text as calibration, and verify the result."
+                "The merged model couldn't be compared with the live adapter, which gives no finite hidden states for "
+                "the tokens tried. Pass a text as calibration, and compare the two on a text."
             )
         if self.num_broken:
             return (
@@ -133,6 +134,11 @@ def take_reference(tuner: BaseTuner, adapter_names: Sequence[str], token_ids: to
 
 
 def _last_states(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+    """`(positions, H)` fp32 on the CPU; of a model of another kind, which gives something else, none."""
     output = run_without_head(model, token_ids)
-    states = output if isinstance(output, torch.Tensor) else output[0]
-    return states.flatten(0, -2).float().cpu()
+    if isinstance(output, (tuple, list, ModelOutput)):
+        output = output[0]
+    if not isinstance(output, torch.Tensor):
+        return torch.empty(0, 1)
+    output = torch.atleast_1d(output)
+    return output.reshape(-1, output.shape[-1]).float().cpu()

@@ -139,6 +139,37 @@ def test_live_states_that_are_not_finite_are_left_out():
         assert replace(reference, live=reference.live * torch.nan).check(merged).num_positions == 0
 
 
+@pytest.mark.parametrize(
+    ("give", "num_positions"),
+    [
+        (lambda output: output.logits, 10),
+        (lambda output: (output.logits, None), 10),
+        (lambda output: output.logits.mean(dim=(1, 2)), 1),
+        (lambda output: {"text": "nothing to compare"}, 0),
+    ],
+)
+def test_models_of_other_kinds(give, num_positions):
+    """Called with ids alone; whatever they give, they are merged."""
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, ids):
+            return give(self.inner(ids))
+
+    model = get_peft_model(Other(), MoeQLoraConfig(r=4)).eval()
+    randomize_adapter(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        merged = model.merge_and_unload(calibration=token_ids(batch=2, length=5))
+    assert isinstance(merged, Other)
+    assert model.base_model.merge_check.num_positions == num_positions
+    messages = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    assert any("couldn't be compared" in message for message in messages) == (num_positions == 0)
+
+
 def test_a_merge_that_runs_nothing_has_no_figure():
     model = adapted()
     model.merge_and_unload(rounding="nearest")
