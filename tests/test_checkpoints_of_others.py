@@ -13,7 +13,7 @@ import transformers
 from bitsandbytes import functional as bnb
 from checkpoint_writers import Tensors, pack, packed, read_tensors, set_bitsandbytes_config, write_tensors
 from peft import get_peft_model
-from shrunken_models import shrunken_model
+from shrunken_models import shrunken_model, shrunken_model_or_skip
 from tiny_models import logits, tiny_model, token_ids
 
 from peft_moe_qlora import (
@@ -272,6 +272,28 @@ def test_broken_16_bit_checkpoints(change, message, tmp_path):
     change(tensors)
     write_tensors(tmp_path, tensors)
     with pytest.raises(CheckpointError, match=message):
+        load_quantized(tmp_path, device_map="cpu")
+
+
+def test_a_projection_is_missing_where_the_operation_asks_for_all(tmp_path):
+    shrunken_model("ernie4_5_vl_moe").save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path)
+    write_tensors(tmp_path, {key: tensor for key, tensor in tensors.items() if "up_proj" not in key})
+    with pytest.raises(CheckpointError, match=r"experts.gate_up_proj needs tensors .*up_proj.* beside .*gate_proj"):
+        load_quantized(tmp_path, device_map="cpu")
+
+
+def test_scales_that_only_a_quantized_checkpoint_has(tmp_path):
+    """Their conversion names them, but 16-bit weights do without; 8-bit ones are refused for what they are."""
+    shrunken_model_or_skip("inkling2_loop_text").save_pretrained(tmp_path)
+    tensors = read_tensors(tmp_path)
+    key = "model.llm.layers.0.mlp.experts.w2_weight"
+    stack = load_quantized(tmp_path, device_map="cpu").get_submodule("model.layers.0.mlp.experts").down_proj
+    expected = QuantizedStack.from_dense(tensors[key], False, stack.storage)
+    assert torch.equal(stack.codes, expected.codes)
+    scales = torch.full((*tensors[key].shape[:2], tensors[key].shape[2] // 32), 127, dtype=torch.uint8)
+    write_tensors(tmp_path, {**tensors, key: tensors[key].to(torch.float8_e4m3fn), f"{key}_scale": scales})
+    with pytest.raises(CheckpointError, match=r"w2_weight \(F8_E4M3 .*storage that is not known"):
         load_quantized(tmp_path, device_map="cpu")
 
 

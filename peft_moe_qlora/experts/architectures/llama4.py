@@ -1,4 +1,4 @@
-"""Llama 4 (transformers 5.17 to 5.23).
+"""Llama 4 (transformers 5.17 to 5.24).
 
 The block weights copies of all tokens by the router, zero where an expert isn't chosen, and calls its experts with
 `(E * T, H)`, the rows of an expert together.
