@@ -164,7 +164,8 @@ class MoeQLoraModel(LoraModel):
                 # PeftModel takes the config back by itself, transformers' add_adapter does not
                 self.peft_config.pop(adapter_name, None)
                 raise
-        watch_gradients(self.model)
+        if not self.peft_config[adapter_name].inference_mode:
+            watch_gradients(self.model)
         unmatched = unmatched_patterns(
             self.peft_config[adapter_name], self.targeted_module_names, self._expert_targets
         )
