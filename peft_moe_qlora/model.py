@@ -152,7 +152,8 @@ class MoeQLoraModel(LoraModel):
             # PeftModel takes the config back by itself, transformers' add_adapter does not
             self.peft_config.pop(adapter_name, None)
             raise
-        watch_gradients(self.model)
+        if not self.peft_config[adapter_name].inference_mode:
+            watch_gradients(self.model)
 
     def _create_and_replace(
         self, lora_config: MoeQLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any

@@ -11,7 +11,7 @@ GROUPED = "it has a weight for each group of features, so that the shape of LoRA
 _INDEXER = ("wq_b", "wk", "weights_proj")
 
 UNADAPTABLE = {
-    # some on a GPU in training only
+    # out_proj in training on a GPU only, dt_proj where linear layers are in 16 bits
     BYPASSED: {
         **dict.fromkeys(("GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"), ("conv1d", "out_proj")),
         "JambaMambaMixer": ("conv1d", "dt_proj"),

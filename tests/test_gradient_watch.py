@@ -112,9 +112,12 @@ def test_nothing_is_said_where_all_is_well(use_reentrant):
     assert hooks(model) == 0
 
 
-def test_an_adapter_that_is_not_trained_is_not_watched():
-    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, quant_type=None, inference_mode=True)).train()
-    model(input_ids=token_ids())
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_an_adapter_that_is_not_trained_is_not_watched(inference_mode):
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, quant_type=None, inference_mode=inference_mode))
+    assert hooks(model) == (0 if inference_mode else 1)
+    model.requires_grad_(False)
+    model.train()(input_ids=token_ids())
     assert hooks(model) == 0
 
 

@@ -44,6 +44,16 @@ def test_sizes_are_those_of_the_loaded_model(model_type, double_quant, tmp_path,
     assert found["memory"]["trained"] == 16 * trained
 
 
+@pytest.mark.parametrize("model_type", ["jamba", "axk2", "deepseek_v4"])
+def test_layers_that_lora_cant_train_are_not_counted(model_type, tmp_path, capsys):
+    model = shrunken_model_or_skip(model_type)
+    model.save_pretrained(tmp_path)
+    found = inspected(capsys, tmp_path, "--r", 8)
+    model = get_peft_model(model, MoeQLoraConfig(r=8, target_modules="all-linear", target_experts=["down_proj"]))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found["linear_adapter_parameters"] == trained - model.experts_report().num_adapter_parameters
+
+
 def test_no_weight_is_read(tmp_path, capsys, monkeypatch):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     monkeypatch.delattr(Checkpoint, "read")

@@ -15,6 +15,7 @@ from torch import nn
 from ..experts import read_layout, refuse_unsupported
 from ..quantization import FourBitFormat
 from ..targets import expert_layouts, is_router
+from ..unadaptable import why_unadaptable
 from .checkpoint import Checkpoint
 from .finder import SourceFinder
 from .load import class_of, read_config, readable_quantization, refuse_unexplained, saved_config
@@ -215,9 +216,10 @@ def inspect_checkpoint(
         stored = {f"{name}.weight": module for name, module in model.named_modules()}
         packed_linear = [module for name, module in stored.items() if name in packed_names]
     else:
-        packed_linear = linear
+        packed_linear = list(linear.values())
     linear_weights = sum(module.weight.numel() for module in packed_linear)
-    linear_adapter = sum(r * (module.in_features + module.out_features) for module in linear)
+    adaptable = [module for name, module in linear.items() if not why_unadaptable(name, model)]
+    linear_adapter = sum(r * (module.in_features + module.out_features) for module in adaptable)
     of_experts = sum(torch.Size(source.target.shape).numel() for found in groups.values() for source, _, _ in found)
     other_weights = sum(parameter.numel() for parameter in model.parameters()) - of_experts - linear_weights
     trained = linear_adapter + sum(group.adapter_parameters for group in stacks)
@@ -248,14 +250,14 @@ def _found(source: Source, checkpoint: Checkpoint, saved: MoeQuantizationConfig 
     return f"{info.dtype}, {'one tensor per expert' if len(info.shape) == 2 else 'fused'}".removeprefix("torch.")
 
 
-def _quantizable_linear(model: nn.Module) -> list[nn.Linear]:
+def _quantizable_linear(model: nn.Module) -> dict[str, nn.Linear]:
     layouts = expert_layouts(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        module
+    return {
+        name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and not is_router(name, module, layouts)
-    ]
+    }
 
 
 def _scale_bytes(double_quant: bool) -> float:
