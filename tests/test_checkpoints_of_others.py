@@ -91,6 +91,51 @@ def test_one_set_of_keys_per_expert(nested, quant_type, num_shards, tmp_path):
     assert not any(parameter.requires_grad for parameter in gate_up.parameters())
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8], ids=str)
+def test_codes_as_another_dtype(storage, dtype, nested, tmp_path):
+    """`bnb_4bit_quant_storage`: the same bytes, of linear layers too, which nobody may take for numbers and cast."""
+
+    def is_packed(key: str) -> bool:
+        return is_expert(key) or "self_attn.q_proj" in key
+
+    original = save_tiny(tmp_path)
+    set_bitsandbytes_config(tmp_path, ["lm_head"])
+    found = []
+    for one in (torch.uint8, storage):
+        write_tensors(tmp_path, pack(original, is_packed, nested=nested, storage=one))
+        found.append(load_quantized(tmp_path, device_map="cpu", dtype=dtype))
+    expected, model = found
+    for layer in range(2):
+        for stack, other in zip(stacks_of(model, layer), stacks_of(expected, layer)):
+            assert torch.equal(stack.codes, other.codes)
+            assert torch.equal(stack.block_absmax, other.block_absmax)
+        linear, other = (one.model.layers[layer].self_attn.q_proj.weight for one in (model, expected))
+        assert linear.dtype == storage
+        assert torch.equal(linear.data.flatten().view(torch.uint8), other.data.flatten())
+    for save in (model.save_pretrained, partial(save_bitsandbytes, model)):
+        save(tmp_path / "again")
+        again = load_quantized(tmp_path / "again", device_map="cpu", dtype=dtype)
+        linear = again.model.layers[0].self_attn.q_proj.weight
+        assert torch.equal(
+            linear.data.view(torch.uint8), model.model.layers[0].self_attn.q_proj.weight.view(torch.uint8)
+        )
+        assert torch.equal(stacks_of(again)[0].codes, stacks_of(model)[0].codes)
+    assert torch.equal(logits(model, token_ids()), logits(expected, token_ids()))
+
+
+def test_linear_layers_of_which_some_have_their_codes_as_another_dtype(tmp_path):
+    """bitsandbytes' quantizer has one for all."""
+    tensors = pack(save_tiny(tmp_path), lambda key: is_expert(key) or "q_proj" in key)
+    key = "model.layers.1.self_attn.q_proj.weight"
+    tensors[key] = tensors[key].flatten().view(torch.bfloat16)
+    write_tensors(tmp_path, tensors)
+    set_bitsandbytes_config(tmp_path, ["lm_head"])
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight \(U8 .* \(BF16 .* codes as different dtypes"):
+        load_quantized(tmp_path, device_map="cpu")
+
+
 def test_w1_w2_w3(tmp_path):
     tensors = pack(save_tiny(tmp_path, "mixtral"), is_expert)
     write_tensors(tmp_path, tensors)

@@ -377,3 +377,15 @@ def test_dequantizing_without_an_adapter(dtype, tmp_path):
     torch.testing.assert_close(logits(model, token_ids()), expected, rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert experts_report(model).stacks[0].storage == "float32"
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "nearest"}, {"dtype": torch.float32}], ids=str)
+def test_merging_shows_a_bar(options, capsys):
+    """It can take minutes; PEFT shows none unless it is asked to."""
+    model = adapted_model()
+    model.merge_and_unload(**options)
+    assert "100%" in capsys.readouterr().err
+    model = adapted_model()
+    capsys.readouterr()
+    model.merge_and_unload(progressbar=False, **options)
+    assert capsys.readouterr().err == ""

@@ -206,10 +206,14 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
 
 
 def as_a_hub_snapshot(directory) -> None:
-    """Files are links into a folder of blobs beside, as huggingface_hub leaves them."""
-    blobs = directory.with_name("blobs")
+    """Files are links into a folder of blobs beside, as huggingface_hub leaves them; the directory is a link too."""
+    repository = directory.with_name("models--own--base")
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    snapshot.parent.mkdir(parents=True)
     blobs.mkdir()
-    for number, file in enumerate(sorted(path for path in directory.rglob("*") if path.is_file())):
+    directory.rename(snapshot)
+    directory.symlink_to(snapshot)
+    for number, file in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
         file.rename(blobs / str(number))
         file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
 

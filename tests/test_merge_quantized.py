@@ -14,10 +14,10 @@ from merged_checkpoints import save_adapter
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from shrunken_models import shrunken_model_or_skip
+from texts import write_text, write_tokenizer
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
@@ -25,17 +25,6 @@ from peft_moe_qlora.export import convert_adapter, merge_quantized, verify_merge
 from peft_moe_qlora.export.merging.partial_directory import PartialDirectory
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
-
-
-def write_tokenizer(directory) -> None:
-    """Words `w3`, `w4`, ... are the tokens 3, 4, ..."""
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(directory)
-
-
-def write_text(file, ids: torch.Tensor) -> None:
-    file.write_text(" ".join(f"w{number}" for number in ids.flatten().tolist()))
 
 
 def merge(directory, **options):

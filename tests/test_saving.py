@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -17,7 +19,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 from transformers_adapters import needs_adapter_methods
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, adapter_files
 
 MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
 
@@ -315,6 +317,100 @@ def test_no_pickle_is_written_or_read(tmp_path):
     torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model.bin.*safetensors"):
         PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
+
+
+def test_writing_a_pickle_is_refused(tmp_path):
+    """Nothing here would read it. What is written is not removed: it may be all that is left of a training."""
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4))
+    model.add_adapter("other", MoeQLoraConfig(r=4))
+    remedy = r"adapter_model\.bin is a pickle, which is never read.*safe_serialization=True"
+    with pytest.raises(ValueError, match=remedy):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.rglob("adapter_config.json"))
+    with pytest.raises(ValueError, match=rf"other.{remedy}"):
+        model.save_pretrained(tmp_path, safe_serialization=False, selected_adapters=["other"])
+    # beside safetensors of before, which would be loaded instead
+    model.save_pretrained(tmp_path / "both")
+    assert MoeQLoraConfig.from_pretrained(tmp_path / "both").stored
+    with pytest.raises(ValueError, match=remedy):
+        model.save_pretrained(tmp_path / "both", safe_serialization=False)
+    # in safetensors, whatever lies there
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_model(), tmp_path).peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("storage", ["nf4", None], ids=str)
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_saving_a_model_whole_with_adapters_inside_is_refused(storage, options, tmp_path):
+    """Its tensors have PEFT's names then, which nothing loads."""
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, quant_type=storage, **options))
+    randomize_adapter(model)
+    base = model.get_base_model()
+    for part in (base, base.model):
+        with pytest.raises(
+            ValueError, match=r"can't be saved whole.*save_pretrained of the|before save_pretrained call"
+        ):
+            part.save_pretrained(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    expected = logits(model.eval(), token_ids())
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    assert torch.equal(logits(again, token_ids()), expected)
+    if storage is not None:
+        model.unload().save_pretrained(tmp_path / "base")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def test_a_loaded_model_with_adapters_inside_is_not_saved_whole(tmp_path):
+    """One that transformers has loaded into 4 bits."""
+    tiny_model().save_pretrained(tmp_path / "dense")
+    config = MoeQuantizationConfig(quantize_linear=False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, device_map="cpu")
+    get_peft_model(base, MoeQLoraConfig(r=4))
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM has adapters inside, and can't be saved whole"):
+        base.save_pretrained(tmp_path / "whole")
+    assert not list(tmp_path.glob("whole/*.safetensors"))
+
+
+def on_the_hub(cache: Path, adapter: Path, subfolder: str = "") -> None:
+    """Puts an adapter into a cache as that of the repository own/adapter."""
+    repository = cache / "models--own--adapter"
+    shutil.copytree(adapter, repository / "snapshots" / "0123abc" / subfolder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+
+
+@pytest.mark.parametrize("subfolder", ["", "part"])
+@pytest.mark.parametrize("is_offline", [True, False], ids=["offline", "online"])
+def test_pickles_on_the_hub(is_offline, subfolder, tmp_path, monkeypatch):
+    """PEFT would load them for want of safetensors."""
+    save(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    torch.save(load_file(file), tmp_path / "adapter" / "adapter_model.bin")
+    file.unlink()
+    on_the_hub(tmp_path / "cache", tmp_path / "adapter", subfolder)
+    snapshot = tmp_path / "cache" / "models--own--adapter" / "snapshots" / "0123abc" / subfolder
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    if not is_offline:
+
+        def file_exists(repository: str, name: str, **options) -> bool:
+            assert repository == "own/adapter"
+            return (snapshot.parent if subfolder else snapshot).joinpath(name).is_file()
+
+        monkeypatch.setattr(adapter_files, "file_exists", file_exists)
+        monkeypatch.setattr("peft.config.hf_hub_download", lambda *_, **__: str(snapshot / "adapter_config.json"))
+    place = {"cache_dir": str(tmp_path / "cache"), "subfolder": subfolder or None}
+    message = r"adapter_model\.bin of own/adapter on the hub is a pickle, which is never read"
+    with pytest.raises(ValueError, match=message):
+        MoeQLoraConfig.from_pretrained("own/adapter", **place)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(load_base(tmp_path), "own/adapter", **place)
+    (snapshot / "adapter_model.safetensors").write_bytes(whole)
+    assert MoeQLoraConfig.from_pretrained("own/adapter", **place).expert_r == 3
+    for file in ("adapter_model.safetensors", "adapter_model.bin"):
+        (snapshot / file).unlink()
+    assert MoeQLoraConfig.from_pretrained("own/adapter", **place).expert_r == 3  # to start another one from
 
 
 def test_auto_peft_model_is_a_peft_model(tmp_path):

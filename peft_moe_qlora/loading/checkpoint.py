@@ -116,11 +116,16 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
         check_inside(directory / SINGLE_NAME, directory)
         return None
     check_inside(index, directory)
-    weight_map = read_object(index.read_bytes(), f"{index} is no index of a checkpoint: it").get("weight_map")
+    found = read_object(index.read_bytes(), f"{index} is no index of a checkpoint: it")
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index} is no index of a checkpoint: weight_map={weight_map!r:.200}; an object of keys and names of "
             "shards was expected. Download it again."
+        )
+    if not isinstance(found.get("metadata"), dict):  # transformers wants it too
+        raise CheckpointError(
+            f"{index} is no index of a checkpoint: metadata={found.get('metadata')!r:.200}; an object was expected."
         )
     for key, name in weight_map.items():
         if not is_plain_name(name):

@@ -192,6 +192,8 @@ def inspect_checkpoint(
             is_left = quantization is not None and isinstance(source, DenseSource)
             of_source = saved.storage if isinstance(source, NativeSource) else None if is_left else storage
             packed = source.empty_stack(of_source, torch.bfloat16)
+            if isinstance(source, NativeSource):
+                source.check(packed, checkpoint)
             added = expert_r * layout.num_experts * sum(layout.features(projection))
             name = re.sub(r"\b\d+\b", "N", source.target.name)
             key = (name, layout.class_name, source.target.shape, ", ".join(words), _found(source, checkpoint, saved))

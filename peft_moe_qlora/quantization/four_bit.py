@@ -45,7 +45,7 @@ class FourBitFormat:
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
             raise ValueError(f"quant_type={self.quant_type!r} is unknown; choose one of {QUANT_TYPES}.")
-        if self.blocksize not in BLOCKSIZES:
+        if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize={self.blocksize!r} is not supported; choose one of {BLOCKSIZES}.")
 
     def __str__(self) -> str:

@@ -75,6 +75,7 @@ def merge_quantized(
         ValueError: see `read_adapter`, `plan_live`, `load_live` and `PartialDirectory`; or the base has this adapter
             in it already, the adapter was trained on another storage or changes one of two weights that are tied, or
             a stack or layer is the same after the merge as before.
+        CheckpointError: see `readable_quantization`, `Checkpoint`, `SourceFinder` and `names_beside`.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")

@@ -97,6 +97,9 @@ class MergeReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MergeReport:
         """What `to_dict` has given, by way of a file."""
+        for name in ("base", "adapter", "adapter_sha256"):
+            if not isinstance(values[name], str):
+                raise TypeError(f"{name}={values[name]!r:.200}, a string was expected")
         rows = {name: tuple(FidelityRow(**row) for row in values[name]) for name in ("stacks", "others")}
         lists = {name: tuple(values[name]) for name in ("merged_before", "notes")}
         found = values["verification"]
