@@ -83,7 +83,8 @@ def test_linear_layers_in_4_bits(is_packed, tmp_path):
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=True)).eval()
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path)
+    # where a CPU has AVX512-BF16, bitsandbytes repacks the layers in a forward, and PEFT would merge them wrongly
+    assert merge(tmp_path).check.problem is None
     found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
     names = {name for name, module in found.named_modules() if type(module).__name__ == "Linear4bit"}
     assert names == {f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qvo"}
