@@ -184,7 +184,7 @@ class QuantizedStack(Stack):
 
     Every expert is quantized by itself, so that no block spans two experts whatever the sizes. All tensors are frozen
     parameters with the experts in front, so that sharding by expert (FSDP2, expert parallelism) works on each alike.
-    All are integers: engines of mixed precision (FSDP2, DeepSpeed) round floating parameters to 16 bits, and skip these.
+    All are integers: engines of mixed precision (FSDP2, DeepSpeed) round floating parameters to 16 bits.
 
     Parameters:
         codes: `(E, ceil(rows * columns / 2))` uint8.
