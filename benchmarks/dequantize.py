@@ -37,7 +37,9 @@ def measure(stack: QuantizedStack, repeats: int) -> tuple[float, float]:
     device, storage = stack.codes.device, stack.storage
     shape = (stack.num_experts, weight.rows, weight.columns)
     ours = partial(decode, weight, 0, stack.num_experts, DTYPE)
-    theirs = partial(dequantize, stack.codes.flatten(), stack.block_absmax.flatten(), math.prod(shape), storage, DTYPE)
+    theirs = partial(
+        dequantize, stack.codes.flatten(), stack.scales(slice(None)).flatten(), math.prod(shape), storage, DTYPE
+    )
     if not torch.equal(ours(), theirs().view(shape)):
         raise ValueError("decoded weights differ from those of bitsandbytes.")
     num_bytes = stack.codes.nbytes + stack.block_absmax.nbytes + math.prod(shape) * DTYPE.itemsize

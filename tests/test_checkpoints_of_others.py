@@ -377,9 +377,10 @@ BROKEN_OWN = {
     "no codes": (without(f"{STACK}.codes"), "not model.layers.1.mlp.experts.down_proj.codes"),
     "no scales": (without(f"{STACK}.block_absmax"), "not model.layers.1.mlp.experts.down_proj.block_absmax"),
     "scales of the wrong length": (
-        replaced(f"{STACK}.block_absmax", torch.ones(8, 63)),
-        r"block_absmax \(F32 \[8, 63",
+        replaced(f"{STACK}.block_absmax", torch.ones(8, 63).view(torch.int32)),
+        r"block_absmax \(I32 \[8, 63",
     ),
+    "scales as numbers": (replaced(f"{STACK}.block_absmax", torch.ones(8, 64)), r"block_absmax \(F32"),
     "scales in 16 bits": (replaced(f"{STACK}.block_absmax", torch.ones(8, 64).half()), r"block_absmax \(F16"),
     "a stack too many": (added(STACK.replace("1", "4") + ".codes", torch.ones(8, 9)), "layers.4.mlp.experts"),
 }

@@ -46,10 +46,24 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape, storage, dtype, devic
             compress_statistics=storage.double_quant,
         )
         assert torch.equal(stack.codes[expert], codes.flatten())
-        assert torch.equal(stack.block_absmax[expert], state.absmax)
         if storage.double_quant:
-            assert torch.equal(stack.group_absmax[expert], state.state2.absmax)
-            assert torch.equal(stack.offset[expert], state.offset)
+            assert torch.equal(stack.block_absmax[expert], state.absmax)
+            assert torch.equal(stack.group_absmax[expert].view(torch.float32), state.state2.absmax)
+            assert torch.equal(stack.offset[expert].view(torch.float32), state.offset)
+        else:
+            assert torch.equal(stack.block_absmax[expert].view(torch.float32), state.absmax)
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=str)
+def test_no_cast_reaches_codes_and_scales(storage):
+    """Engines of mixed precision cast the data of every floating parameter, past `Module.to`."""
+    stack = QuantizedStack.from_dense(random_stack((3, 32, 128), "cpu"), is_transposed=False, storage=storage)
+    before = stack.decode(torch.float32)
+    for parameter in stack.parameters():
+        assert not parameter.is_floating_point()
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert torch.equal(stack.to(torch.float16).half().decode(torch.float32), before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

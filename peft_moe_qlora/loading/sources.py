@@ -407,12 +407,13 @@ class PackedSource(Source):
         if self.is_fused:
             codes, absmax = self.lists[0][0].read(checkpoint)
             stack.codes.copy_(codes.view_as(stack.codes))
-            stack.block_absmax.copy_(absmax.view_as(stack.block_absmax))
+            for expert, scales in enumerate(absmax.view(stack.num_experts, -1)):
+                stack.set_scales(expert, scales)
             return
         for expert in range(self.target.num_experts):
             parts = [tensors[self.first_expert + expert].read(checkpoint) for tensors in self.lists]
             stack.codes[expert] = torch.cat([codes for codes, _ in parts])
-            stack.block_absmax[expert] = torch.cat([absmax for _, absmax in parts])
+            stack.set_scales(expert, torch.cat([absmax for _, absmax in parts]))
 
 
 Sources = dict[str, dict[str, Source]]

@@ -14,6 +14,7 @@ class PackedWeight(NamedTuple):
 
     Args:
         tensors: `(codes, block_absmax)`, `(codes, block_absmax, group_absmax, offset)`, or the 16-bit weight alone.
+            Kernels read scales in int32 as the fp32 numbers whose bits they are.
         rows: of one expert's matrix as stored.
         columns: of one expert's matrix as stored.
         is_transposed: stored `(in, out)`.

@@ -184,12 +184,13 @@ class QuantizedStack(Stack):
 
     Every expert is quantized by itself, so that no block spans two experts whatever the sizes. All tensors are frozen
     parameters with the experts in front, so that sharding by expert (FSDP2, expert parallelism) works on each alike.
+    All are integers: engines of mixed precision (FSDP2, DeepSpeed) round floating parameters to 16 bits.
 
     Parameters:
         codes: `(E, ceil(rows * columns / 2))` uint8.
-        block_absmax: `(E, num_blocks)`, fp32, or uint8 with `double_quant`.
-        group_absmax: `(E, ceil(num_blocks / 256))` fp32; with `double_quant` only.
-        offset: `(E,)` fp32; with `double_quant` only.
+        block_absmax: `(E, num_blocks)`: int32, the bits of fp32; or uint8 with `double_quant`.
+        group_absmax: `(E, ceil(num_blocks / 256))` int32, the bits of fp32; with `double_quant` only.
+        offset: `(E,)` int32, the bits of fp32; with `double_quant` only.
     """
 
     def __init__(
@@ -212,10 +213,10 @@ class QuantizedStack(Stack):
         self.codes = empty(-(-numel // 2), dtype=torch.uint8)
         if storage.double_quant:
             self.block_absmax = empty(num_blocks, dtype=torch.uint8)
-            self.group_absmax = empty(-(-num_blocks // 256), dtype=torch.float32)
-            self.offset = empty(dtype=torch.float32)
+            self.group_absmax = empty(-(-num_blocks // 256), dtype=torch.int32)
+            self.offset = empty(dtype=torch.int32)
         else:
-            self.block_absmax = empty(num_blocks, dtype=torch.float32)
+            self.block_absmax = empty(num_blocks, dtype=torch.int32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,10 +247,10 @@ class QuantizedStack(Stack):
         if self.storage.double_quant:
             nested = nest(absmax)
             self.block_absmax[expert] = nested.codes
-            self.group_absmax[expert] = nested.absmax
-            self.offset[expert] = nested.offset
+            self.group_absmax[expert] = nested.absmax.view(torch.int32)
+            self.offset[expert] = nested.offset.view(torch.int32)
         else:
-            self.block_absmax[expert] = absmax
+            self.block_absmax[expert] = absmax.view(torch.int32)
 
     @torch.no_grad()
     def set_codes(self, expert: int, codes: torch.Tensor) -> None:
@@ -261,8 +262,9 @@ class QuantizedStack(Stack):
     def scales(self, experts: slice) -> torch.Tensor:
         """`(number of experts, num_blocks)` fp32 scales."""
         if not self.storage.double_quant:
-            return self.block_absmax[experts]
-        return unnest(NestedAbsmax(self.block_absmax[experts], self.group_absmax[experts], self.offset[experts]))
+            return self.block_absmax[experts].view(torch.float32)
+        group_absmax, offset = (bits[experts].view(torch.float32) for bits in (self.group_absmax, self.offset))
+        return unnest(NestedAbsmax(self.block_absmax[experts], group_absmax, offset))
 
     @torch.no_grad()
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
@@ -305,8 +307,7 @@ class QuantizedStack(Stack):
         return stack
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedStack:
-        # `model.to(dtype)` means the weights that it stands for, whose dtype an empty one of them shows; scales
-        # rounded to 16 bits would be other weights
+        # `model.to(dtype)` means the weights that it stands for, whose dtype an empty one of them shows
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:

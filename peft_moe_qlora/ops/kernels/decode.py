@@ -84,6 +84,12 @@ def decode_codes(codes, scale, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTY
 
 
 @triton.jit
+def as_scale(bits):
+    """The fp32 numbers whose bits are stored as int32; fp32 as it is."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_scales(
     ABSMAX,
     NESTED,
@@ -98,11 +104,13 @@ def load_scales(
     """fp32 scales of blocks of one expert; where masked, some finite value."""
     place = ABSMAX + expert.to(tl.int64) * NUM_BLOCKS + block
     scale = tl.load(place, mask=mask, other=0)
-    if IS_NESTED:
+    if not IS_NESTED:
+        scale = as_scale(scale)
+    else:
         NUM_NESTED: tl.constexpr = (NUM_BLOCKS + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE
         place = NESTED + expert * NUM_NESTED + block // _NESTED_BLOCKSIZE
-        nested = tl.load(place, mask=mask, other=0.0)
-        scale = tl.load(MAP + scale.to(tl.int32)) * nested + tl.load(OFFSET + expert)
+        nested = as_scale(tl.load(place, mask=mask, other=0))
+        scale = tl.load(MAP + scale.to(tl.int32)) * nested + as_scale(tl.load(OFFSET + expert))
     return scale
 
 

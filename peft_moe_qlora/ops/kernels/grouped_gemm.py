@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..operands import PackedWeight
 from .code_tables import NO_TABLE, code_table, runs_ptx
-from .decode import decode, decode_codes, look_up_codes, with_plain_scales
+from .decode import as_scale, decode, decode_codes, look_up_codes, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .schedule import Tiles
 from .tape import allocate
@@ -105,9 +105,9 @@ def _weight_tile(
             codes = tl.load(place)
         place = ABSMAX + expert.to(tl.int64) * (ROWS * ROW_BLOCKS) + row[:, None] * ROW_BLOCKS + block[None, :]
         if MASK_ROWS or MASK_COLUMNS:
-            scale = tl.load(place, mask=is_row & (block < ROW_BLOCKS)[None, :], other=0.0)
+            scale = as_scale(tl.load(place, mask=is_row & (block < ROW_BLOCKS)[None, :], other=0))
         else:
-            scale = tl.load(place)
+            scale = as_scale(tl.load(place))
         codes = tl.reshape(codes, (TILE_ROWS, BLOCKS, TILE_COLUMNS // (2 * BLOCKS)))
         high, low = decode_codes(codes, (scale * (1 / SCALE))[:, :, None], VALUES, ASSEMBLY, DTYPE)
         return tl.reshape(tl.join(high, low), (TILE_ROWS, TILE_COLUMNS))
@@ -138,10 +138,10 @@ def _weight_block(
     scale_place += column_tile // (BLOCKSIZE // TILE_COLUMNS)
     if MASK_ROWS:
         codes = tl.load(place, mask=is_row, other=0)
-        scale = tl.load(scale_place, mask=row < ROWS, other=0.0)
+        scale = as_scale(tl.load(scale_place, mask=row < ROWS, other=0))
     else:
         codes = tl.load(place)
-        scale = tl.load(scale_place)
+        scale = as_scale(tl.load(scale_place))
     high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
     return tl.reshape(tl.join(high, low), (row.shape[0], TILE_COLUMNS)), scale
 
