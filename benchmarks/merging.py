@@ -23,7 +23,7 @@ from peft import get_peft_model
 from tabulate import tabulate
 
 from peft_moe_qlora import MoeQLoraConfig, load_quantized
-from peft_moe_qlora.export import merge_checkpoint, merge_quantized
+from peft_moe_qlora.merge import merge_checkpoint, merge_quantized
 
 KINDS = ("bf16", "nf4 nearest", "nf4 second-order")
 

@@ -64,7 +64,7 @@ from peft_moe_qlora import (
     prepare_model_for_training,
     quantize_experts,
 )
-from peft_moe_qlora.export import kl_divergence, merge_checkpoint, merge_quantized, next_token_logits
+from peft_moe_qlora.merge import kl_divergence, merge_checkpoint, merge_quantized, next_token_logits
 
 BATCH_SIZE = 8
 WINDOW = 128  # tokens

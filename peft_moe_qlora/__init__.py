@@ -3,6 +3,8 @@
 Importing the package registers the method with PEFT; importing it again changes nothing.
 """
 
+__version__ = "0.1.0"
+
 from peft import mapping as _mapping
 
 from .config import MoeQLoraConfig, MoeQLoraPeftType
@@ -12,8 +14,6 @@ from .loading import CheckpointError, MoeQuantizationConfig, load_experts, load_
 from .model import MoeQLoraModel
 from .prepare import prepare_model_for_training, quantize_experts
 from .report import ExpertsReport, StackReport, experts_report
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",

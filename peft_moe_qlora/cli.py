@@ -10,22 +10,9 @@ from typing import Any
 
 import torch
 
-from .export import (
-    LAYOUTS,
-    LORA_B_ORDERS,
-    ONTO,
-    QUANT_TYPE_NAMES,
-    TARGETS,
-    MergeReport,
-    ReadOptions,
-    convert_adapter,
-    merge_checkpoint,
-    merge_quantized,
-    plan_live,
-    read_windows,
-    verify_merge,
-)
+from .layouts import LORA_B_ORDERS, QUANT_TYPE_NAMES, TARGETS, ReadOptions, convert_adapter
 from .loading import inspect_checkpoint
+from .merge import LAYOUTS, ONTO, MergeReport, merge_checkpoint, merge_quantized, plan_live, read_windows, verify_merge
 from .model import ROUNDINGS
 from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
 

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
 from .base_identity import BaseIdentity, differing_sample, identify_base
-from .calibration import adapted_projections, config_with_vocabulary, merge_for_inputs, random_token_ids
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
 from .gradient_watch import watch_gradients
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
-from .merge_check import MergeCheck, Reference, take_reference
+from .merge.calibration import adapted_projections, config_with_vocabulary, merge_for_inputs, random_token_ids
+from .merge.check import MergeCheck, Reference, take_reference
 from .quantization import Stack
 from .report import ExpertsReport, experts_report
 from .targets import (

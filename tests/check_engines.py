@@ -24,8 +24,8 @@ from engine_vllm import Vllm
 from saved_adapters import saved_deltas
 
 from peft_moe_qlora.experts import ExpertsLayout
-from peft_moe_qlora.export import convert_adapter
-from peft_moe_qlora.export.base_model import BaseModel
+from peft_moe_qlora.layouts import convert_adapter
+from peft_moe_qlora.layouts.base_model import BaseModel
 
 OPTIONS = {
     "plain": {"target_modules": r".*\.experts|.*self_attn\.[qv]_proj"},

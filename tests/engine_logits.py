@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from saved_adapters import saved_deltas
 from tiny_models import logits, token_ids
 
-from peft_moe_qlora.export import convert_adapter
+from peft_moe_qlora.layouts import convert_adapter
 
 _OPTIONS = {"target_modules": r".*\.experts|.*self_attn\.[qkvo]_proj", "use_rslora": True, "expert_r": 3}
 

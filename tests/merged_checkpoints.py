@@ -13,7 +13,7 @@ from shrunken_models import shrunken_config, shrunken_model
 from tiny_models import randomize_adapter, tiny_model
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.export import merge_checkpoint
+from peft_moe_qlora.merge import merge_checkpoint
 
 STOCK = """
     import sys

@@ -10,7 +10,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.export import read_adapter
+from peft_moe_qlora.layouts import read_adapter
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])

@@ -14,7 +14,7 @@ from test_export_adapters import save_adapter
 from test_import_adapters import edit_config, edit_tensors, save_base, stock, tensors_of
 
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import ReadOptions, convert_adapter, read_adapter
+from peft_moe_qlora.layouts import ReadOptions, convert_adapter, read_adapter
 
 EXPERTS = "model.layers.1.mlp.experts"
 

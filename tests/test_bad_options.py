@@ -13,7 +13,7 @@ from saved_adapters import saved_deltas
 from test_import_adapters import edit_tensors, save_base, tensors_of
 
 from peft_moe_qlora.base_identity import BaseIdentity
-from peft_moe_qlora.export import convert_adapter, read_adapter
+from peft_moe_qlora.layouts import convert_adapter, read_adapter
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from peft import PeftModel, get_peft_model
 from tiny_models import randomize_adapter, tiny_model
 
 from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, experts_report
-from peft_moe_qlora import calibration as module
-from peft_moe_qlora.calibration import merge_layer
-from peft_moe_qlora.export import merge_quantized
-from peft_moe_qlora.quantization import FourBitFormat, MergedExpert, QuantizedStack, quantize_second_order
+from peft_moe_qlora.merge import calibration as module
+from peft_moe_qlora.merge import merge_quantized
+from peft_moe_qlora.merge.calibration import merge_layer
+from peft_moe_qlora.merge.second_order import MergedExpert, quantize_second_order
+from peft_moe_qlora.quantization import FourBitFormat, QuantizedStack
 
 NUM_TOKENS, NUM_EXPERTS, CHOSEN = 96, 8, 2
 

@@ -20,10 +20,10 @@ from shrunken_models import shrunken_config
 from torch import nn
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.export import AdapterFile, read_adapter
-from peft_moe_qlora.export.adapter_file import ExpertFactors
-from peft_moe_qlora.export.base_model import BaseModel
-from peft_moe_qlora.export.writers.engines import LLAMA_CPP, MLX, SGLANG, VLLM, Engine, write_for_engine
+from peft_moe_qlora.layouts import AdapterFile, read_adapter
+from peft_moe_qlora.layouts.adapter_file import ExpertFactors
+from peft_moe_qlora.layouts.base_model import BaseModel
+from peft_moe_qlora.layouts.engines import LLAMA_CPP, MLX, SGLANG, VLLM, Engine, write_for_engine
 
 ENGINES = (VLLM, SGLANG, LLAMA_CPP, MLX)
 SERVED = sorted({name for engine in ENGINES for name in engine.layouts})

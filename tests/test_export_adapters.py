@@ -18,7 +18,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import convert_adapter, read_adapter
+from peft_moe_qlora.layouts import convert_adapter, read_adapter
 
 
 def save_adapter(directory, model_type: str = "qwen3_moe", **options):

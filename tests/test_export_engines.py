@@ -12,7 +12,7 @@ from test_import_adapters import edit_config, edit_tensors, tensors_of
 
 from peft_moe_qlora import MoeQuantizationConfig
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import TARGETS, convert_adapter, read_adapter
+from peft_moe_qlora.layouts import TARGETS, convert_adapter, read_adapter
 
 ENGINES = ("vllm", "sglang", "llama.cpp", "mlx")
 OPTIONS = {

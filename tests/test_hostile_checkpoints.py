@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from tiny_models import tiny_model
 
 from peft_moe_qlora import CheckpointError, load_experts, load_quantized
-from peft_moe_qlora.export import merge_checkpoint, merge_quantized
 from peft_moe_qlora.loading import Checkpoint, inspect_checkpoint
+from peft_moe_qlora.merge import merge_checkpoint, merge_quantized
 
 INDEX = "model.safetensors.index.json"
 

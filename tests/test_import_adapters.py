@@ -18,9 +18,9 @@ from stock_peft import VERSIONS, run_stock_peft
 from test_export_adapters import OPTIONS, llama4, save_adapter
 from tiny_models import logits, tiny_model, token_ids
 
-from peft_moe_qlora.export import TARGETS, AdapterFile, ReadOptions, convert_adapter, read_adapter
-from peft_moe_qlora.export.adapter_file import rank_and_alpha
-from peft_moe_qlora.export.others import adapted_layers
+from peft_moe_qlora.layouts import TARGETS, AdapterFile, ReadOptions, convert_adapter, read_adapter
+from peft_moe_qlora.layouts.adapter_file import rank_and_alpha
+from peft_moe_qlora.layouts.non_expert import adapted_layers
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PLAIN = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "o_proj"], "target_parameters": BOTH}

@@ -49,7 +49,9 @@ def test_layers_that_lora_cant_train_are_not_counted(model_type, tmp_path, capsy
     model = shrunken_model_or_skip(model_type)
     model.save_pretrained(tmp_path)
     found = inspected(capsys, tmp_path, "--r", 8)
-    model = get_peft_model(model, MoeQLoraConfig(r=8, target_modules="all-linear", exclude_modules=["experts.gate_up_proj"]))
+    model = get_peft_model(
+        model, MoeQLoraConfig(r=8, target_modules="all-linear", exclude_modules=["experts.gate_up_proj"])
+    )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert found["linear_adapter_parameters"] == trained - model.experts_report().num_adapter_parameters
 

@@ -9,7 +9,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from saved_adapters import saved_deltas
 
-from peft_moe_qlora.export import convert_adapter, merge_checkpoint
+from peft_moe_qlora.layouts import convert_adapter
+from peft_moe_qlora.merge import merge_checkpoint
 
 OPTIONS = {
     "a linear layer": {"exclude_modules": ["layers.0.self_attn.q_proj"]},

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import randomize_adapter, tiny_model
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
-from peft_moe_qlora.export.base_model import BaseModel
+from peft_moe_qlora.layouts.base_model import BaseModel
 
 LINEAR = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo"]
 

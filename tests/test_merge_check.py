@@ -16,8 +16,8 @@ from torch import nn
 
 from peft_moe_qlora import MoeQLoraConfig
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import MergeReport
-from peft_moe_qlora.merge_check import MergeCheck, take_reference
+from peft_moe_qlora.merge import MergeReport
+from peft_moe_qlora.merge.check import MergeCheck, take_reference
 
 
 def adapted(**options) -> PeftModel:

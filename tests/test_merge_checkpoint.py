@@ -23,11 +23,11 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import merge_checkpoint, merge_quantized
-from peft_moe_qlora.export.merging import checkpoint as merging
-from peft_moe_qlora.export.merging.inputs import adapter_digest
-from peft_moe_qlora.export.merging.live import kl_divergence
-from peft_moe_qlora.export.merging.report import FidelityRow, MergeReport, Verification
+from peft_moe_qlora.merge import checkpoint as merging
+from peft_moe_qlora.merge import merge_checkpoint, merge_quantized
+from peft_moe_qlora.merge.inputs import adapter_digest
+from peft_moe_qlora.merge.report import FidelityRow, MergeReport, Verification
+from peft_moe_qlora.merge.unmerged import kl_divergence
 
 
 def expert_keys(tensors: dict[str, torch.Tensor]) -> set[str]:
@@ -538,7 +538,7 @@ def test_memory_stays_at_one_shard(tmp_path):
     script = """
         import sys, resource
         import peft_moe_qlora
-        from peft_moe_qlora.export import merge_checkpoint
+        from peft_moe_qlora.merge import merge_checkpoint
         directory = sys.argv[1]
         def anonymous():
             with open("/proc/self/status") as file:

@@ -19,14 +19,14 @@ from checkpoint_writers import read_tensors, write_tensors
 from merged_checkpoints import merge, save_adapter
 from safetensors.torch import load_file, save_file
 
-from peft_moe_qlora.export import ReadOptions, convert_adapter
-from peft_moe_qlora.export.merging import checkpoint as merging
+from peft_moe_qlora.layouts import ReadOptions, convert_adapter
+from peft_moe_qlora.merge import checkpoint as merging
 
 KILLED = """
     import sys, time
     import peft_moe_qlora
-    from peft_moe_qlora.export import merge_checkpoint
-    from peft_moe_qlora.export.merging import checkpoint as merge
+    from peft_moe_qlora.merge import merge_checkpoint
+    from peft_moe_qlora.merge import checkpoint as merge
     directory = sys.argv[1]
     written = merge.save_file
     def slowly(tensors, path, metadata):  # so that there is a time to be killed at
@@ -102,7 +102,7 @@ def test_a_second_run_is_kept_out_while_one_is_writing(tmp_path, monkeypatch):
 FULL = """
     import resource, signal, sys
     import peft_moe_qlora
-    from peft_moe_qlora.export import merge_checkpoint
+    from peft_moe_qlora.merge import merge_checkpoint
     directory = sys.argv[1]
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

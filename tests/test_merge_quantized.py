@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import convert_adapter, merge_quantized, verify_merge
-from peft_moe_qlora.export.merging.partial_directory import PartialDirectory
+from peft_moe_qlora.layouts import convert_adapter
+from peft_moe_qlora.merge import merge_quantized, verify_merge
+from peft_moe_qlora.merge.partial_directory import PartialDirectory
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
 

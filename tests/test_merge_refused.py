@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 
 from peft_moe_qlora import cli
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import convert_adapter, merge_checkpoint
+from peft_moe_qlora.layouts import convert_adapter
+from peft_moe_qlora.merge import merge_checkpoint
 
 
 def test_what_is_refused_before_anything_is_written(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_moe_qlora.export.merging.partial_directory import PartialDirectory
+from peft_moe_qlora.merge.partial_directory import PartialDirectory
 
 TASK = {"adapter": "a"}
 

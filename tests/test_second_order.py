@@ -11,16 +11,16 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, experts_report
-from peft_moe_qlora.calibration import random_token_ids
-from peft_moe_qlora.export.merging.live import kl_divergence
-from peft_moe_qlora.quantization import (
-    FourBitFormat,
+from peft_moe_qlora.merge.calibration import random_token_ids
+from peft_moe_qlora.merge.second_order import (
     MergedExpert,
-    QuantizedStack,
-    code_values,
+    choose_scales,
+    nearest_codes,
     quantize_second_order,
+    round_second_order,
 )
-from peft_moe_qlora.quantization.second_order import choose_scales, nearest_codes, round_second_order
+from peft_moe_qlora.merge.unmerged import kl_divergence
+from peft_moe_qlora.quantization import FourBitFormat, QuantizedStack, code_values
 
 STORAGES = [FourBitFormat(), FourBitFormat("fp4", 32), FourBitFormat("nf4", 128, double_quant=True)]
 

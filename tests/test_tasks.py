@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.export import merge_checkpoint, merge_quantized
+from peft_moe_qlora.merge import merge_checkpoint, merge_quantized
 
 CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,

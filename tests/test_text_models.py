@@ -11,8 +11,9 @@ from tiny_models import randomize_adapter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.export import convert_adapter, merge_checkpoint, merge_quantized, read_adapter
+from peft_moe_qlora.layouts import convert_adapter, read_adapter
 from peft_moe_qlora.loading import load_quantized
+from peft_moe_qlora.merge import merge_checkpoint, merge_quantized
 
 WHOLE = {
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",

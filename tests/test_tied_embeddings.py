@@ -11,7 +11,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from torch import nn
 
 from peft_moe_qlora import MoeQLoraConfig, load_quantized
-from peft_moe_qlora.export import merge_quantized
+from peft_moe_qlora.merge import merge_quantized
 
 WITH_LORA = [{"target_modules": ["experts", "embed_tokens"]}, {"target_modules": ["experts", "lm_head"]}]
 IN_FULL = [{"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}]

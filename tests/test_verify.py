@@ -20,8 +20,15 @@ from torch import nn
 
 from peft_moe_qlora import MoeQLoraConfig, load_quantized
 from peft_moe_qlora.cli import main
-from peft_moe_qlora.export import MergeReport, kl_divergence, merge_checkpoint, merge_quantized, verify_merge
-from peft_moe_qlora.export.merging import inputs, live, verify
+from peft_moe_qlora.merge import (
+    MergeReport,
+    inputs,
+    kl_divergence,
+    merge_checkpoint,
+    merge_quantized,
+    verify,
+    verify_merge,
+)
 
 
 def words(directory: Path, count: int = 40) -> Path:
@@ -160,7 +167,7 @@ def hub(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
 
     monkeypatch.setattr(inputs, "snapshot_download", download)
     monkeypatch.setattr(
-        "peft_moe_qlora.export.base_model.cached_file",
+        "peft_moe_qlora.layouts.base_model.cached_file",
         lambda *args, **options: f"{download(*args, **options)}/config.json",
     )
     read = transformers.AutoTokenizer.from_pretrained

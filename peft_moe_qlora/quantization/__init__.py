@@ -2,7 +2,6 @@
 
 from .fidelity import Fidelity
 from .four_bit import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat, code_values, dynamic_map
-from .second_order import MergedExpert, quantize_second_order
 from .stack import DenseStack, QuantizedStack, Stack
 
 __all__ = [
@@ -12,10 +11,8 @@ __all__ = [
     "DenseStack",
     "Fidelity",
     "FourBitFormat",
-    "MergedExpert",
     "QuantizedStack",
     "Stack",
     "code_values",
     "dynamic_map",
-    "quantize_second_order",
 ]

@@ -1,1 +1,0 @@
-"""Merged checkpoints, and how true they are."""

@@ -1,1 +1,0 @@
-"""Reads adapters of this package and of others."""

@@ -1,1 +1,0 @@
-"""Writes adapters in the layouts of others."""

@@ -1,0 +1,185 @@
+"""Whether what an adapter has beside experts is what its config asks for, and fits the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import nn
+
+from ..targets import may_be_absent, parents
+from .base_model import BaseModel
+from .non_expert import LORA, PAIRS, TOKENS, adapted_layers, name_in_model
+
+_EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
+"""PEFT saves these, trained or not, where tokens were added (`save_embedding_layers`)."""
+
+
+def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
+    """Refuses tensors that nothing would take, and a file without those that its config asks for beside LoRA.
+
+    Args:
+        file: for errors.
+        config: the adapter's.
+        others: key without PEFT's prefix -> tensor.
+        base: what the adapter belongs to; None if that isn't known, which leaves shapes and places unchecked.
+
+    Raises:
+        ValueError: names the first key that lacks its other half, is none of an adapter, doesn't fit the base, or is
+            missing.
+    """
+    for key in others:
+        for a, b in PAIRS:
+            for own, other in ((a, b), (b, a)):
+                if key.endswith(own) and key.removesuffix(own) + other not in others:
+                    raise ValueError(f"{file} has {key}, but not {key.removesuffix(own)}{other}; it is damaged.")
+    for name in adapted_layers(others):
+        if base is not None:
+            _check_layer(file, name, others, base)
+    _check_saved_modules(file, config, others, base)
+    _check_tokens(file, config, others, base)
+    for key, tensor in others.items():
+        if key.endswith(LORA) or _is_known(config, key):
+            if base is not None and not key.endswith((*LORA, *TOKENS)):
+                _check_full(file, key, tensor, base)
+            continue
+        raise ValueError(
+            f"{file}: {key} is nothing that this adapter's config asks for. The file is damaged, or of a format that "
+            "is not read; remove the tensor if it isn't needed."
+        )
+
+
+def _check_saved_modules(
+    file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None
+) -> None:
+    keys = [name_in_model(key) for key in others if not key.endswith((*LORA, *TOKENS))]
+
+    def is_saved(name: str) -> bool:
+        return any(f"{name}." in key for key in keys)
+
+    for name in config.modules_to_save or ():
+        if not is_saved(name) and may_be_absent(name, config, is_saved):
+            continue
+        missing = None if is_saved(name) else name
+        if base is not None and missing is None:
+            # PEFT takes every module whose name ends so, but of one inside another saves the inner one alone
+            modules = {path: module for path, module in base.model.named_modules() if path.endswith(name)}
+            around = {parent for path in modules for parent in parents(path)}
+            innermost = {path: module for path, module in modules.items() if path not in around}
+            wanted = [f"{path}.{key}" for path, module in innermost.items() for key, _ in module.named_parameters()]
+            missing = next((key for key in wanted if key not in keys), None)
+        if missing is not None:
+            raise ValueError(
+                f"{file} has no tensor of {missing}, which its config has in modules_to_save; it is damaged."
+            )
+
+
+def _check_tokens(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return
+    found = {}
+    for key, tensor in others.items():
+        if key.endswith(TOKENS):
+            found[key.removesuffix(TOKENS[0]).removesuffix(TOKENS[1])] = tensor
+    # of layers that are tied PEFT saves one
+    may_be_tied = base is None or base.model.config.get_text_config().tie_word_embeddings
+    for layer, indices in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
+        names = [name for name in found if layer in ("", name) or name.endswith(f".{layer}")]
+        if not names and not (found and may_be_tied):
+            raise ValueError(
+                f"{file} has no tensor of trained tokens{f' of {layer}' if layer else ''}, which its config has in "
+                "trainable_token_indices; it is damaged."
+            )
+        for name in names:
+            _check_token_rows(file, name, found[name], len(indices), base)
+
+
+def _check_token_rows(file: Path, name: str, rows: torch.Tensor, num_tokens: int, base: BaseModel | None) -> None:
+    expected = f"({num_tokens}, features)"
+    fits = rows.dim() == 2 and len(rows) == num_tokens
+    if base is not None:
+        layer = base.layer(name)
+        if layer is None:
+            raise ValueError(
+                f"{file}: {name} has trained tokens, but {base.directory} has no embedding of that name. The adapter "
+                "belongs to another base."
+            )
+        expected = (num_tokens, layer.weight.shape[1])
+        fits = tuple(rows.shape) == expected
+    if not fits:
+        raise ValueError(
+            f"{file}: the trained tokens of {name} have shape {tuple(rows.shape)}; {expected} was expected by "
+            "trainable_token_indices of its config. The two don't belong together."
+        )
+
+
+def check_targeted(file: Path, names: Iterable[str], is_targeted: Callable[[str], bool]) -> None:
+    """Refuses factors of layers that the config leaves alone: whoever loads the file drops them, or adds them.
+
+    Args:
+        file: for errors.
+        names: of the layers that have factors.
+        is_targeted: whether the config asks for a layer.
+
+    Raises:
+        ValueError: names the first.
+    """
+    strange = [name for name in names if not is_targeted(name)]
+    if strange:
+        raise ValueError(
+            f"{file} has factors of {strange[0]}, but its config doesn't target it (target_modules, exclude_modules, "
+            "layers_to_transform, target_parameters); it is damaged, or mixed up with another. Save the adapter again."
+        )
+
+
+def _is_known(config: LoraConfig, key: str) -> bool:
+    saved = config.modules_to_save or ()
+    if key.endswith(_EMBEDDINGS):
+        return True
+    return (
+        any(f"{name}." in key for name in saved)  # PEFT takes every module whose name ends so
+        or (config.bias != "none" and key.endswith("bias"))
+        or (config.trainable_token_indices is not None and key.endswith(TOKENS))
+    )
+
+
+def _check_layer(file: Path, name: str, others: dict[str, torch.Tensor], base: BaseModel) -> None:
+    layer = base.layer(name)
+    if layer is None:
+        raise ValueError(
+            f"{file}: {name} has factors, but {base.directory} has no linear layer or embedding of that name. "
+            "The adapter belongs to another base, or adapts a router, which has to be left out."
+        )
+    is_embedding = isinstance(layer, nn.Embedding)
+    rows, columns = layer.weight.shape
+    if is_embedding:
+        rows, columns = columns, rows
+    a, b = PAIRS[is_embedding]
+    if name + a not in others:
+        raise ValueError(f"{file}: {name} is a {type(layer).__name__}; factors {name}{a} were expected.")
+    A, B = others[name + a], others[name + b]
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != columns or B.shape[0] != rows or A.shape[0] != B.shape[1]:
+        raise ValueError(
+            f"{file}: {name}{a} {list(A.shape)} and {name}{b} {list(B.shape)} don't fit {base.directory}, where "
+            f"(r, {columns}) and ({rows}, r) were expected. They are transposed, or of another base."
+        )
+
+
+def _check_full(file: Path, key: str, tensor: torch.Tensor, base: BaseModel) -> None:
+    expected, found = base.shape_of(name_in_model(key)), tuple(tensor.shape)
+    if expected == found:
+        return
+    if name_in_model(key).endswith(_EMBEDDINGS) and expected is not None and expected[1:] == found[1:]:
+        raise ValueError(
+            f"{file}: {key} is of {found[0]} tokens, {base.directory} of {expected[0]}: tokens were added in "
+            f"training. Add them to the base (model.resize_token_embeddings({found[0]})), save it, and name that as "
+            "the base."
+        )
+    raise ValueError(
+        f"{file}: {key} has shape {found}; {base.directory} has "
+        f"{'no such tensor' if expected is None else f'{expected} there'}. The adapter belongs to another base."
+    )

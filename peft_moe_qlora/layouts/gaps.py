@@ -1,0 +1,76 @@
+"""Layers without factors where others of their kind have some, such as those of `exclude_modules`.
+
+Targets are written as the last parts of names, which reach them too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+from .adapter_file import AdapterFile, ExpertFactors
+from .base_model import BaseModel
+from .gate_up_halves import containers_of
+from .non_expert import A_SUFFIX, B_SUFFIX, adapted_layers
+from .source import kind
+
+
+class Gaps(NamedTuple):
+    """What an adapter leaves out.
+
+    Args:
+        layers: names of linear layers in the model.
+        experts: paths of experts modules.
+    """
+
+    layers: list[str]
+    experts: list[str]
+
+
+def find_gaps(adapter: AdapterFile, base: BaseModel, blocks: list[int] | None) -> Gaps:
+    """What an adapter leaves out.
+
+    Args:
+        adapter: a uniform one (`uniform`).
+        base: the model that it belongs to.
+        blocks: the numbers of the layers that the written config reaches; None for all.
+    """
+    linear = adapted_layers(adapter.others)
+    experts = {factors.path for factors in adapter.experts}
+    kinds = {kind(name) for name in (*linear, *experts)}
+
+    def is_gap(name: str) -> bool:
+        block = re.search(r"\.(\d+)\.", name)
+        is_reached = blocks is None or block is None or int(block[1]) in blocks
+        return is_reached and kind(name) in kinds and name not in linear and name not in experts
+
+    return Gaps([name for name in base.layers() if is_gap(name)], [path for path in base.layouts if is_gap(path)])
+
+
+def exclude_pattern(gaps: Gaps, base: BaseModel) -> str | None:
+    """`exclude_modules` that leaves out the gaps, under their names in the model and in its checkpoint; None if no
+    gap is there."""
+    layers = [name for layer in gaps.layers for name in (layer, base.name_of_linear(layer)) if name is not None]
+    experts = [container for path in gaps.experts for container in sorted(containers_of(base, path))]
+    patterns = [re.escape(name) for name in layers] + [rf"{re.escape(name)}(\.\d+)?\.\w+" for name in experts]
+    return "|".join(dict.fromkeys(patterns)) or None
+
+
+def without_gaps(adapter: AdapterFile, gaps: Gaps, base: BaseModel) -> AdapterFile:
+    """The same adapter with zeros in the gaps, for readers that can't exclude layers."""
+    r, alpha = adapter.config.r, adapter.config.lora_alpha
+    some = adapter.experts[0]
+    experts, others = list(adapter.experts), dict(adapter.others)
+    for path in gaps.experts:
+        layout = base.layouts[path]
+        for projection in layout.projections:
+            in_features, out_features = layout.features(projection)
+            A = some.A.new_zeros(layout.num_experts, r, in_features)
+            B = some.A.new_zeros(layout.num_experts, out_features, r)
+            experts.append(ExpertFactors(path, projection, A, B, some.scaling, alpha))
+    for name in gaps.layers:
+        rows, columns = base.layer(name).weight.shape
+        others[name + A_SUFFIX] = some.A.new_zeros(r, columns)
+        others[name + B_SUFFIX] = some.A.new_zeros(rows, r)
+    return replace(adapter, experts=tuple(experts), others=others)

@@ -1,0 +1,132 @@
+"""Reads adapters of this package."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..adapter_check import check_stored_shapes
+from ..config import MoeQLoraConfig, rank_and_alpha
+from ..targets import is_all_linear, reached_stacks, resolve_targets
+from .adapter_file import AdapterFile, ExpertFactors
+from .base_model import BaseModel
+from .check_non_expert import check_others, check_targeted
+from .non_expert import adapted_layers, factor_pairs, name_in_model
+
+_FACTOR = re.compile(r"(?P<path>.*)\.(?P<projection>gate_up_proj|up_proj|down_proj)\.lora_(?P<factor>[AB])\.weight")
+
+
+def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:
+    """Reads an adapter of this package.
+
+    Args:
+        directory: that `PeftModel.save_pretrained` has written.
+        tensors: of the file in it, key without PEFT's prefix -> tensor.
+        base: what it belongs to, to hold its tensors against; None if that isn't known.
+
+    Raises:
+        ValueError: it lacks a tensor, or has shapes that don't fit each other or the base. The error names the file
+            and the key.
+    """
+    config = MoeQLoraConfig.from_pretrained(str(directory))
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen embedding or head
+        match = _FACTOR.fullmatch(name) if tensor.dim() == 3 else None
+        if match is None:
+            others[name] = tensor
+        else:
+            factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
+    experts = [_factors(file, config, *at, found) for at, found in factors.items()]
+    # the first projection of a module is the one that isn't down_proj
+    experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    reached = replace(config)
+    if base is not None:
+        resolve_targets(reached, base.model, base.layouts)
+        _check_against(file, base, config, reached, experts, others)
+    check_others(file, config, others, base)
+    linear = adapted_layers(others)
+    if not is_all_linear(reached):  # which can't be known without a base
+        check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
+    for pair in factor_pairs(others):
+        r, _ = rank_and_alpha(config, pair.name)
+        if pair.A.shape[0] != r:
+            raise ValueError(
+                f"{file}: the factors of {pair.name} have rank {pair.A.shape[0]}, but the config says {r}, from which "
+                "the scaling follows. The two don't belong together."
+            )
+    if not experts:
+        raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
+    return AdapterFile(config, tuple(experts), others)
+
+
+def _factors(
+    file: Path, config: MoeQLoraConfig, path: str, projection: str, found: dict[str, torch.Tensor]
+) -> ExpertFactors:
+    name = f"{path}.{projection}"
+    r, alpha = rank_and_alpha(config.of_experts(), name)
+    if found.keys() != {"A", "B"}:
+        raise ValueError(f"{file} has lora_{next(iter(found))} of {name}, but not the other factor.")
+    A, B = found["A"], found["B"]
+    if A.shape[:2] != (B.shape[0], r) or B.shape[2] != r:
+        raise ValueError(
+            f"{file}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {name} are not (E, r, in) and (E, out, r) "
+            f"of rank {r}, which the config has for it."
+        )
+    return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
+
+
+def _check_against(
+    file: Path,
+    base: BaseModel,
+    config: MoeQLoraConfig,
+    reached: MoeQLoraConfig,
+    experts: list[ExpertFactors],
+    others: dict[str, torch.Tensor],
+) -> None:
+    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches.
+
+    Args:
+        file: for errors.
+        base: what the adapter belongs to.
+        config: as saved.
+        reached: the same with its targets resolved for the base.
+        experts: the factors of stacks.
+        others: key without PEFT's prefix -> tensor.
+    """
+    for factors in experts:
+        if factors.path not in base.layouts:
+            raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
+    try:
+        check_stored_shapes(config, base.layouts, reached_stacks(reached, base.layouts))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    found = adapted_layers(others)
+    missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
+    if missing:
+        raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
+    _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, others)
+
+
+def _check_biases(
+    file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], others: dict[str, torch.Tensor]
+) -> None:
+    """Refuses a file without biases that its config trains: of all modules, or of those that are adapted."""
+    if config.bias == "none":
+        return
+    biases = [name for name, _ in base.model.named_parameters() if name.endswith("bias")]
+    wanted = [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in adapted]
+    found = {name_in_model(key) for key in others}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"{file} has no tensor of {missing[0]}, which bias={config.bias!r} of its config trains; it is damaged."
+        )

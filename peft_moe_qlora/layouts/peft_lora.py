@@ -1,0 +1,216 @@
+"""Reads PEFT's own LoRA on fused parameters (`target_parameters`), of every version that has it.
+
+`peft.tuners.lora.layer.ParamWrapper`, peft 0.17 to 0.21: the parameters of a module are wrapped in their order, so
+that the last one has the keys `PATH.lora_A.weight`, the one before `PATH.base_layer.lora_A.weight`. lora_A is
+`(E * r, a)`, experts slowest, lora_B `(b, r * E)`, experts fastest. For a stack `(E, d1, d2)`, (a, b) is
+
+- up to 0.18: (d1, d2);
+- in 0.19.0: (d2, d1) for classes that declare `is_transposed`, else (d1, d2);
+- from 0.19.1 on: (d1, d2) for classes that declare `is_transposed`, else (d2, d1).
+
+Where a isn't what goes in, the factors are those of the transposed weight.
+
+Before 2026.9.6, unsloth_zoo trained the same tensors with the experts slowest in lora_B too. Since then it writes
+which of the two into adapter_config.json: `lora_B_layout`, and per parameter in `unsloth_fused_expert_lora`, which may
+stand in `auto_mapping`; `auto_mapping.unsloth_fixed` shows that unsloth wrote a file, of whatever version.
+"""
+
+from __future__ import annotations
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from ..config import rank_and_alpha
+from ..experts import ExpertsLayout
+from .adapter_file import AdapterFile
+from .check_non_expert import check_targeted
+from .gate_up_halves import under_own_names
+from .non_expert import A_SUFFIX, B_SUFFIX
+from .source import LORA_B_ORDERS, Source
+
+_ORDER_OF_MARKER = {"rank_major": "experts-fastest", "grouped_by_expert": "experts-slowest"}
+
+
+def read_peft_lora(source: Source) -> AdapterFile:
+    """Reads the layout.
+
+    Raises:
+        ValueError: a tensor is missing, too many or of another shape than the base and the version of PEFT make it; or
+            neither file nor options decide the orientation or the order of lora_B.
+    """
+    parameters = source.options.get("target_parameters") or ()
+    if isinstance(parameters, str):
+        parameters = (parameters,)
+
+    def is_targeted(key: str) -> bool:
+        return any(key == name or key.endswith(f".{name}") for name in parameters)
+
+    # PEFT renames keys as transformers does those of checkpoints
+    left, _ = under_own_names(source, source.tensors)
+    experts, found, expected = [], [], []
+    for path, layout in source.base.layouts.items():
+        names = [name for name, _ in source.base.model.get_submodule(path).named_parameters(recurse=False)]
+        targeted = [name for name in names if is_targeted(f"{path}.{name}")]
+        expected += [f"{path}.{name}" for name in targeted]
+        flat = _take(source, left, path, targeted)
+        found += [f"{path}.{name}" for name in flat]
+        if not flat:
+            continue
+        strange = [name for name in targeted if name not in layout.projections]
+        if strange:
+            raise ValueError(
+                f"{source.file}: LoRA on {path}.{strange[0]}, which is no stack of weights, can't be read."
+            )
+        is_flipped = _is_flipped(source, path, layout, flat)
+        for name, (A, B) in flat.items():
+            r, alpha = rank_and_alpha(source.config, f"{path}.{name}")
+            source.check_rank(f"{path}.{name}", A.shape[0] // layout.num_experts, r)
+            A = A.reshape(layout.num_experts, r, -1)
+            if _lora_b_order(source, path, name, layout.num_experts, r) == "experts-fastest":
+                B = B.reshape(-1, r, layout.num_experts).permute(2, 0, 1)
+            else:
+                B = B.reshape(-1, layout.num_experts, r).permute(1, 0, 2)
+            if is_flipped:
+                A, B = B.transpose(1, 2), A.transpose(1, 2)
+            experts.append(source.factors(path, name, A, B, alpha))
+    layers = source.base.layers()
+    as_parameters = [name for name in layers if is_targeted(f"{name}.weight")]
+    linear = [name for name in layers if name in as_parameters or source.targets_layer(name)]
+    with_factors = [name for name in layers if any(key.startswith(f"{name}.lora_") for key in left)]
+    source.check_complete(found + with_factors, expected + linear)
+    check_targeted(source.file, with_factors, linear.__contains__)
+    return source.adapter(
+        experts,
+        left,
+        lambda name: rank_and_alpha(source.config, f"{name}.weight" if name in as_parameters else name),
+    )
+
+
+def _take(
+    source: Source, left: dict[str, torch.Tensor], path: str, targeted: list[str]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Takes the factors of a module out of what is left: projection -> lora_A, lora_B. Empty if there are none."""
+    keys = {name: f"{path}{'.base_layer' * depth}" for depth, name in enumerate(reversed(targeted))}
+    found = [key for key in left if key.startswith((f"{path}.lora_", f"{path}.base_layer."))]
+    if not found:
+        return {}
+    wanted = [key + suffix for key in keys.values() for suffix in (A_SUFFIX, B_SUFFIX)]
+    missing = [key for key in wanted if key not in left]
+    strange = [key for key in found if key not in wanted]
+    if missing or strange:
+        raise ValueError(
+            f"{source.file} has {f'no {missing[0]}' if missing else strange[0]}, but target_parameters of its config "
+            f"reaches {targeted or 'nothing'} of {path}, which makes {wanted or 'no tensors'}. It is damaged."
+        )
+    return {name: (left.pop(keys[name] + A_SUFFIX), left.pop(keys[name] + B_SUFFIX)) for name in targeted}
+
+
+def _is_flipped(
+    source: Source, path: str, layout: ExpertsLayout, flat: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> bool:
+    """Whether the factors are those of the transposed weights; shapes and version have to agree.
+
+    Raises:
+        ValueError: they fit in neither way, not in that of the version, or in both and the version isn't known.
+    """
+    fitting = {True, False}
+    for name, (A, B) in flat.items():
+        features = layout.features(name)
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] % layout.num_experts or A.shape[0] != B.shape[1]:
+            raise ValueError(
+                f"{source.file}: the factors of {path}.{name} have shapes {list(A.shape)} and {list(B.shape)}; "
+                f"({layout.num_experts} experts * r, ...) and (..., r * {layout.num_experts}) were expected."
+            )
+        found = (A.shape[1], B.shape[0])
+        fitting &= {flipped for flipped in (True, False) if found == (features[::-1] if flipped else features)}
+        if not fitting:
+            raise ValueError(
+                f"{source.file}: the factors of {path}.{name} are for {found[0]} features in and {found[1]} out; "
+                f"{source.base.directory} has {features[0]} in and {features[1]} out. They are of another base."
+            )
+    by_version = _is_flipped_by_version(source, path, layout)
+    if by_version is None and len(fitting) == 2:
+        raise ValueError(
+            f"{source.file}: {path} has as many features in as out, and its config has no peft_version, or that of "
+            "a development version, so that nothing tells which of the factors belongs to which side. Say what wrote "
+            "it: written_by='peft==0.18.1' (--written-by)."
+        )
+    if by_version is not None and by_version not in fitting:
+        raise ValueError(
+            f"{source.file}: the factors of {path} are transposed against what PEFT {_version(source)} writes. If "
+            "another version wrote it, name that: written_by='peft==0.18.1' (--written-by)."
+        )
+    return fitting.pop() if by_version is None else by_version
+
+
+def _is_flipped_by_version(source: Source, path: str, layout: ExpertsLayout) -> bool | None:
+    version = _version(source)
+    if version is None:
+        return None
+    # as PEFT asks: the class, not what this package knows of it
+    is_declared = bool(getattr(source.base.model.get_submodule(path), "is_transposed", False))
+    if version < Version("0.19.0"):
+        a_is_last = False
+    elif version < Version("0.19.1"):
+        a_is_last = is_declared
+    else:
+        a_is_last = not is_declared
+    in_is_last = not layout.is_transposed
+    return a_is_last != in_is_last
+
+
+def _version(source: Source) -> Version | None:
+    """The PEFT that wrote the adapter; None if that isn't known, or one between versions whose layouts differ."""
+    if source.reading.peft_version is not None:
+        return source.reading.peft_version
+    text = source.options.get("peft_version")
+    if not text:
+        return None
+    try:
+        version = Version(str(text).partition("@")[0])
+    except InvalidVersion as error:
+        raise ValueError(f"{source.file.parent}: peft_version={text!r} is no version. Pass written_by.") from error
+    is_between = version.is_prerelease and Version("0.18") < version < Version("0.19.1")
+    return None if is_between else version
+
+
+def _lora_b_order(source: Source, path: str, projection: str, num_experts: int, r: int) -> str:
+    """`"experts-fastest"` or `"experts-slowest"`: by the marker, by the option, or by PEFT if only PEFT wrote it.
+
+    Raises:
+        ValueError: unsloth wrote it without a marker and nothing was said; or marker and option differ.
+    """
+    auto_mapping = source.options.get("auto_mapping") or {}
+    marker = next(
+        (found for found in (_marker(of, projection) for of in (source.options, auto_mapping)) if found is not None),
+        None,
+    )
+    asked = source.reading.lora_b_order
+    if marker is not None:
+        order = _ORDER_OF_MARKER.get(marker)
+        if order is None and asked is None:
+            raise ValueError(
+                f"{source.file.parent}: the config says {marker!r} of lora_B of {path}.{projection}, where one of "
+                f"{tuple(_ORDER_OF_MARKER)} was expected. Say it: lora_b_order= (--lora-b-order), of {LORA_B_ORDERS}."
+            )
+        if None not in (order, asked) and order != asked:
+            raise ValueError(
+                f"lora_b_order={asked!r}, but the config in {source.file.parent} says {marker!r}. Drop one."
+            )
+        return order or asked
+    if asked is not None:
+        return asked
+    if auto_mapping.get("unsloth_fixed") and num_experts > 1 and r > 1:
+        raise ValueError(
+            f"{source.file}: unsloth wrote it without saying how lora_B is ordered: before unsloth_zoo 2026.9.6 it "
+            "trained experts-slowest, unless told to use PEFT's own forward. Say it: lora_b_order= (--lora-b-order), "
+            f"of {LORA_B_ORDERS}."
+        )
+    return "experts-fastest"
+
+
+def _marker(options: dict, projection: str) -> str | None:
+    """What unsloth noted of a parameter; None if nothing."""
+    detail = options.get("unsloth_fused_expert_lora") or {}
+    of_parameter = (detail.get("parameters") or {}).get(projection) or {}
+    return of_parameter.get("lora_B_layout") or detail.get("lora_B_layout") or options.get("lora_B_layout")

@@ -1,0 +1,153 @@
+"""Adapters as most readers want them: one rank, one plain scaling, and no gaps in a module that has factors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+from ..config import MoeQLoraConfig
+from ..experts import ExpertsLayout
+from .adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
+from .base_model import BaseModel
+from .non_expert import A_SUFFIX, B_SUFFIX, Pair, adapted_layers, factor_pairs
+
+
+def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
+    """The same adapter with one rank and `alpha / r` as the scaling of everything.
+
+    Factors are padded with zeros. Scalings that differ, by rslora or by patterns, are multiplied into B, unless it is
+    all zeros. A projection that wasn't trained gets zeros where the other one was.
+
+    Args:
+        adapter: one of this package.
+        base: the model that it belongs to.
+
+    Raises:
+        ValueError: the adapter has biases, embeddings or modules trained in full, which these readers don't know.
+    """
+    config = adapter.config
+    strange = [key for key in adapter.others if not key.endswith((A_SUFFIX, B_SUFFIX))]
+    if strange or config.bias != "none":
+        raise ValueError(
+            f"The adapter has {strange[0] if strange else 'biases'}, which readers of LoRA don't know. Merge it."
+        )
+    linear = adapted_layers(adapter.others)
+    scaling_of = {name: linear_scaling(config, name) for name in linear}
+    scaling_of |= {factors.name: factors.scaling for factors in adapter.experts}
+    B_of = {name: adapter.others[name + B_SUFFIX] for name in linear}
+    B_of |= {factors.name: factors.B for factors in adapter.experts}
+    # what is all zeros, such as layers that engines want beside others, has any scaling
+    scalings = [scaling_of[name] for name, B in B_of.items() if B.any()] or list(scaling_of.values())
+    scaling = scalings[0] if all(math.isclose(one, scalings[0]) for one in scalings) else 1.0
+    r = max([factors.r for factors in adapter.experts] + [len(adapter.others[name + A_SUFFIX]) for name in linear])
+
+    def fitted(name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        missing = r - A.shape[-2]
+        if not math.isclose(scaling_of[name], scaling) and B.any():
+            B = B.float() * (scaling_of[name] / scaling)  # in 16 bits it could round, or vanish
+        return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+
+    found = {factors.name: factors for factors in adapter.experts}
+    experts = []
+    for path in dict.fromkeys(factors.path for factors in adapter.experts):
+        layout = base.layouts[path]
+        for projection in layout.projections:
+            name = f"{path}.{projection}"
+            if name in found:
+                A, B = fitted(name, found[name].A, found[name].B)
+            else:
+                in_features, out_features = layout.features(projection)
+                some = adapter.experts[0].A
+                A = some.new_zeros(layout.num_experts, r, in_features)
+                B = some.new_zeros(layout.num_experts, out_features, r)
+            experts.append(ExpertFactors(path, projection, A, B, scaling, scaling * r))
+    others = {}
+    for name in linear:
+        A, B = fitted(name, adapter.others[name + A_SUFFIX], adapter.others[name + B_SUFFIX])
+        others |= {name + A_SUFFIX: A, name + B_SUFFIX: B}
+    config = MoeQLoraConfig(
+        r=r,
+        lora_alpha=scaling * r,
+        target_modules=config.target_modules,
+        base_model_name_or_path=config.base_model_name_or_path,
+        task_type=config.task_type,
+        revision=config.revision,
+    )
+    return AdapterFile(config, tuple(experts), others)
+
+
+def pairs_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> Iterator[Pair]:
+    """The factors of linear layers under the names that the layers have in the base's checkpoint.
+
+    Raises:
+        ValueError: a layer is none of its own there.
+    """
+    for pair in factor_pairs(adapter.others):
+        name = base.name_of_linear(pair.name)
+        if name is None:
+            raise ValueError(
+                f"{pair.name} is no layer of its own in the base's checkpoint, so that its factors have no name "
+                "there. Merge the adapter, or leave the layer out of it."
+            )
+        yield pair._replace(name=name)
+
+
+def linear_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> dict[str, torch.Tensor]:
+    """The tensors of `pairs_in_checkpoint`, as LoRA calls them."""
+    pairs = list(pairs_in_checkpoint(adapter, base))
+    return {pair.name + A_SUFFIX: pair.A for pair in pairs} | {pair.name + B_SUFFIX: pair.B for pair in pairs}
+
+
+def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:
+    """The rows of gate and of up, `(E, I, r)` each, of the B of `gate_up_proj`, `(E, 2 I, r)`."""
+    return list(B.chunk(2, dim=1)) if layout.is_concatenated else [B[:, ::2], B[:, 1::2]]
+
+
+def adapted_blocks(names: Iterable[str], base: BaseModel) -> list[int] | None:
+    """The numbers of the layers that have factors; None if no layer with experts is without."""
+    found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
+    with_experts = {int(number) for path in base.layouts for number in re.findall(r"\.(\d+)\.", path)[:1]}
+    return None if with_experts <= found else sorted(found)
+
+
+def save_lora(
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    config: MoeQLoraConfig,
+    targets: set[str],
+    blocks: list[int] | None,
+    excluded: str | None,
+) -> None:
+    """Writes the two files of a LoRA adapter.
+
+    Args:
+        directory: created if it isn't there.
+        tensors: key without PEFT's prefix -> tensor.
+        config: of a uniform adapter.
+        targets: what the config is to name as `target_modules`.
+        blocks: the layers that they are meant in, by their numbers; None for all.
+        excluded: a pattern of what they are not meant to reach in these; None for nothing.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # clones, since parts of one tensor share memory, which safetensors refuses
+    tensors = {PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=sorted(targets),
+        layers_to_transform=blocks,
+        exclude_modules=excluded,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        task_type=config.task_type,
+        inference_mode=True,
+    ).save_pretrained(directory)

@@ -1,0 +1,22 @@
+"""Merging adapters into the weights: in memory, on disk, and whether the result is what the adapter was."""
+
+from .checkpoint import merge_checkpoint
+from .edits import ONTO
+from .quantized import LAYOUTS, merge_quantized
+from .report import MergeReport, Verification
+from .unmerged import kl_divergence, next_token_logits, plan_live, read_windows
+from .verify import verify_merge
+
+__all__ = [
+    "LAYOUTS",
+    "ONTO",
+    "MergeReport",
+    "Verification",
+    "kl_divergence",
+    "merge_checkpoint",
+    "merge_quantized",
+    "next_token_logits",
+    "plan_live",
+    "read_windows",
+    "verify_merge",
+]

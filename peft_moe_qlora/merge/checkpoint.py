@@ -1,0 +1,386 @@
+"""Merging an adapter into a checkpoint on disk: shard by shard, in the layout that the checkpoint has.
+
+In memory there are one shard and one expert at a time. The result is an ordinary checkpoint, which needs nothing of
+this package.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..layouts.adapter_file import AdapterFile
+from ..layouts.base_model import BaseModel
+from ..layouts.read import read_adapter, read_config
+from ..layouts.source import ReadOptions
+from ..loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
+from ..loading.load import readable_quantization
+from ..quantization import Fidelity
+from .beside import copy_beside, names_beside
+from .edits import ONTO, Edit, MergePlan, plan_merge
+from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
+from .partial_directory import PartialDirectory
+from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    directory: str | Path,
+    onto: str = "quantized",
+    dtype: torch.dtype | None = None,
+    dry_run: bool = False,
+    progressbar: bool = True,
+    options: ReadOptions | None = None,
+    allow_unchanged: bool = False,
+) -> MergeReport:
+    """Writes the checkpoint that a base and an adapter are together.
+
+    Deltas are added in fp32 and rounded once. The directory appears when all of it is written; an interrupted merge is
+    taken up by the same call.
+
+    Args:
+        base: directory of the base's checkpoint, in floating point, or its name on the hub.
+        adapter: directory of the adapter, of this package or of others.
+        directory: to be written to; must be empty or not there.
+        onto: `"quantized"`: onto the weights as the training has seen them, that is, quantized and dequantized. The
+            adapter has learnt to make up for their errors as well. `"base"`: onto the checkpoint's own. What was not
+            in 4 bits keeps the precision of the checkpoint either way.
+        dtype: of the floating-point tensors. Default: what each has in the checkpoint.
+        dry_run: settle everything, write nothing.
+        progressbar: show one.
+        options: what the adapter files of others don't say. Their experts are taken to have been in floating point
+            unless it says otherwise.
+        allow_unchanged: go on where a delta is too small for the dtype; the report then names the tensors.
+
+    Returns:
+        What was done, which also stands in `merge_report.json`.
+
+    Raises:
+        ValueError: see `read_adapter`, `refuse_quantized`, `plan_merge` and `PartialDirectory`; or the base has this
+            adapter in it already, or not every tensor that the adapter changes came out changed.
+        CheckpointError: see `Checkpoint` and `names_beside`.
+        OSError: the disk is full; what is finished is kept.
+    """
+    if onto not in ONTO:
+        raise ValueError(f"onto={onto!r} is unknown; choose one of {ONTO}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
+    adapter = Path(adapter)
+    base = checkpoint_directory(base, adapter)
+    found = read_adapter(adapter, base, options, usual_quant_type="none")
+    digest = adapter_digest(adapter)
+    merged_before = digests_merged_before(base, digest)
+    model = BaseModel.open(base, found.stacks)
+    refuse_quantized(model)
+    checkpoint = Checkpoint.open(base)
+    plan = plan_merge(model, checkpoint, found, onto)
+    config = config_for_all(json.loads((base / "config.json").read_text(encoding="utf-8")), dtype)
+    task = _task(checkpoint, config, adapter, digest, onto, dtype, options)
+    output = PartialDirectory(directory, task)
+    beside = names_beside(base, output)
+    planned = MergeReport(
+        base=str(base.resolve()),
+        adapter=str(adapter.resolve()),
+        adapter_sha256=digest,
+        onto=onto,
+        storage=str(dtype or "the checkpoint's dtypes").removeprefix("torch."),
+        tensors_expected=len(plan.changed),
+        tensors_changed=0,
+        tensors_written=0,
+        merged_before=merged_before,
+        notes=_notes(found, onto, plan),
+    )
+    merge = _Merge(checkpoint, plan, model, dtype, output)
+    merge.check_space()
+    if dry_run:
+        return planned
+    with output.open():
+        try:
+            merge.run(progressbar)
+            unchanged = merge.check_changed(allow_unchanged)
+            num_written = merge.check_written()
+        except ValueError:
+            output.discard()  # the same would happen again
+            raise
+        stacks = {edit.name for edit in plan.stacks}
+        rows = [FidelityRow.of(name, fidelity) for name, fidelity in merge.fidelities().items()]
+        done = replace(
+            planned,
+            tensors_changed=len(merge.changed()),
+            tensors_written=num_written,
+            stacks=tuple(row for row in rows if row.name in stacks),
+            others=tuple(row for row in rows if row.name not in stacks),
+            notes=planned.notes + ((note_of_lost("tensors", unchanged),) if unchanged else ()),
+        )
+        merge.write_index()
+        copy_beside(base, beside, output, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish()
+    return done
+
+
+class _Merge:
+    """Goes through the shards of a checkpoint."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: MergePlan,
+        model: BaseModel,
+        dtype: torch.dtype | None,
+        output: PartialDirectory,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.dtype = dtype
+        self.output = output
+        self.names = {file: file.relative_to(model.directory).as_posix() for file in checkpoint.files}
+        self.results: list[dict[str, Any]] = []
+
+    def check_space(self) -> None:
+        """Refuses to begin what the disk can't hold."""
+        missing = [file for file, name in self.names.items() if not self.output.is_written(name)]
+        needed = sum(self._nbytes(info) for info in self.checkpoint.tensors.values() if info.file in missing)
+        parent = self.output.directory.parent
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise OSError(f"{parent} has {free / 1e9:.2f} GB left; the merged checkpoint takes {needed / 1e9:.2f} GB.")
+
+    def dtype_of(self, info: TensorInfo) -> torch.dtype | None:
+        """What a tensor is cast to; None if it isn't."""
+        if self.dtype is None or info.dtype not in (*DTYPES, torch.float64):
+            return None
+        return None if info.key in self.plan.kept_in_fp32 else self.dtype
+
+    def _nbytes(self, info: TensorInfo) -> int:
+        dtype = self.dtype_of(info)
+        return info.nbytes if dtype is None else info.numel * dtype.itemsize
+
+    def run(self, progressbar: bool) -> None:
+        """Writes all files that aren't written yet."""
+        total = len(self.checkpoint.tensors)
+        with tqdm(total=total, desc="Merging", unit="tensor", disable=not progressbar) as bar:
+            for file, name in self.names.items():
+                keys = [key for key, info in self.checkpoint.tensors.items() if info.file == file]
+                result = self.output.read_note(_result_name(name))
+                if result is None:
+                    result = self._write(file, name, sorted(keys, key=self.checkpoint.position), bar)
+                else:
+                    bar.update(len(keys))
+                self.results.append(result)
+
+    def _write(self, file: Path, name: str, keys: list[str], bar: tqdm) -> dict[str, Any]:
+        shard = _Shard(self, keys)
+        for key in keys:
+            if key not in shard.done:
+                shard.add(key)
+            bar.update()
+        try:
+            save_file(shard.tensors, self.output.path_to_write(name), self.checkpoint.metadata[file] or None)
+        except SafetensorError as error:
+            raise OSError(
+                f"{self.output.place(name)} can't be written: {error}. Make room; the same command goes on."
+            ) from error
+        self.output.written(name)
+        result = shard.result()
+        self.output.write_note(_result_name(name), result)
+        return result
+
+    def changed(self) -> set[str]:
+        """Keys of tensors that came out otherwise than without the adapter."""
+        return {key for result in self.results for key in result["changed"]}
+
+    def check_changed(self, allow_unchanged: bool) -> list[str]:
+        """Keys of tensors that the adapter changes and that came out as without it.
+
+        Raises:
+            ValueError: there are some, and that isn't allowed.
+        """
+        unchanged = sorted(self.plan.changed - self.changed())
+        if unchanged and not allow_unchanged:
+            raise ValueError(
+                f"{len(unchanged)} of {len(self.plan.changed)} tensors that the adapter changes came out "
+                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge into float32 "
+                "(dtype=torch.float32, --dtype float32), or allow it (allow_unchanged=True, --allow-unchanged)."
+            )
+        return unchanged
+
+    def check_written(self) -> int:
+        """Holds the headers of what lies on the disk against those of the base; gives the number of tensors.
+
+        Raises:
+            ValueError: a tensor is missing, too many, or of another shape.
+        """
+        written = Checkpoint([self.output.place(name) for name in self.names.values()])
+        for key in self.checkpoint.tensors.keys() | written.tensors.keys():
+            before, after = self.checkpoint.tensors.get(key), written.tensors.get(key)
+            if before is None or after is None or before.shape != after.shape:
+                raise ValueError(f"{before or 'Nothing'} in the base came out as {after or 'nothing'}.")
+        return len(written.tensors)
+
+    def fidelities(self) -> dict[str, Fidelity]:
+        """Of each stack and tensor, over all shards."""
+        total: dict[str, Fidelity] = defaultdict(Fidelity)
+        for result in self.results:
+            for name, sums in result["fidelity"].items():
+                for part, value in sums.items():
+                    setattr(total[name], part, getattr(total[name], part) + value)
+        return dict(total)
+
+    def write_index(self) -> None:
+        names = list(self.names.values())
+        if names == [SINGLE_NAME]:
+            return
+        infos = sorted(self.checkpoint.tensors.values(), key=lambda info: info.key)
+        weight_map = {info.key: self.names[info.file] for info in infos}
+        size = sum(self._nbytes(info) for info in infos)
+        self.output.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+class _Shard:
+    """The tensors of one file, as they come to be."""
+
+    def __init__(self, merge: _Merge, keys: list[str]) -> None:
+        self.merge = merge
+        self.checkpoint = merge.checkpoint
+        plan = merge.plan
+        infos = [self.checkpoint.tensors[key] for key in keys]
+        # all at once: what is freed between them would leave gaps as large as themselves
+        self.tensors = {
+            info.key: torch.empty(info.shape, dtype=merge.dtype_of(info) or info.dtype)
+            for info in infos
+            if info.key in plan.of_tensors or info.key in plan.of_experts or merge.dtype_of(info)
+        }
+        self.done: set[str] = set()
+        self.changed: set[str] = set()
+        self.fidelity: dict[str, Fidelity] = defaultdict(Fidelity)
+
+    def add(self, key: str) -> None:
+        """One tensor, and those of the same expert that are in this file too."""
+        plan = self.merge.plan
+        if key in plan.of_tensors:
+            edit = plan.of_tensors[key]
+            self._put(key, self.tensors[key], edit.name, edit.edit(self.checkpoint.read(key)))
+        elif key in plan.of_experts:
+            for stack, expert in plan.of_experts[key]:
+                places = plan.places(stack.source, self.checkpoint)
+                for part, edit in stack.edits(expert, self.checkpoint, places):
+                    if part.key in self.tensors:
+                        whole = self.tensors[part.key]
+                        place = whole[expert : expert + 1] if part.is_stack else whole
+                        self._put(part.key, place, stack.name, edit)
+        elif key in self.tensors:
+            tensor = self.checkpoint.read(key)
+            self.tensors[key].copy_(tensor)
+            _check_range(key, tensor, self.tensors[key])
+        else:
+            self.tensors[key] = self.checkpoint.read(key)
+        self.done.add(key)
+
+    def _put(self, key: str, place: torch.Tensor, name: str, edit: Edit) -> None:
+        """Rounds new values and puts them in their place."""
+        place.copy_(edit.exact)
+        _check_range(key, edit.exact, place)
+        self.fidelity[name].add(edit.before, edit.exact, place)
+        if not torch.equal(place, edit.before.to(place.dtype)):
+            self.changed.add(key)
+        self.done.add(key)
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "changed": sorted(self.changed),
+            "fidelity": {
+                name: {part: float(value) for part, value in vars(fidelity).items()}
+                for name, fidelity in self.fidelity.items()
+            },
+        }
+
+
+def _check_range(key: str, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    if torch.isfinite(exact).all() and not torch.isfinite(rounded).all():
+        raise ValueError(
+            f"{key} has values that are beyond the range of {rounded.dtype}. Choose a dtype of wider range, such as "
+            "bfloat16 (dtype=torch.bfloat16, --dtype bfloat16)."
+        )
+
+
+def _result_name(name: str) -> str:
+    return f"{name}.result.json"
+
+
+def _task(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    adapter: Path,
+    digest: str,
+    onto: str,
+    dtype: torch.dtype | None,
+    options: ReadOptions | None,
+) -> dict[str, Any]:
+    """What two runs have to share for one to take up the work of the other."""
+    stats = {str(file): file.stat() for file in checkpoint.files}
+    return {
+        "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "base_config": config,
+        "adapter_sha256": digest,
+        "adapter_config": read_config(adapter),
+        "onto": onto,
+        "dtype": str(dtype),
+        "options": str(options),
+        "version": __version__,
+    }
+
+
+def _notes(adapter: AdapterFile, onto: str, plan: MergePlan) -> tuple[str, ...]:
+    notes = () if plan.changed else ("The adapter has no delta: all of its factors are as they were at the start.",)
+    if onto == "quantized" and adapter.config.base is None:
+        notes += (
+            "The adapter doesn't say what it was trained on: experts are taken to have been stored as "
+            f"{adapter.config.storage or 'in the checkpoint'}, linear layers as in the checkpoint.",
+        )
+    return notes
+
+
+def refuse_quantized(base: BaseModel) -> None:
+    """Refuses a base that isn't in floating point.
+
+    Raises:
+        ValueError: it is quantized; see also `readable_quantization`.
+    """
+    if readable_quantization(base.config, base.directory) is not None:
+        raise ValueError(
+            f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was "
+            "expected. Name the unquantized base, or merge into 4 bits (--quantize), or in memory with "
+            "merge_and_unload."
+        )
+
+
+def config_for_all(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A config.json in which all readers find the number of experts, some by one name and some by another.
+
+    Args:
+        config: what the base has, or a part of it.
+        dtype: to be put where one stands; None to leave it.
+    """
+    found = {key: config_for_all(part, dtype) if isinstance(part, dict) else part for key, part in config.items()}
+    for own, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if isinstance(found.get(own), int):
+            found.setdefault(other, found[own])
+    for name in ("dtype", "torch_dtype"):
+        if dtype is not None and name in found:
+            found[name] = str(dtype).removeprefix("torch.")
+    return found

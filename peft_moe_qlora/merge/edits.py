@@ -1,0 +1,370 @@
+"""What merging an adapter changes in a checkpoint, tensor by tensor; planned from headers, computed when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..base_identity import BaseIdentity, differing_sample, sample
+from ..layouts.adapter_file import AdapterFile, ExpertFactors, linear_scaling
+from ..layouts.base_model import BaseModel
+from ..layouts.non_expert import Pair, adapted_weights, beside_factors, factor_pairs, name_in_model
+from ..loading.checkpoint import Checkpoint, CheckpointError
+from ..loading.finder import SourceFinder
+from ..loading.sources import DenseSource, ExpertPart, Places, Source, each_source
+from ..quantization import FourBitFormat, QuantizedStack
+from ..targets import UNTIE
+
+ONTO = ("quantized", "base")
+_STACKS_AT_A_TIME = 4
+_REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."
+
+
+class Edit(NamedTuple):
+    """New values of a tensor of the checkpoint, or of a slice of one.
+
+    Args:
+        before: fp32, what is merged onto.
+        exact: fp32, with the delta.
+    """
+
+    before: torch.Tensor
+    exact: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StackEdit:
+    """A stack of experts: as the training has seen it, plus the adapter.
+
+    Args:
+        source: where it is in the checkpoint.
+        factors: what is added; None where the adapter leaves the stack alone.
+        storage: that the experts were trained in, None for that of the checkpoint.
+        dtype: that they were cast to before they were quantized; None for that of the checkpoint.
+    """
+
+    source: DenseSource
+    factors: ExpertFactors | None
+    storage: FourBitFormat | None
+    dtype: torch.dtype | None
+
+    @property
+    def name(self) -> str:
+        return self.source.target.name
+
+    def features_of(self, places: torch.Tensor) -> torch.Tensor:
+        """The features going out that a part of the matrix, by its `ExpertPart.places`, belongs to."""
+        _, _, columns = self.source.target.shape
+        return (places % columns if self.source.target.is_transposed else places // columns).unique()
+
+    def has_delta(self, expert: int, features: torch.Tensor) -> bool:
+        """Whether the adapter changes features of an expert; one that no token has reached in training has zeros."""
+        if self.factors is None:
+            return False
+        return bool(self.factors.A[expert].any() and self.factors.B[expert][features].any())
+
+    def edits(self, expert: int, checkpoint: Checkpoint, places: Places) -> Iterator[tuple[ExpertPart, Edit]]:
+        """The tensors, or slices, of one expert.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        matrix = self.source.read_expert(expert, checkpoint)
+        is_transposed = self.source.target.is_transposed
+        before = _as_trained(matrix, is_transposed, self.storage, self.dtype, self.name)
+        exact = before
+        if self.factors is not None:
+            A, B = self.factors.A[expert].float(), self.factors.B[expert].float()
+            delta = self.factors.scaling * (B @ A)
+            exact = before + (delta.T if is_transposed else delta)
+        for part in self.source.parts_of_expert(expert, checkpoint, places):
+            yield part, Edit(part.of(before), part.of(exact))
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """A tensor of its own: as the training has seen it, plus a delta; or replaced.
+
+    Args:
+        name: in the model.
+        delta: gives what is added, fp32; None for nothing.
+        replacement: gives what takes its place.
+        storage: as in `StackEdit`.
+        dtype: as in `StackEdit`.
+    """
+
+    name: str
+    delta: Callable[[], torch.Tensor] | None = None
+    replacement: torch.Tensor | None = None
+    storage: FourBitFormat | None = None
+    dtype: torch.dtype | None = None
+
+    def edit(self, tensor: torch.Tensor) -> Edit:
+        before = _as_trained(tensor, False, self.storage, self.dtype, self.name)
+        if self.replacement is not None:
+            return Edit(before, self.replacement.float())
+        return Edit(before, before if self.delta is None else before + self.delta())
+
+
+@dataclass
+class MergePlan:
+    """What happens to each tensor of a checkpoint; one that is in neither dictionary is copied.
+
+    Args:
+        of_experts: key -> stack and expert that it holds; all experts of a stack where it is one tensor.
+        of_tensors: key -> edit.
+        changed: keys of the tensors that the adapter changes, by what it and the base have.
+        kept_in_fp32: keys of tensors in fp32 that the model keeps so, whatever dtype is asked for.
+    """
+
+    of_experts: dict[str, list[tuple[StackEdit, int]]] = field(default_factory=lambda: defaultdict(list))
+    of_tensors: dict[str, TensorEdit] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    kept_in_fp32: frozenset[str] = frozenset()
+    _places: OrderedDict[str, Places] = field(default_factory=OrderedDict)
+
+    def places(self, source: DenseSource, checkpoint: Checkpoint) -> Places:
+        """`source.find_places`, of the stacks being worked on; of all stacks they would be as large as the model."""
+        name = source.target.name
+        if name not in self._places:
+            self._places[name] = source.find_places(checkpoint)
+        self._places.move_to_end(name)
+        if len(self._places) > _STACKS_AT_A_TIME:
+            self._places.popitem(last=False)
+        return self._places[name]
+
+    @property
+    def stacks(self) -> list[StackEdit]:
+        return list({id(edit): edit for edits in self.of_experts.values() for edit, _ in edits}.values())
+
+
+def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, onto: str) -> MergePlan:
+    """Settles what an adapter changes in the checkpoint of its base.
+
+    Args:
+        base: the model.
+        checkpoint: its weights, in floating point.
+        adapter: what is to be merged.
+        onto: `"quantized"`: onto the weights that the training has seen; `"base"`: onto those of the checkpoint.
+
+    Raises:
+        ValueError: the adapter belongs to another base, lacks what its config promises, or changes something that is
+            no tensor of its own in the checkpoint. The error names it.
+        CheckpointError: the checkpoint is quantized, incomplete, or not of this model.
+    """
+    identity = BaseIdentity.of(adapter.config.base)
+    finder = SourceFinder(base.model, checkpoint)
+    sources = {source.target.name: source for source in each_source(finder.find())}
+    for source in sources.values():
+        if not isinstance(source, DenseSource):
+            raise CheckpointError(
+                f"{checkpoint.tensors[source.keys[0]]} is quantized; a checkpoint in floating point was expected. "
+                "Name the unquantized base, or merge in memory with merge_and_unload."
+            )
+    check_base(adapter, base, checkpoint, sources)
+    plan = MergePlan(kept_in_fp32=_kept_in_fp32(base, checkpoint, finder))
+    trained = onto == "quantized"
+    dtype = getattr(torch, identity.dtype) if identity is not None and identity.dtype else None
+    factors = {one.name: one for one in adapter.experts}
+    for name, source in sources.items():
+        is_dense = identity is not None and name in identity.dense_stacks
+        storage = adapter.config.storage if trained and not is_dense else None
+        edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
+        if edit.factors is None and storage is None:
+            continue
+        places = plan.places(source, checkpoint)
+        features = [edit.features_of(of_part) for of_part in places.values()]
+        for expert in range(source.target.num_experts):
+            for part, of_part in zip(source.parts_of_expert(expert, checkpoint, places), features):
+                plan.of_experts[part.key].append((edit, expert))
+                if edit.has_delta(expert, of_part):
+                    plan.changed.add(part.key)
+    if factors:
+        raise ValueError(f"{base.directory} has no stack {next(iter(factors))} of its own. {_REMEDY}")
+    keys = finder.beside_stacks | finder.plain_tensors()
+    _plan_tensors(plan, base, checkpoint, adapter, keys, identity if trained else None)
+    return plan
+
+
+def _kept_in_fp32(base: BaseModel, checkpoint: Checkpoint, finder: SourceFinder) -> frozenset[str]:
+    """Keys of the tensors in fp32 that transformers' loader keeps so; it goes by the names of the model."""
+    patterns = {*(base.model._keep_in_fp32_modules or ()), *(base.model._keep_in_fp32_modules_strict or ())}
+    if not patterns:
+        return frozenset()
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    in_fp32 = (key for key, info in checkpoint.tensors.items() if info.dtype == torch.float32)
+    return frozenset(key for key in in_fp32 if kept.search(finder.name_of(key)))
+
+
+def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
+    """Refuses a base that the adapter wasn't trained on, as far as the adapter says; packed stacks aren't looked at.
+
+    Args:
+        adapter: what is to be merged.
+        base: the model.
+        checkpoint: its weights.
+        sources: name of a stack -> where it is.
+
+    Raises:
+        ValueError: model type or weights are others.
+    """
+    identity = BaseIdentity.of(adapter.config.base)
+    if identity is None:
+        return
+    model_type = base.model.config.model_type
+    if identity.model_type != model_type:
+        raise ValueError(
+            f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} is of type "
+            f"{model_type}. Merge it into its own base."
+        )
+    storage = adapter.config.storage
+    found = {}
+    for name in identity.samples.keys() & sources.keys():
+        if not isinstance(sources[name], DenseSource):
+            continue
+        target = sources[name].target
+        matrix = sources[name].read_expert(0, checkpoint)
+        if identity.dtype:
+            matrix = matrix.to(getattr(torch, identity.dtype))
+        if storage is None or name in identity.dense_stacks:
+            found[name] = matrix.float().flatten()[: len(identity.samples[name])].tolist()
+        else:
+            found[name] = sample(QuantizedStack.from_dense(matrix[None], target.is_transposed, storage))
+    differing = differing_sample(identity, replace(identity, samples=found))
+    if differing is not None:
+        raise ValueError(
+            f"{base.directory} has other weights than the adapter was trained on: {differing} differs. Merge it into "
+            "its own base; if it has been merged already, there is nothing left to do. If it was trained on a "
+            "checkpoint in 4 bits, merge into that (--quantize, or in memory)."
+        )
+
+
+def _plan_tensors(
+    plan: MergePlan,
+    base: BaseModel,
+    checkpoint: Checkpoint,
+    adapter: AdapterFile,
+    keys: dict[str, str],
+    identity: BaseIdentity | None,
+) -> None:
+    """Linear layers, embeddings, biases and modules that were trained in full.
+
+    Args:
+        plan: filled.
+        base: the model.
+        checkpoint: its weights.
+        adapter: what is to be merged.
+        keys: name in the model -> key in the checkpoint.
+        identity: of what was trained on, if the merge is onto that.
+    """
+
+    def add(edit: TensorEdit, shape: tuple[int, ...]) -> None:
+        key = keys.get(edit.name)
+        if key is None:
+            raise ValueError(
+                f"The adapter changes {edit.name}, which is no tensor of its own in {base.directory}: it is part of a "
+                f"larger one, or not there. {_REMEDY}"
+            )
+        found = checkpoint.tensors[key].shape
+        if found != shape:
+            raise ValueError(
+                f"The adapter changes {edit.name} in the shape {list(shape)}, but {checkpoint.tensors[key]} is of "
+                "another. It belongs to another base."
+            )
+        plan.of_tensors[key] = edit
+
+    def stored(module: str) -> dict:
+        storage = identity.linear_storage(module) if identity is not None else None
+        return {} if storage is None else {"storage": storage, "dtype": getattr(torch, identity.dtype)}
+
+    in_full = _differing(beside_factors(adapter.others), base, checkpoint, keys)
+    check_not_tied([*adapted_weights(adapter.others), *map(name_in_model, in_full)], base, keys)
+    for pair in factor_pairs(adapter.others):
+        weight = f"{pair.name}.weight"
+        delta = partial(_product, pair, linear_scaling(adapter.config, pair.name))
+        shape = (pair.B.shape[0], pair.A.shape[1])
+        add(TensorEdit(weight, delta=delta, **stored(pair.name)), shape[::-1] if pair.is_embedding else shape)
+        if pair.has_delta:
+            plan.changed.add(keys[weight])
+    for saved, tensor in in_full.items():
+        name = name_in_model(saved)
+        if name not in keys:
+            raise ValueError(f"The adapter has {saved}, which is no tensor of {base.directory}. {_REMEDY}")
+        add(TensorEdit(name, replacement=tensor), tuple(tensor.shape))
+        plan.changed.add(keys[name])
+    if identity is not None:
+        for name, module in base.model.named_modules():
+            weight = f"{name}.weight"
+            if not isinstance(module, nn.Linear) or not stored(name) or keys.get(weight) in plan.of_tensors:
+                continue
+            if weight not in keys:
+                raise ValueError(
+                    f"{name} was in {stored(name)['storage']} in training, but is no tensor of its own in "
+                    f"{base.directory}. Merge onto the base's own weights (onto='base', --onto base), or in memory."
+                )
+            add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
+
+
+def _differing(
+    tensors: dict[str, torch.Tensor], base: BaseModel, checkpoint: Checkpoint, keys: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Those of the tensors that an adapter has in full that the base hasn't like that."""
+    tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
+    found = {}
+    for saved, tensor in tensors.items():
+        name = name_in_model(saved)
+        key = keys.get(name, keys.get(tied_to.get(name)))
+        if key is None or not torch.equal(tensor.float(), checkpoint.read(key).float()):
+            found[saved] = tensor
+    return found
+
+
+def check_not_tied(names: Iterable[str], base: BaseModel, keys: Mapping[str, str]) -> None:
+    """Refuses changes of one of two weights that the checkpoint has as one tensor.
+
+    Args:
+        names: of what an adapter changes.
+        base: the model.
+        keys: name in the model -> key in the checkpoint.
+
+    Raises:
+        ValueError: names the two.
+    """
+    tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
+    for name in names:
+        sharers = [other for other, source in tied_to.items() if source == name and other not in keys]
+        if name in tied_to and name not in keys:
+            sharers.append(tied_to[name])
+        if sharers:
+            raise ValueError(
+                f"The adapter changes {name} alone, but in {base.directory} {sharers[0]} is tied to it and would "
+                f"change too. {UNTIE}"
+            )
+
+
+def _product(pair: Pair, scaling: float) -> torch.Tensor:
+    product = scaling * (pair.B.float() @ pair.A.float())
+    return product.T if pair.is_embedding else product
+
+
+def _as_trained(
+    matrix: torch.Tensor, is_transposed: bool, storage: FourBitFormat | None, dtype: torch.dtype | None, name: str
+) -> torch.Tensor:
+    """fp32 weights as they were in training.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
+    if not torch.isfinite(matrix).all():
+        raise CheckpointError(f"{name} has weights that are not finite; the checkpoint is broken.")
+    if storage is None:
+        return matrix.float()
+    stack = QuantizedStack.from_dense(matrix.to(dtype or matrix.dtype)[None], is_transposed, storage)
+    return stack.decode_expert(0, torch.float32)

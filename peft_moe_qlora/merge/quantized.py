@@ -1,0 +1,258 @@
+"""Merging an adapter into a checkpoint in 4 bits.
+
+The model is in memory as it was in training: what rounding costs least depends on what the layers get to see.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..layouts.adapter_file import AdapterFile
+from ..layouts.base_model import BaseModel
+from ..layouts.non_expert import TOKENS, adapted_weights, beside_factors, factor_pairs, name_in_model
+from ..layouts.read import read_adapter
+from ..loading import Checkpoint, save_bitsandbytes
+from ..loading.finder import SourceFinder
+from ..loading.load import readable_quantization, saved_config
+from ..loading.quantizer import quantized_stacks
+from ..loading.sources import Source, each_source
+from .beside import copy_beside, names_beside
+from .calibration import random_token_ids
+from .check import take_reference
+from .checkpoint import config_for_all
+from .edits import check_base, check_not_tied
+from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
+from .partial_directory import PartialDirectory
+from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
+from .unmerged import load_live, plan_live, read_windows
+
+LAYOUTS = ("native", "bitsandbytes")
+
+
+def merge_quantized(
+    base: str | Path,
+    adapter: str | Path,
+    directory: str | Path,
+    quant_type: str = "nf4",
+    layout: str = "native",
+    rounding: str = "second-order",
+    calibration: str | Path | None = None,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progressbar: bool = True,
+    allow_unchanged: bool = False,
+) -> MergeReport:
+    """Writes base and adapter as one checkpoint with its experts in 4 bits.
+
+    Args:
+        base: directory of the base's checkpoint, or its name on the hub, in floating point, or in 4 bits as trained.
+        adapter: directory of the adapter.
+        directory: to be written to; must be empty or not there.
+        quant_type: of the experts; has to be what the adapter was trained on.
+        layout: `"native"`, which this package loads, or `"bitsandbytes"`, one set of keys per expert.
+        rounding: of experts, as in `MoeQLoraModel.merge_and_unload`.
+        calibration: file of plain text that the rounding is good for. Default: random tokens.
+        device: where the model is put.
+        dry_run: settle everything, load and write nothing.
+        progressbar: show one.
+        allow_unchanged: go on where a delta is lost in rounding altogether; the report then names what it is of.
+
+    Returns:
+        What was done, which also stands in `merge_report.json`.
+
+    Raises:
+        ValueError: see `read_adapter`, `plan_live`, `load_live` and `PartialDirectory`; or the base has this adapter
+            in it already, the adapter was trained on another storage or changes one of two weights that are tied, or
+            a stack or layer is the same after the merge as before.
+        CheckpointError: see `readable_quantization`, `Checkpoint`, `SourceFinder` and `names_beside`.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
+    adapter = Path(adapter)
+    base = checkpoint_directory(base, adapter)
+    found = read_adapter(adapter, base)
+    if found.config.quant_type != quant_type:
+        raise ValueError(
+            f"The adapter was trained on experts in {found.config.storage or '16 bits'}, not {quant_type}. Merge it "
+            "without quantizing, then load the result with MoeQuantizationConfig and save it."
+        )
+    digest = adapter_digest(adapter)
+    merged_before = digests_merged_before(base, digest)
+    model = BaseModel.open(base, found.stacks)
+    notes = _check_checkpoint(found, model)
+    plan = plan_live(base, adapter)
+    tokens = None if calibration is None else read_windows(calibration, base)
+    task = {
+        "base": str(base.resolve()),
+        "adapter_sha256": digest,
+        "options": [quant_type, layout, rounding, str(calibration)],
+        "version": __version__,
+    }
+    output = PartialDirectory(directory, task, can_be_taken_up=False)
+    beside = names_beside(base, output)
+    in_full = {key: tensor for key, tensor in beside_factors(found.others).items() if not key.endswith(TOKENS)}
+    num_with_delta = _num_with_delta(found)
+    planned = MergeReport(
+        base=str(base.resolve()),
+        adapter=str(adapter.resolve()),
+        adapter_sha256=digest,
+        onto="quantized",
+        storage=f"{found.config.storage}, {rounding} rounding",
+        tensors_expected=num_with_delta + len(in_full),
+        tensors_changed=0,
+        tensors_written=0,
+        merged_before=merged_before,
+        notes=notes,
+    )
+    if dry_run:
+        return planned
+    with output.open():
+        live = load_live(plan, device)
+        before = _checksums_of_adapted(live)
+        if len(before) != num_with_delta:
+            raise ValueError(
+                f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in "
+                "the model. Merge in memory, and report this."
+            )
+        tuner, reference = live.base_model, None
+        if rounding == "nearest":  # for which the merge itself doesn't run the model
+            reference = take_reference(tuner, tuner.active_adapters, random_token_ids(tuner.model.config))
+        merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
+        check = tuner.merge_check if reference is None else reference.check(merged)
+        unchanged = _unchanged(merged, before, allow_unchanged)
+        _check_trained_in_full(merged, in_full)
+        config = _save(merged, layout, output.partial)
+        of_stacks = {name: stack for name, _, stack in quantized_stacks(merged)}
+        notes += tuple(f"{name}: {note}" for name, stack in of_stacks.items() for note in stack.merge_notes)
+        notes += (note_of_lost("stacks and layers", unchanged),) if unchanged else ()
+        notes += (check.problem,) if check is not None and check.problem is not None else ()
+        done = replace(
+            planned,
+            tensors_changed=planned.tensors_expected - len(unchanged),
+            tensors_written=len(Checkpoint.open(output.partial).tensors),
+            stacks=tuple(
+                FidelityRow.of(name, stack.fidelity) for name, stack in of_stacks.items() if stack.fidelity is not None
+            ),
+            notes=notes,
+            check=check,
+        )
+        copy_beside(base, beside, output, {"config.json": config, REPORT_NAME: done.to_dict()})
+        output.finish()
+    return done
+
+
+def _check_checkpoint(adapter: AdapterFile, base: BaseModel) -> tuple[str, ...]:
+    """Holds the adapter against the tensors of its base; gives what is to be noted.
+
+    Raises:
+        ValueError: the base is another, or changes would be lost because tensors share their weights.
+        CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
+    """
+    readable_quantization(base.config, base.directory)
+    checkpoint = Checkpoint.open(base.directory)
+    storage = saved_config(base.directory)
+    finder = SourceFinder(base.model, checkpoint, (storage and storage.flipped_stacks) or ())
+    sources = {source.target.name: source for source in each_source(finder.find())}
+    check_base(adapter, base, checkpoint, sources)
+    check_not_tied(adapted_weights(adapter.others), base, finder.plain_tensors())
+    tied = getattr(base.model, "all_tied_weights_keys", None) or {}
+    shared = [name for name in adapter.stacks if name in tied or name in tied.values()]
+    if shared:
+        raise ValueError(
+            f"{shared[0]} is shared by two modules of the base, which would load one for both again. Merge into 16 "
+            "bits in memory: load base and adapter, and call merge_and_unload(dtype=...)."
+        )
+    dropped = sorted(_dropped(finder, sources))
+    if not dropped:
+        return ()
+    return (f"{len(dropped)} tensors that the model doesn't load are left out, {dropped[0]} first.",)
+
+
+def _unchanged(merged: nn.Module, before: dict[str, int], allow_unchanged: bool) -> list[str]:
+    """The stacks and layers that came out of the merge as they went in.
+
+    Raises:
+        ValueError: there are some, and that isn't allowed.
+    """
+    unchanged = [name for name, checksum in before.items() if _checksum(merged.get_parameter(name)) == checksum]
+    if unchanged and not allow_unchanged:
+        raise ValueError(
+            f"{len(unchanged)} of {len(before)} stacks and layers are the same after the merge, {unchanged[0]} first: "
+            "their deltas are lost in rounding. Merge into 16 bits instead, or allow it (allow_unchanged=True, "
+            "--allow-unchanged)."
+        )
+    return unchanged
+
+
+def _save(merged: PreTrainedModel, layout: str, directory: Path) -> dict[str, Any]:
+    """Writes the tensors, and gives the config that belongs to them."""
+    with TemporaryDirectory(dir=directory) as saved:
+        if layout == "native":
+            merged.save_pretrained(saved)
+        else:
+            save_bitsandbytes(merged, saved)
+        for file in Path(saved).glob("*.safetensors*"):
+            file.rename(directory / file.name)
+        return config_for_all(json.loads(Path(saved, "config.json").read_text(encoding="utf-8")), None)
+
+
+def _num_with_delta(adapter: AdapterFile) -> int:
+    """How many stacks and layers the adapter's factors change, by the file alone."""
+    experts = sum(bool(one.A.any() and one.B.any()) for one in adapter.experts)
+    return experts + sum(pair.has_delta for pair in factor_pairs(adapter.others))
+
+
+def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Makes sure that what was trained in full stands in the merged model.
+
+    Raises:
+        ValueError: names the first that doesn't.
+    """
+    in_model = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    for key, tensor in tensors.items():
+        found = in_model[name_in_model(key)].cpu()
+        if not torch.equal(found, tensor.to(found.dtype)):
+            raise ValueError(f"The adapter's {key} didn't come to stand in the merged model. Merge in memory.")
+
+
+def _dropped(finder: SourceFinder, sources: dict[str, Source]) -> set[str]:
+    """Keys that the model has no place for, such as those of layers for speculative decoding."""
+    used = {key for source in sources.values() for key in source.keys}
+    used |= {*finder.beside_stacks.values(), *finder.known_keys()}
+    return finder.checkpoint.tensors.keys() - used
+
+
+def _checksums_of_adapted(model: PeftModel) -> dict[str, int]:
+    """One for the weights of every stack and layer that the adapter has a delta for."""
+    found = {}
+    for path, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer) and any(_has_delta(layer, name) for name in layer.active_adapters):
+            # of a stack its codes, or its weights in 16 bits
+            name, weight = next(layer.get_base_layer().named_parameters())
+            found[f"{path}.{name}"] = _checksum(weight)
+    return found
+
+
+def _has_delta(layer: LoraLayer, name: str) -> bool:
+    if name in layer.lora_embedding_A:
+        return bool(layer.lora_embedding_A[name].any() and layer.lora_embedding_B[name].any())
+    return name in layer.lora_A and bool(layer.lora_A[name].weight.any() and layer.lora_B[name].weight.any())
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    total = 0
+    for number, part in enumerate(tensor.detach().contiguous().flatten().view(torch.uint8).split(2**22)):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        total += (number + 1) * int((part.long() * places).sum())
+    return total

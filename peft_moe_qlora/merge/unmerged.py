@@ -1,0 +1,183 @@
+"""An adapter on its base as it was trained, loaded anew; and what a model makes of a text."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import AutoTokenizer
+
+from ..base_identity import BaseIdentity
+from ..config import MoeQLoraConfig, MoeQLoraPeftType
+from ..layouts.adapter_file import PREFIX
+from ..layouts.base_model import BaseModel, revision_of_base
+from ..layouts.read import read_config
+from ..loading import MoeQuantizationConfig, load_quantized
+
+_WINDOW, _MOST_WINDOWS = 512, 16
+_POSITIONS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class LivePlan:
+    """How base and adapter are to be loaded.
+
+    Args:
+        base: directory of the model.
+        adapter: directory of the adapter.
+        model_class: whose `from_pretrained` loads the base.
+        dtype: of the model, or `"auto"` for that of the checkpoint.
+        quantization: of a base in floating point; None to leave it so, or quantized as it is.
+        is_quantized: whether anything of the model is quantized.
+        revision: of a base that is named as on the hub; None for the usual one.
+    """
+
+    base: str | Path
+    adapter: str | Path
+    model_class: type
+    dtype: torch.dtype | str
+    quantization: MoeQuantizationConfig | None
+    is_quantized: bool
+    revision: str | None = None
+
+
+def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None = None) -> LivePlan:
+    """Settles how base and adapter are loaded as they were in training, from the configs alone.
+
+    Args:
+        base: directory of the model, or its name on the hub.
+        adapter: directory of the adapter.
+        dtype: of the model. Default: that of the training, or of the checkpoint.
+
+    Raises:
+        ValueError: the adapter isn't of this package, or was trained with linear layers stored in another way than
+            the experts, which can't be made again.
+    """
+    options = read_config(Path(adapter))
+    found_type = options.get("peft_type")
+    if found_type != MoeQLoraPeftType.MOE_QLORA.value:
+        raise ValueError(
+            f"{adapter} is an adapter of type {found_type}, which doesn't say how its base was stored. Convert it "
+            "first (peft-moe-qlora convert --to moe-qlora)."
+        )
+    config = MoeQLoraConfig.from_pretrained(str(adapter))
+    if config.stored is None:
+        raise ValueError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}; a saved adapter was expected.")
+    revision = revision_of_base(options, base)
+    found = BaseModel.open(base, (key.removeprefix(PREFIX) for key in config.stored.shapes), revision)
+    identity = BaseIdentity.of(config.base)
+    dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
+    quantization = None if found.quantization is not None else _quantization(found, config, identity)
+    is_quantized = config.storage is not None or quantization is not None
+    return LivePlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
+
+
+def load_live(plan: LivePlan, device: str) -> PeftModel:
+    """Base and adapter, the base stored as the adapter's config says it was.
+
+    Args:
+        plan: by `plan_live`.
+        device: where the model is put.
+
+    Raises:
+        ValueError: the adapter was trained on other weights.
+    """
+    how = {"dtype": plan.dtype, "device_map": device, "use_safetensors": True}
+    if plan.revision is not None:
+        how["revision"] = plan.revision
+    if plan.is_quantized:
+        model = load_quantized(str(plan.base), plan.quantization, plan.model_class, **how)
+    else:
+        model = plan.model_class.from_pretrained(plan.base, **how)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The adapter was trained on other weights")
+        try:
+            return PeftModel.from_pretrained(model, str(plan.adapter)).eval()
+        except RuntimeWarning as error:
+            raise ValueError(f"{plan.base} is not the base of {plan.adapter}: {error}") from error
+
+
+def _quantization(
+    base: BaseModel, config: MoeQLoraConfig, identity: BaseIdentity | None
+) -> MoeQuantizationConfig | None:
+    """How a base in floating point has to be loaded to be what the adapter was trained on."""
+    linear = list(identity.linear) if identity is not None else []
+    if config.storage is None and not linear:
+        return None
+    experts = config.storage
+    expected = [str(experts).replace(f"/{experts.blocksize}", "/64")] if experts is not None else linear[:1]
+    if linear and linear != expected:
+        raise ValueError(
+            f"The adapter was trained with linear layers in {', '.join(linear)} beside experts in {experts}, which "
+            "can't be loaded by one configuration. Load the model as it was, and call merge_and_unload."
+        )
+    skipped = list(identity.dense_stacks) if identity is not None else []
+    skipped = {name.rpartition(".")[0] for name in skipped}
+    if linear:
+        skipped |= {
+            name
+            for name, module in base.model.named_modules()
+            if isinstance(module, nn.Linear) and identity.linear_storage(name) is None
+        }
+    return MoeQuantizationConfig(
+        None if experts is None else experts.quant_type,
+        blocksize=64 if experts is None else experts.blocksize,
+        double_quant=linear[0].endswith("+dq") if experts is None else experts.double_quant,
+        quantize_linear=bool(linear),
+        skip_modules=[f"^{re.escape(name)}$" for name in sorted(skipped)] or None,
+    )
+
+
+def read_windows(file: str | Path, tokenizer_of: str | Path, revision: str | None = None) -> torch.Tensor:
+    """`(N, L)` token ids of a text, at most 16 windows of 512.
+
+    Args:
+        file: of plain text.
+        tokenizer_of: directory of a model, or its name on the hub.
+        revision: of a model on the hub; None for the usual one.
+
+    Raises:
+        ValueError: the text is not in UTF-8, or has less than two tokens.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, revision=revision or "main")
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    length = min(_WINDOW, len(ids))
+    if length < 2:
+        raise ValueError(
+            f"{file} has {len(ids)} tokens by the tokenizer in {tokenizer_of}; a text of some hundreds was expected, "
+            "and a tokenizer to be there."
+        )
+    return ids[: len(ids) // length * length].view(-1, length)[:_MOST_WINDOWS]
+
+
+@torch.no_grad()
+def next_token_logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """`(N, L, V)` fp32 on the CPU; windows go through one by one."""
+    return torch.cat([logits_of_window(model, window) for window in windows])
+
+
+@torch.no_grad()
+def logits_of_window(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """`(1, L, V)` fp32 on the CPU."""
+    device = next(model.parameters()).device
+    return model(input_ids=window[None].to(device), use_cache=False).logits.float().cpu()
+
+
+def kl_divergence(of: torch.Tensor, against: torch.Tensor) -> float:
+    """Mean over positions of the KL divergence in nats, from logits `(N, L, V)`, computed in fp64."""
+    total = 0.0
+    # few positions at a time: in fp64 the logits of a window can be 1 GB
+    for left, right in zip(*(logits.flatten(0, 1).split(_POSITIONS_AT_A_TIME) for logits in (of, against))):
+        left, right = left.double().log_softmax(dim=-1), right.double().log_softmax(dim=-1)
+        total += (left.exp() * (left - right)).sum().item()
+    return total / (of.shape[0] * of.shape[1])
