@@ -7,6 +7,7 @@ experts spread over the model. Scales are the same whatever device quantizes; co
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from .config import MoeQLoraConfig
 from .experts import QuantizedExperts
 from .quantization import FourBitFormat, Stack
 
@@ -157,6 +159,22 @@ def differing_sample(recorded: BaseIdentity, found: BaseIdentity) -> str | None:
         if equal < _LEAST_EQUAL * len(expected):
             return name
     return None
+
+
+def settle_base(config: MoeQLoraConfig, model: nn.Module, adapted: Collection[str]) -> None:
+    """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on."""
+    found = identify_base(model, adapted)
+    if config.base is None or not config.is_read:
+        config.base = found.to_dict()
+        return
+    differing = differing_sample(BaseIdentity.of(config.base), found)
+    if differing is not None:
+        warnings.warn(
+            f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "
+            f"loaded; it was made for {config.base_model_name_or_path}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _stacks(model: nn.Module) -> dict[str, Stack]:

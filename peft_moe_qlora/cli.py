@@ -12,8 +12,17 @@ import torch
 
 from .layouts import LORA_B_ORDERS, QUANT_TYPE_NAMES, TARGETS, ReadOptions, convert_adapter
 from .loading import inspect_checkpoint
-from .merge import LAYOUTS, ONTO, MergeReport, merge_checkpoint, merge_quantized, plan_live, read_windows, verify_merge
-from .model import ROUNDINGS
+from .merge import (
+    LAYOUTS,
+    ONTO,
+    ROUNDINGS,
+    MergeReport,
+    merge_checkpoint,
+    merge_quantized,
+    plan_live,
+    read_windows,
+    verify_merge,
+)
 from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
 
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
-from tqdm.auto import tqdm
 
 from .adapter_check import check_factor_shapes, check_stored_shapes
-from .base_identity import BaseIdentity, differing_sample, identify_base
+from .base_identity import settle_base
 from .config import ALL_EXPERTS, MoeQLoraConfig
-from .experts import ExpertsLayout, QuantizedExperts, bias_name, check_convertible
+from .experts import QuantizedExperts, bias_name, check_convertible
 from .gradient_watch import watch_gradients
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
-from .merge.calibration import adapted_projections, config_with_vocabulary, merge_for_inputs, random_token_ids
-from .merge.check import MergeCheck, Reference, take_reference
+from .merge.check import MergeCheck
+from .merge.in_memory import (
+    check_merge_options,
+    check_mergeable,
+    merge_experts_densely,
+    merge_experts_for_inputs,
+    restored_on_error,
+)
 from .quantization import Stack
 from .report import ExpertsReport, experts_report
 from .targets import (
-    UNTIE,
+    check_matched_modules,
     check_not_shared,
     check_patterns,
     check_targets,
     expert_layouts,
-    is_router,
     module_names,
     reached_stacks,
     resolve_targets,
 )
 from .unadaptable import check_adaptable
-from .weighted import Combination, combined_rank
-
-ROUNDINGS = ("second-order", "nearest")
+from .weighted import Combination
 
 
 class MoeQLoraModel(LoraModel):
@@ -81,7 +79,7 @@ class MoeQLoraModel(LoraModel):
         names = module_names(model, layouts)
         check_targets(peft_config, names, layouts)
         resolve_targets(peft_config, model, layouts)
-        self._check_matched_modules(peft_config, model, layouts)
+        check_matched_modules(peft_config, model, layouts)
         linear = [name for name in names if self._check_target_module_exists(peft_config, name)]
         check_adaptable(linear, model, peft_config.is_read)
         stacks = reached_stacks(peft_config, layouts)
@@ -91,43 +89,7 @@ class MoeQLoraModel(LoraModel):
         if linear or stacks:
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
             skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
-        self._settle_base(peft_config, model, stacks)
-
-    @staticmethod
-    def _settle_base(config: MoeQLoraConfig, model: nn.Module, adapted: list[str]) -> None:
-        """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on."""
-        found = identify_base(model, adapted)
-        if config.base is None or not config.is_read:
-            config.base = found.to_dict()
-            return
-        differing = differing_sample(BaseIdentity.of(config.base), found)
-        if differing is not None:
-            warnings.warn(
-                f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "
-                f"loaded; it was made for {config.base_model_name_or_path}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _check_matched_modules(
-        self, config: MoeQLoraConfig, model: nn.Module, layouts: dict[str, ExpertsLayout]
-    ) -> None:
-        """Refuses what PEFT would refuse too, but in the middle of the injection."""
-        for name, module in model.named_modules():
-            if not name or name in layouts or not self._check_target_module_exists(config, name):
-                continue
-            if not isinstance(module, (nn.Linear, BaseTunerLayer)) and is_router(name, module, layouts):
-                raise ValueError(
-                    f"target_modules reaches the router {name}, a {type(module).__name__}, which LoRA can't adapt. "
-                    f"Take it out, or train it in full with modules_to_save=[{name.rpartition('.')[2]!r}]."
-                )
-            if isinstance(module, BaseTunerLayer) or hasattr(module, "in_features"):
-                continue
-            if all(parameter is None or parameter.dim() < 2 for parameter in module._parameters.values()):
-                raise ValueError(
-                    f"target_modules reaches {name}, a {type(module).__name__}, which has no weight matrix of its own "
-                    "for LoRA to adapt. Name the linear layers, inside it or elsewhere."
-                )
+        settle_base(peft_config, model, stacks)
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -273,39 +235,16 @@ class MoeQLoraModel(LoraModel):
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"One weight for each adapter was expected, got adapters={adapters}, weights={weights}.")
         kind, rank, targets = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
-        configs = [self.peft_config[name] for name in adapters]
-        expert_rank = combined_rank(kind, [config.largest_expert_r for config in configs], svd_rank)
-        unit = configs[0].scaling
-        combined = replace(
-            configs[0],
-            r=rank,
-            lora_alpha=1 / unit(rank, 1.0),
-            expert_r=expert_rank,
-            expert_alpha=1 / unit(expert_rank, 1.0),
-            target_modules=targets,
-            rank_pattern={},
-            alpha_pattern={},
-        )
-        self._check_reach(combined, adapters)
-        self.peft_config[adapter_name] = combined
-        self.inject_adapter(self.model, adapter_name)
-        self.set_requires_grad(adapter_name, False)
-        combine = Combination(
+        combination = Combination(
             adapters, weights, kind, density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver
         )
+        config = combination.config(self, rank, targets, svd_rank)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        self.set_requires_grad(adapter_name, False)
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-                combine.fill(self, layer, adapter_name)
-
-    def _check_reach(self, config: MoeQLoraConfig, adapters: Sequence[str]) -> None:
-        """Refuses a combination whose config would leave out a layer that one of the adapters has."""
-        for path, layer in self.model.named_modules():
-            is_adapted = isinstance(layer, LoraLayer) and any(name in layer.r for name in adapters)
-            if is_adapted and not check_target_module_exists(config, path):
-                raise ValueError(
-                    f"The adapters {list(adapters)} reach different layers by layers_to_transform or exclude_modules: "
-                    f"{path} would be left out. Combine adapters that share these options."
-                )
+                combination.fill(self, layer, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit.
@@ -313,15 +252,8 @@ class MoeQLoraModel(LoraModel):
         After an error experts are as they were before the call.
         """
         self._check_mergeable(adapter_names)
-        merged_before = {layer: list(layer.merged_adapters) for layer in self.expert_layers()}
-        try:
+        with restored_on_error(list(self.expert_layers())):
             super().merge_adapter(adapter_names, safe_merge)
-        except ValueError:
-            for layer, names in merged_before.items():
-                if layer.merged_adapters != names:
-                    layer.unmerge()
-                    layer.merge(adapter_names=names)
-            raise
 
     def merge_and_unload(
         self,
@@ -359,93 +291,19 @@ class MoeQLoraModel(LoraModel):
             ValueError: an adapter is unknown or has values that are not finite, `dtype` is none of floating point,
                 `rounding` is unknown, or `calibration` is given where nothing is rounded by it.
         """
-        self._check_mergeable(adapter_names)
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding={rounding!r} is unknown; choose one of {ROUNDINGS}.")
-        if calibration is not None and (dtype is not None or rounding == "nearest"):
-            raise ValueError(
-                "calibration is for experts that are rounded to 4 bits by second-order rounding; leave it out, or "
-                "dtype and rounding."
-            )
-        if calibration is not None and (
-            not isinstance(calibration, torch.Tensor)
-            or calibration.dim() != 2
-            or calibration.is_floating_point()
-            or not calibration.numel()
-        ):
-            raise ValueError("calibration has to be a tensor of token ids, (sequences, length), and not empty.")
-        self.merge_check = None
-        if dtype is None:
-            reference = None
-            if rounding == "second-order":
-                reference, adapter_names = self._merge_for_inputs(adapter_names, calibration, progressbar)
-            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-            if reference is not None:
-                self.merge_check = reference.check(merged)
-            return merged
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"dtype={dtype} can't hold merged weights; choose torch.bfloat16, float16 or float32.")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        layers = [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, ExpertsLora)]
-        for path, layer in tqdm(layers, desc="Merging experts", disable=not progressbar):
-            parent, _, name = path.rpartition(".")
-            self._replace_module(self.model.get_submodule(parent), name, layer.merged_dense(dtype, names), layer)
-        restore_experts(self.model, dtype)
-        if dtype == torch.float32:
-            cast_as_loaded(self.model, dtype)  # before deltas of linear layers are added, which 16 bits would round
+        names = self._check_mergeable(adapter_names)
+        check_merge_options(dtype, rounding, calibration)
+        self.merge_check = reference = None
+        if dtype is not None:
+            merge_experts_densely(self, names, dtype, progressbar)
+        elif rounding == "second-order":
+            reference, adapter_names = merge_experts_for_inputs(self, adapter_names, calibration, progressbar)
         merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        cast_as_loaded(merged, dtype)
+        if dtype is not None:
+            cast_as_loaded(merged, dtype)
+        if reference is not None:
+            self.merge_check = reference.check(merged)
         return merged
-
-    def _merge_for_inputs(
-        self, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool
-    ) -> tuple[Reference | None, list[str] | None]:
-        """Merges the quantized experts that adapters reach; what is left, PEFT does.
-
-        Returns:
-            What the live model gave, None if there are no such experts; and the adapters to be merged into the other
-            layers, with those that were merged before.
-        """
-        tuner_layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
-        merged_before = [name for layer in tuner_layers for name in layer.merged_adapters]
-        asked_for = self.active_adapters if adapter_names is None else adapter_names
-        names = list(dict.fromkeys([*merged_before, *asked_for]))
-        layers = {
-            path: module
-            for path, module in self.model.named_modules()
-            if isinstance(module, QuantizedExperts) and not module.is_dense and adapted_projections(module, names)
-        }
-        if not layers:
-            return None, adapter_names
-        if calibration is None:
-            config = config_with_vocabulary(self.model)
-            if config is None:
-                raise ValueError(
-                    f"{type(self.model).__name__} has no config that tells its vocabulary. Pass token ids as "
-                    "calibration, or rounding='nearest'."
-                )
-            calibration = random_token_ids(config)
-        for layer in tuner_layers:
-            if layer.merged:
-                layer.unmerge()
-        reference = take_reference(self, names, calibration)
-        # each at once: should the forward fail later, what is merged is not merged again
-        missed = merge_for_inputs(self.model, layers, names, calibration, self._unwrap, progressbar)
-        if missed:
-            warnings.warn(
-                f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "
-                "they are rounded to the nearest value.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return reference, names
-
-    def _unwrap(self, experts: QuantizedExperts) -> None:
-        """Puts merged stacks in the place of their adapters."""
-        for projection in experts.layout.projections:
-            layer = experts.get_submodule(projection)
-            if isinstance(layer, ExpertsLora):
-                self._replace_module(experts, projection, layer.base_layer, layer)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -459,42 +317,12 @@ class MoeQLoraModel(LoraModel):
         if unknown:
             raise ValueError(f"There is no adapter {unknown}; there are {sorted(self.peft_config)}.")
 
-    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
-        """Refuses a broken adapter before the first layer is merged, so that the model stays as it was.
-
-        With or without `safe_merge`: 4-bit codes could not show what is not finite.
-        """
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> Sequence[str]:
+        """The names of what is to be merged, by default of the active adapters; what can't be merged is refused."""
         adapter_names = self.active_adapters if adapter_names is None else adapter_names
         self._check_adapter_names(adapter_names)
-        self._check_not_tied(adapter_names)
-        for layer in self.model.modules():
-            if not isinstance(layer, BaseTunerLayer):
-                continue
-            for container in layer.adapter_layer_names:
-                for name, factor in getattr(layer, container).items():
-                    tensors = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
-                    if name in adapter_names and not all(torch.isfinite(tensor).all() for tensor in tensors):
-                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-
-    def _check_not_tied(self, adapter_names: Sequence[str]) -> None:
-        """Refuses a delta of one of two layers that have one weight: merged, it would be in both."""
-        holders: dict[nn.Parameter, list[str]] = defaultdict(list)
-        for path, module in self.model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                holders[parameter].append(path.removesuffix(".base_layer"))
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, ExpertsLora) or not isinstance(layer, LoraLayer):
-                continue  # two stacks that are tied are merged into two
-            if not any(name in layer.scaling for name in adapter_names):
-                continue
-            # PEFT's layer on nn.MultiheadAttention has several weights, none of them tied
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            others = [holder for holder in holders.get(weight, ()) if holder != path]
-            if others:
-                raise ValueError(
-                    f"The adapter changes {path} alone, but {others[0]} has the same weight and would change too. "
-                    f"{UNTIE}"
-                )
+        check_mergeable(self.model, adapter_names)
+        return adapter_names
 
 
 def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -243,6 +243,29 @@ def check_targets(config: MoeQLoraConfig, module_names: list[str], layouts: Mapp
                     f"modules_to_save names {name!r}, which includes the experts {path}; they can't be trained in "
                     "full. Take it out; to train a router, name the router alone."
                 )
+
+
+def check_matched_modules(config: MoeQLoraConfig, model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> None:
+    """Refuses what PEFT would refuse too, but in the middle of the injection.
+
+    Raises:
+        ValueError: `target_modules` reaches a router that is no linear layer, or a module without a weight matrix.
+    """
+    for name, module in model.named_modules():
+        if not name or name in layouts or not check_target_module_exists(config, name):
+            continue
+        if not isinstance(module, (nn.Linear, BaseTunerLayer)) and is_router(name, module, layouts):
+            raise ValueError(
+                f"target_modules reaches the router {name}, a {type(module).__name__}, which LoRA can't adapt. Take "
+                f"it out, or train it in full with modules_to_save=[{name.rpartition('.')[2]!r}]."
+            )
+        if isinstance(module, BaseTunerLayer) or hasattr(module, "in_features"):
+            continue
+        if all(parameter is None or parameter.dim() < 2 for parameter in module._parameters.values()):
+            raise ValueError(
+                f"target_modules reaches {name}, a {type(module).__name__}, which has no weight matrix of its own for "
+                "LoRA to adapt. Name the linear layers, inside it or elsewhere."
+            )
 
 
 def may_be_absent(name: str, config: LoraConfig, exists: Callable[[str], bool]) -> bool:

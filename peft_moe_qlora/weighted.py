@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
 
+from .config import MoeQLoraConfig
 from .layer import ExpertsLora
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -41,6 +43,43 @@ class Combination:
     clamp: float | None = None
     full_matrices: bool = True
     driver: str | None = None
+
+    def config(
+        self, model: LoraModel, rank: int, target_modules: set[str] | str, svd_rank: int | None
+    ) -> MoeQLoraConfig:
+        """The config of the combination, whose scaling is 1.
+
+        Args:
+            model: that the adapters are in.
+            rank: of linear layers.
+            target_modules: of all adapters.
+            svd_rank: rank on experts of the `svd` forms. Default: the largest.
+
+        Raises:
+            ValueError: the adapters' ranks differ where one is needed, or a layer that one of them has would be left
+                out.
+        """
+        configs = [model.peft_config[name] for name in self.adapters]
+        expert_rank = combined_rank(self.kind, [config.largest_expert_r for config in configs], svd_rank)
+        unit = configs[0].scaling
+        config = replace(
+            configs[0],
+            r=rank,
+            lora_alpha=1 / unit(rank, 1.0),
+            expert_r=expert_rank,
+            expert_alpha=1 / unit(expert_rank, 1.0),
+            target_modules=target_modules,
+            rank_pattern={},
+            alpha_pattern={},
+        )
+        for path, layer in model.model.named_modules():
+            is_adapted = isinstance(layer, LoraLayer) and any(name in layer.r for name in self.adapters)
+            if is_adapted and not check_target_module_exists(config, path):
+                raise ValueError(
+                    f"The adapters {list(self.adapters)} reach different layers by layers_to_transform or "
+                    f"exclude_modules: {path} would be left out. Combine adapters that share these options."
+                )
+        return config
 
     @torch.no_grad()
     def fill(self, model: LoraModel, layer: LoraLayer, adapter_name: str) -> None:

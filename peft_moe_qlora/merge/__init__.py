@@ -2,6 +2,7 @@
 
 from .checkpoint import merge_checkpoint
 from .edits import ONTO
+from .in_memory import ROUNDINGS
 from .quantized import LAYOUTS, merge_quantized
 from .report import MergeReport, Verification
 from .unmerged import kl_divergence, next_token_logits, plan_live, read_windows
@@ -10,6 +11,7 @@ from .verify import verify_merge
 __all__ = [
     "LAYOUTS",
     "ONTO",
+    "ROUNDINGS",
     "MergeReport",
     "Verification",
     "kl_divergence",
