@@ -5,6 +5,7 @@ Which of its layouts an engine wants for a model only its sources can say; `chec
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +21,20 @@ from shrunken_models import shrunken_config
 from torch import nn
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.layouts import AdapterFile, read_adapter
+from peft_moe_qlora.layouts import AdapterFile, engines, read_adapter
 from peft_moe_qlora.layouts.adapter_file import ExpertFactors
 from peft_moe_qlora.layouts.base_model import BaseModel
 from peft_moe_qlora.layouts.engines import LLAMA_CPP, MLX, SGLANG, VLLM, Engine, write_for_engine
 
 ENGINES = (VLLM, SGLANG, LLAMA_CPP, MLX)
-SERVED = sorted({name for engine in ENGINES for name in engine.layouts})
-REFUSED = sorted({name for engine in ENGINES for name in engine.refused})
+
+
+def served(engine: Engine) -> set[str]:
+    return {name for name, row in engine.rows.items() if row["layout"] != "refused"}
+
+
+SERVED = sorted({name for engine in ENGINES for name in served(engine)})
+REFUSED = sorted({name for engine in ENGINES for name in engine.rows.keys() - served(engine)})
 WITH_A_VISION_TOWER = "Qwen3_5MoeForConditionalGeneration"
 R, ALPHA = 3, 6
 LINEAR_A, LINEAR_B = ".lora_A.weight", ".lora_B.weight"
@@ -100,7 +107,7 @@ def test_what_is_written_is_the_adapter(class_name, tmp_path):
     adapted = {key.removesuffix(LINEAR_A) for key in adapter.others if key.endswith(LINEAR_A)}
     joined = {one for name in adapted for one in siblings_of(base, name)}
     for engine in ENGINES:
-        if class_name not in engine.layouts:
+        if class_name not in served(engine):
             continue
         out = tmp_path / engine.name
         write_for_engine(engine, adapter, out, base)
@@ -117,17 +124,34 @@ def test_what_is_written_is_the_adapter(class_name, tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "model_types"),
-    [(VLLM, check_engines.IN_VLLM), (SGLANG, check_engines.IN_SGLANG), (MLX, engine_logits.IN_MLX)],
-    ids=["vLLM", "SGLang", "mlx-lm"],
+    [
+        (VLLM, check_engines.IN_VLLM),
+        (SGLANG, check_engines.IN_SGLANG),
+        (MLX, engine_logits.IN_MLX),
+        (LLAMA_CPP, engine_logits.IN_LLAMA_CPP),
+    ],
+    ids=["vLLM", "SGLang", "mlx-lm", "llama.cpp"],
 )
-def test_what_was_checked_with_the_engines_own_code_is_served(engine, model_types):
-    """A model that falls out of a table is refused from then on, without anything else going wrong."""
+def test_what_the_engines_own_code_has_run_is_what_the_table_says_so_of(engine, model_types):
+    """A model that falls out of the table is refused from then on, without anything else going wrong."""
     of_type = {
         getattr(transformers, name).config_class.model_type: name for name in SERVED if hasattr(transformers, name)
     }
-    known = [of_type[model_type] for model_type in model_types if model_type in of_type or is_newest()]
+    known = {of_type[model_type] for model_type in model_types if model_type in of_type or is_newest()}
     assert len(known) > 5
-    assert set(known) <= engine.layouts.keys()
+    assert known <= served(engine)
+    run = {name for name, row in engine.rows.items() if row["evidence"] == "run" and hasattr(transformers, name)}
+    assert run == known
+
+
+def test_every_row_of_the_table_is_of_an_engine_and_has_evidence():
+    """A row with another version in its first column would be no row of any engine."""
+    file = Path(engines.__file__).with_name("engines.csv")
+    with file.open(newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == sum(len(engine.rows) for engine in ENGINES)
+    assert {row["evidence"] for row in rows} == {"run", "converted", "source"}
+    assert {row["layout"] for row in rows} == {*engines._WRITERS, "refused"}
 
 
 # what only one of the engines has as stacks; the README says what follows for the others
@@ -143,7 +167,7 @@ OF_DIFFERENT_LAYOUTS = {
 @pytest.mark.parametrize("class_name", SERVED)
 def test_one_directory_serves_all_engines_that_read_single_experts(class_name, tmp_path):
     """A model that is moved to another layout for one engine stands out, unless it is one of the known few."""
-    engines = [engine for engine in (VLLM, SGLANG, LLAMA_CPP) if class_name in engine.layouts]
+    engines = [engine for engine in (VLLM, SGLANG, LLAMA_CPP) if class_name in served(engine)]
     if len(engines) < 2:
         pytest.skip("there is nothing to compare: only one of them serves it")
     base = save_config(class_name, tmp_path / "base")
@@ -168,7 +192,7 @@ def test_layers_that_are_joined_are_there_to_be_looked_at(tmp_path):
 def test_a_refused_class_is_one_of_transformers_that_no_table_serves(class_name):
     """A typo would leave the general refusal in place of the reason; a class in both would be served all the same."""
     assert issubclass(model_class(class_name), transformers.PreTrainedModel)
-    assert not any(class_name in engine.layouts for engine in ENGINES if class_name in engine.refused)
+    assert all(row["note"] for engine in ENGINES for row in engine.rows.values() if row["layout"] == "refused")
 
 
 def linear(base: BaseModel, *names: str) -> dict[str, torch.Tensor]:

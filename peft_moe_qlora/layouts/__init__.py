@@ -2,8 +2,8 @@
 
 from .adapter_file import AdapterFile, ExpertFactors
 from .convert import TARGETS, convert_adapter
+from .foreign import LORA_B_ORDERS, QUANT_TYPE_NAMES, ReadOptions
 from .read import read_adapter
-from .source import LORA_B_ORDERS, QUANT_TYPE_NAMES, ReadOptions
 
 __all__ = [
     "LORA_B_ORDERS",

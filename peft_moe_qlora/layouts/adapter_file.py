@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 
 from ..config import MoeQLoraConfig, rank_and_alpha
 
@@ -63,3 +67,16 @@ class AdapterFile:
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
     """The factor of `B @ A` of a linear layer."""
     return config.scaling(*rank_and_alpha(config, name))
+
+
+def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes an adapter's tensors as PEFT's.
+
+    Args:
+        directory: created if it isn't there.
+        tensors: key without PEFT's prefix -> tensor.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # clones, since parts of one tensor share memory, which safetensors refuses
+    tensors = {PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})

@@ -9,11 +9,11 @@ from pathlib import Path
 from .adapter_file import AdapterFile
 from .base_model import BaseModel, revision_of_base
 from .engines import LLAMA_CPP, MLX, SGLANG, VLLM, write_for_engine
-from .native_writer import write_native
-from .peft_lora_writer import write_peft_lora
-from .per_expert_writer import write_per_expert
+from .foreign import ReadOptions
+from .native import write_native
+from .peft_lora import write_peft_lora
+from .per_expert import write_per_expert
 from .read import read_adapter
-from .source import ReadOptions
 
 TARGETS: dict[str, Callable[[AdapterFile, Path, BaseModel | None], None]] = {
     "peft-lora": write_peft_lora,

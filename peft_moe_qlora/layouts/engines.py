@@ -1,14 +1,21 @@
-"""What each engine reads: for which model which layout, which linear layers, on which base. All from their sources.
+"""What each engine reads: for which model which layout (`engines.csv`), which linear layers, on which base.
 
-Models go by their class in transformers. A model that isn't here is refused, since engines drop keys that they don't
-know, or read them wrong, without a word.
+Models go by their class in transformers. A model that isn't in the table is refused, since engines drop keys that they
+don't know, or read them wrong, without a word. The evidence of each row is
+
+- `run`: the engine's own code has read such an adapter, and made the delta of it (`tests/check_engines.py`);
+- `converted`: the engine's converter has taken it, or refused it;
+- `source`: read in the engine's source. vLLM: `is_3d_moe_weight` of the class says which layout it reads; the module
+  path is the checkpoint's, after vLLM's own renaming. SGLang: any class with FusedMoE whose `get_hidden_dim`, if it
+  has one, knows `gate_up_proj_moe`. mlx-lm: what the model's class calls its SwitchGLU.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import nn
@@ -16,13 +23,15 @@ from torch import nn
 from ..loading.quantization_config import QUANT_METHOD
 from .adapter_file import AdapterFile
 from .base_model import BaseModel
-from .mlx_writer import write_mlx
+from .mlx import write_mlx
 from .non_expert import A_SUFFIX, B_SUFFIX, adapted_layers
-from .peft_lora_writer import write_peft_lora
-from .per_expert_writer import write_per_expert
-from .stacked_writer import write_stacked
+from .peft_lora import write_peft_lora
+from .per_expert import write_per_expert
+from .stacked import write_stacked
 from .uniform import uniform
 from .whole_model import in_whole_model
+
+_TABLE = Path(__file__).with_name("engines.csv")
 
 
 def _write_fused(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
@@ -30,10 +39,21 @@ def _write_fused(adapter: AdapterFile, directory: Path, base: BaseModel) -> None
     write_peft_lora(uniform(adapter, base), directory, base)
 
 
-_PER_EXPERT = partial(write_per_expert, targets_in_newer_names=True)
-_MLX_SWITCH = partial(write_mlx, experts_name="switch_mlp")
-_MLX_EXPERTS = partial(write_mlx, experts_name="experts")
+_WRITERS: dict[str, Callable[[AdapterFile, Path, BaseModel], None]] = {
+    "peft-lora": _write_fused,
+    "per-expert": partial(write_per_expert, targets_in_newer_names=True),
+    "stacked": write_stacked,
+    "mlx switch_mlp": partial(write_mlx, experts_name="switch_mlp"),
+    "mlx experts": partial(write_mlx, experts_name="experts"),
+    "mlx language_model": partial(
+        write_mlx, experts_name="switch_mlp", prefixes=("model.language_model.", "language_model.model.")
+    ),
+}
+"""Layout in the table -> what writes it. Of mlx-lm's, what it calls the experts, or the text model, differs."""
+
 _BITSANDBYTES = ("bitsandbytes", QUANT_METHOD)
+# taken apart by the engine where attention is latent, which goes past its LoRA
+_LATENT = frozenset({"kv_b_proj"})
 
 
 @dataclass(frozen=True)
@@ -41,9 +61,7 @@ class Engine:
     """What one engine reads.
 
     Args:
-        name: with the version whose source says so.
-        layouts: class of the model in transformers -> what writes the adapter.
-        refused: class of the model -> why its adapters can't be served.
+        name: with the version that the table is of.
         linear: last parts of the names of the linear layers that it reads; None for whichever the model has.
         not_linear: last parts of those that it reads wrong, or not at all.
         not_on: quantization of the base -> classes that can't be served on it, None for all.
@@ -51,195 +69,38 @@ class Engine:
     """
 
     name: str
-    layouts: Mapping[str, Callable[[AdapterFile, Path, BaseModel], None]]
-    refused: Mapping[str, str] = field(default_factory=dict)
     linear: frozenset[str] | None = None
     not_linear: frozenset[str] = frozenset()
     not_on: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
     max_r: int | None = None
 
+    @cached_property
+    def rows(self) -> dict[str, dict[str, str]]:
+        """Class of the model in transformers -> its row of the table."""
+        with _TABLE.open(newline="", encoding="utf-8") as file:
+            return {row["class"]: row for row in csv.DictReader(file) if row["engine"] == self.name}
 
-# `is_3d_moe_weight` of the class (vllm/model_executor/models) says which layout it reads; the module path in vLLM is
-# the checkpoint's for all of these, after vLLM's own renaming
-VLLM = Engine(
-    name="vLLM 0.33.0",
-    layouts={
-        **dict.fromkeys(
-            (
-                "GptOssForCausalLM",
-                "Qwen3VLMoeForConditionalGeneration",
-                "Qwen3_5MoeForConditionalGeneration",
-                # by its backend for transformers' own classes; to be served with --enable-mixed-moe-lora-format and
-                # is_3d_lora_weight in the request
-                "FlexOlmoForCausalLM",
-                "HunYuanMoEV1ForCausalLM",
-                "Kolibri1ForCausalLM",
-                "MellumForCausalLM",
-            ),
-            _write_fused,
-        ),
-        **dict.fromkeys(
-            (
-                "AXK1ForCausalLM",
-                "AfmoeForCausalLM",
-                "DeepseekV2ForCausalLM",
-                "DeepseekV3ForCausalLM",
-                "Ernie4_5_MoeForCausalLM",
-                "ExaoneMoeForCausalLM",
-                "Gemma4ForCausalLM",
-                "Gemma4ForConditionalGeneration",
-                "Glm4MoeForCausalLM",
-                "Glm4MoeLiteForCausalLM",
-                "Glm4vMoeForConditionalGeneration",
-                "GraniteMoeForCausalLM",
-                "GraniteMoeHybridForCausalLM",
-                "GraniteMoeSharedForCausalLM",
-                "HYV3ForCausalLM",
-                "JambaForCausalLM",
-                "LagunaForCausalLM",
-                "Lfm2MoeForCausalLM",
-                "MiniMaxM2ForCausalLM",
-                "MixtralForCausalLM",
-                "NemotronHForCausalLM",
-                "OlmoeForCausalLM",
-                "PhimoeForCausalLM",
-                "Qwen2MoeForCausalLM",
-                "Qwen3MoeForCausalLM",
-                "Qwen3NextForCausalLM",
-                "Qwen3_5MoeForCausalLM",
-            ),
-            _PER_EXPERT,
-        ),
-    },
-    refused={
-        **dict.fromkeys(
-            (
-                "AriaForConditionalGeneration",
-                "Cohere2MoeForCausalLM",
-                "DbrxForCausalLM",
-                "KimiLinearForCausalLM",
-                "MiMoV2FlashForCausalLM",
-                "MiniMaxM3SparseForConditionalGeneration",
-            ),
-            "it has no LoRA for this model",
-        ),
-        **dict.fromkeys(
-            ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
-            "it weighs the experts' output by the router, where Llama 4 weighs their input",
-        ),
-        "Qwen3OmniMoeForConditionalGeneration": "it drops an adapter that has transformers' names of the modules",
-    },
-    # MLAAttention takes the weight of kv_b_proj apart and goes past its LoRA
-    not_linear=frozenset({"kv_b_proj"}),
-    not_on=dict.fromkeys(_BITSANDBYTES),
-    max_r=512,
-)
+    def writer(self, class_name: str) -> Callable[[AdapterFile, Path, BaseModel], None]:
+        """What writes the layout that the engine reads for a model.
 
-# any class with FusedMoE (sglang/srt/models) whose `get_hidden_dim`, if it has one, knows `gate_up_proj_moe`
+        Raises:
+            ValueError: it doesn't serve the model, or nobody knows what it reads for it.
+        """
+        row = self.rows.get(class_name)
+        if row is not None and row["layout"] in _WRITERS:
+            return _WRITERS[row["layout"]]
+        why = row["note"] if row else f"{class_name} is not among the models of which we know what it reads"
+        raise ValueError(f"{self.name} can't serve this adapter of {class_name}: {why}. Merge it instead.")
+
+
+VLLM = Engine("vLLM 0.33.0", not_linear=_LATENT, not_on=dict.fromkeys(_BITSANDBYTES), max_r=512)
 SGLANG = Engine(
-    name="SGLang 0.5.23",
-    layouts={
-        # its weights are stacks there, of which the adapter's need no name for each expert
-        "GptOssForCausalLM": write_stacked,
-        **dict.fromkeys(
-            (
-                "DeepseekV2ForCausalLM",
-                "DeepseekV3ForCausalLM",
-                "Ernie4_5_MoeForCausalLM",
-                "ExaoneMoeForCausalLM",
-                "Glm4MoeForCausalLM",
-                "Glm4MoeLiteForCausalLM",
-                "Glm4vMoeForConditionalGeneration",
-                "GraniteMoeForCausalLM",
-                "HYV3ForCausalLM",
-                "LagunaForCausalLM",
-                "MiniMaxM2ForCausalLM",
-                "MixtralForCausalLM",
-                "OlmoeForCausalLM",
-                "PhimoeForCausalLM",
-                "Qwen2MoeForCausalLM",
-                "Qwen3MoeForCausalLM",
-                "Qwen3NextForCausalLM",
-                "Qwen3VLMoeForConditionalGeneration",
-                "Qwen3_5MoeForCausalLM",
-                "Qwen3_5MoeForConditionalGeneration",
-            ),
-            _PER_EXPERT,
-        ),
-    },
-    refused=dict.fromkeys(
-        (
-            "Gemma4ForCausalLM",
-            "Gemma4ForConditionalGeneration",
-            "Llama4ForCausalLM",
-            "Llama4ForConditionalGeneration",
-        ),
-        "it has no LoRA for experts of this model",
-    ),
+    "SGLang 0.5.23",
     linear=frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}),
     not_on={**dict.fromkeys(_BITSANDBYTES), "mxfp4": ("GptOssForCausalLM",)},
 )
-
-# the converter's classes that put experts together, each tried with an adapter
-LLAMA_CPP = Engine(
-    name="llama.cpp 0c1e57098",
-    layouts={
-        **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), write_stacked),
-        **dict.fromkeys(
-            (
-                "DeepseekV3ForCausalLM",
-                "Glm4MoeForCausalLM",
-                "MixtralForCausalLM",
-                "OlmoeForCausalLM",
-                "Qwen2MoeForCausalLM",
-                "Qwen3MoeForCausalLM",
-                "Qwen3_5MoeForCausalLM",
-                "Qwen3_5MoeForConditionalGeneration",
-            ),
-            _PER_EXPERT,
-        ),
-    },
-    refused=dict.fromkeys(
-        (
-            "GptOssForCausalLM",
-            "GraniteMoeForCausalLM",
-            "GraniteMoeHybridForCausalLM",
-            "GraniteMoeSharedForCausalLM",
-            "Llama4ForCausalLM",
-            "Llama4ForConditionalGeneration",
-        ),
-        "its converter takes no adapter of experts of this model",
-    ),
-    # the converter takes it apart, which it can't do with factors
-    not_linear=frozenset({"kv_b_proj"}),
-)
-
-# what the model's class in mlx_lm/models calls its SwitchGLU
-MLX = Engine(
-    name="mlx-lm 0.32.2",
-    layouts={
-        "GptOssForCausalLM": _MLX_EXPERTS,
-        "Qwen3_5MoeForConditionalGeneration": partial(
-            _MLX_SWITCH, prefixes=("model.language_model.", "language_model.model.")
-        ),
-        **dict.fromkeys(
-            (
-                "DeepseekV3ForCausalLM",
-                "Glm4MoeForCausalLM",
-                "GraniteMoeForCausalLM",
-                "MixtralForCausalLM",
-                "OlmoeForCausalLM",
-                "PhimoeForCausalLM",
-                "Qwen2MoeForCausalLM",
-                "Qwen3MoeForCausalLM",
-                "Qwen3NextForCausalLM",
-            ),
-            _MLX_SWITCH,
-        ),
-    },
-    # taken apart where the attention is latent
-    not_linear=frozenset({"kv_b_proj"}),
-)
+LLAMA_CPP = Engine("llama.cpp 0c1e57098", not_linear=_LATENT)
+MLX = Engine("mlx-lm 0.32.2", not_linear=_LATENT)
 
 # engines put these together, and some of them want all or none
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -260,10 +121,7 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
     """
     adapter, base = in_whole_model(uniform(adapter, base), base)
     class_name = type(base.model).__name__
-    write = engine.layouts.get(class_name)
-    if write is None:
-        why = engine.refused.get(class_name, f"{class_name} is not among the models of which we know what it reads")
-        raise ValueError(f"{engine.name} can't serve this adapter of {class_name}: {why}. Merge it instead.")
+    write = engine.writer(class_name)
     if base.quantization in engine.not_on:
         classes = engine.not_on[base.quantization]
         if classes is None or class_name in classes:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from .adapter_file import AdapterFile, ExpertFactors
 from .base_model import BaseModel
+from .foreign import kind
 from .gate_up_halves import containers_of
 from .non_expert import A_SUFFIX, B_SUFFIX, adapted_layers
-from .source import kind
 
 
 class Gaps(NamedTuple):

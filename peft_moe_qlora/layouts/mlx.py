@@ -1,23 +1,30 @@
-"""Reads adapters of mlx-lm.
+"""Adapters of mlx-lm.
 
 adapter_config.json has `fine_tune_type`, `num_layers` (the last so many have adapters) and `lora_parameters` with
-rank and scale; adapters.safetensors has `PATH.switch_mlp.<part>.lora_a` `(E, r, in)` and `lora_b` `(E, out, r)` for
-experts, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for other layers. The text model of one that has towers
-is at `language_model`. Layout: `mlx_lm.tuner.lora`, 0.32.2.
+rank, scale and names of layers within a block; adapters.safetensors has `PATH.switch_mlp.<part>.lora_a` `(E, r, in)`
+and `lora_b` `(E, out, r)` for experts, gate and up apart, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for
+other layers. The text model of one that has towers is at `language_model`. Layout: `mlx_lm.tuner`, 0.32.2.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapter_file import AdapterFile
-from .gate_up_halves import Part, check_layers, containers_of, join_parts, others_by_own_names, part_names
-from .non_expert import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B
-from .source import Source
+from .base_model import PARTS_OF_FUSED, BaseModel
+from .foreign import ForeignAdapter
+from .gaps import find_gaps, without_gaps
+from .gate_up_halves import Part, check_layers, containers_of, gate_and_up, join_parts, others_by_own_names, part_names
+from .non_expert import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, adapted_layers
+from .uniform import adapted_blocks, pairs_in_checkpoint, uniform
 
 FILE_NAME = "adapters.safetensors"
 # what mlx-lm's models call the module of their experts
@@ -45,60 +52,60 @@ def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:
     }
 
 
-def read_mlx(source: Source) -> AdapterFile:
+def read_mlx(foreign: ForeignAdapter) -> AdapterFile:
     """Reads the layout.
 
     Raises:
         ValueError: a factor or a layer is missing, or a tensor fits no layer of the base.
     """
-    r, alpha = source.config.r, source.config.lora_alpha
+    r, alpha = foreign.config.r, foreign.config.lora_alpha
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in source.tensors.items():
-        name, _, factor = _name_in_checkpoint(key, source).rpartition(".")
+    for key, tensor in foreign.tensors.items():
+        name, _, factor = _name_in_checkpoint(key, foreign).rpartition(".")
         if factor not in ("lora_a", "lora_b"):
-            raise ValueError(f"{source.file}: {key} is none of lora_a and lora_b, which an adapter of mlx-lm has.")
+            raise ValueError(f"{foreign.file}: {key} is none of lora_a and lora_b, which an adapter of mlx-lm has.")
         pairs.setdefault(name, {})[factor] = tensor
-    paths = {container: path for path in source.base.layouts for container in containers_of(source.base, path)}
+    paths = {container: path for path in foreign.base.layouts for container in containers_of(foreign.base, path)}
     found: dict[str, dict[str, Part]] = {}
     others = {}
     for name, pair in pairs.items():
         if pair.keys() != {"lora_a", "lora_b"}:
-            raise ValueError(f"{source.file} has {name}.{next(iter(pair))} without its other factor; it is damaged.")
+            raise ValueError(f"{foreign.file} has {name}.{next(iter(pair))} without its other factor; it is damaged.")
         module, _, leaf = name.rpartition(".")
         path = paths.get(_EXPERTS.sub(".experts", module))
         a, b = pair["lora_a"], pair["lora_b"]
         if path is None or a.dim() == 2:
             if a.dim() != 2 or b.dim() != 2:
                 raise ValueError(
-                    f"{source.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (in, r) "
+                    f"{foreign.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (in, r) "
                     "and (r, out) were expected, or the base has no experts there."
                 )
-            is_embedding = isinstance(source.base.layer(name), nn.Embedding)
+            is_embedding = isinstance(foreign.base.layer(name), nn.Embedding)
             ends = (EMBEDDING_A, EMBEDDING_B) if is_embedding else (A_SUFFIX, B_SUFFIX)
             others |= {name + end: tensor.mT.contiguous() for end, tensor in zip(ends, (a, b))}
             continue
-        part = next((one for one, names in part_names(source.base.layouts[path]).items() if leaf in names), None)
+        part = next((one for one, names in part_names(foreign.base.layouts[path]).items() if leaf in names), None)
         if part is None or a.dim() != 3 or b.dim() != 3 or a.shape[1] != b.shape[2]:
             raise ValueError(
-                f"{source.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (E, r, in) "
+                f"{foreign.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (E, r, in) "
                 f"and (E, out, r) of a projection of {path} were expected. They are transposed, or damaged."
             )
-        source.check_rank(name, a.shape[1], r)
+        foreign.check_rank(name, a.shape[1], r)
         found.setdefault(path, {})[part] = Part(a, b, alpha)
-    first = _first_adapted_layer(source)
+    first = _first_adapted_layer(foreign)
 
     def is_targeted(name: str, part: str = "") -> bool:
         number = re.search(r"\.(\d+)\.", name)
         return number is None or int(number[1]) >= first
 
-    check_layers(source, found, is_targeted)
-    experts = [factors for path, parts in found.items() for factors in join_parts(source, path, parts)]
-    others, _ = others_by_own_names(source, others, is_targeted)
-    return source.adapter(experts, others, lambda name: (r, alpha))
+    check_layers(foreign, found, is_targeted)
+    experts = [factors for path, parts in found.items() for factors in join_parts(foreign, path, parts)]
+    others, _ = others_by_own_names(foreign, others, is_targeted)
+    return foreign.adapter(experts, others, lambda name: (r, alpha))
 
 
-def _name_in_checkpoint(key: str, source: Source) -> str:
-    start = next(iter(source.base.layouts), "").partition("layers.")[0]
+def _name_in_checkpoint(key: str, foreign: ForeignAdapter) -> str:
+    start = next(iter(foreign.base.layouts), "").partition("layers.")[0]
     if key.startswith("language_model.lm_head."):
         return key.removeprefix("language_model.")
     if key.startswith("language_model.model."):
@@ -106,8 +113,67 @@ def _name_in_checkpoint(key: str, source: Source) -> str:
     return key
 
 
-def _first_adapted_layer(source: Source) -> int:
+def _first_adapted_layer(foreign: ForeignAdapter) -> int:
     """mlx-lm counts from the end; all layers if there are no more, or the number is not positive."""
-    num_layers = source.base.model.config.get_text_config().num_hidden_layers
-    adapted = source.options["num_layers"]
+    num_layers = foreign.base.model.config.get_text_config().num_hidden_layers
+    adapted = foreign.options["num_layers"]
     return max(num_layers - adapted, 0) if adapted > 0 else 0
+
+
+_BLOCK = re.compile(r"(^|.*\.)layers\.\d+\.")
+
+
+def write_mlx(
+    adapter: AdapterFile, directory: Path, base: BaseModel, experts_name: str, prefixes: tuple[str, str] = ("", "")
+) -> None:
+    """Writes an adapter for `mlx_lm.load(..., adapter_path=directory)`.
+
+    Args:
+        adapter: one of this package.
+        directory: created if it isn't there.
+        base: the model that it belongs to.
+        experts_name: what mlx-lm's class of the model calls the module that the checkpoint calls `experts`.
+        prefixes: with what names start in the checkpoint, and with what there instead.
+
+    Raises:
+        ValueError: the adapter has what mlx-lm doesn't know (see `uniform`), or a layer that has no name of its own in
+            the checkpoint.
+    """
+    adapter = uniform(adapter, base)
+    names = [*adapted_layers(adapter.others), *(factors.path for factors in adapter.experts)]
+    first = min(adapted_blocks(names, base) or [0])
+    num_layers = base.model.config.get_text_config().num_hidden_layers
+    adapter = without_gaps(adapter, find_gaps(adapter, base, list(range(first, num_layers))), base)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        if not name.startswith(prefixes[0]):
+            raise ValueError(
+                f"What mlx-lm calls {name} isn't known. Merge the adapter instead, or leave the layer out."
+            )
+        name = prefixes[1] + name.removeprefix(prefixes[0])
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A.contiguous().clone(), B.contiguous().clone()
+
+    for factors in adapter.experts:
+        of_first = base.names_of_experts(factors.path, factors.projection)[0]
+        block = of_first.removesuffix(re.search(r"experts\.0\.\w+$", of_first)[0])
+        if factors.projection == "gate_up_proj":
+            for part, B in zip(PARTS_OF_FUSED, gate_and_up(factors.B, base.layouts[factors.path])):
+                add(f"{block}{experts_name}.{part}", factors.A, B)
+        else:
+            add(f"{block}{experts_name}.{factors.projection}", factors.A, factors.B)
+    for pair in pairs_in_checkpoint(adapter, base):
+        add(pair.name, pair.A.T, pair.B.T)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / FILE_NAME, {"format": "mlx"})
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": num_layers - first,  # counted from the end
+        "lora_parameters": {
+            "rank": adapter.config.r,
+            "scale": adapter.config.lora_alpha / adapter.config.r,
+            "dropout": 0.0,
+            "keys": sorted({_BLOCK.sub("", key).rpartition(".")[0] for key in tensors}),
+        },
+    }
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Reads adapters of this package."""
+"""The layout of this package's own adapters: `README.md` describes the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..adapter_check import check_stored_shapes
 from ..config import MoeQLoraConfig, rank_and_alpha
 from ..targets import is_all_linear, reached_stacks, resolve_targets
-from .adapter_file import AdapterFile, ExpertFactors
+from .adapter_file import AdapterFile, ExpertFactors, save_tensors
 from .base_model import BaseModel
 from .check_non_expert import check_others, check_targeted
 from .non_expert import adapted_layers, factor_pairs, name_in_model
@@ -130,3 +130,18 @@ def _check_biases(
         raise ValueError(
             f"{file} has no tensor of {missing[0]}, which bias={config.bias!r} of its config trains; it is damaged."
         )
+
+
+def write_native(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` loads once this package is imported.
+
+    Args:
+        adapter: what was read.
+        directory: created if it isn't there.
+        base: not needed; writers are called alike.
+    """
+    tensors = dict(adapter.others)
+    for factors in adapter.experts:
+        tensors |= {f"{factors.name}.lora_A.weight": factors.A, f"{factors.name}.lora_B.weight": factors.B}
+    save_tensors(directory, tensors)
+    adapter.config.save_pretrained(str(directory))

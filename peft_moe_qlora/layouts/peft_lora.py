@@ -1,4 +1,4 @@
-"""Reads PEFT's own LoRA on fused parameters (`target_parameters`), of every version that has it.
+"""PEFT's own LoRA on fused parameters (`target_parameters`): read from every version, written as from 0.19.1 on.
 
 `peft.tuners.lora.layer.ParamWrapper`, peft 0.17 to 0.21: the parameters of a module are wrapped in their order, so
 that the last one has the keys `PATH.lora_A.weight`, the one before `PATH.base_layer.lora_A.weight`. lora_A is
@@ -17,28 +17,33 @@ stand in `auto_mapping`; `auto_mapping.unsloth_fixed` shows that unsloth wrote a
 
 from __future__ import annotations
 
+from collections import defaultdict
+from pathlib import Path
+
 import torch
 from packaging.version import InvalidVersion, Version
+from peft import LoraConfig
 
 from ..config import rank_and_alpha
 from ..experts import ExpertsLayout
-from .adapter_file import AdapterFile
+from .adapter_file import AdapterFile, ExpertFactors, save_tensors
+from .base_model import BaseModel
 from .check_non_expert import check_targeted
+from .foreign import LORA_B_ORDERS, ForeignAdapter
 from .gate_up_halves import under_own_names
-from .non_expert import A_SUFFIX, B_SUFFIX
-from .source import LORA_B_ORDERS, Source
+from .non_expert import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, adapted_layers
 
 _ORDER_OF_MARKER = {"rank_major": "experts-fastest", "grouped_by_expert": "experts-slowest"}
 
 
-def read_peft_lora(source: Source) -> AdapterFile:
+def read_peft_lora(foreign: ForeignAdapter) -> AdapterFile:
     """Reads the layout.
 
     Raises:
         ValueError: a tensor is missing, too many or of another shape than the base and the version of PEFT make it; or
             neither file nor options decide the orientation or the order of lora_B.
     """
-    parameters = source.options.get("target_parameters") or ()
+    parameters = foreign.options.get("target_parameters") or ()
     if isinstance(parameters, str):
         parameters = (parameters,)
 
@@ -46,48 +51,48 @@ def read_peft_lora(source: Source) -> AdapterFile:
         return any(key == name or key.endswith(f".{name}") for name in parameters)
 
     # PEFT renames keys as transformers does those of checkpoints
-    left, _ = under_own_names(source, source.tensors)
+    left, _ = under_own_names(foreign, foreign.tensors)
     experts, found, expected = [], [], []
-    for path, layout in source.base.layouts.items():
-        names = [name for name, _ in source.base.model.get_submodule(path).named_parameters(recurse=False)]
+    for path, layout in foreign.base.layouts.items():
+        names = [name for name, _ in foreign.base.model.get_submodule(path).named_parameters(recurse=False)]
         targeted = [name for name in names if is_targeted(f"{path}.{name}")]
         expected += [f"{path}.{name}" for name in targeted]
-        flat = _take(source, left, path, targeted)
+        flat = _take(foreign, left, path, targeted)
         found += [f"{path}.{name}" for name in flat]
         if not flat:
             continue
         strange = [name for name in targeted if name not in layout.projections]
         if strange:
             raise ValueError(
-                f"{source.file}: LoRA on {path}.{strange[0]}, which is no stack of weights, can't be read."
+                f"{foreign.file}: LoRA on {path}.{strange[0]}, which is no stack of weights, can't be read."
             )
-        is_flipped = _is_flipped(source, path, layout, flat)
+        is_flipped = _is_flipped(foreign, path, layout, flat)
         for name, (A, B) in flat.items():
-            r, alpha = rank_and_alpha(source.config, f"{path}.{name}")
-            source.check_rank(f"{path}.{name}", A.shape[0] // layout.num_experts, r)
+            r, alpha = rank_and_alpha(foreign.config, f"{path}.{name}")
+            foreign.check_rank(f"{path}.{name}", A.shape[0] // layout.num_experts, r)
             A = A.reshape(layout.num_experts, r, -1)
-            if _lora_b_order(source, path, name, layout.num_experts, r) == "experts-fastest":
+            if _lora_b_order(foreign, path, name, layout.num_experts, r) == "experts-fastest":
                 B = B.reshape(-1, r, layout.num_experts).permute(2, 0, 1)
             else:
                 B = B.reshape(-1, layout.num_experts, r).permute(1, 0, 2)
             if is_flipped:
                 A, B = B.transpose(1, 2), A.transpose(1, 2)
-            experts.append(source.factors(path, name, A, B, alpha))
-    layers = source.base.layers()
+            experts.append(foreign.factors(path, name, A, B, alpha))
+    layers = foreign.base.layers()
     as_parameters = [name for name in layers if is_targeted(f"{name}.weight")]
-    linear = [name for name in layers if name in as_parameters or source.targets_layer(name)]
+    linear = [name for name in layers if name in as_parameters or foreign.targets_layer(name)]
     with_factors = [name for name in layers if any(key.startswith(f"{name}.lora_") for key in left)]
-    source.check_complete(found + with_factors, expected + linear)
-    check_targeted(source.file, with_factors, linear.__contains__)
-    return source.adapter(
+    foreign.check_complete(found + with_factors, expected + linear)
+    check_targeted(foreign.file, with_factors, linear.__contains__)
+    return foreign.adapter(
         experts,
         left,
-        lambda name: rank_and_alpha(source.config, f"{name}.weight" if name in as_parameters else name),
+        lambda name: rank_and_alpha(foreign.config, f"{name}.weight" if name in as_parameters else name),
     )
 
 
 def _take(
-    source: Source, left: dict[str, torch.Tensor], path: str, targeted: list[str]
+    foreign: ForeignAdapter, left: dict[str, torch.Tensor], path: str, targeted: list[str]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Takes the factors of a module out of what is left: projection -> lora_A, lora_B. Empty if there are none."""
     keys = {name: f"{path}{'.base_layer' * depth}" for depth, name in enumerate(reversed(targeted))}
@@ -99,14 +104,14 @@ def _take(
     strange = [key for key in found if key not in wanted]
     if missing or strange:
         raise ValueError(
-            f"{source.file} has {f'no {missing[0]}' if missing else strange[0]}, but target_parameters of its config "
+            f"{foreign.file} has {f'no {missing[0]}' if missing else strange[0]}, but target_parameters of its config "
             f"reaches {targeted or 'nothing'} of {path}, which makes {wanted or 'no tensors'}. It is damaged."
         )
     return {name: (left.pop(keys[name] + A_SUFFIX), left.pop(keys[name] + B_SUFFIX)) for name in targeted}
 
 
 def _is_flipped(
-    source: Source, path: str, layout: ExpertsLayout, flat: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    foreign: ForeignAdapter, path: str, layout: ExpertsLayout, flat: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> bool:
     """Whether the factors are those of the transposed weights; shapes and version have to agree.
 
@@ -118,37 +123,37 @@ def _is_flipped(
         features = layout.features(name)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] % layout.num_experts or A.shape[0] != B.shape[1]:
             raise ValueError(
-                f"{source.file}: the factors of {path}.{name} have shapes {list(A.shape)} and {list(B.shape)}; "
+                f"{foreign.file}: the factors of {path}.{name} have shapes {list(A.shape)} and {list(B.shape)}; "
                 f"({layout.num_experts} experts * r, ...) and (..., r * {layout.num_experts}) were expected."
             )
         found = (A.shape[1], B.shape[0])
         fitting &= {flipped for flipped in (True, False) if found == (features[::-1] if flipped else features)}
         if not fitting:
             raise ValueError(
-                f"{source.file}: the factors of {path}.{name} are for {found[0]} features in and {found[1]} out; "
-                f"{source.base.directory} has {features[0]} in and {features[1]} out. They are of another base."
+                f"{foreign.file}: the factors of {path}.{name} are for {found[0]} features in and {found[1]} out; "
+                f"{foreign.base.directory} has {features[0]} in and {features[1]} out. They are of another base."
             )
-    by_version = _is_flipped_by_version(source, path, layout)
+    by_version = _is_flipped_by_version(foreign, path, layout)
     if by_version is None and len(fitting) == 2:
         raise ValueError(
-            f"{source.file}: {path} has as many features in as out, and its config has no peft_version, or that of "
+            f"{foreign.file}: {path} has as many features in as out, and its config has no peft_version, or that of "
             "a development version, so that nothing tells which of the factors belongs to which side. Say what wrote "
             "it: written_by='peft==0.18.1' (--written-by)."
         )
     if by_version is not None and by_version not in fitting:
         raise ValueError(
-            f"{source.file}: the factors of {path} are transposed against what PEFT {_version(source)} writes. If "
+            f"{foreign.file}: the factors of {path} are transposed against what PEFT {_version(foreign)} writes. If "
             "another version wrote it, name that: written_by='peft==0.18.1' (--written-by)."
         )
     return fitting.pop() if by_version is None else by_version
 
 
-def _is_flipped_by_version(source: Source, path: str, layout: ExpertsLayout) -> bool | None:
-    version = _version(source)
+def _is_flipped_by_version(foreign: ForeignAdapter, path: str, layout: ExpertsLayout) -> bool | None:
+    version = _version(foreign)
     if version is None:
         return None
     # as PEFT asks: the class, not what this package knows of it
-    is_declared = bool(getattr(source.base.model.get_submodule(path), "is_transposed", False))
+    is_declared = bool(getattr(foreign.base.model.get_submodule(path), "is_transposed", False))
     if version < Version("0.19.0"):
         a_is_last = False
     elif version < Version("0.19.1"):
@@ -159,50 +164,50 @@ def _is_flipped_by_version(source: Source, path: str, layout: ExpertsLayout) -> 
     return a_is_last != in_is_last
 
 
-def _version(source: Source) -> Version | None:
+def _version(foreign: ForeignAdapter) -> Version | None:
     """The PEFT that wrote the adapter; None if that isn't known, or one between versions whose layouts differ."""
-    if source.reading.peft_version is not None:
-        return source.reading.peft_version
-    text = source.options.get("peft_version")
+    if foreign.reading.peft_version is not None:
+        return foreign.reading.peft_version
+    text = foreign.options.get("peft_version")
     if not text:
         return None
     try:
         version = Version(str(text).partition("@")[0])
     except InvalidVersion as error:
-        raise ValueError(f"{source.file.parent}: peft_version={text!r} is no version. Pass written_by.") from error
+        raise ValueError(f"{foreign.file.parent}: peft_version={text!r} is no version. Pass written_by.") from error
     is_between = version.is_prerelease and Version("0.18") < version < Version("0.19.1")
     return None if is_between else version
 
 
-def _lora_b_order(source: Source, path: str, projection: str, num_experts: int, r: int) -> str:
+def _lora_b_order(foreign: ForeignAdapter, path: str, projection: str, num_experts: int, r: int) -> str:
     """`"experts-fastest"` or `"experts-slowest"`: by the marker, by the option, or by PEFT if only PEFT wrote it.
 
     Raises:
         ValueError: unsloth wrote it without a marker and nothing was said; or marker and option differ.
     """
-    auto_mapping = source.options.get("auto_mapping") or {}
+    auto_mapping = foreign.options.get("auto_mapping") or {}
     marker = next(
-        (found for found in (_marker(of, projection) for of in (source.options, auto_mapping)) if found is not None),
+        (found for found in (_marker(of, projection) for of in (foreign.options, auto_mapping)) if found is not None),
         None,
     )
-    asked = source.reading.lora_b_order
+    asked = foreign.reading.lora_b_order
     if marker is not None:
         order = _ORDER_OF_MARKER.get(marker)
         if order is None and asked is None:
             raise ValueError(
-                f"{source.file.parent}: the config says {marker!r} of lora_B of {path}.{projection}, where one of "
+                f"{foreign.file.parent}: the config says {marker!r} of lora_B of {path}.{projection}, where one of "
                 f"{tuple(_ORDER_OF_MARKER)} was expected. Say it: lora_b_order= (--lora-b-order), of {LORA_B_ORDERS}."
             )
         if None not in (order, asked) and order != asked:
             raise ValueError(
-                f"lora_b_order={asked!r}, but the config in {source.file.parent} says {marker!r}. Drop one."
+                f"lora_b_order={asked!r}, but the config in {foreign.file.parent} says {marker!r}. Drop one."
             )
         return order or asked
     if asked is not None:
         return asked
     if auto_mapping.get("unsloth_fixed") and num_experts > 1 and r > 1:
         raise ValueError(
-            f"{source.file}: unsloth wrote it without saying how lora_B is ordered: before unsloth_zoo 2026.9.6 it "
+            f"{foreign.file}: unsloth wrote it without saying how lora_B is ordered: before unsloth_zoo 2026.9.6 it "
             "trained experts-slowest, unless told to use PEFT's own forward. Say it: lora_b_order= (--lora-b-order), "
             f"of {LORA_B_ORDERS}."
         )
@@ -214,3 +219,114 @@ def _marker(options: dict, projection: str) -> str | None:
     detail = options.get("unsloth_fused_expert_lora") or {}
     of_parameter = (detail.get("parameters") or {}).get(projection) or {}
     return of_parameter.get("lora_B_layout") or detail.get("lora_B_layout") or options.get("lora_B_layout")
+
+
+_KEPT_OPTIONS = (
+    "base_model_name_or_path",
+    "lora_alpha",
+    "modules_to_save",
+    "r",
+    "revision",
+    "task_type",
+    "use_rslora",
+)
+_OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
+
+
+def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
+    """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
+
+    Ranks and alphas that differ between layers are kept as patterns, so that no factor is changed.
+
+    Args:
+        adapter: one of this package.
+        directory: created if it isn't there.
+        base: the model that it belongs to; only needed where the layout depends on it.
+
+    Raises:
+        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or a layer that PEFT doesn't adapt in
+            this model, or the base is needed and not there.
+    """
+    if adapter.config.bias != "none":
+        raise ValueError(
+            f"The adapter was trained with bias={adapter.config.bias!r}, which LoRA on parameters can't have. Merge "
+            "it instead."
+        )
+    _check_others(adapter)
+    of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
+    for factors in adapter.experts:
+        of_module[factors.path].append(factors)
+    tensors = {_name_for_peft(key, adapter, base): tensor for key, tensor in adapter.others.items()}
+    for path, projections in of_module.items():
+        is_mistaken = _is_mistaken(path, adapter, base)
+        for depth, factors in enumerate(reversed(projections)):
+            segment = ".base_layer" * depth
+            A, B = factors.A, factors.B
+            if is_mistaken:
+                A, B = B.transpose(1, 2), A.transpose(1, 2)
+            num_experts, r, in_features = A.shape
+            A = A.reshape(num_experts * r, in_features)
+            B = B.permute(1, 2, 0).reshape(B.shape[1], r * num_experts)
+            tensors[f"{path}{segment}.lora_A.weight"], tensors[f"{path}{segment}.lora_B.weight"] = A, B
+    save_tensors(directory, tensors)
+    _config(adapter).save_pretrained(directory)
+
+
+def _config(adapter: AdapterFile) -> LoraConfig:
+    config = adapter.config
+    linear = sorted(adapted_layers(adapter.others))
+    as_parameters = [f"{name}.weight" for name in linear if name.rpartition(".")[2] in _OLD_NAMES]
+    settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
+    parameters = [*settled, *as_parameters]
+    settled |= {name: rank_and_alpha(config, name.removesuffix(".weight")) for name in (*linear, *as_parameters)}
+    # names instead of the patterns: of patterns the first counts that matches, and PEFT sorts them when it saves
+    ranks = {name: r for name, (r, _) in settled.items() if r != config.r}
+    alphas = {name: alpha for name, (_, alpha) in settled.items() if alpha != config.lora_alpha}
+    return LoraConfig(
+        **{option: getattr(config, option) for option in _KEPT_OPTIONS},
+        target_modules=[name for name in linear if f"{name}.weight" not in as_parameters],
+        target_parameters=parameters,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        inference_mode=True,
+    )
+
+
+def _check_others(adapter: AdapterFile) -> None:
+    """Refuses what would be written, but not loaded."""
+    saved = adapter.config.modules_to_save or ()
+    for key in adapter.others:
+        is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B))
+        if not is_of_lora and not any(f"{name}." in key for name in saved):
+            raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
+
+
+def _is_mistaken(path: str, adapter: AdapterFile, base: BaseModel | None) -> bool:
+    """Whether PEFT takes the stacks of an experts module for (out, in), though they are (in, out).
+
+    It does where the class declares nothing, which is Llama 4's.
+    """
+    return path.endswith("feed_forward.experts") and _model_type(path, "Llama 4", adapter, base).startswith("llama4")
+
+
+def _name_for_peft(key: str, adapter: AdapterFile, base: BaseModel | None) -> str:
+    """The key of a linear layer's factor from which PEFT finds the layer.
+
+    PEFT renames keys as transformers renames those of checkpoints, where `mlp.shared_expert.` of Laguna is a pattern
+    that matches the `mlp.shared_experts` of the model too, and spoils it.
+    """
+    if ".mlp.shared_experts." in key and _model_type(key, "Laguna", adapter, base) == "laguna":
+        return key.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
+    return key
+
+
+def _model_type(name: str, candidate: str, adapter: AdapterFile, base: BaseModel | None) -> str:
+    if base is None and adapter.config.base is not None:
+        return adapter.config.base["model_type"]
+    if base is None:
+        raise ValueError(
+            f"{name} may be of {candidate}, which PEFT treats otherwise. Name the directory of the base model "
+            f"(the adapter's own, {adapter.config.base_model_name_or_path}, is not here)."
+        )
+    return base.model.config.model_type

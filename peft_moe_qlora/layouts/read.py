@@ -17,13 +17,13 @@ from ..config import MoeQLoraPeftType
 from .adapter_file import PREFIX, AdapterFile
 from .base_model import BaseModel, revision_of_base
 from .check_options import check_lora, check_mlx, check_own
+from .foreign import ForeignAdapter, ReadOptions
 from .gate_up_halves import names_of_parts
 from .mlx import FILE_NAME, peft_options, read_mlx
 from .native import read_own
 from .non_expert import A_SUFFIX
 from .peft_lora import read_peft_lora
 from .per_expert import read_per_expert
-from .source import ReadOptions, Source
 from .stacked import read_stacked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -77,11 +77,11 @@ def read_adapter(
         return read_own(directory, tensors, BaseModel.open(base or named, tensors, revision) if is_here else None)
     found = BaseModel.open(base or named, tensors, revision)
     reading = replace(options, quant_type=options.quant_type or usual_quant_type)
-    source = Source(file, peft_config, tensors, found, reading)
+    foreign = ForeignAdapter(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)
     if reader is not read_peft_lora:
         _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")
-    return reader(source)
+    return reader(foreign)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _check_options_are_used(options: ReadOptions, layout: str, *unused: str) -> 
             )
 
 
-def _reader(file: Path, tensors: dict[str, torch.Tensor], base: BaseModel) -> Callable[[Source], AdapterFile]:
+def _reader(file: Path, tensors: dict[str, torch.Tensor], base: BaseModel) -> Callable[[ForeignAdapter], AdapterFile]:
     """What reads a LoRA of that kind of keys."""
     of_experts = {name for path in base.layouts for name in names_of_parts(base, path)}
     readers: dict[Any, str] = {}

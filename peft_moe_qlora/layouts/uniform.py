@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from ..config import MoeQLoraConfig
-from ..experts import ExpertsLayout
-from .adapter_file import PREFIX, AdapterFile, ExpertFactors, linear_scaling
+from .adapter_file import AdapterFile, ExpertFactors, linear_scaling, save_tensors
 from .base_model import BaseModel
+from .gaps import exclude_pattern, find_gaps
 from .non_expert import A_SUFFIX, B_SUFFIX, Pair, adapted_layers, factor_pairs
+
+KEPT = ("base_model_name_or_path", "revision", "task_type")
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -106,11 +106,6 @@ def linear_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> dict[str, tor
     return {pair.name + A_SUFFIX: pair.A for pair in pairs} | {pair.name + B_SUFFIX: pair.B for pair in pairs}
 
 
-def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:
-    """The rows of gate and of up, `(E, I, r)` each, of the B of `gate_up_proj`, `(E, 2 I, r)`."""
-    return list(B.chunk(2, dim=1)) if layout.is_concatenated else [B[:, ::2], B[:, 1::2]]
-
-
 def adapted_blocks(names: Iterable[str], base: BaseModel) -> list[int] | None:
     """The numbers of the layers that have factors; None if no layer with experts is without."""
     found = {int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]}
@@ -119,35 +114,25 @@ def adapted_blocks(names: Iterable[str], base: BaseModel) -> list[int] | None:
 
 
 def save_lora(
-    directory: Path,
-    tensors: dict[str, torch.Tensor],
-    config: MoeQLoraConfig,
-    targets: set[str],
-    blocks: list[int] | None,
-    excluded: str | None,
+    directory: Path, tensors: dict[str, torch.Tensor], adapter: AdapterFile, targets: set[str], base: BaseModel
 ) -> None:
     """Writes the two files of a LoRA adapter.
 
     Args:
         directory: created if it isn't there.
         tensors: key without PEFT's prefix -> tensor.
-        config: of a uniform adapter.
-        targets: what the config is to name as `target_modules`.
-        blocks: the layers that they are meant in, by their numbers; None for all.
-        excluded: a pattern of what they are not meant to reach in these; None for nothing.
+        adapter: a uniform one.
+        targets: what the config is to name as `target_modules`, by the last parts of names.
+        base: the model that it belongs to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    # clones, since parts of one tensor share memory, which safetensors refuses
-    tensors = {PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    config, blocks = adapter.config, adapted_blocks(tensors, base)
+    save_tensors(directory, tensors)
     LoraConfig(
+        **{name: getattr(config, name) for name in KEPT},
         r=config.r,
         lora_alpha=config.lora_alpha,
         target_modules=sorted(targets),
         layers_to_transform=blocks,
-        exclude_modules=excluded,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        task_type=config.task_type,
+        exclude_modules=exclude_pattern(find_gaps(adapter, base, blocks), base),
         inference_mode=True,
     ).save_pretrained(directory)

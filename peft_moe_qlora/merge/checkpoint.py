@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..layouts.adapter_file import AdapterFile
 from ..layouts.base_model import BaseModel
+from ..layouts.foreign import ReadOptions
 from ..layouts.read import read_adapter, read_config
-from ..layouts.source import ReadOptions
 from ..loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
 from ..loading.load import readable_quantization
 from ..quantization import Fidelity

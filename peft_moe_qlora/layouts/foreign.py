@@ -96,7 +96,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class Source:
+class ForeignAdapter:
     """An adapter of others.
 
     Args:
