@@ -19,7 +19,7 @@ from .merge import (
     MergeReport,
     merge_checkpoint,
     merge_quantized,
-    plan_live,
+    plan_unmerged,
     read_windows,
     verify_merge,
 )
@@ -127,7 +127,7 @@ def _merge(args: argparse.Namespace) -> None:
             _check_unused(args, "--quantize and --verify", device="cpu")
     else:
         # before the work
-        plan = plan_live(args.base, args.adapter)
+        plan = plan_unmerged(args.base, args.adapter)
         read_windows(args.verify, args.base, plan.revision)
     if args.quantize is None:
         _check_unused(args, "--quantize", layout="native", rounding="second-order", calibration=None)

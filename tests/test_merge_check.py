@@ -136,7 +136,7 @@ def test_live_states_that_are_not_finite_are_left_out():
         assert reference.check(merged).num_broken == 4
     handle.remove()
     with pytest.warns(RuntimeWarning, match="couldn't be compared"):
-        assert replace(reference, live=reference.live * torch.nan).check(merged).num_positions == 0
+        assert replace(reference, unmerged=reference.unmerged * torch.nan).check(merged).num_positions == 0
 
 
 @pytest.mark.parametrize(

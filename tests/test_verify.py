@@ -26,6 +26,7 @@ from peft_moe_qlora.merge import (
     kl_divergence,
     merge_checkpoint,
     merge_quantized,
+    unmerged,
     verify,
     verify_merge,
 )
@@ -68,12 +69,12 @@ def test_the_figures_are_those_of_whole_logits(model_type, options, tmp_path, mo
         save_adapter(tmp_path, model_type, std=0.3, **options)
     text = words(tmp_path)
     merge(tmp_path, dtype=torch.bfloat16)
-    windows = live.read_windows(text, tmp_path / "base")
-    monkeypatch.setattr(live, "_WINDOW", 16)
+    windows = unmerged.read_windows(text, tmp_path / "base")
+    monkeypatch.setattr(unmerged, "_WINDOW", 16)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     found = verify_merge(tmp_path / "merged", text, progressbar=False).verification
 
-    model = live.load_live(live.plan_live(tmp_path / "base", tmp_path / "adapter"), "cpu")
+    model = unmerged.load_unmerged(unmerged.plan_unmerged(tmp_path / "base", tmp_path / "adapter"), "cpu")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     windows = windows.flatten()[:32].view(2, 16)
     of_live, of_merged = logits(model, windows), logits(merged, windows)
@@ -91,7 +92,7 @@ def test_logits_of_one_window_at_a_time(tmp_path, monkeypatch):
     save_adapter(tmp_path, target_modules=["experts"])
     text = words(tmp_path, 64)
     merge(tmp_path)
-    monkeypatch.setattr(live, "_WINDOW", 8)
+    monkeypatch.setattr(unmerged, "_WINDOW", 8)
     seen: list[weakref.ref] = []
 
     def compare(of: torch.Tensor, against: torch.Tensor) -> float:
@@ -108,7 +109,7 @@ def test_the_divergence_is_the_same_in_pieces(monkeypatch):
     of, against = torch.randn(2, 3, 100, 7)
     expected = (of.double().softmax(-1) * (of.double().log_softmax(-1) - against.double().log_softmax(-1))).sum(-1)
     for positions in (1, 64, 1000):
-        monkeypatch.setattr(live, "_POSITIONS_AT_A_TIME", positions)
+        monkeypatch.setattr(unmerged, "_POSITIONS_AT_A_TIME", positions)
         assert kl_divergence(of, against) == pytest.approx(expected.mean().item(), rel=1e-12)
 
 
@@ -200,7 +201,7 @@ def test_the_revision_of_the_base_that_an_adapter_remembers(hub, tmp_path, capsy
 
 
 def test_a_live_adapter_is_loaded_on_the_revision_that_it_remembers(hub, tmp_path, monkeypatch):
-    plan = live.plan_live("own/base", tmp_path / "adapter")
+    plan = unmerged.plan_unmerged("own/base", tmp_path / "adapter")
     assert plan.revision == "v2"
     loaded = []
 
@@ -208,6 +209,6 @@ def test_a_live_adapter_is_loaded_on_the_revision_that_it_remembers(hub, tmp_pat
         loaded.append((name, revision))
         return load_quantized(str(tmp_path / "downloaded"), dtype=torch.float32, device_map="cpu")
 
-    monkeypatch.setattr(live, "load_quantized", load)
-    assert isinstance(live.load_live(plan, "cpu"), PeftModel)
+    monkeypatch.setattr(unmerged, "load_quantized", load)
+    assert isinstance(unmerged.load_unmerged(plan, "cpu"), PeftModel)
     assert loaded == [("own/base", "v2")]

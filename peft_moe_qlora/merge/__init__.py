@@ -5,7 +5,7 @@ from .edits import ONTO
 from .in_memory import ROUNDINGS
 from .quantized import LAYOUTS, merge_quantized
 from .report import MergeReport, Verification
-from .unmerged import kl_divergence, next_token_logits, plan_live, read_windows
+from .unmerged import kl_divergence, next_token_logits, plan_unmerged, read_windows
 from .verify import verify_merge
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "merge_checkpoint",
     "merge_quantized",
     "next_token_logits",
-    "plan_live",
+    "plan_unmerged",
     "read_windows",
     "verify_merge",
 ]

@@ -39,7 +39,7 @@ class MergeCheck:
     large vocabulary is expensive. The head itself isn't checked.
 
     Args:
-        num_positions: compared; those where live states or the base's are not finite are left out.
+        num_positions: compared; those where the live adapter's states or the base's are not finite are left out.
         num_broken: of these, where the merged model's states are not finite.
         error: L2 distance of the merged model's states from the live adapter's, relative to the norm of these.
         effect: the same distance of the base without adapter.
@@ -84,34 +84,34 @@ class Reference:
 
     Args:
         token_ids: `(N, L)`.
-        live: `(N * L, H)` fp32 on the CPU, with the adapters.
+        unmerged: `(N * L, H)` fp32 on the CPU, with the adapters.
         base: without.
     """
 
     token_ids: torch.Tensor
-    live: torch.Tensor
+    unmerged: torch.Tensor
     base: torch.Tensor
 
     def check(self, merged: nn.Module) -> MergeCheck:
         """Runs the merged model, and warns if it is far from the live one."""
         found = _last_states(merged, self.token_ids)
-        is_given = self.live.isfinite().all(dim=1) & self.base.isfinite().all(dim=1)
+        is_given = self.unmerged.isfinite().all(dim=1) & self.base.isfinite().all(dim=1)
         is_compared = is_given & found.isfinite().all(dim=1)
         result = MergeCheck(
             num_positions=int(is_given.sum()),
             num_broken=int((is_given & ~is_compared).sum()),
-            error=_distance(found[is_compared], self.live[is_compared]),
-            effect=_distance(self.base[is_compared], self.live[is_compared]),
+            error=_distance(found[is_compared], self.unmerged[is_compared]),
+            effect=_distance(self.base[is_compared], self.unmerged[is_compared]),
         )
         if result.problem is not None:
             warnings.warn(result.problem, RuntimeWarning, stacklevel=3)
         return result
 
 
-def _distance(states: torch.Tensor, live: torch.Tensor) -> float:
-    """Relative to the norm of the live states."""
-    live = live.double()
-    return ((states - live).norm() / live.norm().clamp_min(torch.finfo(live.dtype).tiny)).item()
+def _distance(states: torch.Tensor, unmerged: torch.Tensor) -> float:
+    """Relative to the norm of the unmerged model's states."""
+    unmerged = unmerged.double()
+    return ((states - unmerged).norm() / unmerged.norm().clamp_min(torch.finfo(unmerged.dtype).tiny)).item()
 
 
 def take_reference(tuner: BaseTuner, adapter_names: Sequence[str], token_ids: torch.Tensor) -> Reference:

@@ -35,7 +35,7 @@ from .edits import check_base, check_not_tied
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
 from .partial_directory import PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
-from .unmerged import load_live, plan_live, read_windows
+from .unmerged import load_unmerged, plan_unmerged, read_windows
 
 LAYOUTS = ("native", "bitsandbytes")
 
@@ -72,9 +72,9 @@ def merge_quantized(
         What was done, which also stands in `merge_report.json`.
 
     Raises:
-        ValueError: see `read_adapter`, `plan_live`, `load_live` and `PartialDirectory`; or the base has this adapter
-            in it already, the adapter was trained on another storage or changes one of two weights that are tied, or
-            a stack or layer is the same after the merge as before.
+        ValueError: see `read_adapter`, `plan_unmerged`, `load_unmerged` and `PartialDirectory`; or the base has
+            this adapter in it already, the adapter was trained on another storage or changes one of two weights that
+            are tied, or a stack or layer is the same after the merge as before.
         CheckpointError: see `readable_quantization`, `Checkpoint`, `SourceFinder` and `names_beside`.
     """
     if layout not in LAYOUTS:
@@ -91,7 +91,7 @@ def merge_quantized(
     merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
     notes = _check_checkpoint(found, model)
-    plan = plan_live(base, adapter)
+    plan = plan_unmerged(base, adapter)
     tokens = None if calibration is None else read_windows(calibration, base)
     task = {
         "base": str(base.resolve()),
@@ -118,17 +118,17 @@ def merge_quantized(
     if dry_run:
         return planned
     with output.open():
-        live = load_live(plan, device)
-        before = _checksums_of_adapted(live)
+        unmerged = load_unmerged(plan, device)
+        before = _checksums_of_adapted(unmerged)
         if len(before) != num_with_delta:
             raise ValueError(
                 f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in "
                 "the model. Merge in memory, and report this."
             )
-        tuner, reference = live.base_model, None
+        tuner, reference = unmerged.base_model, None
         if rounding == "nearest":  # for which the merge itself doesn't run the model
             reference = take_reference(tuner, tuner.active_adapters, random_token_ids(tuner.model.config))
-        merged = live.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
+        merged = unmerged.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
         check = tuner.merge_check if reference is None else reference.check(merged)
         unchanged = _unchanged(merged, before, allow_unchanged)
         _check_trained_in_full(merged, in_full)

@@ -25,7 +25,7 @@ _POSITIONS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
-class LivePlan:
+class UnmergedPlan:
     """How base and adapter are to be loaded.
 
     Args:
@@ -47,7 +47,7 @@ class LivePlan:
     revision: str | None = None
 
 
-def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None = None) -> LivePlan:
+def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | None = None) -> UnmergedPlan:
     """Settles how base and adapter are loaded as they were in training, from the configs alone.
 
     Args:
@@ -75,14 +75,14 @@ def plan_live(base: str | Path, adapter: str | Path, dtype: torch.dtype | None =
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if found.quantization is not None else _quantization(found, config, identity)
     is_quantized = config.storage is not None or quantization is not None
-    return LivePlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
+    return UnmergedPlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
 
 
-def load_live(plan: LivePlan, device: str) -> PeftModel:
+def load_unmerged(plan: UnmergedPlan, device: str) -> PeftModel:
     """Base and adapter, the base stored as the adapter's config says it was.
 
     Args:
-        plan: by `plan_live`.
+        plan: by `plan_unmerged`.
         device: where the model is put.
 
     Raises:

@@ -14,7 +14,7 @@ from ..loading import load_quantized
 from .inputs import adapter_digest
 from .partial_directory import write_json
 from .report import REPORT_NAME, MergeReport, Verification
-from .unmerged import kl_divergence, load_live, logits_of_window, plan_live, read_windows
+from .unmerged import kl_divergence, load_unmerged, logits_of_window, plan_unmerged, read_windows
 
 
 def verify_merge(
@@ -57,7 +57,7 @@ def verify_merge(
             "the other one there again."
         )
     windows = read_windows(text, report.base)
-    model = load_live(plan_live(report.base, report.adapter, dtype), device)
+    model = load_unmerged(plan_unmerged(report.base, report.adapter, dtype), device)
     dtype = model.dtype
     kl_of_base, kl, equal = 0.0, 0.0, 0
     with tqdm(total=2 * len(windows), desc="Verifying", unit="window", disable=not progressbar) as bar:
