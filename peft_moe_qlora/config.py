@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from .adapter_files import refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 from .model_card import add_loading
+from .options import BIAS, NUMBER, PROBABILITY, RANK, check_honoured
 from .quantization import FourBitFormat
 
 FORMAT_VERSION = 1
@@ -23,46 +23,6 @@ FORMAT_VERSION = 1
 
 ALL_EXPERTS = "experts"
 """As a target name: every routed experts module, whatever its path."""
-
-# option -> the values of it that experts can honour
-_HONOURED = {
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "fan_in_fan_out": (False,),
-    "ensure_weight_tying": (False,),
-    "init_lora_weights": (True, False, "gaussian"),
-    "megatron_config": (None,),
-    "loftq_config": (None, {}),
-    "eva_config": (None,),
-    "corda_config": (None,),
-    "lora_ga_config": (None,),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-}
-_REMEDIES = {"target_parameters": "Name the experts, or projections of them, in target_modules."}
-
-
-def check_honoured(options: Mapping[str, Any]) -> None:
-    """Refuses options of LoRA that experts can't have.
-
-    Args:
-        options: name -> value; what isn't there has its default.
-
-    Raises:
-        ValueError: names the option and its value.
-    """
-    for option, honoured in _HONOURED.items():
-        value = options.get(option, honoured[0])
-        if value not in honoured:
-            remedy = _REMEDIES.get(option, "Leave it out, or use PEFT's LoraConfig without adapting experts.")
-            raise ValueError(f"{option}={value!r} can't be done for fused experts. {remedy}")
 
 
 class MoeQLoraPeftType(str, enum.Enum):
@@ -159,19 +119,18 @@ class MoeQLoraConfig(LoraConfig):
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}}
         if self.expert_r is not None:
             ranks["expert_r"] = self.expert_r
-        for name, r in ranks.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"{name}={r!r}: a rank is a whole number of at least 1.")
         alphas = {"lora_alpha": self.lora_alpha, **(self.alpha_pattern or {})}
         if self.expert_alpha is not None:
             alphas["expert_alpha"] = self.expert_alpha
-        for name, alpha in alphas.items():
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise ValueError(f"{name}={alpha!r}: an alpha is a finite number.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r}: a probability below 1 was expected.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias={self.bias!r} is unknown; choose 'none', 'all' or 'lora_only'.")
+        for values, found in (
+            (RANK, ranks),
+            (NUMBER, alphas),
+            (PROBABILITY, {"lora_dropout": self.lora_dropout}),
+            (BIAS, {"bias": self.bias}),
+        ):
+            for name, value in found.items():
+                if not values.include(value):
+                    raise ValueError(f"{name}={value!r}: {values.expected} was expected.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; where an adapter lies beside it, its README says how that is loaded.

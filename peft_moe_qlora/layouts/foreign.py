@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import sqrt
@@ -17,7 +17,8 @@ from packaging.version import InvalidVersion, Version
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-from ..config import MoeQLoraConfig, check_honoured, rank_and_alpha
+from ..config import MoeQLoraConfig, rank_and_alpha
+from ..options import REMEDY, TARGETS, check_honoured, check_saved, names_of, shown, values_of
 from ..quantization import QUANT_TYPES
 from ..targets import is_all_linear
 from .adapter_file import AdapterFile, ExpertFactors
@@ -28,32 +29,8 @@ from .non_expert import adapted_layers, factor_pairs
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
 QUANT_TYPE_NAMES = (*QUANT_TYPES, "none")
 
-_CARRIED = (
-    "base_model_name_or_path",
-    "lora_dropout",
-    "modules_to_save",
-    "revision",
-    "task_type",
-    "trainable_token_indices",
-    "use_rslora",
-)
-_MATCHING = (
-    "alpha_pattern",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "modules_to_save",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "trainable_token_indices",
-    "use_rslora",
-)
 # after training these say no more than how the factors began; others leave a changed base behind
 _FINISHED_INITS = (True, False, "gaussian", "eva", "orthogonal")
-_ONLY_FOR_INIT = ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-_OF_OTHERS = ("lora_B_layout", "num_layers", "unsloth_fused_expert_lora")
 
 
 @dataclass(frozen=True)
@@ -95,6 +72,17 @@ class ReadOptions:
             return None
 
 
+def check_lora_options(file: Path, options: Mapping[str, Any]) -> None:
+    """As `check_saved`, of a config of PEFT's LoRA; null is left out where readers don't need the option."""
+    known, needed = values_of("lora", "unsloth"), ("lora_alpha", "r")
+    check_saved(file, options, known, needed, known.keys() - set(needed))
+    if not options.get("target_modules") and not options.get("target_parameters"):
+        raise ValueError(
+            f"{file}: target_modules={shown(options.get('target_modules'))} without target_parameters; "
+            f"{TARGETS.expected} was expected. {REMEDY}"
+        )
+
+
 @dataclass(frozen=True)
 class ForeignAdapter:
     """An adapter of others.
@@ -132,16 +120,18 @@ class ForeignAdapter:
             raise ValueError(
                 f"{self.file.parent}: bias={options['bias']!r} trains biases, which are not carried over. Merge it."
             )
-        known = {field.name for field in fields(MoeQLoraConfig)} | {*_OF_OTHERS}
+        known = {field.name for field in fields(MoeQLoraConfig)} | {"num_layers", *names_of(owner="unsloth")}
         unknown = sorted(name for name, value in options.items() if value and name not in known)
         if unknown:
             warnings.warn(
                 f"{self.file.parent}: options {unknown} of its config are not known and left out.", stacklevel=2
             )
-        considered = {name: options[name] for name in options if name not in (*_ONLY_FOR_INIT, "target_parameters")}
+        read_or_finished = ("target_parameters", *names_of(at_start=True))
         try:
-            check_honoured(considered)
-            return LoraConfig(**{name: options[name] for name in _MATCHING if options.get(name) is not None})
+            check_honoured({name: value for name, value in options.items() if name not in read_or_finished})
+            return LoraConfig(
+                **{name: options[name] for name in names_of(matches=True) if options.get(name) is not None}
+            )
         except ValueError as error:
             raise ValueError(f"{self.file.parent}: {error}") from error
 
@@ -236,7 +226,7 @@ class ForeignAdapter:
         usual = dict.fromkeys(linear, (r, alpha)) | dict.fromkeys(stacks, (expert_r, expert_alpha))
         settled = linear | stacks
         config = MoeQLoraConfig(
-            **{name: self.options[name] for name in _CARRIED if self.options.get(name) is not None},
+            **{name: self.options[name] for name in names_of(is_carried=True) if self.options.get(name) is not None},
             r=r,
             lora_alpha=alpha,
             expert_r=None if expert_r == r else expert_r,

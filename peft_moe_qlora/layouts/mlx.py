@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from ..options import INT, NUMBER, PROBABILITY, RANK, TEXT, Values, check_saved, is_list_of, is_name
 from .adapter_file import AdapterFile
 from .base_model import PARTS_OF_FUSED, BaseModel
 from .foreign import ForeignAdapter
@@ -29,6 +31,24 @@ from .uniform import adapted_blocks, pairs_in_checkpoint, uniform
 FILE_NAME = "adapters.safetensors"
 # what mlx-lm's models call the module of their experts
 _EXPERTS = re.compile(r"\.(experts\.switch_glu|switch_mlp|switch_glu|experts)$")
+
+
+def check_mlx_options(file: Path, options: Mapping[str, Any]) -> None:
+    """As `check_saved`, of a config of mlx-lm."""
+    known = {
+        "fine_tune_type": TEXT,
+        "lora_parameters": Values("an object", lambda value: isinstance(value, dict)),
+        "model": TEXT,
+        "num_layers": INT,
+    }
+    check_saved(file, options, known, ("lora_parameters", "num_layers"), {"model"})
+    parameters = {
+        "dropout": PROBABILITY,
+        "keys": Values("a list of names", is_list_of(is_name)),
+        "rank": RANK,
+        "scale": NUMBER,
+    }
+    check_saved(file, options["lora_parameters"], parameters, ("rank", "scale"), {"keys"}, "lora_parameters.")
 
 
 def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..adapter_check import check_stored_shapes
+from ..base_identity import BaseIdentity
 from ..config import MoeQLoraConfig, rank_and_alpha
+from ..options import REMEDY, check_saved, names_of, values_of
 from ..targets import is_all_linear, reached_stacks, resolve_targets
 from .adapter_file import AdapterFile, ExpertFactors, save_tensors
 from .base_model import BaseModel
@@ -19,6 +23,20 @@ from .check_non_expert import check_others, check_targeted
 from .non_expert import adapted_layers, factor_pairs, name_in_model
 
 _FACTOR = re.compile(r"(?P<path>.*)\.(?P<projection>gate_up_proj|up_proj|down_proj)\.lora_(?P<factor>[AB])\.weight")
+
+
+# null has a meaning, or is the default; saved configs have their targets written out
+_CAN_BE_NULL = {field.name for field in fields(MoeQLoraConfig) if field.default is None} - {"target_modules"}
+_CAN_BE_NULL |= {"quant_type"}
+
+
+def check_own_options(file: Path, options: Mapping[str, Any]) -> None:
+    """As `check_saved`, of a config of this package."""
+    check_saved(file, options, values_of("lora", "own"), names_of(is_needed=True), _CAN_BE_NULL)
+    try:
+        BaseIdentity.of(options.get("base"))
+    except ValueError as error:
+        raise ValueError(f"{file}: base: {error} {REMEDY}") from error
 
 
 def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:

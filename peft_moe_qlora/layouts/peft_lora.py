@@ -26,6 +26,7 @@ from peft import LoraConfig
 
 from ..config import rank_and_alpha
 from ..experts import ExpertsLayout
+from ..options import names_of
 from .adapter_file import AdapterFile, ExpertFactors, save_tensors
 from .base_model import BaseModel
 from .check_non_expert import check_targeted
@@ -221,15 +222,6 @@ def _marker(options: dict, projection: str) -> str | None:
     return of_parameter.get("lora_B_layout") or detail.get("lora_B_layout") or options.get("lora_B_layout")
 
 
-_KEPT_OPTIONS = (
-    "base_model_name_or_path",
-    "lora_alpha",
-    "modules_to_save",
-    "r",
-    "revision",
-    "task_type",
-    "use_rslora",
-)
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
@@ -284,7 +276,7 @@ def _config(adapter: AdapterFile) -> LoraConfig:
     ranks = {name: r for name, (r, _) in settled.items() if r != config.r}
     alphas = {name: alpha for name, (_, alpha) in settled.items() if alpha != config.lora_alpha}
     return LoraConfig(
-        **{option: getattr(config, option) for option in _KEPT_OPTIONS},
+        **{option: getattr(config, option) for option in names_of(is_written=True)},
         target_modules=[name for name in linear if f"{name}.weight" not in as_parameters],
         target_parameters=parameters,
         rank_pattern=ranks,

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from ..config import MoeQLoraPeftType
 from .adapter_file import PREFIX, AdapterFile
 from .base_model import BaseModel, revision_of_base
-from .check_options import check_lora, check_mlx, check_own
-from .foreign import ForeignAdapter, ReadOptions
+from .foreign import ForeignAdapter, ReadOptions, check_lora_options
 from .gate_up_halves import names_of_parts
-from .mlx import FILE_NAME, peft_options, read_mlx
-from .native import read_own
+from .mlx import FILE_NAME, check_mlx_options, peft_options, read_mlx
+from .native import check_own_options, read_own
 from .non_expert import A_SUFFIX
 from .peft_lora import read_peft_lora
 from .per_expert import read_per_expert
@@ -64,7 +63,7 @@ def read_adapter(
             f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
             "mlx-lm was expected."
         )
-    check = check_own if is_own else check_mlx if is_mlx else check_lora
+    check = check_own_options if is_own else check_mlx_options if is_mlx else check_lora_options
     check(config_file, config)
     peft_config = peft_options(config, str(config_file)) if is_mlx else config
     file = weights_file(directory)

@@ -12,12 +12,11 @@ from peft import LoraConfig
 from torch.nn.functional import pad
 
 from ..config import MoeQLoraConfig
+from ..options import names_of
 from .adapter_file import AdapterFile, ExpertFactors, linear_scaling, save_tensors
 from .base_model import BaseModel
 from .gaps import exclude_pattern, find_gaps
 from .non_expert import A_SUFFIX, B_SUFFIX, Pair, adapted_layers, factor_pairs
-
-KEPT = ("base_model_name_or_path", "revision", "task_type")
 
 
 def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
@@ -128,9 +127,7 @@ def save_lora(
     config, blocks = adapter.config, adapted_blocks(tensors, base)
     save_tensors(directory, tensors)
     LoraConfig(
-        **{name: getattr(config, name) for name in KEPT},
-        r=config.r,
-        lora_alpha=config.lora_alpha,
+        **{name: getattr(config, name) for name in names_of(is_written=True)},
         target_modules=sorted(targets),
         layers_to_transform=blocks,
         exclude_modules=exclude_pattern(find_gaps(adapter, base, blocks), base),
