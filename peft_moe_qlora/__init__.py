@@ -1,6 +1,24 @@
 """QLoRA for mixture-of-experts models with fused experts, as a PEFT method.
 
 Importing the package registers the method with PEFT; importing it again changes nothing.
+
+Its rooms, each of which uses those above it only:
+
+    quantization        how a stack of weights is stored
+    ops                 how a layer of experts is computed
+    experts             what an experts module is, adapted or not
+    options             of an adapter's config, in one table
+    saved_adapter       the files of an adapter
+    config, layer       the configuration, and LoRA on one stack
+    factor_shapes, unadaptable, targets, base_identity, report
+                        what a config asks for in a model, what is refused, what the model was, and has become
+    loading             checkpoints into models and back
+    layouts             of saved adapters: one file for each, which reads and writes it
+    merge               in memory, on disk, and whether the result is what the adapter was
+    training            what a training needs beside the layers
+    weighted_adapter    several adapters as one
+    model               the tuner, which PEFT calls
+    cli
 """
 
 __version__ = "0.1.0"
@@ -12,8 +30,8 @@ from .experts import QuantizedExperts
 from .layer import ExpertsLora
 from .loading import CheckpointError, MoeQuantizationConfig, load_experts, load_quantized, save_bitsandbytes
 from .model import MoeQLoraModel
-from .prepare import prepare_model_for_training, quantize_experts
 from .report import ExpertsReport, StackReport, experts_report
+from .training import prepare_model_for_training, quantize_experts
 
 __all__ = [
     "CheckpointError",

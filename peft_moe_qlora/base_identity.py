@@ -123,8 +123,8 @@ def identify_base(model: nn.Module, adapted: Collection[str] = ()) -> BaseIdenti
     stacks = _stacks(model)
     quantized = [name for name, stack in stacks.items() if stack.storage is not None]
     names = [
-        *_spread([name for name in stacks if name in adapted], _SAMPLED_STACKS),
-        *_spread([name for name in stacks if name not in adapted], _SAMPLED_STACKS // 2),
+        *_evenly_picked([name for name in stacks if name in adapted], _SAMPLED_STACKS),
+        *_evenly_picked([name for name in stacks if name not in adapted], _SAMPLED_STACKS // 2),
     ]
     config = getattr(model, "config", None)
     return BaseIdentity(
@@ -136,7 +136,7 @@ def identify_base(model: nn.Module, adapted: Collection[str] = ()) -> BaseIdenti
     )
 
 
-def _spread(names: list[str], most: int) -> list[str]:
+def _evenly_picked(names: list[str], most: int) -> list[str]:
     return names[:: -(-len(names) // most) or 1]
 
 

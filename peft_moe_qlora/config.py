@@ -13,10 +13,9 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
-from .adapter_files import refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
-from .model_card import add_loading
 from .options import BIAS, NUMBER, PROBABILITY, RANK, check_honoured
 from .quantization import FourBitFormat
+from .saved_adapter import add_loading, refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 
 FORMAT_VERSION = 1
 """Version of the adapter file: key names, shapes of the factors, meaning of the config's fields."""

@@ -12,11 +12,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
-from .adapter_check import check_factor_shapes, check_stored_shapes
 from .base_identity import settle_base
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import QuantizedExperts, bias_name, check_convertible
-from .gradient_watch import watch_gradients
+from .factor_shapes import check_factor_shapes, check_stored_shapes
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge.check import MergeCheck
@@ -39,8 +38,9 @@ from .targets import (
     reached_stacks,
     resolve_targets,
 )
+from .training import watch_gradients
 from .unadaptable import check_adaptable
-from .weighted import Combination
+from .weighted_adapter import Combination
 
 
 class MoeQLoraModel(LoraModel):

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from peft_moe_qlora import MoeQLoraConfig
-from peft_moe_qlora.gradient_watch import GradientWatch
+from peft_moe_qlora.training.gradient_watch import GradientWatch
 
 
 class Ignored(nn.Module):

@@ -19,7 +19,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 from transformers_adapters import needs_adapter_methods
 
-from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, adapter_files
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, saved_adapter
 
 MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
 
@@ -398,7 +398,7 @@ def test_pickles_on_the_hub(is_offline, subfolder, tmp_path, monkeypatch):
             assert repository == "own/adapter"
             return (snapshot.parent if subfolder else snapshot).joinpath(name).is_file()
 
-        monkeypatch.setattr(adapter_files, "file_exists", file_exists)
+        monkeypatch.setattr(saved_adapter, "file_exists", file_exists)
         monkeypatch.setattr("peft.config.hf_hub_download", lambda *_, **__: str(snapshot / "adapter_config.json"))
     place = {"cache_dir": str(tmp_path / "cache"), "subfolder": subfolder or None}
     message = r"adapter_model\.bin of own/adapter on the hub is a pickle, which is never read"

@@ -12,9 +12,9 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..adapter_check import check_stored_shapes
 from ..base_identity import BaseIdentity
 from ..config import MoeQLoraConfig, rank_and_alpha
+from ..factor_shapes import check_stored_shapes
 from ..options import REMEDY, check_saved, names_of, values_of
 from ..targets import is_all_linear, reached_stacks, resolve_targets
 from .adapter_file import AdapterFile, ExpertFactors, save_tensors

@@ -77,7 +77,7 @@ def quantize_second_order(
             stored = one.weight.T if stack.is_transposed else one.weight
             absmax = choose_scales(stored, stack.scales(slice(expert, expert + 1))[0], stack.storage)
             result.set_scales(expert, absmax)
-            scales.append(_spread(result.scales(slice(expert, expert + 1))[0], stored, stack))
+            scales.append(_scale_of_weights(result.scales(slice(expert, expert + 1))[0], stored, stack))
         hessians = torch.stack([_hessian(one, moment_of_all) for one in found])
         weights = torch.stack([one.weight for one in found])
         codes, is_nearest = round_second_order(weights, torch.stack(scales), hessians, stack.storage)
@@ -222,7 +222,7 @@ def _blocks(matrix: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
     return pad(flat, (0, missing)).view(-1, storage.blocksize)
 
 
-def _spread(absmax: torch.Tensor, stored: torch.Tensor, stack: QuantizedStack) -> torch.Tensor:
+def _scale_of_weights(absmax: torch.Tensor, stored: torch.Tensor, stack: QuantizedStack) -> torch.Tensor:
     """`(out, in)`: the scale of each weight."""
     scales = absmax.repeat_interleave(stack.storage.blocksize)[: stored.numel()].view_as(stored)
     return scales.T if stack.is_transposed else scales

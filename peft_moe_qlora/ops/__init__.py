@@ -4,8 +4,9 @@ Letters: T tokens, K experts chosen per token, E experts, S = T * K routed rows,
 R rank. Rows are sorted by expert; `offsets (E,)` int32 holds, for each expert, the row behind its last one.
 """
 
-from .dispatch import LARGEST_RANK, ComputePath, choose_path, log_once, tiles_origin, why_no_kernels
+from .dispatch import LARGEST_RANK, ComputePath, choose_path, log_once, why_no_kernels
 from .grouped_linear import LowRank, grouped_linear
+from .kernels.tuning import tiles_origin
 from .operands import Factors, Gate, packed_weight
 from .routing import Routing, combine_rows, gather_rows, route
 

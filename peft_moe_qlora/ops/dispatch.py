@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 
-logger = logging.getLogger(__name__)
+from .cached_constant import cached_constant
+from .kernels.tuning import tiles_origin
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 LARGEST_RANK = 128
 """Of a low-rank term in the fused layer; more does not fit into shared memory beside the tiles."""
@@ -39,18 +39,6 @@ class ComputePath:
         return f"{self.name} ({self.reason})"
 
 
-def cached_constant(function: Callable[..., T]) -> Callable[..., T]:
-    """Computed once for the same arguments, and a constant to `torch.compile`, which warns of caches that it sees."""
-    cached = cache(function)
-
-    @torch.compiler.assume_constant_result
-    @wraps(function)
-    def look_up(*args: Any) -> T:
-        return cached(*args)
-
-    return look_up
-
-
 @cached_constant
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels can't compute in a dtype on a device; None if they can."""
@@ -65,15 +53,6 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in KERNEL_DTYPES:
         return f"the kernels don't compute in {dtype}"
     return None
-
-
-@cached_constant
-def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
-    """Where the shapes of the kernels' tiles come from."""
-    from .kernels.tuning import tuned_for
-
-    measured_on = tuned_for(device, dtype)
-    return "safe tiles, nobody has measured this GPU and dtype" if measured_on is None else f"tiles of {measured_on}"
 
 
 def choose_path(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> ComputePath:

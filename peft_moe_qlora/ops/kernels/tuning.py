@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..dispatch import cached_constant
+from ..cached_constant import cached_constant
 
 _TABLES = Path(__file__).parent / "tables"
 
@@ -85,14 +85,17 @@ def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
 
 
 @cache
-def _table_of(device: torch.device) -> TuningTable | None:
-    return tuning_table(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+def _table_of(device: torch.device, dtype: torch.dtype) -> TuningTable | None:
+    """The measurements for a dtype on a device, None where the safe tiles are used."""
+    is_measured = device.type == "cuda" and dtype.itemsize == 2
+    return tuning_table(torch.cuda.get_device_capability(device)) if is_measured else None
 
 
-def tuned_for(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The GPU whose measurements are used, None where the safe tiles are."""
-    table = _table_of(device) if dtype.itemsize == 2 else None
-    return None if table is None else table.device
+@cached_constant
+def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
+    """Where the shapes of the kernels' tiles come from."""
+    table = _table_of(device, dtype)
+    return "safe tiles, nobody has measured this GPU and dtype" if table is None else f"tiles of {table.device}"
 
 
 @cache
@@ -100,7 +103,7 @@ def choose_tiles(
     device: torch.device, dtype: torch.dtype, is_packed: bool, along_columns: bool, rows_per_expert: float
 ) -> GemmTiles:
     """The tiles for one product; `rows_per_expert` is the mean, all that is known without asking the device."""
-    table = _table_of(device) if dtype.itemsize == 2 else None
+    table = _table_of(device, dtype)
     if table is None:
         return SAFE_TILES
     return table.choose(is_packed, along_columns, rows_per_expert)
@@ -109,5 +112,5 @@ def choose_tiles(
 @cached_constant
 def most_pairs_without_sorting(device: torch.device, dtype: torch.dtype) -> int:
     """Up to how many routed pairs a forward goes pair by pair."""
-    table = _table_of(device) if dtype.itemsize == 2 else None
+    table = _table_of(device, dtype)
     return SAFE_MOST_PAIRS if table is None else table.most_pairs_without_sorting

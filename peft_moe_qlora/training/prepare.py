@@ -7,9 +7,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .loading import store_experts
-from .quantization import FourBitFormat
-from .report import ExpertsReport, experts_report
+from ..loading import store_experts
+from ..quantization import FourBitFormat
+from ..report import ExpertsReport, experts_report
 
 
 def quantize_experts(

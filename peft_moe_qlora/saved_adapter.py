@@ -1,4 +1,4 @@
-"""Where an adapter's tensors are, on the disk or on the hub: in safetensors, or they are refused."""
+"""The files of a saved adapter: its tensors, in safetensors or refused, and its README, which tells how to load it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 from huggingface_hub import constants, file_exists, try_to_load_from_cache
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+
+_IMPORT = "import peft_moe_qlora"
+_PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"
+"""In the template that PEFT fills in (huggingface_hub's model card)."""
 
 _REMEDY = (
     f"is a pickle, which is never read; {SAFETENSORS_WEIGHTS_NAME} was expected. Save the adapter again with "
@@ -70,3 +74,32 @@ def refuse_pickled_just_saved(directory: Path) -> None:
         return
     if not file.is_file() or file.stat().st_mtime_ns < pickled.stat().st_mtime_ns:
         raise ValueError(f"{pickled} {_REMEDY} Then remove {pickled.name}.")
+
+
+def add_loading(directory: str | Path, base: str | None, format_version: int) -> None:
+    """Writes how the adapter is loaded into a directory's README.md, once.
+
+    Args:
+        directory: of the adapter.
+        base: what it was trained on, as its config names it.
+        format_version: of the adapter file.
+    """
+    file = Path(directory, "README.md")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if _IMPORT in text:
+        return
+    model = base or "a mixture-of-experts model"
+    section = (
+        f"An adapter of `peft-moe-qlora`, format version {format_version}, for {model}. "
+        "One import makes it known to PEFT.\n\n"
+        "```python\n"
+        f"{_IMPORT}\n"
+        "from peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("this directory, or its name on the hub")\n'
+        "```"
+    )
+    if _PLACE in text:
+        text = text.replace(_PLACE, section)
+    else:
+        text = f"{text.rstrip()}\n\n## Loading\n\n{section}\n".lstrip()
+    file.write_text(text, encoding="utf-8")
