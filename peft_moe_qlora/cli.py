@@ -182,7 +182,7 @@ def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None
 
 def _convert(args: argparse.Namespace) -> None:
     found = convert_adapter(args.adapter, args.out, args.to, args.base, _read_options(args))
-    print(f"{len(found.experts)} stacks and {len(found.others)} other tensors written to {args.out} as {args.to}")
+    print(f"{len(found.experts)} stacks and {len(found.non_expert)} other tensors written to {args.out} as {args.to}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,4 +38,4 @@ def test_the_error_says_what_to_do(tie_word_embeddings, in_full, tmp_path):
     merge(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=1e-5)
-    assert "lm_head.weight" in " ".join(read_adapter(tmp_path / "adapter", tmp_path / "base").others)
+    assert "lm_head.weight" in " ".join(read_adapter(tmp_path / "adapter", tmp_path / "base").non_expert)

@@ -419,7 +419,7 @@ class TestOfThemAndTheConfig:
         shrunken_model_or_skip("axk2")
         saved_deltas(tmp_path, "axk2", target_modules=["experts"], modules_to_save=["norm"])
         key = "model.layers.0.input_layernorm.norm.weight"
-        assert key in read_adapter(tmp_path / "adapter").others
+        assert key in read_adapter(tmp_path / "adapter").non_expert
         edit_tensors(tmp_path / "adapter", {key: None})
         with pytest.raises(ValueError, match=f"no tensor of {key}"):
             read_adapter(tmp_path / "adapter")

@@ -104,7 +104,7 @@ def test_what_is_written_is_the_adapter(class_name, tmp_path):
     """Read back, it has every factor with every bit, and zeros where an engine wants more layers: in all engines."""
     base = save_config(class_name, tmp_path / "base")
     adapter = random_adapter(base, (".q_proj",))
-    adapted = {key.removesuffix(LINEAR_A) for key in adapter.others if key.endswith(LINEAR_A)}
+    adapted = {key.removesuffix(LINEAR_A) for key in adapter.non_expert if key.endswith(LINEAR_A)}
     joined = {one for name in adapted for one in siblings_of(base, name)}
     for engine in ENGINES:
         if class_name not in served(engine):
@@ -117,9 +117,9 @@ def test_what_is_written_is_the_adapter(class_name, tmp_path):
         assert factors.keys() == expected.keys()
         assert all(torch.equal(factors[name], expected[name]) for name in expected)
         assert {one.scaling for one in found.experts} == {ALPHA / R}
-        assert {key.removesuffix(LINEAR_A) for key in found.others if key.endswith(LINEAR_A)} == adapted | joined
-        assert all(torch.equal(found.others[key], tensor) for key, tensor in adapter.others.items())
-        assert not any(found.others[name + LINEAR_B].any() for name in joined)
+        assert {key.removesuffix(LINEAR_A) for key in found.non_expert if key.endswith(LINEAR_A)} == adapted | joined
+        assert all(torch.equal(found.non_expert[key], tensor) for key, tensor in adapter.non_expert.items())
+        assert not any(found.non_expert[name + LINEAR_B].any() for name in joined)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_which_linear_layers_of_qwen3_moe_go_along(engine: Engine, tmp_path):
     experts = random_adapter(base, ())
     for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
         name = f"model.layers.1.self_attn.{last}"
-        write_for_engine(engine, replace(experts, others=linear(base, name)), tmp_path / last, base)
-    write_for_engine(engine, replace(experts, others=linear(base, "lm_head")), tmp_path / "head", base)
+        write_for_engine(engine, replace(experts, non_expert=linear(base, name)), tmp_path / last, base)
+    write_for_engine(engine, replace(experts, non_expert=linear(base, "lm_head")), tmp_path / "head", base)
     file = next((tmp_path / "head").glob("*.safetensors"))
     assert any("lm_head" in key for key in load_file(file))
     assert (tmp_path / "head" / CONFIG_NAME).is_file()
@@ -224,10 +224,10 @@ def test_shared_experts_go_along(engine: Engine, last, tmp_path):
     """Every one of the three layers of DeepSeek V3's shared experts."""
     base = save_config("DeepseekV3ForCausalLM", tmp_path / "base")
     names = [f"model.layers.{layer}.mlp.shared_experts.{last}" for layer in range(2)]
-    adapter = replace(random_adapter(base, ()), others=linear(base, *names))
+    adapter = replace(random_adapter(base, ()), non_expert=linear(base, *names))
     write_for_engine(engine, adapter, tmp_path / "out", base)
-    found = read_adapter(tmp_path / "out", base.directory).others
-    assert all(torch.equal(found[key], tensor) for key, tensor in adapter.others.items())
+    found = read_adapter(tmp_path / "out", base.directory).non_expert
+    assert all(torch.equal(found[key], tensor) for key, tensor in adapter.non_expert.items())
 
 
 @pytest.mark.parametrize("of_experts", [True, False], ids=["of experts", "of a linear layer"])
@@ -237,7 +237,7 @@ def test_the_largest_rank_of_vllm(of_experts, tmp_path):
     adapter = random_adapter(base, (".q_proj",))
 
     def with_rank(r: int) -> AdapterFile:
-        experts, others = adapter.experts, dict(adapter.others)
+        experts, others = adapter.experts, dict(adapter.non_expert)
         config = adapter.config
         if of_experts:
             wider = [

@@ -119,9 +119,9 @@ def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
     found = read_adapter(tmp_path / "converted", tmp_path / "base")
-    own = read_adapter(tmp_path / "adapter", tmp_path / "base").others
-    assert found.others.keys() == own.keys()
-    assert all(torch.equal(found.others[key], own[key]) for key in own)
+    own = read_adapter(tmp_path / "adapter", tmp_path / "base").non_expert
+    assert found.non_expert.keys() == own.keys()
+    assert all(torch.equal(found.non_expert[key], own[key]) for key in own)
     assert_base_is_asked_for(tmp_path, "may be of Laguna")
 
 

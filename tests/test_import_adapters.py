@@ -154,11 +154,11 @@ def assert_same_adapter(found: AdapterFile, expected: AdapterFile) -> None:
 
     def all_of(adapter: AdapterFile) -> dict[str, torch.Tensor]:
         factors = {f"{one.name}.{factor}": getattr(one, factor) for one in adapter.experts for factor in "AB"}
-        return {**adapter.others, **factors}
+        return {**adapter.non_expert, **factors}
 
     assert_same_tensors(all_of(found), all_of(expected))
     assert [one.scaling for one in found.experts] == [one.scaling for one in expected.experts]
-    for name in adapted_layers(expected.others):
+    for name in adapted_layers(expected.non_expert):
         scalings = [one.config.scaling(*rank_and_alpha(one.config, name)) for one in (found, expected)]
         assert scalings[0] == scalings[1]
 

@@ -88,8 +88,8 @@ def test_converted_under_the_names_of_the_whole_model(target, tmp_path):
     ]
     for one, expected in zip(found.experts, own.experts):
         torch.testing.assert_close(one.scaling * one.B @ one.A, expected.scaling * expected.B @ expected.A)
-    assert {key for key in found.others if found.others[key].any()} == {
-        key.replace("model.", "model.language_model.") for key in own.others
+    assert {key for key in found.non_expert if found.non_expert[key].any()} == {
+        key.replace("model.", "model.language_model.") for key in own.non_expert
     }
 
 
@@ -103,7 +103,7 @@ def test_the_whole_models_own(tmp_path):
     found = read_adapter(tmp_path / "out", tmp_path / "base")
     own = read_adapter(tmp_path / "adapter", tmp_path / "base")
     assert found.stacks == own.stacks
-    assert found.others.keys() == own.others.keys()
+    assert found.non_expert.keys() == own.non_expert.keys()
 
 
 def test_stock_peft_takes_it_on_the_text_model(tmp_path):

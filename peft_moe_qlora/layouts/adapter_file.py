@@ -51,12 +51,12 @@ class AdapterFile:
     Args:
         config: as saved.
         experts: the factors of all adapted stacks; of one module, those of its first projection first.
-        others: key without PEFT's prefix -> tensor, of linear layers and whatever else was saved.
+        non_expert: key without PEFT's prefix -> tensor, of linear layers and whatever else was saved.
     """
 
     config: MoeQLoraConfig
     experts: tuple[ExpertFactors, ...]
-    others: dict[str, torch.Tensor]
+    non_expert: dict[str, torch.Tensor]
 
     @property
     def stacks(self) -> list[str]:

@@ -18,30 +18,32 @@ _EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
 """PEFT saves these, trained or not, where tokens were added (`save_embedding_layers`)."""
 
 
-def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
+def check_non_expert(
+    file: Path, config: LoraConfig, non_expert: dict[str, torch.Tensor], base: BaseModel | None
+) -> None:
     """Refuses tensors that nothing would take, and a file without those that its config asks for beside LoRA.
 
     Args:
         file: for errors.
         config: the adapter's.
-        others: key without PEFT's prefix -> tensor.
+        non_expert: key without PEFT's prefix -> tensor.
         base: what the adapter belongs to; None if that isn't known, which leaves shapes and places unchecked.
 
     Raises:
         ValueError: names the first key that lacks its other half, is none of an adapter, doesn't fit the base, or is
             missing.
     """
-    for key in others:
+    for key in non_expert:
         for a, b in PAIRS:
             for own, other in ((a, b), (b, a)):
-                if key.endswith(own) and key.removesuffix(own) + other not in others:
+                if key.endswith(own) and key.removesuffix(own) + other not in non_expert:
                     raise ValueError(f"{file} has {key}, but not {key.removesuffix(own)}{other}; it is damaged.")
-    for name in adapted_layers(others):
+    for name in adapted_layers(non_expert):
         if base is not None:
-            _check_layer(file, name, others, base)
-    _check_saved_modules(file, config, others, base)
-    _check_tokens(file, config, others, base)
-    for key, tensor in others.items():
+            _check_layer(file, name, non_expert, base)
+    _check_saved_modules(file, config, non_expert, base)
+    _check_tokens(file, config, non_expert, base)
+    for key, tensor in non_expert.items():
         if key.endswith(LORA) or _is_known(config, key):
             if base is not None and not key.endswith((*LORA, *TOKENS)):
                 _check_full(file, key, tensor, base)
@@ -53,9 +55,9 @@ def check_others(file: Path, config: LoraConfig, others: dict[str, torch.Tensor]
 
 
 def _check_saved_modules(
-    file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None
+    file: Path, config: LoraConfig, non_expert: dict[str, torch.Tensor], base: BaseModel | None
 ) -> None:
-    keys = [name_in_model(key) for key in others if not key.endswith((*LORA, *TOKENS))]
+    keys = [name_in_model(key) for key in non_expert if not key.endswith((*LORA, *TOKENS))]
 
     def is_saved(name: str) -> bool:
         return any(f"{name}." in key for key in keys)
@@ -77,12 +79,12 @@ def _check_saved_modules(
             )
 
 
-def _check_tokens(file: Path, config: LoraConfig, others: dict[str, torch.Tensor], base: BaseModel | None) -> None:
+def _check_tokens(file: Path, config: LoraConfig, non_expert: dict[str, torch.Tensor], base: BaseModel | None) -> None:
     wanted = config.trainable_token_indices
     if not wanted:
         return
     found = {}
-    for key, tensor in others.items():
+    for key, tensor in non_expert.items():
         if key.endswith(TOKENS):
             found[key.removesuffix(TOKENS[0]).removesuffix(TOKENS[1])] = tensor
     # of layers that are tied PEFT saves one
@@ -147,7 +149,7 @@ def _is_known(config: LoraConfig, key: str) -> bool:
     )
 
 
-def _check_layer(file: Path, name: str, others: dict[str, torch.Tensor], base: BaseModel) -> None:
+def _check_layer(file: Path, name: str, non_expert: dict[str, torch.Tensor], base: BaseModel) -> None:
     layer = base.layer(name)
     if layer is None:
         raise ValueError(
@@ -159,9 +161,9 @@ def _check_layer(file: Path, name: str, others: dict[str, torch.Tensor], base: B
     if is_embedding:
         rows, columns = columns, rows
     a, b = PAIRS[is_embedding]
-    if name + a not in others:
+    if name + a not in non_expert:
         raise ValueError(f"{file}: {name} is a {type(layer).__name__}; factors {name}{a} were expected.")
-    A, B = others[name + a], others[name + b]
+    A, B = non_expert[name + a], non_expert[name + b]
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != columns or B.shape[0] != rows or A.shape[0] != B.shape[1]:
         raise ValueError(
             f"{file}: {name}{a} {list(A.shape)} and {name}{b} {list(B.shape)} don't fit {base.directory}, where "

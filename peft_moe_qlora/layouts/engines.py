@@ -129,7 +129,7 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
                 f"{engine.name} has no LoRA on experts of a base quantized by {base.quantization}, which "
                 f"{base.directory} is. Name the checkpoint in 16 bits that you will serve it on, or merge it instead."
             )
-    _check_linear(engine, adapted_layers(adapter.others), base)
+    _check_linear(engine, adapted_layers(adapter.non_expert), base)
     if engine.max_r is not None and adapter.config.r > engine.max_r:
         raise ValueError(
             f"{engine.name} takes ranks up to {engine.max_r}; the adapter has {adapter.config.r}. Merge it instead."
@@ -154,14 +154,14 @@ def _check_linear(engine: Engine, names: list[str], base: BaseModel) -> None:
 
 def _with_siblings(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
     """With zeros for the linear layers that engines join to an adapted one."""
-    others = dict(adapter.others)
-    for name in adapted_layers(adapter.others):
+    non_expert = dict(adapter.non_expert)
+    for name in adapted_layers(adapter.non_expert):
         block, _, last = name.rpartition(".")
         for sibling in (one for group in _TOGETHER if last in group for one in group):
             module = getattr(base.model.get_submodule(block), sibling, None)
             key = f"{block}.{sibling}"
-            if isinstance(module, nn.Linear) and key + A_SUFFIX not in others:
-                some = others[name + A_SUFFIX]
-                others[key + A_SUFFIX] = some.new_zeros(1, module.in_features)
-                others[key + B_SUFFIX] = some.new_zeros(module.out_features, 1)
-    return AdapterFile(adapter.config, adapter.experts, others)
+            if isinstance(module, nn.Linear) and key + A_SUFFIX not in non_expert:
+                some = non_expert[name + A_SUFFIX]
+                non_expert[key + A_SUFFIX] = some.new_zeros(1, module.in_features)
+                non_expert[key + B_SUFFIX] = some.new_zeros(module.out_features, 1)
+    return AdapterFile(adapter.config, adapter.experts, non_expert)

@@ -23,7 +23,7 @@ from ..quantization import QUANT_TYPES
 from ..targets import is_all_linear
 from .adapter_file import AdapterFile, ExpertFactors
 from .base_model import BaseModel
-from .check_non_expert import check_others
+from .check_non_expert import check_non_expert
 from .non_expert import adapted_layers, factor_pairs
 
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
@@ -200,14 +200,14 @@ class ForeignAdapter:
     def adapter(
         self,
         experts: list[ExpertFactors],
-        others: dict[str, torch.Tensor],
+        non_expert: dict[str, torch.Tensor],
         of_linear: Callable[[str], tuple[int, float]],
     ) -> AdapterFile:
         """The adapter as one of this package, whose config reaches exactly what has factors.
 
         Args:
             experts: its stacks.
-            others: key under the model's own names -> tensor.
+            non_expert: key under the model's own names -> tensor.
             of_linear: rank and alpha of a linear layer, by its name in the model.
 
         Raises:
@@ -215,10 +215,10 @@ class ForeignAdapter:
         """
         if not experts:
             raise ValueError(f"{self.file} has no factors of experts that {self.base.directory} has.")
-        others = {key: tensor for key, tensor in others.items() if not key.endswith(".base_layer.weight")}
-        check_others(self.file, self.config, others, self.base)
-        linear = {name: of_linear(name) for name in adapted_layers(others)}
-        for pair in factor_pairs(others):
+        non_expert = {key: tensor for key, tensor in non_expert.items() if not key.endswith(".base_layer.weight")}
+        check_non_expert(self.file, self.config, non_expert, self.base)
+        linear = {name: of_linear(name) for name in adapted_layers(non_expert)}
+        for pair in factor_pairs(non_expert):
             self.check_rank(pair.name, pair.A.shape[0], linear[pair.name][0])
         stacks = {factors.name: (factors.r, factors.alpha) for factors in experts}
         (expert_r, expert_alpha), _ = Counter(stacks.values()).most_common(1)[0]
@@ -246,7 +246,7 @@ class ForeignAdapter:
                     f"{self.file}: {name} has rank {r} and alpha {alpha}, which patterns can't say, since another "
                     "layer's name ends in the same way. Give both the same."
                 )
-        return AdapterFile(config, tuple(experts), others)
+        return AdapterFile(config, tuple(experts), non_expert)
 
 
 def _reaches(config: LoraConfig, name: str) -> bool:

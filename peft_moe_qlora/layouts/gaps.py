@@ -36,7 +36,7 @@ def find_gaps(adapter: AdapterFile, base: BaseModel, blocks: list[int] | None) -
         base: the model that it belongs to.
         blocks: the numbers of the layers that the written config reaches; None for all.
     """
-    linear = adapted_layers(adapter.others)
+    linear = adapted_layers(adapter.non_expert)
     experts = {factors.path for factors in adapter.experts}
     kinds = {kind(name) for name in (*linear, *experts)}
 
@@ -61,7 +61,7 @@ def without_gaps(adapter: AdapterFile, gaps: Gaps, base: BaseModel) -> AdapterFi
     """The same adapter with zeros in the gaps, for readers that can't exclude layers."""
     r, alpha = adapter.config.r, adapter.config.lora_alpha
     some = adapter.experts[0]
-    experts, others = list(adapter.experts), dict(adapter.others)
+    experts, non_expert = list(adapter.experts), dict(adapter.non_expert)
     for path in gaps.experts:
         layout = base.layouts[path]
         for projection in layout.projections:
@@ -71,6 +71,6 @@ def without_gaps(adapter: AdapterFile, gaps: Gaps, base: BaseModel) -> AdapterFi
             experts.append(ExpertFactors(path, projection, A, B, some.scaling, alpha))
     for name in gaps.layers:
         rows, columns = base.layer(name).weight.shape
-        others[name + A_SUFFIX] = some.A.new_zeros(r, columns)
-        others[name + B_SUFFIX] = some.A.new_zeros(rows, r)
-    return replace(adapter, experts=tuple(experts), others=others)
+        non_expert[name + A_SUFFIX] = some.A.new_zeros(r, columns)
+        non_expert[name + B_SUFFIX] = some.A.new_zeros(rows, r)
+    return replace(adapter, experts=tuple(experts), non_expert=non_expert)

@@ -162,14 +162,14 @@ def check_layers(
     foreign.check_complete([f"{path}.{part}_proj" for path, parts in found.items() for part in parts], expected)
 
 
-def others_by_own_names(
-    foreign: ForeignAdapter, others: dict[str, torch.Tensor], is_targeted: Callable[[str], bool]
+def non_expert_by_own_names(
+    foreign: ForeignAdapter, non_expert: dict[str, torch.Tensor], is_targeted: Callable[[str], bool]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors beside experts under the model's names, which a checkpoint may have otherwise.
 
     Args:
         foreign: what is read.
-        others: key -> tensor.
+        non_expert: key -> tensor.
         is_targeted: name in the model or in the checkpoint -> whether the config asks for it.
 
     Returns:
@@ -178,7 +178,7 @@ def others_by_own_names(
     Raises:
         ValueError: a layer is missing that others of the same kind have, or is there under two names.
     """
-    renamed, names_in_file = under_own_names(foreign, others)
+    renamed, names_in_file = under_own_names(foreign, non_expert)
     found = adapted_layers(renamed)
     kinds = {kind(name) for name in found}
     expected = []

@@ -24,7 +24,15 @@ from .adapter_file import AdapterFile
 from .base_model import PARTS_OF_FUSED, BaseModel
 from .foreign import ForeignAdapter
 from .gaps import find_gaps, without_gaps
-from .gate_up_halves import Part, check_layers, containers_of, gate_and_up, join_parts, others_by_own_names, part_names
+from .gate_up_halves import (
+    Part,
+    check_layers,
+    containers_of,
+    gate_and_up,
+    join_parts,
+    non_expert_by_own_names,
+    part_names,
+)
 from .non_expert import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, adapted_layers
 from .uniform import adapted_blocks, pairs_in_checkpoint, uniform
 
@@ -87,7 +95,7 @@ def read_mlx(foreign: ForeignAdapter) -> AdapterFile:
         pairs.setdefault(name, {})[factor] = tensor
     paths = {container: path for path in foreign.base.layouts for container in containers_of(foreign.base, path)}
     found: dict[str, dict[str, Part]] = {}
-    others = {}
+    non_expert = {}
     for name, pair in pairs.items():
         if pair.keys() != {"lora_a", "lora_b"}:
             raise ValueError(f"{foreign.file} has {name}.{next(iter(pair))} without its other factor; it is damaged.")
@@ -102,7 +110,7 @@ def read_mlx(foreign: ForeignAdapter) -> AdapterFile:
                 )
             is_embedding = isinstance(foreign.base.layer(name), nn.Embedding)
             ends = (EMBEDDING_A, EMBEDDING_B) if is_embedding else (A_SUFFIX, B_SUFFIX)
-            others |= {name + end: tensor.mT.contiguous() for end, tensor in zip(ends, (a, b))}
+            non_expert |= {name + end: tensor.mT.contiguous() for end, tensor in zip(ends, (a, b))}
             continue
         part = next((one for one, names in part_names(foreign.base.layouts[path]).items() if leaf in names), None)
         if part is None or a.dim() != 3 or b.dim() != 3 or a.shape[1] != b.shape[2]:
@@ -120,8 +128,8 @@ def read_mlx(foreign: ForeignAdapter) -> AdapterFile:
 
     check_layers(foreign, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(foreign, path, parts)]
-    others, _ = others_by_own_names(foreign, others, is_targeted)
-    return foreign.adapter(experts, others, lambda name: (r, alpha))
+    non_expert, _ = non_expert_by_own_names(foreign, non_expert, is_targeted)
+    return foreign.adapter(experts, non_expert, lambda name: (r, alpha))
 
 
 def _name_in_checkpoint(key: str, foreign: ForeignAdapter) -> str:
@@ -160,7 +168,7 @@ def write_mlx(
             the checkpoint.
     """
     adapter = uniform(adapter, base)
-    names = [*adapted_layers(adapter.others), *(factors.path for factors in adapter.experts)]
+    names = [*adapted_layers(adapter.non_expert), *(factors.path for factors in adapter.experts)]
     first = min(adapted_blocks(names, base) or [0])
     num_layers = base.model.config.get_text_config().num_hidden_layers
     adapter = without_gaps(adapter, find_gaps(adapter, base, list(range(first, num_layers))), base)

@@ -19,7 +19,7 @@ from ..options import REMEDY, check_saved, names_of, values_of
 from ..targets import is_all_linear, reached_stacks, resolve_targets
 from .adapter_file import AdapterFile, ExpertFactors, save_tensors
 from .base_model import BaseModel
-from .check_non_expert import check_others, check_targeted
+from .check_non_expert import check_non_expert, check_targeted
 from .non_expert import adapted_layers, factor_pairs, name_in_model
 
 _FACTOR = re.compile(r"(?P<path>.*)\.(?P<projection>gate_up_proj|up_proj|down_proj)\.lora_(?P<factor>[AB])\.weight")
@@ -54,13 +54,13 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     config = MoeQLoraConfig.from_pretrained(str(directory))
     file = directory / SAFETENSORS_WEIGHTS_NAME
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    others = {}
+    non_expert = {}
     for name, tensor in tensors.items():
         if name.endswith(".base_layer.weight"):
             continue  # PEFT's copy of a frozen embedding or head
         match = _FACTOR.fullmatch(name) if tensor.dim() == 3 else None
         if match is None:
-            others[name] = tensor
+            non_expert[name] = tensor
         else:
             factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
     experts = [_factors(file, config, *at, found) for at, found in factors.items()]
@@ -69,12 +69,12 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     reached = replace(config)
     if base is not None:
         resolve_targets(reached, base.model, base.layouts)
-        _check_against(file, base, config, reached, experts, others)
-    check_others(file, config, others, base)
-    linear = adapted_layers(others)
+        _check_against(file, base, config, reached, experts, non_expert)
+    check_non_expert(file, config, non_expert, base)
+    linear = adapted_layers(non_expert)
     if not is_all_linear(reached):  # which can't be known without a base
         check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
-    for pair in factor_pairs(others):
+    for pair in factor_pairs(non_expert):
         r, _ = rank_and_alpha(config, pair.name)
         if pair.A.shape[0] != r:
             raise ValueError(
@@ -83,7 +83,7 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
             )
     if not experts:
         raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
-    return AdapterFile(config, tuple(experts), others)
+    return AdapterFile(config, tuple(experts), non_expert)
 
 
 def _factors(
@@ -108,7 +108,7 @@ def _check_against(
     config: MoeQLoraConfig,
     reached: MoeQLoraConfig,
     experts: list[ExpertFactors],
-    others: dict[str, torch.Tensor],
+    non_expert: dict[str, torch.Tensor],
 ) -> None:
     """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches.
 
@@ -118,7 +118,7 @@ def _check_against(
         config: as saved.
         reached: the same with its targets resolved for the base.
         experts: the factors of stacks.
-        others: key without PEFT's prefix -> tensor.
+        non_expert: key without PEFT's prefix -> tensor.
     """
     for factors in experts:
         if factors.path not in base.layouts:
@@ -127,22 +127,22 @@ def _check_against(
         check_stored_shapes(config, base.layouts, reached_stacks(reached, base.layouts))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    found = adapted_layers(others)
+    found = adapted_layers(non_expert)
     missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
     if missing:
         raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
-    _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, others)
+    _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, non_expert)
 
 
 def _check_biases(
-    file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], others: dict[str, torch.Tensor]
+    file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], non_expert: dict[str, torch.Tensor]
 ) -> None:
     """Refuses a file without biases that its config trains: of all modules, or of those that are adapted."""
     if config.bias == "none":
         return
     biases = [name for name, _ in base.model.named_parameters() if name.endswith("bias")]
     wanted = [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in adapted]
-    found = {name_in_model(key) for key in others}
+    found = {name_in_model(key) for key in non_expert}
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ValueError(
@@ -158,7 +158,7 @@ def write_native(adapter: AdapterFile, directory: Path, base: BaseModel | None) 
         directory: created if it isn't there.
         base: not needed; writers are called alike.
     """
-    tensors = dict(adapter.others)
+    tensors = dict(adapter.non_expert)
     for factors in adapter.experts:
         tensors |= {f"{factors.name}.lora_A.weight": factors.A, f"{factors.name}.lora_B.weight": factors.B}
     save_tensors(directory, tensors)

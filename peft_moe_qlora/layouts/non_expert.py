@@ -47,18 +47,18 @@ class Pair(NamedTuple):
         return bool(self.A.any() and self.B.any())
 
 
-def factor_pairs(others: dict[str, torch.Tensor]) -> Iterator[Pair]:
+def factor_pairs(non_expert: dict[str, torch.Tensor]) -> Iterator[Pair]:
     """The factors of all linear layers and embeddings."""
-    for key, A in others.items():
+    for key, A in non_expert.items():
         for a, b in PAIRS:
             if key.endswith(a):
                 name = key.removesuffix(a)
-                yield Pair(name, A, others[name + b], a == EMBEDDING_A)
+                yield Pair(name, A, non_expert[name + b], a == EMBEDDING_A)
 
 
-def beside_factors(others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def beside_factors(non_expert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is no factor: key -> tensor of biases, modules trained in full and tokens."""
-    return {key: tensor for key, tensor in others.items() if not key.endswith(LORA) and not is_unused_copy(key)}
+    return {key: tensor for key, tensor in non_expert.items() if not key.endswith(LORA) and not is_unused_copy(key)}
 
 
 def name_in_model(key: str) -> str:

@@ -245,11 +245,11 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
             f"The adapter was trained with bias={adapter.config.bias!r}, which LoRA on parameters can't have. Merge "
             "it instead."
         )
-    _check_others(adapter)
+    _check_non_expert(adapter)
     of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
     for factors in adapter.experts:
         of_module[factors.path].append(factors)
-    tensors = {_name_for_peft(key, adapter, base): tensor for key, tensor in adapter.others.items()}
+    tensors = {_name_for_peft(key, adapter, base): tensor for key, tensor in adapter.non_expert.items()}
     for path, projections in of_module.items():
         is_mistaken = _is_mistaken(path, adapter, base)
         for depth, factors in enumerate(reversed(projections)):
@@ -267,7 +267,7 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
 
 def _config(adapter: AdapterFile) -> LoraConfig:
     config = adapter.config
-    linear = sorted(adapted_layers(adapter.others))
+    linear = sorted(adapted_layers(adapter.non_expert))
     as_parameters = [f"{name}.weight" for name in linear if name.rpartition(".")[2] in _OLD_NAMES]
     settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
     parameters = [*settled, *as_parameters]
@@ -285,10 +285,10 @@ def _config(adapter: AdapterFile) -> LoraConfig:
     )
 
 
-def _check_others(adapter: AdapterFile) -> None:
+def _check_non_expert(adapter: AdapterFile) -> None:
     """Refuses what would be written, but not loaded."""
     saved = adapter.config.modules_to_save or ()
-    for key in adapter.others:
+    for key in adapter.non_expert:
         is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B))
         if not is_of_lora and not any(f"{name}." in key for name in saved):
             raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")

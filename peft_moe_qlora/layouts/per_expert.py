@@ -16,7 +16,7 @@ from ..config import rank_and_alpha
 from .adapter_file import AdapterFile
 from .base_model import BaseModel
 from .foreign import ForeignAdapter
-from .gate_up_halves import Part, check_layers, gate_and_up, join_parts, names_of_parts, others_by_own_names
+from .gate_up_halves import Part, check_layers, gate_and_up, join_parts, names_of_parts, non_expert_by_own_names
 from .non_expert import A_SUFFIX, B_SUFFIX
 from .uniform import linear_in_checkpoint, save_lora, uniform
 from .whole_model import in_whole_model
@@ -50,8 +50,8 @@ def read_per_expert(foreign: ForeignAdapter) -> AdapterFile:
 
     check_layers(foreign, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(foreign, path, parts)]
-    others, names = others_by_own_names(foreign, left, foreign.targets)
-    return foreign.adapter(experts, others, lambda name: rank_and_alpha(foreign.config, names[name], name))
+    non_expert, names = non_expert_by_own_names(foreign, left, foreign.targets)
+    return foreign.adapter(experts, non_expert, lambda name: rank_and_alpha(foreign.config, names[name], name))
 
 
 def _part(foreign: ForeignAdapter, left: dict[str, torch.Tensor], path: str, part: str, names: dict[int, str]) -> Part:

@@ -22,7 +22,7 @@ from .gate_up_halves import (
     containers_of,
     gate_and_up,
     join_parts,
-    others_by_own_names,
+    non_expert_by_own_names,
     part_names,
     with_rows_in_order,
 )
@@ -66,8 +66,8 @@ def read_stacked(foreign: ForeignAdapter) -> AdapterFile:
 
     check_layers(foreign, found, is_targeted)
     experts = [factors for path, parts in found.items() for factors in join_parts(foreign, path, parts)]
-    others, names = others_by_own_names(foreign, left, foreign.targets)
-    return foreign.adapter(experts, others, lambda name: rank_and_alpha(foreign.config, names[name], name))
+    non_expert, names = non_expert_by_own_names(foreign, left, foreign.targets)
+    return foreign.adapter(experts, non_expert, lambda name: rank_and_alpha(foreign.config, names[name], name))
 
 
 def _with_weight(key: str) -> str:
@@ -107,5 +107,5 @@ def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> Non
         tensors[factors.name + A_SUFFIX], tensors[factors.name + B_SUFFIX] = factors.A, B
     tensors |= linear_in_checkpoint(adapter, base)
     targets = {"gate_proj", "up_proj", "down_proj"}
-    targets |= {name.rpartition(".")[2] for name in adapted_layers(adapter.others)}
+    targets |= {name.rpartition(".")[2] for name in adapted_layers(adapter.non_expert)}
     save_lora(directory, tensors, adapter, targets, base)

@@ -33,20 +33,20 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
         ValueError: the adapter has biases, embeddings or modules trained in full, which these readers don't know.
     """
     config = adapter.config
-    strange = [key for key in adapter.others if not key.endswith((A_SUFFIX, B_SUFFIX))]
+    strange = [key for key in adapter.non_expert if not key.endswith((A_SUFFIX, B_SUFFIX))]
     if strange or config.bias != "none":
         raise ValueError(
             f"The adapter has {strange[0] if strange else 'biases'}, which readers of LoRA don't know. Merge it."
         )
-    linear = adapted_layers(adapter.others)
+    linear = adapted_layers(adapter.non_expert)
     scaling_of = {name: linear_scaling(config, name) for name in linear}
     scaling_of |= {factors.name: factors.scaling for factors in adapter.experts}
-    B_of = {name: adapter.others[name + B_SUFFIX] for name in linear}
+    B_of = {name: adapter.non_expert[name + B_SUFFIX] for name in linear}
     B_of |= {factors.name: factors.B for factors in adapter.experts}
     # what is all zeros, such as layers that engines want beside others, has any scaling
     scalings = [scaling_of[name] for name, B in B_of.items() if B.any()] or list(scaling_of.values())
     scaling = scalings[0] if all(math.isclose(one, scalings[0]) for one in scalings) else 1.0
-    r = max([factors.r for factors in adapter.experts] + [len(adapter.others[name + A_SUFFIX]) for name in linear])
+    r = max([factors.r for factors in adapter.experts] + [len(adapter.non_expert[name + A_SUFFIX]) for name in linear])
 
     def fitted(name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         missing = r - A.shape[-2]
@@ -68,10 +68,10 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
                 A = some.new_zeros(layout.num_experts, r, in_features)
                 B = some.new_zeros(layout.num_experts, out_features, r)
             experts.append(ExpertFactors(path, projection, A, B, scaling, scaling * r))
-    others = {}
+    non_expert = {}
     for name in linear:
-        A, B = fitted(name, adapter.others[name + A_SUFFIX], adapter.others[name + B_SUFFIX])
-        others |= {name + A_SUFFIX: A, name + B_SUFFIX: B}
+        A, B = fitted(name, adapter.non_expert[name + A_SUFFIX], adapter.non_expert[name + B_SUFFIX])
+        non_expert |= {name + A_SUFFIX: A, name + B_SUFFIX: B}
     config = MoeQLoraConfig(
         r=r,
         lora_alpha=scaling * r,
@@ -80,7 +80,7 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
         task_type=config.task_type,
         revision=config.revision,
     )
-    return AdapterFile(config, tuple(experts), others)
+    return AdapterFile(config, tuple(experts), non_expert)
 
 
 def pairs_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> Iterator[Pair]:
@@ -89,7 +89,7 @@ def pairs_in_checkpoint(adapter: AdapterFile, base: BaseModel) -> Iterator[Pair]
     Raises:
         ValueError: a layer is none of its own there.
     """
-    for pair in factor_pairs(adapter.others):
+    for pair in factor_pairs(adapter.non_expert):
         name = base.name_of_linear(pair.name)
         if name is None:
             raise ValueError(

@@ -36,9 +36,9 @@ def in_whole_model(adapter: AdapterFile, base: BaseModel) -> tuple[AdapterFile, 
             )
         return found[0]
 
-    others: dict[str, torch.Tensor] = {}
-    for key, tensor in adapter.others.items():
+    non_expert: dict[str, torch.Tensor] = {}
+    for key, tensor in adapter.non_expert.items():
         name, lora, end = key.partition(".lora_")
-        others[renamed(name) + lora + end] = tensor
+        non_expert[renamed(name) + lora + end] = tensor
     experts = tuple(replace(factors, path=renamed(factors.path)) for factors in adapter.experts)
-    return AdapterFile(adapter.config, experts, others), whole
+    return AdapterFile(adapter.config, experts, non_expert), whole

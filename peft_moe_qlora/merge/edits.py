@@ -284,9 +284,9 @@ def _plan_tensors(
         storage = identity.linear_storage(module) if identity is not None else None
         return {} if storage is None else {"storage": storage, "dtype": getattr(torch, identity.dtype)}
 
-    in_full = _differing(beside_factors(adapter.others), base, checkpoint, keys)
-    check_not_tied([*adapted_weights(adapter.others), *map(name_in_model, in_full)], base, keys)
-    for pair in factor_pairs(adapter.others):
+    in_full = _differing(beside_factors(adapter.non_expert), base, checkpoint, keys)
+    check_not_tied([*adapted_weights(adapter.non_expert), *map(name_in_model, in_full)], base, keys)
+    for pair in factor_pairs(adapter.non_expert):
         weight = f"{pair.name}.weight"
         delta = partial(_product, pair, linear_scaling(adapter.config, pair.name))
         shape = (pair.B.shape[0], pair.A.shape[1])

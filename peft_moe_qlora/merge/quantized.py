@@ -101,7 +101,7 @@ def merge_quantized(
     }
     output = PartialDirectory(directory, task, can_be_taken_up=False)
     beside = names_beside(base, output)
-    in_full = {key: tensor for key, tensor in beside_factors(found.others).items() if not key.endswith(TOKENS)}
+    in_full = {key: tensor for key, tensor in beside_factors(found.non_expert).items() if not key.endswith(TOKENS)}
     num_with_delta = _num_with_delta(found)
     planned = MergeReport(
         base=str(base.resolve()),
@@ -165,7 +165,7 @@ def _check_checkpoint(adapter: AdapterFile, base: BaseModel) -> tuple[str, ...]:
     finder = SourceFinder(base.model, checkpoint, (storage and storage.flipped_stacks) or ())
     sources = {source.target.name: source for source in each_source(finder.find())}
     check_base(adapter, base, checkpoint, sources)
-    check_not_tied(adapted_weights(adapter.others), base, finder.plain_tensors())
+    check_not_tied(adapted_weights(adapter.non_expert), base, finder.plain_tensors())
     tied = getattr(base.model, "all_tied_weights_keys", None) or {}
     shared = [name for name in adapter.stacks if name in tied or name in tied.values()]
     if shared:
@@ -210,7 +210,7 @@ def _save(merged: PreTrainedModel, layout: str, directory: Path) -> dict[str, An
 def _num_with_delta(adapter: AdapterFile) -> int:
     """How many stacks and layers the adapter's factors change, by the file alone."""
     experts = sum(bool(one.A.any() and one.B.any()) for one in adapter.experts)
-    return experts + sum(pair.has_delta for pair in factor_pairs(adapter.others))
+    return experts + sum(pair.has_delta for pair in factor_pairs(adapter.non_expert))
 
 
 def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
