@@ -14,18 +14,11 @@ from torch import nn
 
 from .base_identity import settle_base
 from .config import ALL_EXPERTS, MoeQLoraConfig
-from .experts import QuantizedExperts, bias_name, check_convertible
+from .experts import QuantizedExperts, check_convertible
 from .factor_shapes import check_factor_shapes, check_stored_shapes
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
-from .merge.check import MergeCheck
-from .merge.in_memory import (
-    check_merge_options,
-    check_mergeable,
-    merge_experts_densely,
-    merge_experts_for_inputs,
-    restored_on_error,
-)
+from .merge import MergeCheck, in_memory
 from .quantization import Stack
 from .report import ExpertsReport, experts_report
 from .targets import (
@@ -37,6 +30,7 @@ from .targets import (
     module_names,
     reached_stacks,
     resolve_targets,
+    trained_expert_biases,
 )
 from .training import watch_gradients
 from .unadaptable import check_adaptable
@@ -135,7 +129,7 @@ class MoeQLoraModel(LoraModel):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for adapter_name in self.active_adapters:
-            for _, parameter in _expert_biases(model, self.peft_config[adapter_name].bias):
+            for _, parameter in trained_expert_biases(model, self.peft_config[adapter_name].bias):
                 parameter.requires_grad = True
 
     @classmethod
@@ -143,7 +137,7 @@ class MoeQLoraModel(LoraModel):
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: MoeQLoraConfig
     ) -> dict[str, torch.Tensor]:
         biases = super()._get_learnable_bias_state_dict(model, state_dict, config)
-        return biases | {name: state_dict[name] for name, _ in _expert_biases(model, config.bias)}
+        return biases | {name: state_dict[name] for name, _ in trained_expert_biases(model, config.bias)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -252,7 +246,7 @@ class MoeQLoraModel(LoraModel):
         After an error experts are as they were before the call.
         """
         self._check_mergeable(adapter_names)
-        with restored_on_error(list(self.expert_layers())):
+        with in_memory.restored_on_error(list(self.expert_layers())):
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -292,12 +286,12 @@ class MoeQLoraModel(LoraModel):
                 `rounding` is unknown, or `calibration` is given where nothing is rounded by it.
         """
         names = self._check_mergeable(adapter_names)
-        check_merge_options(dtype, rounding, calibration)
+        in_memory.check_options(dtype, rounding, calibration)
         self.merge_check = reference = None
         if dtype is not None:
-            merge_experts_densely(self, names, dtype, progressbar)
+            in_memory.merge_densely(self, names, dtype, progressbar)
         elif rounding == "second-order":
-            reference, adapter_names = merge_experts_for_inputs(self, adapter_names, calibration, progressbar)
+            reference, adapter_names = in_memory.merge_for_inputs(self, adapter_names, calibration, progressbar)
         merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if dtype is not None:
             cast_as_loaded(merged, dtype)
@@ -321,18 +315,5 @@ class MoeQLoraModel(LoraModel):
         """The names of what is to be merged, by default of the active adapters; what can't be merged is refused."""
         adapter_names = self.active_adapters if adapter_names is None else adapter_names
         self._check_adapter_names(adapter_names)
-        check_mergeable(self.model, adapter_names)
+        in_memory.check_mergeable(self.model, adapter_names)
         return adapter_names
-
-
-def _expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """`(name, parameter)` of the experts' biases that a config's `bias` makes trainable."""
-    if bias == "none":
-        return
-    adapted = {id(layer.get_base_layer()) for layer in model.modules() if isinstance(layer, ExpertsLora)}
-    for path, experts in model.named_modules():
-        if not isinstance(experts, QuantizedExperts) or not experts.layout.has_bias:
-            continue
-        for projection in experts.layout.projections:
-            if bias == "all" or id(experts.stack(projection)) in adapted:
-                yield f"{path}.{bias_name(projection)}", experts.projection_bias(projection)

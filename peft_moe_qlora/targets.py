@@ -13,7 +13,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import ALL_EXPERTS, MoeQLoraConfig
-from .experts import ExpertsLayout, QuantizedExperts, find_experts, read_layout
+from .experts import ExpertsLayout, QuantizedExperts, bias_name, find_experts, read_layout
+from .layer import ExpertsLora
 from .unadaptable import why_unadaptable
 
 # names that a projection, or half of a fused one, had when each expert was a module of its own
@@ -379,3 +380,16 @@ def is_router(name: str, module: nn.Module, layouts: Mapping[str, ExpertsLayout]
         if len(parts) == 1 and getattr(module, "out_features", None) == layout.num_experts:
             return True
     return False
+
+
+def trained_expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(name, parameter)` of the experts' biases that a config's `bias` makes trainable."""
+    if bias == "none":
+        return
+    adapted = {id(layer.get_base_layer()) for layer in model.modules() if isinstance(layer, ExpertsLora)}
+    for path, experts in model.named_modules():
+        if not isinstance(experts, QuantizedExperts) or not experts.layout.has_bias:
+            continue
+        for projection in experts.layout.projections:
+            if bias == "all" or id(experts.stack(projection)) in adapted:
+                yield f"{path}.{bias_name(projection)}", experts.projection_bias(projection)

@@ -1,5 +1,6 @@
 """Merging adapters into the weights: in memory, on disk, and whether the result is what the adapter was."""
 
+from .check import MergeCheck
 from .checkpoint import merge_checkpoint
 from .edits import ONTO
 from .in_memory import ROUNDINGS
@@ -12,6 +13,7 @@ __all__ = [
     "LAYOUTS",
     "ONTO",
     "ROUNDINGS",
+    "MergeCheck",
     "MergeReport",
     "Verification",
     "kl_divergence",

@@ -89,7 +89,7 @@ def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
 
 
 @torch.no_grad()
-def merge_for_inputs(
+def merge_while_running(
     model: nn.Module,
     layers: Mapping[str, QuantizedExperts],
     adapter_names: Sequence[str],

@@ -17,13 +17,13 @@ from ..experts import QuantizedExperts
 from ..layer import ExpertsLora
 from ..loading import cast_as_loaded, restore_experts
 from ..targets import UNTIE
-from .calibration import adapted_projections, config_with_vocabulary, merge_for_inputs, random_token_ids
+from .calibration import adapted_projections, config_with_vocabulary, merge_while_running, random_token_ids
 from .check import Reference, take_reference
 
 ROUNDINGS = ("second-order", "nearest")
 
 
-def check_merge_options(dtype: torch.dtype | None, rounding: str, calibration: torch.Tensor | None) -> None:
+def check_options(dtype: torch.dtype | None, rounding: str, calibration: torch.Tensor | None) -> None:
     """Refuses options of `merge_and_unload` that have no such value, or no effect.
 
     Raises:
@@ -106,9 +106,7 @@ def restored_on_error(layers: Sequence[ExpertsLora]) -> Iterator[None]:
         raise
 
 
-def merge_experts_densely(
-    tuner: LoraModel, adapter_names: Sequence[str], dtype: torch.dtype, progressbar: bool
-) -> None:
+def merge_densely(tuner: LoraModel, adapter_names: Sequence[str], dtype: torch.dtype, progressbar: bool) -> None:
     """Gives the classes' own experts modules back, merged, in a floating dtype.
 
     Args:
@@ -126,7 +124,7 @@ def merge_experts_densely(
         cast_as_loaded(tuner.model, dtype)  # before deltas of linear layers are added, which 16 bits would round
 
 
-def merge_experts_for_inputs(
+def merge_for_inputs(
     tuner: LoraModel, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool
 ) -> tuple[Reference | None, list[str] | None]:
     """Merges the quantized experts that adapters reach, rounded for their inputs, and takes their layers away.
@@ -173,7 +171,7 @@ def merge_experts_for_inputs(
             if isinstance(layer, ExpertsLora):
                 tuner._replace_module(merged, projection, layer.base_layer, layer)
 
-    missed = merge_for_inputs(model, experts, names, calibration, unwrap, progressbar)
+    missed = merge_while_running(model, experts, names, calibration, unwrap, progressbar)
     if missed:
         warnings.warn(
             f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "
