@@ -25,7 +25,7 @@ from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
 from peft_moe_qlora.ops import Factors, Gate, packed_weight
-from peft_moe_qlora.ops.fused_steps import experts_forward, experts_forward_by_pairs
+from peft_moe_qlora.ops.fused_steps import experts_forward, experts_forward_gemv
 from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
 from peft_moe_qlora.ops.kernels.tuning import GemmTiles
@@ -203,7 +203,7 @@ def most_pairs_without_sorting(repeats: int) -> int:
             milliseconds(
                 partial(run, hidden_states, index, weights, up, down, *factors, None, None, Gate("silu")), repeats
             )
-            for run in (experts_forward_by_pairs, experts_forward)
+            for run in (experts_forward_gemv, experts_forward)
         ]
         tqdm.write(f"{tokens * TOP_K} pairs: {times[0]:.4f} ms one by one, {times[1]:.4f} ms sorted")
         if times[0] >= times[1]:

@@ -24,16 +24,16 @@ from kernel_cases import DEVICE, GATES, NF4, TILES, assert_close, random_ids, ra
 from peft_moe_qlora.ops import fused_experts as fused_experts_module
 from peft_moe_qlora.ops import fused_op, fused_steps
 from peft_moe_qlora.ops.fused_experts import fused_experts
-from peft_moe_qlora.ops.fused_steps import experts_forward_by_pairs
-from peft_moe_qlora.ops.kernels.few_rows import fits_few_rows
+from peft_moe_qlora.ops.fused_steps import experts_forward_gemv
 from peft_moe_qlora.ops.kernels.gate import apply_gate
-from peft_moe_qlora.ops.kernels.tape import Tape, forget_tapes
+from peft_moe_qlora.ops.kernels.gemv import fits_gemv
+from peft_moe_qlora.ops.kernels.launch_recorder import LaunchRecorder, forget_recordings
 from peft_moe_qlora.ops.kernels.tuning import GemmTiles
 
 
 @pytest.fixture(autouse=True)
-def no_tapes() -> None:
-    forget_tapes()  # tests change tiles, which tapes don't know
+def no_recordings() -> None:
+    forget_recordings()  # tests change tiles, which recordings don't know
 
 
 def run_layer(
@@ -107,7 +107,7 @@ def test_layer_and_all_gradients(case: tuple, tuned: GemmTiles, monkeypatch: pyt
     stacks = tuple(
         random_stack((num_experts, *(shape[::-1] if transposed else shape)), transposed, storage) for shape in shapes
     )
-    # on a GPU the second run plays the tape of the first, with other inputs and another routing
+    # on a GPU the second run replays the recording of the first, with other inputs and another routing
     for _ in range(2 if DEVICE.type == "cuda" else 1):
         for found, expected in run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32):
             assert_close(found, torch.zeros_like(found) if expected is None else expected)
@@ -115,7 +115,7 @@ def test_layer_and_all_gradients(case: tuple, tuned: GemmTiles, monkeypatch: pyt
 
 @pytest.mark.parametrize("case", FEW_TOKENS.values(), ids=FEW_TOKENS.keys())
 @pytest.mark.parametrize("storage", [None, FourBitFormat("nf4", 64, True)], ids=["of the case", "nested"])
-def test_forward_by_pairs(case: tuple, storage: FourBitFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_by_gemv(case: tuple, storage: FourBitFormat | None, monkeypatch: pytest.MonkeyPatch) -> None:
     num_tokens, top_k, hidden, intermediate, num_experts, transposed, of_case, gate, rank, has_bias = case
     shapes = ((2 * intermediate, hidden), (hidden, intermediate))
     stacks = tuple(
@@ -124,36 +124,36 @@ def test_forward_by_pairs(case: tuple, storage: FourBitFormat | None, monkeypatc
     )
     ran = []
     monkeypatch.setattr(
-        fused_experts_module, "experts_forward_by_pairs", lambda *a: ran.append(1) or experts_forward_by_pairs(*a)
+        fused_experts_module, "experts_forward_gemv", lambda *a: ran.append(1) or experts_forward_gemv(*a)
     )
     for most_pairs in (0, 100):
         monkeypatch.setattr(fused_steps, "most_pairs_without_sorting", lambda *_, most_pairs=most_pairs: most_pairs)
         torch.manual_seed(3)
         found, expected = run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32, backward=False)[0]
         assert_close(found, expected)
-    assert len(ran) == fits_few_rows(*map(packed_weight, stacks))
+    assert len(ran) == fits_gemv(*map(packed_weight, stacks))
 
 
-def test_a_tape_allocates_and_launches_again_with_other_inputs() -> None:
+def test_a_recording_allocates_and_launches_again_with_other_inputs() -> None:
     def copy(num_bytes: int, addresses: list[int], _stream: int) -> None:
         source, target = addresses
         ctypes.memmove(target, source, num_bytes)
 
     first = torch.arange(8.0)
-    tape = Tape([first, None])
+    recorder = LaunchRecorder([first, None])
     middle, result = torch.empty(8), torch.empty(4)
-    tape.add_allocation(middle)
-    tape.add_launch(partial(copy, 32), [first, middle])
-    tape.add_allocation(result)
-    tape.add_launch(partial(copy, 16), [middle[4:], result])
-    tape.finish([result, None], "extra")
+    recorder.add_allocation(middle)
+    recorder.add_launch(partial(copy, 32), [first, middle])
+    recorder.add_allocation(result)
+    recorder.add_launch(partial(copy, 16), [middle[4:], result])
+    recorder.finish([result, None], "extra")
     for again in (torch.rand(8), torch.rand(8)):
-        out, absent = tape.replay([again.data_ptr(), 0])
+        out, absent = recorder.replay([again.data_ptr(), 0])
         assert torch.equal(out, again[4:])
         assert absent is None
         assert out.data_ptr() != result.data_ptr()
-    with pytest.raises(ValueError, match="neither an input of the tape nor allocated on it"):
-        tape.add_launch(copy, [torch.rand(3)])
+    with pytest.raises(ValueError, match="neither an input nor allocated while recording"):
+        recorder.add_launch(copy, [torch.rand(3)])
 
 
 @pytest.mark.gpu
@@ -328,12 +328,12 @@ def test_under_torch_compile_without_a_graph_break() -> None:
         assert_close(a, b, 1e-6)
 
 
-def test_generation_under_torch_compile_goes_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_under_torch_compile_goes_by_gemv(monkeypatch: pytest.MonkeyPatch) -> None:
     stacks = random_stack((4, 128, 64), False, NF4), random_stack((4, 64, 64), False, NF4)
     weights = [packed_weight(stack) for stack in stacks]
     factors = [torch.randn(4, *shape, device=DEVICE) for shape in ((3, 64), (128, 3), (3, 64), (64, 3))]
     terms = Factors(*factors[:2], 0.5), Factors(*factors[2:], 2.0)
-    monkeypatch.setattr(fused_op, "experts_forward_by_pairs", Mock(side_effect=experts_forward_by_pairs))
+    monkeypatch.setattr(fused_op, "experts_forward_gemv", Mock(side_effect=experts_forward_gemv))
 
     def layer(x: torch.Tensor, ids: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         return fused_experts(x * 2, ids, top_k_weights, *weights, Gate("silu"), *terms) + 1
@@ -344,7 +344,7 @@ def test_generation_under_torch_compile_goes_by_pairs(monkeypatch: pytest.Monkey
             x, ids = torch.randn(64, num_tokens, device=DEVICE).T, random_ids(num_tokens, 2, 4)
             top_k_weights = torch.rand(num_tokens, 2, device=DEVICE)
             assert_close(compiled(x, ids, top_k_weights), layer(x, ids, top_k_weights))
-            assert fused_op.experts_forward_by_pairs.call_count == runs
+            assert fused_op.experts_forward_gemv.call_count == runs
 
 
 @pytest.mark.gpu
@@ -450,6 +450,6 @@ def test_clamped_gates_let_nan_through(kind: str) -> None:
 
 def test_inputs_that_share_memory_are_noticed() -> None:
     x = torch.randn(8, device=DEVICE)
-    assert Tape([x, None, x]).has_overlapping_inputs()
-    assert Tape([x[:4], x[3:]]).has_overlapping_inputs()
-    assert not Tape([x[:4], None, x[4:]]).has_overlapping_inputs()
+    assert LaunchRecorder([x, None, x]).has_overlapping_inputs()
+    assert LaunchRecorder([x[:4], x[3:]]).has_overlapping_inputs()
+    assert not LaunchRecorder([x[:4], None, x[4:]]).has_overlapping_inputs()

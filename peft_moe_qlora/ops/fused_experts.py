@@ -15,13 +15,13 @@ from .fused_steps import (
     Saved,
     experts_backward,
     experts_forward,
-    experts_forward_by_pairs,
-    goes_by_pairs,
+    experts_forward_gemv,
+    goes_by_gemv,
 )
 from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
+from .kernels.launch_recorder import recorded
 from .kernels.schedule import split_routing, split_tiles
-from .kernels.tape import taped
 from .operands import Factors, Gate, PackedWeight, as_factors
 
 
@@ -68,7 +68,7 @@ class _FusedExperts(torch.autograd.Function):
 
         given = (*tensors, *factors, *biases)
         key = (*_signatures(given), up.signature, down.signature, *static[2:])
-        (out, *kept), heights = taped(key, (*given, *frozen_tensors(up, down)), run)
+        (out, *kept), heights = recorded(key, (*given, *frozen_tensors(up, down)), run)
         ctx.static, ctx.key, ctx.heights = static, key, heights
         ctx.save_for_backward(hidden_states, top_k_weights, *factors, down_bias, *kept)
         return out
@@ -104,11 +104,11 @@ class _FusedExperts(torch.autograd.Function):
 
         with device_of(hidden_states):
             inputs = (grad_out, *saved, *frozen_tensors(up, down))
-            grads, _ = taped(("backward", needs, grad_out.dtype, ctx.key), inputs, run)
+            grads, _ = recorded(("backward", needs, grad_out.dtype, ctx.key), inputs, run)
         return grads[0], None, *grads[1:], None, None, None
 
 
-def _forward_by_pairs(
+def _forward_gemv(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -127,9 +127,9 @@ def _forward_by_pairs(
     key = ("by pairs", *_signatures(given), up.signature, down.signature, gate, *scalings)
 
     def run() -> tuple[list[Tensor | None], None]:
-        return [experts_forward_by_pairs(*tensors, up, down, *factors, up_bias, down_bias, gate)], None
+        return [experts_forward_gemv(*tensors, up, down, *factors, up_bias, down_bias, gate)], None
 
-    (out,), _ = taped(key, (*given, *frozen_tensors(up, down)), run)
+    (out,), _ = recorded(key, (*given, *frozen_tensors(up, down)), run)
     return out
 
 
@@ -172,14 +172,14 @@ def fused_experts(
         tensor.requires_grad
         for tensor in (hidden_states, top_k_weights, *(up_factors or ())[:2], *(down_factors or ())[:2])
     )
-    by_pairs = not needs_gradients and goes_by_pairs(
+    by_gemv = not needs_gradients and goes_by_gemv(
         top_k_index.numel(), hidden_states.dtype, up, down, up_factors, down_factors
     )
     if torch.compiler.is_compiling():
-        return experts_op(*arguments, *rest, gate, by_pairs)
+        return experts_op(*arguments, *rest, gate, by_gemv)
     with device_of(hidden_states):
-        if by_pairs:
-            return _forward_by_pairs(*arguments, *rest, gate)
+        if by_gemv:
+            return _forward_gemv(*arguments, *rest, gate)
         up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
         down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
         static = (up, down, gate, float(up_scaling), float(down_scaling))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_steps import Planner, Saved, experts_backward, experts_forward, experts_forward_by_pairs
+from .fused_steps import Planner, Saved, experts_backward, experts_forward, experts_forward_gemv
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
 from .operands import Factors, Gate, PackedWeight, as_factors
@@ -47,7 +47,7 @@ def _experts_op(
     gate_kind: str,
     gate_interleaved: bool,
     gate_numbers: list[float],
-    by_pairs: bool,
+    by_gemv: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (
         hidden_states.contiguous(),
@@ -62,8 +62,8 @@ def _experts_op(
         Gate(gate_kind, gate_interleaved, *gate_numbers),
     )
     with device_of(hidden_states):
-        if by_pairs:
-            out = experts_forward_by_pairs(*arguments)
+        if by_gemv:
+            out = experts_forward_gemv(*arguments)
             return (out, *[out.new_empty(0) for _ in range(3)], out.new_empty(0, dtype=torch.int32))
         out, saved = experts_forward(*arguments)
     return (
@@ -78,8 +78,8 @@ def _experts_op(
 @_experts_op.register_fake
 def _(hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_bias, down_bias, up, down, up_shape,
       down_shape, is_transposed, up_quant_type, down_quant_type, scalings, gate_kind, gate_interleaved,
-      gate_numbers, by_pairs):  # fmt: skip
-    if by_pairs:
+      gate_numbers, by_gemv):  # fmt: skip
+    if by_gemv:
         nothing = [hidden_states.new_empty(0) for _ in range(3)]
         return (hidden_states.new_empty(hidden_states.shape), *nothing, hidden_states.new_empty(0, dtype=torch.int32))
     num_rows = top_k_index.shape[0] * top_k_index.shape[1]
@@ -190,12 +190,12 @@ def experts_op(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     gate: Gate,
-    by_pairs: bool,
+    by_gemv: bool,
 ) -> Tensor:
     """`fused_experts` as one node of a traced graph; its backward computes every gradient, needed or not.
 
     Args:
-        by_pairs: as `goes_by_pairs` says; then there is no backward.
+        by_gemv: as `goes_by_gemv` says; then there is no backward.
     """
     up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
     down_A, down_B, down_scaling = down_factors or (None, None, 1.0)
@@ -220,5 +220,5 @@ def experts_op(
         gate.kind,
         gate.interleaved,
         [gate.limit, gate.alpha],
-        by_pairs,
+        by_gemv,
     )[0]

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 
 from .kernels.combine import combine
-from .kernels.few_rows import combined_pairs, fits_few_rows, gated_pairs, reduce_pairs
 from .kernels.gate import apply_gate, gate_backward
+from .kernels.gemv import combined_pairs, fits_gemv, gated_pairs, reduce_pairs
 from .kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from .kernels.launch import device_of
+from .kernels.launch_recorder import allocate
 from .kernels.low_rank import factor_gradient, reduce_rows
 from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
-from .kernels.tape import allocate
 from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
 
@@ -138,23 +138,23 @@ def experts_forward(
     term = None
     if up_factors is not None:
         A, B, scaling = up_factors
-        reduced = reduce_rows(tokens, A.transpose(1, 2), scaling, rows.ends, planner.plan(up, False).tiles)
-        term = LowRankTerm(reduced, B)
+        lora_x = reduce_rows(tokens, A.transpose(1, 2), scaling, rows.ends, planner.plan(up, False).tiles)
+        term = LowRankTerm(lora_x, B)
     gate_input = _product(planner, tokens, up, False, term, up_bias)
 
     gated = apply_gate(gate_input, gate)
     down_term = None
     if down_factors is not None:
         A, B, scaling = down_factors
-        reduced = reduce_rows(Rows(gated), A.transpose(1, 2), scaling, rows.ends, planner.plan(down, False).tiles)
-        down_term = LowRankTerm(reduced, B)
+        lora_x = reduce_rows(Rows(gated), A.transpose(1, 2), scaling, rows.ends, planner.plan(down, False).tiles)
+        down_term = LowRankTerm(lora_x, B)
     down_rows = _product(planner, Rows(gated), down, False, down_term, down_bias)
     del gated
     out = combine(down_rows, top_k_weights, rows, num_tokens, top_k, hidden_states.dtype)
     return out, Saved(gate_input, _reduced(term), _reduced(down_term), planner)
 
 
-def goes_by_pairs(
+def goes_by_gemv(
     num_pairs: int,
     dtype: torch.dtype,
     up: PackedWeight,
@@ -162,15 +162,15 @@ def goes_by_pairs(
     up_factors: Factors | None,
     down_factors: Factors | None,
 ) -> bool:
-    """Whether `experts_forward_by_pairs` can compute a forward, and is the faster one."""
+    """Whether `experts_forward_gemv` can compute a forward, and is the faster one."""
     return (
         num_pairs <= most_pairs_without_sorting(up.tensors[0].device, dtype)
         and all(pair.A.is_contiguous() and pair.B.is_contiguous() for pair in (up_factors, down_factors) if pair)
-        and fits_few_rows(up, down)
+        and fits_gemv(up, down)
     )
 
 
-def experts_forward_by_pairs(
+def experts_forward_gemv(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -184,16 +184,16 @@ def experts_forward_by_pairs(
 ) -> torch.Tensor:
     """`experts_forward` for few tokens and no backward; the factors contiguous, too."""
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
-    reduced = B = None
+    lora_x = B = None
     if up_factors is not None:
         A, B, scaling = up_factors
-        reduced = reduce_pairs(hidden_states, top_k_index, A, scaling, top_k_index.shape[1])
-    gated = gated_pairs(hidden_states, top_k_index, up, reduced, B, up_bias, gate)
-    reduced = B = None
+        lora_x = reduce_pairs(hidden_states, top_k_index, A, scaling, top_k_index.shape[1])
+    gated = gated_pairs(hidden_states, top_k_index, up, lora_x, B, up_bias, gate)
+    lora_x = B = None
     if down_factors is not None:
         A, B, scaling = down_factors
-        reduced = reduce_pairs(gated, top_k_index, A, scaling, 1)
-    return combined_pairs(gated, top_k_index, top_k_weights, down, reduced, B, down_bias)
+        lora_x = reduce_pairs(gated, top_k_index, A, scaling, 1)
+    return combined_pairs(gated, top_k_index, top_k_weights, down, lora_x, B, down_bias)
 
 
 def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:

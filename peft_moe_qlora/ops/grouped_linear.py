@@ -85,10 +85,10 @@ def _low_rank_product(rows: torch.Tensor, term: LowRank, routing: Routing) -> to
         A, B = pad(A, (0, 0, 0, padding)), pad(B, (0, padding))
     if term.dropout is not None:
         rows = term.dropout(rows)
-    reduced = grouped_matmul(rows, A.transpose(1, 2), routing.offsets) * term.scaling
+    lora_x = grouped_matmul(rows, A.transpose(1, 2), routing.offsets) * term.scaling
     if term.token_mask is not None:
-        reduced = reduced * term.token_mask[routing.token_of_row, None]
-    return grouped_matmul(reduced, B.transpose(1, 2), routing.offsets)
+        lora_x = lora_x * term.token_mask[routing.token_of_row, None]
+    return grouped_matmul(lora_x, B.transpose(1, 2), routing.offsets)
 
 
 def grouped_linear(

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
+from .launch_recorder import allocate
 from .schedule import RoutedRows
-from .tape import allocate
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -11,7 +11,7 @@ from ...quantization.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
 from .code_tables import code_table, runs_ptx
 from .launch import cdiv, launch, next_power_of_2
-from .tape import allocate
+from .launch_recorder import allocate
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
 

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from ..operands import Gate
 from .launch import cdiv, launch, next_power_of_2
+from .launch_recorder import allocate
 from .schedule import RoutedRows
-from .tape import allocate
 
 
 @triton.jit

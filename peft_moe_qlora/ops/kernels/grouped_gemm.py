@@ -13,8 +13,8 @@ from ..operands import PackedWeight
 from .code_tables import NO_TABLE, code_table, runs_ptx
 from .decode import as_scale, decode, decode_codes, look_up_codes, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
+from .launch_recorder import allocate
 from .schedule import Tiles
-from .tape import allocate
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20

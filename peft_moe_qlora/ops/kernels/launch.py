@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .driver import DriverLaunch, can_launch
-from .tape import recording_tape
+from .launch_recorder import active_recorder
 
 _address_of = torch.Tensor.data_ptr
 _dtype_of = attrgetter("dtype")
@@ -60,11 +60,11 @@ def launch(
     dtypes = (*map(_dtype_of, tensors), *map(type, numbers))
     key = (kernel, tensors[0].device, dtypes, addresses % 16 == 0, values, num_warps, num_stages)
     compiled = _compiled.get(key)
-    tape = recording_tape()
+    recorder = active_recorder()
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *values)
-        if tape is not None:
-            tape.add_launch(_launcher(compiled, grid, len(tensors), numbers, values), tensors)
+        if recorder is not None:
+            recorder.add_launch(_launcher(compiled, grid, len(tensors), numbers, values), tensors)
         return
     names = kernel.arg_names
     if list(constants) != names[len(tensors) + len(numbers) :]:
@@ -77,8 +77,8 @@ def launch(
     # a binary for some unaligned pointers may not fit others; the interpreter gives None
     if addresses % 16 == 0:
         _compiled[key] = compiled
-    if tape is not None:
-        tape.add_launch(_launcher(compiled, grid, len(tensors), numbers, values), tensors)
+    if recorder is not None:
+        recorder.add_launch(_launcher(compiled, grid, len(tensors), numbers, values), tensors)
 
 
 def _launcher(

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from .grouped_gemm import Rows, padded_rank, row_places
 from .launch import cdiv, has_much_shared_memory, launch
+from .launch_recorder import allocate
 from .schedule import Tiles, part_of_tile
-from .tape import allocate
 
 
 @triton.jit(do_not_specialize=["bound", "scaling"])

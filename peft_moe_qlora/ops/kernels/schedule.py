@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
-from .tape import allocate
+from .launch_recorder import allocate
 
 MOST_PAIRS_OF_ONE_PROGRAM = 256
 

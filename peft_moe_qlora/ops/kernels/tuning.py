@@ -51,7 +51,7 @@ class TuningTable:
 
     Args:
         device: its name.
-        most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`few_rows`).
+        most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`gemv`).
         entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is `packed` or `dense` and
             along says whether the contraction runs along the stored `columns` or `rows`.
     """

@@ -15,7 +15,7 @@ from .code_tables import NO_TABLE, code_table, runs_ptx
 from .decode import kernel_tensors, load_scales, look_up_codes
 from .gate import gate_value
 from .launch import cdiv, launch, next_power_of_2
-from .tape import allocate
+from .launch_recorder import allocate
 
 LARGEST_BLOCKSIZE = 512
 """A step is whole blocks, and has to stay in registers."""
@@ -341,7 +341,7 @@ def _step(weight: PackedWeight) -> int:
     return max(weight.blocksize, min(most, next_power_of_2(weight.in_features)))
 
 
-def fits_few_rows(*weights: PackedWeight) -> bool:
+def fits_gemv(*weights: PackedWeight) -> bool:
     """Whether the kernels here can compute with these weights, and are worth it.
 
     The blocks of packed ones have to run along the contraction: along the outputs a program would read a few bytes of

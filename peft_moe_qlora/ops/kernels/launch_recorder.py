@@ -1,9 +1,9 @@
 """A sequence of allocations and launches, written down once and played back with other tensors.
 
 For given shapes a layer always allocates the same tensors and launches the same kernels; working that out in Python
-takes longer than a small layer runs. A tape holds the sequence with addresses relative to inputs and allocations. It
-is an ordinary sequence of launches on the current stream: it allocates anew each time, and can be captured in a CUDA
-graph.
+takes longer than a small layer runs. A recorder holds the sequence with addresses relative to inputs and allocations.
+Its replay is an ordinary sequence of launches on the current stream: it allocates anew each time, and can be captured
+in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-MOST_TAPES = 1024
-"""Sequences of different lengths make a tape each; the oldest is forgotten first."""
+MOST_RECORDINGS = 1024
+"""Sequences of different lengths make a recording each; the oldest is forgotten first."""
 
 _local = threading.local()
 _lock = threading.Lock()
-_tapes: dict[Hashable, Tape] = {}
+_recordings: dict[Hashable, LaunchRecorder] = {}
 
 Outputs = list[torch.Tensor | None]
 
 
-class Tape:
-    """Records between its creation and `finish`, in the thread that `recording_tape` belongs to.
+class LaunchRecorder:
+    """Records between its creation and `finish`, in the thread that `active_recorder` belongs to.
 
     Args:
         inputs: what is not allocated on the way; None for what is absent.
@@ -66,7 +66,7 @@ class Tape:
             start, end = self._spans[slot]
             if start <= address < end:
                 return slot, address - start
-        raise ValueError("a kernel was given a tensor that is neither an input of the tape nor allocated on it.")
+        raise ValueError("a kernel was given a tensor that is neither an input nor allocated while recording.")
 
     def finish(self, outputs: Outputs, extra: Any) -> None:
         """Ends the recording.
@@ -84,7 +84,7 @@ class Tape:
                 last_use[what] = number
             else:
                 last_use.update(dict.fromkeys((slot for slot, _ in what), number))
-        # memory goes back as soon as the last launch that uses it is queued, as it would without a tape
+        # memory goes back as soon as the last launch that uses it is queued, as it would without a recording
         released: dict[int, list[int]] = {}
         for slot in allocated:
             if slot not in self._outputs:
@@ -118,20 +118,20 @@ class Tape:
         return [None if slot is None else tensors[slot] for slot in self._outputs]
 
 
-def recording_tape() -> Tape | None:
-    """The tape that this thread's allocations and launches go to."""
-    return getattr(_local, "tape", None)
+def active_recorder() -> LaunchRecorder | None:
+    """The recorder that this thread's allocations and launches go to."""
+    return getattr(_local, "recorder", None)
 
 
-def taped(
+def recorded(
     key: Hashable, inputs: Sequence[torch.Tensor | None], run: Callable[[], tuple[Outputs, Any]]
 ) -> tuple[Outputs, Any]:
-    """`run()`, from a tape if one was written for the key.
+    """`run()`, from a recording if there is one for the key.
 
     Args:
         key: everything that decides on allocations and launches.
         inputs: every tensor that `run` gives to kernels. Where one is not contiguous or not aligned,
-            or two overlap, there is no tape.
+            or two overlap, nothing is recorded.
         run: gives outputs, all of them allocated on the way, and something that only depends on the key.
     """
     present = [tensor for tensor in inputs if tensor is not None]
@@ -141,35 +141,35 @@ def taped(
     # binaries are compiled for pointers that are aligned, as all but odd slices of tensors are
     if reduce(or_, addresses) % 16:
         return run()
-    tape = _tapes.get(key)
-    if tape is not None:
-        return tape.replay(addresses), tape.extra
-    tape = Tape(inputs)
-    if tape.has_overlapping_inputs():
+    recorder = _recordings.get(key)
+    if recorder is not None:
+        return recorder.replay(addresses), recorder.extra
+    recorder = LaunchRecorder(inputs)
+    if recorder.has_overlapping_inputs():
         # an address would not say which of them is meant
         return run()
-    _local.tape = tape
+    _local.recorder = recorder
     try:
         outputs, extra = run()
     finally:
-        _local.tape = None
-    tape.finish(outputs, extra)
+        _local.recorder = None
+    recorder.finish(outputs, extra)
     with _lock:
-        if len(_tapes) >= MOST_TAPES:
-            _tapes.pop(next(iter(_tapes)))
-        _tapes[key] = tape
+        if len(_recordings) >= MOST_RECORDINGS:
+            _recordings.pop(next(iter(_recordings)))
+        _recordings[key] = recorder
     return outputs, extra
 
 
-def forget_tapes() -> None:
-    """Drops all tapes, for what decides on launches but is no part of the keys."""
-    _tapes.clear()
+def forget_recordings() -> None:
+    """Drops all recordings, for what decides on launches but is no part of the keys."""
+    _recordings.clear()
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialized tensor, on the tape if one is recording."""
+    """An uninitialized tensor, known to the recorder if one is active."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    tape = recording_tape()
-    if tape is not None:
-        tape.add_allocation(tensor)
+    recorder = active_recorder()
+    if recorder is not None:
+        recorder.add_allocation(tensor)
     return tensor
