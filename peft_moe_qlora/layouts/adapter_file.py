@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..config import MoeQLoraConfig, rank_and_alpha
+from ..experts import ExpertsLayout
 
 PREFIX = "base_model.model."
 
@@ -42,6 +43,13 @@ class ExpertFactors:
     @property
     def name(self) -> str:
         return f"{self.path}.{self.projection}"
+
+    def zeros_for(self, path: str, projection: str, layout: ExpertsLayout) -> ExpertFactors:
+        """Factors of the same rank and scaling for another stack, which change nothing."""
+        in_features, out_features = layout.features(projection)
+        A = self.A.new_zeros(layout.num_experts, self.r, in_features)
+        B = self.A.new_zeros(layout.num_experts, out_features, self.r)
+        return replace(self, path=path, projection=projection, A=A, B=B)
 
 
 @dataclass(frozen=True)

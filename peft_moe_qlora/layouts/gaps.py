@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from typing import NamedTuple
 
-from .adapter_file import AdapterFile, ExpertFactors
+from .adapter_file import AdapterFile
 from .base_model import BaseModel
 from .foreign import kind
 from .gate_up_halves import containers_of
@@ -59,18 +59,15 @@ def exclude_pattern(gaps: Gaps, base: BaseModel) -> str | None:
 
 def without_gaps(adapter: AdapterFile, gaps: Gaps, base: BaseModel) -> AdapterFile:
     """The same adapter with zeros in the gaps, for readers that can't exclude layers."""
-    r, alpha = adapter.config.r, adapter.config.lora_alpha
-    some = adapter.experts[0]
-    experts, non_expert = list(adapter.experts), dict(adapter.non_expert)
-    for path in gaps.experts:
-        layout = base.layouts[path]
-        for projection in layout.projections:
-            in_features, out_features = layout.features(projection)
-            A = some.A.new_zeros(layout.num_experts, r, in_features)
-            B = some.A.new_zeros(layout.num_experts, out_features, r)
-            experts.append(ExpertFactors(path, projection, A, B, some.scaling, alpha))
+    some, r = adapter.experts[0], adapter.config.r
+    added = [
+        some.zeros_for(path, name, base.layouts[path])
+        for path in gaps.experts
+        for name in base.layouts[path].projections
+    ]
+    non_expert = dict(adapter.non_expert)
     for name in gaps.layers:
         rows, columns = base.layer(name).weight.shape
         non_expert[name + A_SUFFIX] = some.A.new_zeros(r, columns)
         non_expert[name + B_SUFFIX] = some.A.new_zeros(rows, r)
-    return replace(adapter, experts=tuple(experts), non_expert=non_expert)
+    return replace(adapter, experts=(*adapter.experts, *added), non_expert=non_expert)

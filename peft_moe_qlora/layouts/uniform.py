@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..config import MoeQLoraConfig
 from ..options import names_of
-from .adapter_file import AdapterFile, ExpertFactors, linear_scaling, save_tensors
+from .adapter_file import AdapterFile, linear_scaling, save_tensors
 from .base_model import BaseModel
 from .gaps import exclude_pattern, find_gaps
 from .non_expert import A_SUFFIX, B_SUFFIX, Pair, adapted_layers, factor_pairs
@@ -54,20 +55,16 @@ def uniform(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
             B = B.float() * (scaling_of[name] / scaling)  # in 16 bits it could round, or vanish
         return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
 
-    found = {factors.name: factors for factors in adapter.experts}
+    found = {}
+    for factors in adapter.experts:
+        A, B = fitted(factors.name, factors.A, factors.B)
+        found[factors.name] = replace(factors, A=A, B=B, scaling=scaling, alpha=scaling * r)
+    some = next(iter(found.values()))
     experts = []
     for path in dict.fromkeys(factors.path for factors in adapter.experts):
-        layout = base.layouts[path]
-        for projection in layout.projections:
-            name = f"{path}.{projection}"
-            if name in found:
-                A, B = fitted(name, found[name].A, found[name].B)
-            else:
-                in_features, out_features = layout.features(projection)
-                some = adapter.experts[0].A
-                A = some.new_zeros(layout.num_experts, r, in_features)
-                B = some.new_zeros(layout.num_experts, out_features, r)
-            experts.append(ExpertFactors(path, projection, A, B, scaling, scaling * r))
+        for projection in base.layouts[path].projections:
+            own = found.get(f"{path}.{projection}")
+            experts.append(own or some.zeros_for(path, projection, base.layouts[path]))
     non_expert = {}
     for name in linear:
         A, B = fitted(name, adapter.non_expert[name + A_SUFFIX], adapter.non_expert[name + B_SUFFIX])
