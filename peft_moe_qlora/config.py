@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
-from .options import BIAS, NUMBER, PROBABILITY, RANK, check_honoured
+from .options import BIAS, COUNT, NUMBER, PROBABILITY, check_honoured
 from .quantization import FourBitFormat
 from .saved_adapter import add_loading, refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 
@@ -122,7 +122,7 @@ class MoeQLoraConfig(LoraConfig):
         if self.expert_alpha is not None:
             alphas["expert_alpha"] = self.expert_alpha
         for values, found in (
-            (RANK, ranks),
+            (COUNT, ranks),
             (NUMBER, alphas),
             (PROBABILITY, {"lora_dropout": self.lora_dropout}),
             (BIAS, {"bias": self.bias}),

@@ -132,7 +132,7 @@ def one_of(*values: Any) -> Values:
 FLAG = Values("true or false", lambda value: isinstance(value, bool))
 TEXT = Values("a string", lambda value: isinstance(value, str))
 INT = Values("a whole number", is_int)
-RANK = Values("a whole number of at least 1", lambda value: is_int(value) and value >= 1)
+COUNT = Values("a whole number of at least 1", lambda value: is_int(value) and value >= 1)
 NUMBER = Values("a finite number", is_number)
 PROBABILITY = Values("a probability below 1", lambda value: is_number(value) and 0 <= value < 1)
 TARGETS = Values("a list of names, or a string that is a valid regular expression,", _are_targets)
@@ -185,9 +185,9 @@ OPTIONS = {
     ),
     "monteclora_config": Option(honoured=(None,)),
     "peft_version": Option(TEXT),
-    "r": Option(RANK, is_needed=True, matches=True, is_written=True),
+    "r": Option(COUNT, is_needed=True, matches=True, is_written=True),
     "rank_pattern": Option(
-        Values("an object of regular expressions and ranks of at least 1", _is_pattern_of(RANK.include)),
+        Values("an object of regular expressions and ranks of at least 1", _is_pattern_of(COUNT.include)),
         is_needed=True,
         matches=True,
     ),
@@ -209,8 +209,8 @@ OPTIONS = {
     "blocksize": Option(one_of(*BLOCKSIZES), owner="own", is_needed=True),
     "double_quant": Option(FLAG, owner="own", is_needed=True),
     "expert_alpha": Option(NUMBER, owner="own"),
-    "expert_r": Option(RANK, owner="own"),
-    "format_version": Option(RANK, owner="own", is_needed=True),
+    "expert_r": Option(COUNT, owner="own"),
+    "format_version": Option(COUNT, owner="own", is_needed=True),
     "quant_type": Option(one_of(*QUANT_TYPES), owner="own", is_needed=True),
     "lora_B_layout": Option(TEXT, owner="unsloth"),
     "unsloth_fused_expert_lora": Option(_UNSLOTHS_NOTES, owner="unsloth"),

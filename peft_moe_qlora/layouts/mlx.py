@@ -19,7 +19,7 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..options import INT, NUMBER, PROBABILITY, RANK, TEXT, Values, check_saved, is_list_of, is_name
+from ..options import COUNT, INT, NUMBER, PROBABILITY, TEXT, Values, check_saved, is_list_of, is_name
 from .adapter_file import AdapterFile
 from .base_model import PARTS_OF_FUSED, BaseModel
 from .foreign import ForeignAdapter
@@ -53,7 +53,7 @@ def check_mlx_options(file: Path, options: Mapping[str, Any]) -> None:
     parameters = {
         "dropout": PROBABILITY,
         "keys": Values("a list of names", is_list_of(is_name)),
-        "rank": RANK,
+        "rank": COUNT,
         "scale": NUMBER,
     }
     check_saved(file, options["lora_parameters"], parameters, ("rank", "scale"), {"keys"}, "lora_parameters.")

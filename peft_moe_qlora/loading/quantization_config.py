@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
+from ..options import COUNT, FLAG
 from ..quantization import FourBitFormat
 from .checkpoint import CheckpointError
 
@@ -91,8 +92,13 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}.")
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method={quant_method!r} is not that of MoeQuantizationConfig, {QUANT_METHOD!r}.")
-        if type(format_version) is not int or format_version < 1:
-            raise ValueError(f"format_version={format_version!r}: a whole number of at least 1 was expected.")
+        for name, value, values in (
+            ("format_version", format_version, COUNT),
+            ("double_quant", double_quant, FLAG),
+            ("quantize_linear", quantize_linear, FLAG),
+        ):
+            if not values.include(value):
+                raise ValueError(f"{name}={value!r:.200}: {values.expected} was expected.")
         if format_version > CHECKPOINT_FORMAT_VERSION:
             raise ValueError(
                 f"The checkpoint has format_version {format_version}; this peft-moe-qlora reads up to "
@@ -106,9 +112,6 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
             name, compute_dtype = compute_dtype, getattr(torch, str(compute_dtype), None)
             if not isinstance(compute_dtype, torch.dtype):
                 raise ValueError(f"compute_dtype={name!r} is no dtype of torch.")
-        for name, value in (("double_quant", double_quant), ("quantize_linear", quantize_linear)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r:.200}: True or False was expected.")
         for name, value in (("skip_modules", skip_modules), ("flipped_stacks", flipped_stacks)):
             if not isinstance(value, (list, tuple, set, type(None))) or not all(
                 isinstance(one, str) for one in value or ()
