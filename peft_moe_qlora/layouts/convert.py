@@ -1,4 +1,4 @@
-"""Adapters into the layouts of others."""
+"""Converts saved adapters from one layout into another."""
 
 from __future__ import annotations
 

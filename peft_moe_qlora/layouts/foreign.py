@@ -1,4 +1,4 @@
-"""An adapter of others on its way in: what was found, what its config says, and how it becomes one of this package."""
+"""An adapter from another tool, while it is read: what was found, what its config says, how it becomes one of ours."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_lora_options(file: Path, options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class ForeignAdapter:
-    """An adapter of others.
+    """An adapter from another tool.
 
     Args:
         file: with the tensors.

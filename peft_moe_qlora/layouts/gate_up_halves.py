@@ -1,4 +1,4 @@
-"""Gate and up projection apart, as others have them, and as the one stack that they are in the model."""
+"""Gate and up projection as two halves, as other tools have them, and as the one stack that they are in the model."""
 
 from __future__ import annotations
 
