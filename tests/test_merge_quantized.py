@@ -185,7 +185,7 @@ def test_what_a_killed_run_has_left(tmp_path, monkeypatch):
     """It is of no use, so that any other merge replaces it; that of a merge into 16 bits is left alone."""
     save_adapter(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(PartialDirectory, "copy_beside", interrupt)
+        patch.setattr(PartialDirectory, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(tmp_path, rounding="nearest")
         assert not (tmp_path / "merged.partial").exists()
