@@ -18,6 +18,7 @@ from ..targets import expert_layouts, is_router
 from ..unadaptable import why_unadaptable
 from .checkpoint import Checkpoint
 from .finder import SourceFinder
+from .linear import asked_for_dtype
 from .load import class_of, read_config, readable_quantization, refuse_unexplained, saved_config
 from .quantization_config import MoeQuantizationConfig, quant_method
 from .sources import DenseSource, NativeSource, PackedSource, Source
@@ -218,7 +219,8 @@ def inspect_checkpoint(
         stored = {f"{name}.weight": module for name, module in model.named_modules()}
         packed_linear = [module for name, module in stored.items() if name in packed_names]
     else:
-        packed_linear = list(linear.values())
+        kept = set(asked_for_dtype(model))
+        packed_linear = [module for name, module in linear.items() if name not in kept]
     linear_weights = sum(module.weight.numel() for module in packed_linear)
     adaptable = [module for name, module in linear.items() if not why_unadaptable(name, model)]
     linear_adapter = sum(r * (module.in_features + module.out_features) for module in adaptable)

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from functools import cache
+
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+
+
+def asked_for_dtype(model: nn.Module) -> list[str]:
+    """Paths of linear layers that must stay in 16 bits, since their module casts what they get to their dtype.
+
+    In 4 bits that is uint8, and the activations would be cut to whole numbers.
+    """
+    found = []
+    for path, module in model.named_modules():
+        names = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
+        asked = _asked_for_dtype(type(module)) if names else ()
+        found += [f"{path}.{name}".lstrip(".") for name in names if name in asked]
+    return found
+
+
+@cache
+def _asked_for_dtype(cls: type) -> frozenset[str]:
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # of a class that no file has
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\.dtype", source))
 
 
 def keep_linear_as_stored(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from ..quantization import FourBitFormat, Stack
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError
 from .finder import SourceFinder, conversions_of, without_stacks
-from .linear import keep_linear_as_stored
+from .linear import asked_for_dtype, keep_linear_as_stored
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
 from .restoring import ExpertsQuantizer, Undone, transformers_models
 from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, each_source
@@ -152,6 +152,7 @@ class MoeQuantizer(ExpertsQuantizer):
             )
             # `weight` in the name of a layer is taken for the weight itself when it loads packed (transformers 5.23)
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
+            skipped += map(re.escape, asked_for_dtype(model))
         config = self.inner.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
         config.bnb_4bit_quant_storage = finder.packed_dtype
