@@ -20,7 +20,6 @@ from .factor_shapes import check_factor_shapes, check_stored_shapes
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge import MergeCheck, in_memory
-from .optimizer_check import refuse_optimizers_of_matrices
 from .quantization import Stack
 from .report import ExpertsReport, experts_report
 from .targets import (
@@ -34,7 +33,7 @@ from .targets import (
     resolve_targets,
     trained_expert_biases,
 )
-from .training import watch_gradients
+from .training import refuse_optimizers_of_matrices, watch_gradients
 from .unadaptable import check_adaptable
 from .weighted_adapter import Combination
 

@@ -365,6 +365,16 @@ def _hotswap(side: Side, directory: Path) -> None:
         assert torch.equal(logits(model, token_ids()), before)
 
 
+def _transformers_hotswap(side: Side, directory: Path) -> None:
+    path, model = str(_saved(side, directory)), side.base()
+    model.load_adapter(path, adapter_name="default")
+    before = logits(model, token_ids())
+    try:
+        model.load_adapter(path, adapter_name="default", hotswap=True)
+    finally:
+        assert torch.equal(logits(model, token_ids()), before)
+
+
 def _xlora(side: Side, directory: Path) -> None:
     path, base = str(_saved(side, directory)), side.base()
     base.config.use_cache = False
@@ -459,6 +469,9 @@ TABLE: dict[str, Works | Refused] = {
         _hotswap,
         "Hotswapping only supports LORA but MOE_QLORA was passed",
         "`load_adapter` under the name of an adapter replaces its factors in place, if the ranks are the same.",
+    ),
+    "transformers' load_adapter(hotswap=True)": Refused(
+        _transformers_hotswap, "Hotswapping is currently only supported for LoRA", "As for `hotswap_adapter`."
     ),
     "prepare_model_for_compiled_hotswap": Refused(
         _padded, "A stack of experts has no weight matrix", "As for `hotswap_adapter`."

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .layer import ExpertsLora
+from ..layer import ExpertsLora
 
 # class -> the function that makes it. PEFT's Riemannian one would step experts as if there were no preconditioner
 _OF_MATRICES = {
