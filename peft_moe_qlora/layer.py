@@ -18,6 +18,12 @@ from .quantization import DenseStack, Stack
 BASE = "__base__"
 """Adapter name of a sample that no adapter applies to, in a mixed batch (PEFT's convention)."""
 
+NO_WEIGHT = (
+    "A stack of experts has no weight matrix, so prepare_model_for_compiled_hotswap and others that read "
+    "`layer.weight` can't treat it as a linear layer. model.load_adapter(path, adapter_name) replaces the factors of "
+    "an adapter by those of another of the same rank; layer.get_base_weight() gives the weights of all experts."
+)
+
 
 class Factor(nn.Module):
     """One factor of all experts, in the place that an `nn.Linear` has in LoRA on a linear layer.
@@ -232,6 +238,16 @@ class ExpertsLora(nn.Module, LoraLayer):
         current = self.get_base_layer()
         # the model may have been moved or cast since
         return self._unmerged[0].to(current.device, current.dtype) if self._unmerged else current
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """There is none: PEFT reads a `weight` where it takes a layer for a linear one."""
+        raise AttributeError(NO_WEIGHT)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # Python asks here after the property
+            raise AttributeError(NO_WEIGHT)
+        return super().__getattr__(name)
 
     def _get_in_out_features(self, module: Stack) -> tuple[int, int]:
         return module.in_features, module.out_features

@@ -13,6 +13,7 @@ from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
 from .base_identity import settle_base
+from .base_names import keep_base_names
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import QuantizedExperts, check_convertible
 from .factor_shapes import check_factor_shapes, check_stored_shapes
@@ -32,7 +33,7 @@ from .targets import (
     resolve_targets,
     trained_expert_biases,
 )
-from .training import watch_gradients
+from .training import refuse_optimizers_of_matrices, watch_gradients
 from .unadaptable import check_adaptable
 from .weighted_adapter import Combination
 
@@ -55,6 +56,8 @@ class MoeQLoraModel(LoraModel):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        keep_base_names(self.model)
+        refuse_optimizers_of_matrices(self)
         # PeftModel passes a dictionary and casts afterwards. transformers passes a config and fills the factors in the
         # dtype that they have, which for a 16-bit model would round those of a file
         if isinstance(peft_config, MoeQLoraConfig):

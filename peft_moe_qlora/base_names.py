@@ -1,0 +1,44 @@
+"""Stacks in floating point have the names in the base model's state dict that they had before the conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .quantization import DenseStack
+
+
+def keep_base_names(model: nn.Module) -> None:
+    """Lets `model.state_dict()` say `experts.down_proj` for `experts.down_proj.weight`; loading takes both.
+
+    PEFT's `get_base_model_state_dict` and `set_base_model_state_dict` go through these. The state dict of a module
+    around the model, such as a `PeftModel`, keeps the names of the parameters.
+
+    Args:
+        model: the base model, with its adapters.
+    """
+    model.register_state_dict_post_hook(_shorten)
+    model.register_load_state_dict_pre_hook(_lengthen)
+
+
+def _shorten(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    if not prefix:
+        _rename(state_dict, {f"{path}.weight": path for path in _dense_stacks(model)})
+
+
+def _lengthen(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    _rename(state_dict, {prefix + path: f"{prefix}{path}.weight" for path in _dense_stacks(model)})
+
+
+def _dense_stacks(model: nn.Module) -> Iterator[str]:
+    return (path for path, module in model.named_modules() if isinstance(module, DenseStack))
+
+
+def _rename(state_dict: dict[str, torch.Tensor], names: dict[str, str]) -> None:
+    """In place and in the same order."""
+    if names.keys() & state_dict.keys():
+        for key in list(state_dict):
+            state_dict[names.get(key, key)] = state_dict.pop(key)

@@ -1,0 +1,78 @@
+"""PEFT's public functions on stacks of experts against the same functions on linear layers in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft_functions
+import pytest
+import torch
+from linear_experts import Ours, Stock, per_expert
+from peft_functions import NOT_OF_LORA, NOTES, TABLE, Refused, Works
+from tiny_models import logits, token_ids
+from torch import nn
+
+WORKS = {name: row for name, row in TABLE.items() if isinstance(row, Works)}
+REFUSED = {name: row for name, row in TABLE.items() if isinstance(row, Refused)}
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Tensors to 1e-6, models by all that can be seen of them, anything else exactly."""
+    if isinstance(expected, nn.Module):
+        assert_same(seen(found), seen(expected), where)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-5, atol=1e-5 if expected.dim() > 2 else 1e-6, msg=lambda m: f"{where}: {m}"
+        )
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where} {key}")
+    elif isinstance(expected, (tuple, list)):
+        assert len(found) == len(expected), where
+        for number, (one, other) in enumerate(zip(found, expected)):
+            assert_same(one, other, f"{where}[{number}]")
+    else:
+        assert found == expected, where
+
+
+def seen(model: nn.Module) -> dict[str, Any]:
+    """Names, values, dtypes and flags of the parameters, expert for expert, and what the model computes."""
+    model.eval()
+    parameters = list(model.named_parameters())
+    return {
+        "values": per_expert((name, parameter.detach()) for name, parameter in parameters),
+        "requires_grad": per_expert((name, parameter.requires_grad) for name, parameter in parameters),
+        "logits": logits(model, token_ids()).float(),
+    }
+
+
+@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.filterwarnings("ignore")
+def test_functions_that_work_give_the_same_numbers(name, tmp_path):
+    torch.manual_seed(0)
+    found = WORKS[name].case(Ours(), tmp_path)
+    torch.manual_seed(0)
+    assert_same(found, WORKS[name].case(Stock(), tmp_path))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_refused_is_refused_by_name(name, tmp_path):
+    with pytest.raises((ValueError, TypeError, AttributeError)) as raised:
+        REFUSED[name].case(Ours(), tmp_path)
+    assert REFUSED[name].sentence in str(raised.value)
+
+
+def test_every_function_of_peft_has_a_place():
+    """Fails when PEFT exports a new one: put it into the table, or say why LoRA is not concerned."""
+    placed = {name for entry in TABLE for name in entry.split(", ")} | NOT_OF_LORA.keys() | NOTES.keys()
+    assert peft_functions.exported() - placed == set()
+    assert NOT_OF_LORA.keys() <= peft_functions.exported()
+
+
+def test_the_documentation_is_up_to_date():
+    """`python tests/peft_functions.py` writes it."""
+    page = Path(__file__).parent.parent / "docs" / "peft.md"
+    assert page.read_text() == peft_functions.documentation()
