@@ -161,13 +161,18 @@ def differing_sample(recorded: BaseIdentity, found: BaseIdentity) -> str | None:
     return None
 
 
-def settle_base(config: MoeQLoraConfig, model: nn.Module, adapted: Collection[str]) -> None:
-    """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on."""
-    found = identify_base(model, adapted)
-    if config.base is None or not config.is_read:
+def settle_base(config: MoeQLoraConfig, recorded: BaseIdentity | None, found: BaseIdentity) -> None:
+    """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on.
+
+    Args:
+        config: of the adapter.
+        recorded: what the adapter's file says; None for a new one.
+        found: of the model.
+    """
+    if recorded is None:
         config.base = found.to_dict()
         return
-    differing = differing_sample(BaseIdentity.of(config.base), found)
+    differing = differing_sample(recorded, found)
     if differing is not None:
         warnings.warn(
             f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
-from .options import BIAS, COUNT, NUMBER, PROBABILITY, check_honoured
+from .options import REMEDY, check_honoured, names_of, shown, values_of
 from .quantization import FourBitFormat
 from .saved_adapter import add_loading, refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 
@@ -38,15 +38,30 @@ class StoredAdapter:
         shapes: key -> shape of the tensors.
         expert_r: rank of the experts' factors.
         rank_pattern: the exceptions from it.
+        reach: the options that decide which layers are adapted.
     """
 
     shapes: dict[str, tuple[int, ...]]
     expert_r: int
     rank_pattern: dict[str, int]
+    reach: tuple[Any, ...]
+
+    @classmethod
+    def beside(cls, config: MoeQLoraConfig, shapes: dict[str, tuple[int, ...]]) -> StoredAdapter:
+        return cls(shapes, config.resolved_expert_r, dict(config.rank_pattern), _reach(config))
 
     def belongs_to(self, config: MoeQLoraConfig) -> bool:
         """Whether the config still is the one of the file: someone may have read it to start from."""
         return (self.expert_r, self.rank_pattern) == (config.resolved_expert_r, config.rank_pattern)
+
+    def has_layers_of(self, config: MoeQLoraConfig) -> bool:
+        """Whether the config, its targets not yet resolved, still names the layers of the file."""
+        return self.reach == _reach(config)
+
+
+def _reach(config: MoeQLoraConfig) -> tuple[Any, ...]:
+    options = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    return tuple(copy.copy(getattr(config, name)) for name in options)
 
 
 @dataclass
@@ -101,6 +116,7 @@ class MoeQLoraConfig(LoraConfig):
     """Whether `base` comes from a file; set on instances, never saved."""
 
     def __post_init__(self) -> None:
+        self._check_values()
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"The adapter has format_version {self.format_version}; this peft-moe-qlora reads up to "
@@ -109,27 +125,17 @@ class MoeQLoraConfig(LoraConfig):
         check_honoured(vars(self))
         super().__post_init__()
         self.peft_type = MoeQLoraPeftType.MOE_QLORA
-        self._check_values()
 
     def _check_values(self) -> None:
-        """Refuses what would otherwise fail when layers are made, after the experts have been converted."""
-        if self.quant_type is not None:
-            FourBitFormat(self.quant_type, self.blocksize, self.double_quant)
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}}
-        if self.expert_r is not None:
-            ranks["expert_r"] = self.expert_r
-        alphas = {"lora_alpha": self.lora_alpha, **(self.alpha_pattern or {})}
-        if self.expert_alpha is not None:
-            alphas["expert_alpha"] = self.expert_alpha
-        for values, found in (
-            (COUNT, ranks),
-            (NUMBER, alphas),
-            (PROBABILITY, {"lora_dropout": self.lora_dropout}),
-            (BIAS, {"bias": self.bias}),
-        ):
-            for name, value in found.items():
-                if not values.include(value):
-                    raise ValueError(f"{name}={value!r}: {values.expected} was expected.")
+        """Refuses what would fail, or mean something else, when layers are made: the experts are converted by then."""
+        can_be_none = {"quant_type", *(one.name for one in fields(self) if one.default is None)}
+        known = values_of("lora", "own")
+        for name in (*names_of(matches=True), *names_of(owner="own"), "lora_dropout", "bias"):
+            value = getattr(self, name)
+            if value is None and name in can_be_none:
+                continue
+            if not known[name].include(list(value) if isinstance(value, (set, tuple)) else value):
+                raise ValueError(f"{name}={shown(value)}: {known[name].expected} was expected.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; where an adapter lies beside it, its README says how that is loaded.
@@ -147,19 +153,24 @@ class MoeQLoraConfig(LoraConfig):
         """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed.
 
         Raises:
-            ValueError: the config has what experts can't honour, the tensors beside it, on the hub too, are pickled,
-                or their file is cut off. The error names the file.
+            ValueError: the config has what experts can't honour, or no target_modules; the tensors beside it, on the
+                hub too, are pickled, or their file is cut off. The error names the file.
         """
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except ValueError as error:
             raise ValueError(f"The config of {pretrained_model_name_or_path}: {error}") from error
+        if config.target_modules is None:
+            raise ValueError(
+                f"The config of {pretrained_model_name_or_path} has no target_modules; those of a saved adapter are "
+                f"written out. {REMEDY}"
+            )
         config.is_read = True
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         if directory.is_dir():
             shapes = stored_shapes(directory)
             if shapes is not None:
-                config.stored = StoredAdapter(shapes, config.resolved_expert_r, dict(config.rank_pattern))
+                config.stored = StoredAdapter.beside(config, shapes)
         else:
             refuse_pickled_on_hub(str(pretrained_model_name_or_path), subfolder, kwargs)
         return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .config import rank_and_alpha
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .experts import ExpertsLayout
 
 _FACTOR_KEY = re.compile(r".*\.(gate_up|up|down)_proj\.lora_[AB]\.(.*\.)?weight")
+_LORA_KEY = re.compile(r"(.*)\.lora_[AB]\.weight")
+_OLD_KEY = re.compile(r"(.*\.)lora_((?:gate_up|up|down)_proj)_([AB])(\..*)?")
 _PEFT_PREFIX = "base_model.model."
 _REMEDY = "The adapter belongs to another base model, or the file is damaged; load the base it was trained on."
 
@@ -44,12 +46,34 @@ def check_stored_shapes(
     check_factor_shapes(found, expected)
 
 
+def check_stored_layers(found: Iterable[str], adapted: Collection[str]) -> None:
+    """Makes sure that no factors of an adapter file would be left out.
+
+    Args:
+        found: keys in the file.
+        adapted: paths of all layers that get factors.
+
+    Raises:
+        ValueError: names the first tensor that fits none of them.
+    """
+    for key in found:
+        layer = _LORA_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX))
+        if layer is not None and layer[1] not in adapted:
+            raise ValueError(f"The adapter's tensor {key} fits no adapted layer of the model. {_REMEDY}")
+
+
 def check_factor_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compares the shapes of experts' factors; other tensors in `found` don't count.
 
     Raises:
-        ValueError: names the first tensor that is missing, too many, or of another shape.
+        ValueError: names the first tensor that is missing, too many, of another shape, or spelled as before version
+            0.1.0.
     """
+    for old in filter(None, map(_OLD_KEY.fullmatch, found)):
+        raise ValueError(
+            f"The adapter's tensor {old[0]} is spelled as before version 0.1.0. Rename it in the file to "
+            f"{old[1]}{old[2]}.lora_{old[3]}.weight, and its like; the tensors themselves stay as they are."
+        )
     for key, shape in expected.items():
         if key not in found:
             raise ValueError(f"The adapter has no tensor for {key}; one of shape {shape} was expected. {_REMEDY}")

@@ -12,11 +12,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 
-from .base_identity import settle_base
+from .base_identity import BaseIdentity, identify_base, settle_base
 from .base_names import keep_base_names
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import QuantizedExperts, check_convertible
-from .factor_shapes import check_factor_shapes, check_stored_shapes
+from .factor_shapes import check_factor_shapes, check_stored_layers, check_stored_shapes
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge import MergeCheck, in_memory
@@ -70,6 +70,9 @@ class MoeQLoraModel(LoraModel):
 
     def _prepare_model(self, peft_config: MoeQLoraConfig, model: nn.Module) -> None:
         """Settles what the config asks for, refuses what can't be had, and only then converts the experts."""
+        recorded = BaseIdentity.of(peft_config.base) if peft_config.is_read else None
+        stored = peft_config.stored
+        is_loaded = stored is not None and stored.has_layers_of(peft_config)
         check_convertible(model, peft_config.storage)
         check_not_shared(model)
         layouts = expert_layouts(model)
@@ -82,11 +85,13 @@ class MoeQLoraModel(LoraModel):
         stacks = reached_stacks(peft_config, layouts)
         check_patterns(peft_config, [*linear, *stacks], layouts)
         check_stored_shapes(peft_config, layouts, stacks)
+        if is_loaded:
+            check_stored_layers(stored.shapes, {*linear, *stacks})
         peft_config.stored = None
         if linear or stacks:
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
             skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
-        settle_base(peft_config, model, stacks)
+        settle_base(peft_config, recorded, identify_base(model, stacks))
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
         super()._check_new_adapter_config(config)

@@ -27,7 +27,7 @@ from peft_moe_qlora import (
 from peft_moe_qlora.loading import Checkpoint
 from peft_moe_qlora.loading.finder import SourceFinder
 from peft_moe_qlora.loading.streaming import in_order_of_reading
-from peft_moe_qlora.quantization import DenseStack, FourBitFormat
+from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
 
@@ -457,3 +457,47 @@ def read_tensors_of_tiny(directory) -> dict[str, torch.Tensor]:
     model.save_pretrained(directory)
     model.save_pretrained(directory / "one")
     return read_tensors(directory)
+
+
+def test_what_load_experts_has_read_does_not_change_with_the_file(tmp_path):
+    tiny_model("gpt_oss", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    load_experts(model, tmp_path, dtype=torch.bfloat16, progressbar=False)
+    bias = model.model.layers[0].mlp.experts.gate_up_proj_bias
+    before = bias.clone()
+    file = tmp_path / "model.safetensors"
+    with open(file, "r+b") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        opened.seek(start)
+        opened.write(b"\x11" * (file.stat().st_size - start))
+    assert torch.equal(bias, before)
+
+
+def test_stacks_of_the_other_orientation_in_a_part_of_the_model(tmp_path):
+    """Codes are flat, so that no shape would tell: they are known by the names that they were saved under."""
+    dense = shrunken_model("llama4_text")
+    dense.save_pretrained(tmp_path / "dense")
+    model = in_4_bits(tmp_path / "dense", EXPERTS_ONLY)
+    for experts in (module for module in model.modules() if isinstance(module, QuantizedExperts)):
+        for stack in (experts.gate_up_proj, experts.down_proj):
+            num_experts, rows, columns = stack.shape
+            stack.shape, stack.is_transposed = torch.Size((num_experts, columns, rows)), not stack.is_transposed
+    model.save_pretrained(tmp_path / "whole")
+    part = transformers.AutoModel.from_pretrained(tmp_path / "whole", device_map="cpu")
+    stacks = [module for module in part.modules() if isinstance(module, QuantizedStack)]
+    assert stacks
+    assert not any(stack.is_transposed for stack in stacks)
+
+
+def test_a_part_with_a_config_of_its_own_is_saved_with_its_storage(tmp_path):
+    model = shrunken_model("qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "dense")
+    config = MoeQuantizationConfig("fp4", quantize_linear=False)
+    model = type(model).from_pretrained(
+        tmp_path / "dense", dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+    )
+    model.model.language_model.save_pretrained(tmp_path / "part")
+    again = load_quantized(tmp_path / "part", device_map="cpu")
+    assert {stack.storage.quant_type for stack in again.modules() if isinstance(stack, QuantizedStack)} == {"fp4"}
+    assert_same_bytes(packed_bytes(again), packed_bytes(model.model.language_model))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from shrunken_models import shrunken_config
+from shrunken_models import shrunken_config, shrunken_model_or_skip
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
@@ -238,3 +238,14 @@ def test_copies_of_a_model(model_type, is_saved, has_adapter, make_copy, tmp_pat
         found.save_pretrained(tmp_path / "again")
         again = load_quantized(tmp_path / "again", device_map="cpu")
         assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
+
+
+def test_parameters_of_the_model_itself_are_cast(tmp_path):
+    """Not of one of its modules: their names have no path."""
+    dense = shrunken_model_or_skip("zaya", dtype=torch.bfloat16).model
+    dense.save_pretrained(tmp_path)
+    expected = tensors_of(transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32))
+    assert any("." not in name for name, _ in dense.named_parameters())
+    quantize_experts(dense, progressbar=False)
+    found = tensors_of(dense.dequantize(torch.float32))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in expected.items()}

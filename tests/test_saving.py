@@ -456,3 +456,17 @@ def test_the_base_is_known_again(tmp_path):
         assert other.peft_config["default"].base["samples"] != base["samples"]
     with pytest.warns(RuntimeWarning, match="trained on other weights"):
         PeftModel.from_pretrained(tiny_model(std=0.16), tmp_path / "adapter")
+
+
+@needs_adapter_methods
+@pytest.mark.parametrize("quantize", [False, True], ids=["in memory", "loaded in 4 bits"])
+def test_transformers_saves_the_factors_of_linear_layers_too(quantize, tmp_path):
+    save(tmp_path, "mixtral")
+    options = {"quantization_config": MoeQuantizationConfig(), "device_map": "cpu"} if quantize else {}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **options)
+    model.load_adapter(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "again")
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert any("q_proj" in key for key in expected)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -99,22 +99,33 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_weight_map(directory: Path) -> dict[str, str] | None:
+def read_weight_map(directory: Path, variant: str | None = None) -> dict[str, str] | None:
     """What the index of a checkpoint says: key -> name of the shard; None for a checkpoint of one file.
 
+    Args:
+        directory: of the checkpoint.
+        variant: of `from_pretrained`, a part of the names of the files.
+
     Raises:
-        CheckpointError: there is no checkpoint in safetensors; the index is none; a shard is not there, or out of the
-            directory: by its name, or by a link.
+        CheckpointError: there is no checkpoint in safetensors, or there are two; the index is none; a shard is not
+            there, or out of the directory: by its name, or by a link.
     """
-    index = directory / INDEX_NAME
-    if not index.is_file():
-        if not (directory / SINGLE_NAME).is_file():
+    single, index = (directory / _of_variant(name, variant) for name in (SINGLE_NAME, INDEX_NAME))
+    if single.is_file():
+        # transformers reads this one, and an index of shards that it has removed may lie beside it
+        shard = next(directory.glob(f"{single.stem}-*-of-*{single.suffix}"), None)
+        if shard is not None:
             raise CheckpointError(
-                f"{directory} has neither {INDEX_NAME} nor {SINGLE_NAME}. A checkpoint in safetensors was expected; "
-                "pickled ones (.bin) are never read."
+                f"{directory} has {single.name} and {shard.name}, which are of two checkpoints. Remove the one that "
+                "is left over; transformers would read the first."
             )
-        check_inside(directory / SINGLE_NAME, directory)
+        check_inside(single, directory)
         return None
+    if not index.is_file():
+        raise CheckpointError(
+            f"{directory} has neither {index.name} nor {single.name}. A checkpoint in safetensors was expected; "
+            "pickled ones (.bin) are never read."
+        )
     check_inside(index, directory)
     found = read_object(index.read_bytes(), f"{index} is no index of a checkpoint: it")
     weight_map = found.get("weight_map")
@@ -144,6 +155,11 @@ def read_weight_map(directory: Path) -> dict[str, str] | None:
     for name in files:
         check_inside(directory / name, directory)
     return weight_map
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def check_inside(file: Path, directory: Path) -> None:

@@ -200,7 +200,9 @@ class SourceFinder:
         if of_target and lists:
             self._refuse_mixture(target, next(iter(of_target.values())), next(iter(lists.values()))[0])
         if of_target:
-            return NativeSource(target, of_target, target.name in self.flipped)
+            # by the names that they were saved under: the model may be a part of that one, or have it as a part
+            is_flipped = any(key.rpartition(".")[0] in self.flipped for key in of_target.values())
+            return NativeSource(target, of_target, is_flipped)
         if not lists:
             raise CheckpointError(
                 f"The checkpoint has no tensor for {target.name} (looked through "

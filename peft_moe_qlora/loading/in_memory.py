@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
@@ -40,13 +39,6 @@ class InMemoryQuantizer(MoeQuantizer):
         )
         super().__init__(config, pre_quantized=True)
         self.inner = inner
-
-    def get_state_dict_and_metadata(
-        self, model: PreTrainedModel
-    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        if self.state_dict_to_save is None:
-            model.config.quantization_config = self.quantization_config
-        return super().get_state_dict_and_metadata(model)
 
 
 class UnsavableQuantizer(ExpertsQuantizer):

@@ -19,8 +19,9 @@ from ..unadaptable import why_unadaptable
 from .checkpoint import Checkpoint
 from .finder import SourceFinder
 from .linear import asked_for_dtype
-from .load import class_of, read_config, readable_quantization, refuse_unexplained, saved_config
+from .load import class_of, read_config, readable_quantization, saved_config
 from .quantization_config import MoeQuantizationConfig, quant_method
+from .quantizer import refuse_unexplained
 from .sources import DenseSource, NativeSource, PackedSource, Source
 
 GIB = 2**30

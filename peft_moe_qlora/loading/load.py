@@ -20,8 +20,8 @@ from .finder import SourceFinder
 from .in_memory import register_storage
 from .linear import keep_linear_as_stored
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig, quant_method, refuse_unreadable
-from .quantizer import settle_storage
-from .sources import DenseSource, NativeSource, Source, Sources, each_source
+from .quantizer import check_skipped, refuse_unexplained, settle_storage
+from .sources import DenseSource, NativeSource, Source
 from .streaming import attach_empty_experts, fill_experts
 
 _OF_HUB = (
@@ -58,17 +58,22 @@ def load_quantized(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: a `quantization_config` is given for a checkpoint that is quantized already.
+        ValueError: `quantization_config` is of another kind, or given for a checkpoint that is quantized already; or
+            see `check_skipped`.
         CheckpointError: see `readable_quantization`, `read_weight_map`, `Checkpoint` and `SourceFinder`.
     """
+    if not isinstance(quantization_config, (MoeQuantizationConfig, type(None))):
+        raise ValueError(
+            f"quantization_config is a {type(quantization_config).__name__}; a MoeQuantizationConfig was expected. "
+            "Others don't reach the experts."
+        )
     config, dtype = kwargs.pop("config", None), kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype or torch.bfloat16
     of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
     directory = Path(model_id, of_hub.get("subfolder") or "")
     if directory.is_dir():
         _stored_quantization(directory)
-        if kwargs.get("variant") is None:
-            read_weight_map(directory)  # transformers would look wherever an index says
+        read_weight_map(directory, kwargs.get("variant"))  # transformers would look wherever an index says
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         kwargs |= of_hub
@@ -154,25 +159,6 @@ def _stored_quantization(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, directory: str | Path) -> None:
-    """Refuses codes of this package whose config is not there.
-
-    Args:
-        sources: of a checkpoint.
-        saved: `saved_config` of its directory.
-        directory: for errors.
-
-    Raises:
-        CheckpointError: names the tensor.
-    """
-    for source in each_source(sources):
-        if isinstance(source, NativeSource) and (saved is None or saved.storage is None):
-            raise CheckpointError(
-                f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
-                "again with save_pretrained."
-            )
-
-
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The model class that a checkpoint's config names.
 
@@ -218,9 +204,11 @@ def load_experts(
     Raises:
         CheckpointError: see `saved_config`, `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight
             is not finite, after which the model is of no use.
-        ValueError: an experts class is not supported, or see `keep_linear_as_stored`.
+        ValueError: an experts class is not supported, or see `keep_linear_as_stored`, `check_skipped` and
+            `attach_empty_experts`; the model is then unchanged.
     """
     refuse_unsupported(model)
+    check_skipped(model, skip_modules)
     keep_linear_as_stored(model)
     saved = saved_config(Path(directory))
     checkpoint = Checkpoint.open(directory)
@@ -245,7 +233,8 @@ def load_experts(
     fill_experts(model, sources, checkpoint, progressbar)
     for name, key in finder.beside_stacks.items():
         module_path, _, parameter_name = name.rpartition(".")
-        value = checkpoint.read(key).to(device, dtype or model.get_parameter(name).dtype)
+        # a copy: on the CPU, what is read lies in the file, and would change with it
+        value = checkpoint.read(key).to(device, dtype or model.get_parameter(name).dtype, copy=True)
         setattr(model.get_submodule(module_path), parameter_name, nn.Parameter(value, requires_grad=False))
     packed = [module for module in model.modules() if isinstance(module, QuantizedStack)]
     register_storage(model, packed[0].storage if packed else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -108,9 +109,17 @@ class MoeQuantizer(ExpertsQuantizer):
                 "transformers' @use_experts_implementation. Load dense models with BitsAndBytesConfig."
             )
         sources = finder.find()
+        directory = checkpoint.files[0].parent
+        refuse_unexplained(sources, self.quantization_config if self.pre_quantized else None, directory)
         settle_storage(self.quantization_config, sources)
         if not self.pre_quantized:
-            self._check_skipped(model)
+            check_skipped(model, self.quantization_config.skip_modules)
+        elif not finder.packed_names() and all(isinstance(source, DenseSource) for source in each_source(sources)):
+            raise CheckpointError(
+                f"{directory / 'config.json'} says that the model is quantized, but none of the "
+                f"{len(checkpoint.tensors)} tensors in {checkpoint.files[0].name} and its like is in 4 bits. Remove "
+                "what is left of another checkpoint, or quantization_config from config.json."
+            )
         routers = _routers(model)
         attach_empty_experts(model, sources, self._storage_of, checkpoint)
         self._loading = _Loading(model, checkpoint, sources, dict.fromkeys(model.state_dict()))
@@ -126,15 +135,6 @@ class MoeQuantizer(ExpertsQuantizer):
         ):
             return None
         return config.storage
-
-    def _check_skipped(self, model: PreTrainedModel) -> None:
-        names = [name for name, _ in model.named_modules()]
-        for pattern in self.quantization_config.skip_modules or ():
-            if all(should_convert_module(name, [pattern]) for name in names):
-                raise ValueError(
-                    f"skip_modules names {pattern!r}, which is no module of {type(model).__name__}. Correct or remove "
-                    "it."
-                )
 
     def _prepare_linear(self, model: PreTrainedModel, finder: SourceFinder, routers: list[str], **kwargs: Any) -> None:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -254,7 +254,10 @@ class MoeQuantizer(ExpertsQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         if self.state_dict_to_save is not None:
             return self.state_dict_to_save, {}
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers saves the adapter alone, and knows it by the names that the model has
         _refuse_saving_adapters(model)
+        model.config.quantization_config = self.quantization_config  # a part has a config of its own
         # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
         # them, and nothing is left for it to undo
         before = getattr(model, "_weight_conversions", None)
@@ -275,6 +278,43 @@ class MoeQuantizer(ExpertsQuantizer):
         others = revert_weight_conversion(model, others)
         model._weight_conversions = Undone(before)
         return {**others, **{name: tensor for name, tensor in tensors.items() if name.startswith(stacks)}}, {}
+
+
+def check_skipped(model: nn.Module, skip_modules: Sequence[str] | None) -> None:
+    """Refuses names of modules to leave in 16 bits that name none.
+
+    Raises:
+        ValueError: names the first.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in skip_modules or ():
+        try:
+            is_found = pattern and not all(should_convert_module(name, [pattern]) for name in names)
+        except re.error as error:
+            raise ValueError(f"skip_modules has {pattern!r}, which is no regular expression: {error}.") from error
+        if not is_found:
+            raise ValueError(
+                f"skip_modules names {pattern!r}, which is no module of {type(model).__name__}. Correct or remove it."
+            )
+
+
+def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, directory: str | Path) -> None:
+    """Refuses codes of this package whose config is not there.
+
+    Args:
+        sources: of a checkpoint.
+        saved: the checkpoint's own configuration; None if it has none of this package.
+        directory: for errors.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for source in each_source(sources):
+        if isinstance(source, NativeSource) and (saved is None or saved.storage is None):
+            raise CheckpointError(
+                f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
+                "again with save_pretrained."
+            )
 
 
 def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
@@ -337,11 +377,9 @@ def _refuse_saving_adapters(model: PreTrainedModel) -> None:
     """Refuses to save a model whole that adapters are in: nothing would read their tensors beside the model's.
 
     Raises:
-        ValueError: it has some, and isn't saved as an adapter by transformers.
+        ValueError: it has some.
     """
-    is_saved_as_adapter = getattr(model, "_hf_peft_config_loaded", False)
-    has_adapters = any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules())
-    if has_adapters and not is_saved_as_adapter:
+    if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has adapters inside, and can't be saved whole with them. Save the adapters with "
             "save_pretrained of the PeftModel, or call its merge_and_unload() or unload() before."

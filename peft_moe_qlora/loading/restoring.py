@@ -115,7 +115,7 @@ def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
     expected = dtypes_as_loaded(model, dtype)
     for path, module in model.named_modules():
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
-            wanted = expected.get(f"{path}.{name}".replace(".base_layer.", "."))
+            wanted = expected.get(f"{path}.{name}".replace(".base_layer.", ".").removeprefix("."))
             if wanted is None or tensor is None or tensor.is_meta:
                 continue
             if tensor.dtype not in _FLOATING or isinstance(tensor, Params4bit):

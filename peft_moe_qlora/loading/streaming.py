@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..experts import QuantizedExperts, find_experts, read_layout
-from ..quantization import FourBitFormat, Stack
+from ..quantization import QUANTIZABLE_DTYPES, FourBitFormat, Stack
 from .checkpoint import Checkpoint
 from .sources import NativeSource, Source, Sources
 
@@ -32,12 +32,19 @@ def attach_empty_experts(
 
     Raises:
         CheckpointError: a stack that was saved by this package has another size or storage there.
+        ValueError: the dtype is not one that experts are quantized from. The model is unchanged after either.
     """
     tied = getattr(model, "all_tied_weights_keys", {})
     stacks: dict[str, Stack] = {}
     for path, of_module in sources.items():
         for projection, source in of_module.items():
-            stack = source.empty_stack(storage_of(source), dtype or source.target.dtype)
+            of_weights = dtype or source.target.dtype
+            if of_weights not in QUANTIZABLE_DTYPES:
+                raise ValueError(
+                    f"{source.target.name} can't be loaded as {of_weights}. Pass dtype=torch.bfloat16, float16 or "
+                    "float32."
+                )
+            stack = source.empty_stack(storage_of(source), of_weights)
             if isinstance(source, NativeSource):
                 source.check(stack, checkpoint)
             stacks[f"{path}.{projection}"] = stack

@@ -35,7 +35,7 @@ class FourBitFormat:
             0.5 bits a weight at block size 64.
 
     Raises:
-        ValueError: `quant_type` or `blocksize` is none that bitsandbytes knows.
+        ValueError: `quant_type` or `blocksize` is none that bitsandbytes knows, or `double_quant` no bool.
     """
 
     quant_type: str = "nf4"
@@ -47,6 +47,8 @@ class FourBitFormat:
             raise ValueError(f"quant_type={self.quant_type!r} is unknown; choose one of {QUANT_TYPES}.")
         if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize={self.blocksize!r} is not supported; choose one of {BLOCKSIZES}.")
+        if not isinstance(self.double_quant, bool):
+            raise ValueError(f"double_quant={self.double_quant!r:.200}: True or False was expected.")
 
     def __str__(self) -> str:
         return f"{self.quant_type}/{self.blocksize}" + ("+dq" if self.double_quant else "")
