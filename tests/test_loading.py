@@ -308,7 +308,7 @@ def test_the_layout_of_bitsandbytes_for_other_architectures(model_type, tmp_path
 def test_the_layout_of_bitsandbytes_is_for_models_without_adapters(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = get_peft_model(in_4_bits(tmp_path), MoeQLoraConfig(r=4))
-    with pytest.raises(ValueError, match="has adapters"):
+    with pytest.raises(ValueError, match=r"has adapters.*saved whole"):
         save_bitsandbytes(model.base_model.model, tmp_path / "packed")
     with pytest.raises(ValueError, match="nothing in 4 bits to save"):
         save_bitsandbytes(tiny_model(), tmp_path / "packed")

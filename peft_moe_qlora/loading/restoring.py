@@ -142,14 +142,15 @@ def dtypes_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, to
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuses to dequantize under an adapter.
+    """Refuses to dequantize, or to save whole, under an adapter.
 
     Raises:
         ValueError: the model has one.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "The model has adapters, so it can't be dequantized; call merge_and_unload(dtype=...) or unload()."
+            "The model has adapters. Call merge_and_unload(dtype=...) or unload() before it is dequantized "
+            "or saved whole."
         )
 
 
