@@ -417,7 +417,11 @@ TABLE: dict[str, Works | Refused] = {
         lambda side, directory: peft.save_as_lora(directory, side.adapted(), rank=2), CONVERT, INSTEAD_CONVERT
     ),
     "create_arrow_model": Refused(_arrow, "LoRA adapters must only target Linear-like layers", "Merge them instead."),
-    "XLoraModel": Refused(_xlora, "fits no adapted experts of the model", "`add_weighted_adapter` combines adapters."),
+    "XLoraModel": Refused(
+        _xlora,
+        "XLoraModel and other methods that load adapters can't adapt experts",
+        "`add_weighted_adapter` combines adapters.",
+    ),
     "PeftMixedModel": Refused(
         lambda side, directory: peft.get_peft_model(side.base(), side.config(), mixed=True),
         "is not compatible with the `PeftMixedModel`",
@@ -522,7 +526,7 @@ NOT_OF_LORA = {
 
 NOTES = {
     "replace_lora_weights_loftq": "Replaces the factors of bitsandbytes' linear layers, whatever else is adapted; "
-    "those of experts stay. `loftq_config` is refused."
+    "those of experts stay. It needs a GPU and isn't tested here. `loftq_config` is refused."
 }
 
 
