@@ -82,4 +82,7 @@ def check_factor_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[
     for key, shape in found.items():
         # linear layers may have the same names, and factors of two dimensions
         if key not in expected and len(shape) == 3 and _FACTOR_KEY.fullmatch(key):
-            raise ValueError(f"The adapter's tensor {key} fits no adapted experts of the model. {_REMEDY}")
+            raise ValueError(
+                f"The adapter's tensor {key} fits no adapted experts of the model. {_REMEDY} XLoraModel and other "
+                "methods that load adapters can't adapt experts."
+            )

@@ -417,7 +417,11 @@ TABLE: dict[str, Works | Refused] = {
         lambda side, directory: peft.save_as_lora(directory, side.adapted(), rank=2), CONVERT, INSTEAD_CONVERT
     ),
     "create_arrow_model": Refused(_arrow, "LoRA adapters must only target Linear-like layers", "Merge them instead."),
-    "XLoraModel": Refused(_xlora, "fits no adapted experts of the model", "`add_weighted_adapter` combines adapters."),
+    "XLoraModel": Refused(
+        _xlora,
+        "XLoraModel and other methods that load adapters can't adapt experts",
+        "`add_weighted_adapter` combines adapters.",
+    ),
     "PeftMixedModel": Refused(
         lambda side, directory: peft.get_peft_model(side.base(), side.config(), mixed=True),
         "is not compatible with the `PeftMixedModel`",
@@ -520,9 +524,64 @@ NOT_OF_LORA = {
 }
 """Exported by PEFT, and nothing that experts could be wrong for."""
 
+NO_CALCULATION = {
+    "active_adapter",
+    "active_adapters",
+    "active_peft_config",
+    "adapter_layer_names",
+    "base_model_torch_dtype",
+    "bias",
+    "create_or_update_model_card",
+    "disable_adapters",
+    "frozen_peft_weight_names",
+    "get_base_layer",
+    "get_base_model",
+    "get_model_config",
+    "get_prompt",
+    "get_prompt_embedding_to_save",
+    "has_active_enabled_adapter",
+    "lora_variants",
+    "merged",
+    "merged_adapters",
+    "modules_to_save",
+    "other_param_names",
+    "peft_config",
+    "prefix",
+    "prepare_model_for_gradient_checkpointing",
+    "push_to_hub",
+    "quantization_backend",
+    "resolve_lora_variant",
+    "supports_lora_conversion",
+    "target_module_mapping",
+    "tuner_layer_cls",
+    "uses_shared_state",
+    "weight",
+}
+"""Public attributes of PEFT's classes that say what there is, or what cards and uploads are made of."""
+
+BY_OTHER_ROWS = {
+    "add_adapter",
+    "enable_adapters",
+    "generate",
+    "get_base_weight",
+    "inject_adapter",
+    "merge",
+    "reset_lora_parameters",
+    "save_pretrained",
+    "set_base_weight",
+    "subtract_mutated_init",
+    "unmerge",
+    "update_layer",
+}
+"""Public methods that rows go through, or, of `get_base_weight` and so on, the tests of merging and initialization."""
+
+REFUSED_BY_THE_CONFIG = {
+    f"{kind}_init" for kind in ("corda", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
+}
+
 NOTES = {
     "replace_lora_weights_loftq": "Replaces the factors of bitsandbytes' linear layers, whatever else is adapted; "
-    "those of experts stay. `loftq_config` is refused."
+    "those of experts stay. It needs a GPU and isn't tested here. `loftq_config` is refused."
 }
 
 
@@ -537,6 +596,12 @@ def exported() -> set[str]:
             ]
         names |= {name for name in listed if type(getattr(module, name)) is type(exported) and name[0] != "_"}
     return names
+
+
+def methods() -> set[str]:
+    """The public attributes that PEFT's classes have beyond a module's."""
+    classes = (peft.PeftModel, peft.LoraModel, LoraLayer)
+    return {name for cls in classes for name in dir(cls) if name[0] != "_"} - set(dir(nn.Module))
 
 
 def documentation() -> str:

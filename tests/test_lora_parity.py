@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import peft_functions
 import pytest
 import torch
 from linear_experts import Ours, Stock, per_expert
-from peft_functions import NOT_OF_LORA, NOTES, TABLE, Refused, Works
+from peft_functions import (
+    BY_OTHER_ROWS,
+    NO_CALCULATION,
+    NOT_OF_LORA,
+    NOTES,
+    REFUSED_BY_THE_CONFIG,
+    TABLE,
+    Refused,
+    Works,
+)
 from tiny_models import logits, token_ids
 from torch import nn
 
@@ -70,6 +80,20 @@ def test_every_function_of_peft_has_a_place():
     placed = {name for entry in TABLE for name in entry.split(", ")} | NOT_OF_LORA.keys() | NOTES.keys()
     assert peft_functions.exported() - placed == set()
     assert NOT_OF_LORA.keys() <= peft_functions.exported()
+
+
+def test_every_method_of_peft_has_a_place():
+    """Fails when one of PEFT's classes for LoRA gets a new one."""
+    words = {word for entry in TABLE for word in re.findall(r"\w+", entry)}
+    placed = words | NO_CALCULATION | BY_OTHER_ROWS | REFUSED_BY_THE_CONFIG
+    assert peft_functions.methods() - placed == set()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_BY_THE_CONFIG))
+def test_initializations_by_the_weights_are_refused(name):
+    kind = name.removesuffix("_init")
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{kind}' can't be done for fused experts"):
+        Ours().config(init_lora_weights=kind)
 
 
 def test_the_documentation_is_up_to_date():
