@@ -10,7 +10,7 @@ Its rooms, each of which uses those above it only:
     options             of an adapter's config, in one table
     saved_adapter       the files of an adapter
     config, layer       the configuration, and LoRA on one stack
-    factor_shapes, unadaptable, targets, base_identity, report
+    factor_shapes, unadaptable, targets, base_identity, base_names, report
                         what a config asks for in a model, what is refused, what the model was, and has become
     loading             checkpoints into models and back
     layouts             of saved adapters: one file for each, which reads and writes it

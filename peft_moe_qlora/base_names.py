@@ -1,14 +1,13 @@
-"""Stacks in floating point have the names in the base model's state dict that they had before the conversion."""
+"""Stacks in floating point keep the names that they had in the base model's state dict before the conversion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .quantization import DenseStack
+from .quantization import DenseStack, Stack
 
 
 def keep_base_names(model: nn.Module) -> None:
@@ -33,8 +32,10 @@ def _lengthen(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     _rename(state_dict, {prefix + path: f"{prefix}{path}.weight" for path in _dense_stacks(model)})
 
 
-def _dense_stacks(model: nn.Module) -> Iterator[str]:
-    return (path for path, module in model.named_modules() if isinstance(module, DenseStack))
+def _dense_stacks(model: nn.Module) -> list[str]:
+    """Paths of all stacks; none if some are packed, since such a model is saved under the names of the parameters."""
+    stacks = {path: module for path, module in model.named_modules() if isinstance(module, Stack)}
+    return list(stacks) if all(isinstance(stack, DenseStack) for stack in stacks.values()) else []
 
 
 def _rename(state_dict: dict[str, torch.Tensor], names: dict[str, str]) -> None:

@@ -254,8 +254,8 @@ def _loaded(side: Side, directory: Path) -> tuple:
     path = _saved(side, directory)
     found: list[Any] = [per_expert(peft.load_peft_weights(str(path), device="cpu").items())]
     for options in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}):
-        model = peft.PeftModel.from_pretrained(side.base(), path, **options)
-        model.load_adapter(path, "other", **options)
+        model = peft.PeftModel.from_pretrained(side.base(), path, torch_device="cpu", **options)
+        model.load_adapter(path, "other", torch_device="cpu", **options)
         found.append(model)
     return tuple(found)
 

@@ -383,6 +383,7 @@ def test_dequantizing_without_an_adapter(dtype, tmp_path):
 def test_merging_shows_a_bar(options, capsys):
     """It can take minutes; PEFT shows none unless it is asked to."""
     model = adapted_model()
+    capsys.readouterr()  # the bar of quantizing
     model.merge_and_unload(**options)
     assert "100%" in capsys.readouterr().err
     model = adapted_model()
