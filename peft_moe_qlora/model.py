@@ -244,9 +244,14 @@ class MoeQLoraModel(LoraModel):
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         self.set_requires_grad(adapter_name, False)
-        for layer in self.model.modules():
-            if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-                combination.fill(self, layer, adapter_name)
+        try:
+            for layer in self.model.modules():
+                if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+                    combination.fill(self, layer, adapter_name)
+        except BaseException:
+            # filled in part it would be in the way of the next call, which finds the name taken and does nothing
+            self.delete_adapter(adapter_name)
+            raise
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit.
@@ -273,6 +278,8 @@ class MoeQLoraModel(LoraModel):
         tokens do for that; a text like the one that the model is for does a little better. Should the forward fail,
         the layers that it has passed are merged for good, and the same call goes on with the others.
 
+        Of modules trained in full and of tokens, the result has those of the adapters that are merged.
+
         After second-order rounding the merged model is run too, on 512 of these tokens, and a warning tells if it is
         far from the live adapter; `merge_check` has the figures (`MergeCheck`).
 
@@ -290,17 +297,19 @@ class MoeQLoraModel(LoraModel):
             The base model, changed in place.
 
         Raises:
-            ValueError: an adapter is unknown or has values that are not finite, `dtype` is none of floating point,
-                `rounding` is unknown, or `calibration` is given where nothing is rounded by it.
+            ValueError: an adapter is unknown, named twice or has values that are not finite, two of them have a module
+                trained in full, `dtype` is none of floating point, `rounding` is unknown, or `calibration` is given
+                where nothing is rounded by it.
         """
         names = self._check_mergeable(adapter_names)
         in_memory.check_options(dtype, rounding, calibration)
+        names = in_memory.activate(self, names)
         self.merge_check = reference = None
         if dtype is not None:
             in_memory.merge_densely(self, names, dtype, progressbar)
         elif rounding == "second-order":
-            reference, adapter_names = in_memory.merge_for_inputs(self, adapter_names, calibration, progressbar)
-        merged = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            reference = in_memory.merge_for_inputs(self, names, calibration, progressbar)
+        merged = super().merge_and_unload(progressbar, safe_merge)
         if dtype is not None:
             cast_as_loaded(merged, dtype)
         if reference is not None:
@@ -323,5 +332,7 @@ class MoeQLoraModel(LoraModel):
         """The names of what is to be merged, by default of the active adapters; what can't be merged is refused."""
         adapter_names = self.active_adapters if adapter_names is None else adapter_names
         self._check_adapter_names(adapter_names)
+        if len(set(adapter_names)) < len(adapter_names):
+            raise ValueError(f"adapter_names={list(adapter_names)} names an adapter twice; name each once.")
         in_memory.check_mergeable(self.model, adapter_names)
         return adapter_names

@@ -98,11 +98,11 @@ class Combination:
             A, B = self._of_experts(model, layer, adapter_name)
         else:
             A, B = self._of_layer(model, layer, new_A, new_B)
-        rank = A.shape[-2]
         new_A.zero_()
         new_B.zero_()
-        new_A[..., :rank, :] = A
-        new_B[..., :rank] = B
+        # where a layer has fewer features than the rank, an SVD gives one of the two less than the other
+        new_A[..., : A.shape[-2], :] = A
+        new_B[..., : B.shape[-1]] = B
 
     def _of_experts(self, model: LoraModel, layer: ExpertsLora, adapter_name: str) -> Pair:
         if self.kind == "svd":

@@ -221,6 +221,48 @@ def test_merging_a_named_adapter_only():
     torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=0, atol=1e-4)
 
 
+MERGES = [{"dtype": torch.float32}, {"rounding": "nearest"}, {}]
+
+
+@pytest.mark.parametrize("options", MERGES, ids=str)
+def test_modules_trained_in_full_are_those_of_the_adapter_that_is_named(options):
+    """Whichever is active; without an adapter, the base's."""
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, modules_to_save=["lm_head"])).eval()
+    model.add_adapter("other", MoeQLoraConfig(r=2, modules_to_save=["lm_head"]))
+    head = model.base_model.model.lm_head
+    with torch.no_grad():
+        head.modules_to_save["other"].weight += 1
+    expected = head.modules_to_save["other"].weight.clone(), head.original_module.weight.clone()
+    for names, weight in zip((["other"], []), expected):
+        merged = copy.deepcopy(model).merge_and_unload(adapter_names=names, **options)
+        assert torch.equal(merged.lm_head.weight, weight)
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        model.merge_and_unload(adapter_names=["default"], **options)
+    assert all(layer.merged_adapters == ["other"] for layer in model.base_model.expert_layers())
+
+
+@pytest.mark.parametrize("options", MERGES, ids=str)
+@pytest.mark.parametrize("names", [None, ["other"]], ids=str)
+def test_tokens_that_another_adapter_has_trained_stay_out(names, options):
+    config = MoeQLoraConfig(r=2, trainable_token_indices={"embed_tokens": [5, 6]})
+    model = get_peft_model(tiny_model(), config).eval()
+    model.add_adapter("other", MoeQLoraConfig(r=2))
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"] += 1
+    model.set_adapter("default" if names else "other")
+    merged = model.merge_and_unload(adapter_names=names, **options)
+    assert torch.equal(merged.model.embed_tokens.weight, tiny_model().model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_named_twice_is_refused(merge):
+    model = adapted_model(target_modules=["experts"])
+    with pytest.raises(ValueError, match="names an adapter twice"):
+        getattr(model, merge)(adapter_names=["default", "default"])
+    assert not any(layer.merged for layer in model.base_model.expert_layers())
+
+
 def test_merging_reaches_experts_without_an_adapter_too():
     """`dtype` gives every layer its 16-bit module back, adapted or not."""
     model = adapted_model(target_modules=["experts"], layers_to_transform=[1])

@@ -297,6 +297,32 @@ def test_unknown_combinations_are_refused(two_adapters):
     assert set(two_adapters.peft_config) == names
 
 
+@pytest.mark.parametrize("options", [{"svd_clamp": 3.0}, {"combination_type": "ties", "density": None}], ids=str)
+def test_a_combination_that_fails_leaves_nothing(two_adapters, options):
+    """The next call would find its name taken and do nothing."""
+    two_adapters.set_adapter("other")
+    before = {name: value.clone() for name, value in two_adapters.state_dict().items()}
+    with pytest.raises((RuntimeError, TypeError)):
+        two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", **options)
+    assert set(two_adapters.peft_config) == {"default", "other"}
+    assert two_adapters.base_model.active_adapters == ["other"]
+    after = two_adapters.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_layers_with_fewer_features_than_the_rank_of_a_combination():
+    """An SVD of 32 features that come out of 64 gives 32 columns of B, and of A all the rows that are asked for."""
+    options = {"r": 24, "target_modules": ["k_proj", "experts"]}
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(**options)).eval()
+    model.add_adapter("other", MoeQLoraConfig(**options))
+    randomize_adapter(model)
+    model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "sum", svd_rank=48)
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    parts = [layer.get_delta_weight(name) for name in ("default", "other")]
+    torch.testing.assert_close(layer.get_delta_weight("sum"), 0.7 * parts[0] - 0.4 * parts[1])
+
+
 def test_linear_combination_of_different_ranks_is_refused():
     model = adapted_model(expert_r=2)
     model.add_adapter("other", MoeQLoraConfig(r=4, expert_r=3))

@@ -296,6 +296,30 @@ def test_a_forward_that_fails_merges_nothing_twice():
     assert kl_divergence(live, logits(merged, token_ids())) < 1.5 * once
 
 
+def test_a_forward_that_fails_leaves_merged_what_was():
+    """Else the same call, which names the other adapter alone, would lose it in the layers that are left."""
+
+    def build():
+        model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
+        model.add_adapter("other", MoeQLoraConfig(r=2))
+        randomize_adapter(model)
+        return model
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("too little")
+
+    model = build()
+    model.merge_adapter(["default"])
+    handle = model.base_model.model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.merge_and_unload(adapter_names=["other"])
+    handle.remove()
+    assert [layer.merged_adapters for layer in model.base_model.expert_layers()] == [["default"]] * 4
+    expected = build().merge_and_unload(adapter_names=["default", "other"])
+    merged = model.merge_and_unload(adapter_names=["other"])
+    assert torch.equal(logits(merged, token_ids()), logits(expected, token_ids()))
+
+
 def test_a_disabled_adapter_is_merged_as_if_it_were_not():
     def merged(is_disabled: bool) -> torch.Tensor:
         model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -92,6 +93,36 @@ def _check_not_tied(model: nn.Module, adapter_names: Sequence[str]) -> None:
             )
 
 
+def activate(tuner: LoraModel, adapter_names: Sequence[str]) -> list[str]:
+    """Makes what is to be merged the active adapters, frozen: those that are named, and those that are merged already.
+
+    PEFT leaves modules trained in full to the active adapter, whichever is named, and fails at tokens that the named
+    one doesn't have.
+
+    Args:
+        tuner: merged layers stay so.
+        adapter_names: what to merge.
+
+    Returns:
+        The names of all.
+
+    Raises:
+        ValueError: two of them have a module trained in full, or its tokens.
+    """
+    layers = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
+    names = list(dict.fromkeys([*(name for layer in layers for name in layer.merged_adapters), *adapter_names]))
+    wrappers = [module for module in tuner.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    # all are asked before one is changed
+    found = [wrapper.check_set_adapter(names) if names else None for wrapper in wrappers]
+    for wrapper, name in zip(wrappers, found):
+        wrapper.set_adapter([] if name is None else [name], inference_mode=True)
+    for layer in layers:
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(names, inference_mode=True)
+    tuner.active_adapter = names
+    return names
+
+
 @contextmanager
 def restored_on_error(layers: Sequence[ExpertsLora]) -> Iterator[None]:
     """Gives experts back what they had merged when the context began, if a `ValueError` ends it."""
@@ -103,6 +134,22 @@ def restored_on_error(layers: Sequence[ExpertsLora]) -> Iterator[None]:
             if layer.merged_adapters != names:
                 layer.unmerge()
                 layer.merge(adapter_names=names)
+        raise
+
+
+@contextmanager
+def _unmerged(model: nn.Module) -> Iterator[None]:
+    """Unmerges all layers. After an error those that are left have the same adapters merged as before."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and layer.merged]
+    merged_before = {layer: list(layer.merged_adapters) for layer in layers}
+    for layer in layers:
+        layer.unmerge()
+    try:
+        yield
+    except BaseException:
+        for layer in list(model.modules()):
+            if layer in merged_before and not layer.merged:
+                layer.merge(adapter_names=merged_before[layer])
         raise
 
 
@@ -125,32 +172,27 @@ def merge_densely(tuner: LoraModel, adapter_names: Sequence[str], dtype: torch.d
 
 
 def merge_for_inputs(
-    tuner: LoraModel, adapter_names: list[str] | None, calibration: torch.Tensor | None, progressbar: bool
-) -> tuple[Reference | None, list[str] | None]:
+    tuner: LoraModel, adapter_names: Sequence[str], calibration: torch.Tensor | None, progressbar: bool
+) -> Reference | None:
     """Merges the quantized experts that adapters reach, rounded for their inputs, and takes their layers away.
 
     Args:
         tuner: whose layers are merged.
-        adapter_names: what to merge. Default: the active adapters.
+        adapter_names: what to merge, with what is merged already.
         calibration: `(N, L)` token ids. Default: `random_token_ids`.
         progressbar: show one.
 
     Returns:
-        What the model gave before the merge, None if there are no such experts; and the adapters to be merged into
-        the other layers, with those that were merged before.
+        What the model gave before the merge; None if there are no such experts.
     """
     model = tuner.model
-    tuner_layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    merged_before = [name for layer in tuner_layers for name in layer.merged_adapters]
-    asked_for = tuner.active_adapters if adapter_names is None else adapter_names
-    names = list(dict.fromkeys([*merged_before, *asked_for]))
     experts = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, QuantizedExperts) and not module.is_dense and adapted_projections(module, names)
+        if isinstance(module, QuantizedExperts) and not module.is_dense and adapted_projections(module, adapter_names)
     }
     if not experts:
-        return None, adapter_names
+        return None
     if calibration is None:
         config = config_with_vocabulary(model)
         if config is None:
@@ -159,10 +201,6 @@ def merge_for_inputs(
                 "rounding='nearest'."
             )
         calibration = random_token_ids(config)
-    for layer in tuner_layers:
-        if layer.merged:
-            layer.unmerge()
-    reference = take_reference(tuner, names, calibration)
 
     def unwrap(merged: QuantizedExperts) -> None:
         # each at once: should the forward fail later, what is merged is not merged again
@@ -171,7 +209,9 @@ def merge_for_inputs(
             if isinstance(layer, ExpertsLora):
                 tuner._replace_module(merged, projection, layer.base_layer, layer)
 
-    missed = merge_while_running(model, experts, names, calibration, unwrap, progressbar)
+    with _unmerged(model):
+        reference = take_reference(tuner, adapter_names, calibration)
+        missed = merge_while_running(model, experts, adapter_names, calibration, unwrap, progressbar)
     if missed:
         warnings.warn(
             f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "
@@ -179,4 +219,4 @@ def merge_for_inputs(
             RuntimeWarning,
             stacklevel=3,
         )
-    return reference, names
+    return reference
