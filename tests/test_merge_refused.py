@@ -154,6 +154,21 @@ def test_weights_of_the_base_that_are_not_finite(tmp_path):
         write_tensors(tmp_path / "base", tensors)
 
 
+@pytest.mark.parametrize("module", ["experts.down_proj", "q_proj"])
+def test_deltas_that_are_not_finite(module, tmp_path):
+    """Each factor is finite, their product is not."""
+    save_adapter(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    factors = load_file(file)
+    for key, factor in factors.items():
+        if f"layers.1.mlp.{module}." in key or f"layers.1.self_attn.{module}." in key:
+            factor.fill_(1e30)
+    save_file(factors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"model.layers.1.\w*.{module}\S* with the delta is beyond the range"):
+        merge(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["adapter", "base"]
+
+
 def test_an_adapter_that_was_merged_two_merges_ago(tmp_path):
     """Adapters of others don't say what they belong to; reports hand on what was merged."""
     for name in ("first", "second"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -82,3 +84,24 @@ def test_an_adapter_of_experts_alone_leaves_them_tied(tmp_path):
     merged = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert torch.equal(logits(merged, token_ids()), logits(model.merge_and_unload(rounding="nearest"), token_ids()))
+
+
+def test_tokens_of_one_of_two_are_not_merged(tmp_path):
+    """PEFT trains tokens of both if those of the embedding are asked for; of the head alone it changes the head."""
+    model = save_adapter(tmp_path, trainable_token_indices={"lm_head": [5, 6]})
+    with torch.no_grad():
+        model.base_model.model.lm_head.token_adapter.trainable_tokens_delta["default"] += 1
+    live = logits(model, token_ids())
+    for method in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"changes lm_head alone, but model\.embed_tokens has the same weight"):
+            method()
+    assert torch.equal(logits(model, token_ids()), live)
+
+
+def test_tokens_of_both_are_merged(tmp_path):
+    model = save_adapter(tmp_path, trainable_token_indices=[5, 6])
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"] += 1
+    live = logits(model, token_ids())
+    merged = copy.deepcopy(model).merge_and_unload(dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=1e-4)

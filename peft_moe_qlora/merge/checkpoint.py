@@ -293,6 +293,8 @@ class _Shard:
 
     def _put(self, key: str, place: torch.Tensor, name: str, edit: Edit) -> None:
         """Rounds new values and puts them in their place."""
+        if not torch.isfinite(edit.exact).all():  # of the base all are, so are the factors
+            raise ValueError(f"{name} with the delta is beyond the range of float32. The adapter seems to be broken.")
         place.copy_(edit.exact)
         _check_range(key, edit.exact, place)
         self.fidelity[name].add(edit.before, edit.exact, place)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -80,17 +81,31 @@ def _check_not_tied(model: nn.Module, adapter_names: Sequence[str]) -> None:
         for parameter in module.parameters(recurse=False):
             holders[parameter].append(path.removesuffix(".base_layer"))
     for path, layer in model.named_modules():
-        if isinstance(layer, ExpertsLora) or not isinstance(layer, LoraLayer):
+        if isinstance(layer, ExpertsLora) or not isinstance(layer, (LoraLayer, TrainableTokensLayer)):
             continue  # two stacks that are tied are merged into two
-        if not any(name in layer.scaling for name in adapter_names):
+        own = layer.scaling if isinstance(layer, LoraLayer) else layer.trainable_tokens_delta
+        if not any(name in own for name in adapter_names):
             continue
         # PEFT's layer on nn.MultiheadAttention has several weights, none of them tied
         weight = getattr(layer.get_base_layer(), "weight", None)
-        others = [holder for holder in holders.get(weight, ()) if holder != path]
+        others = [
+            holder
+            for holder in holders.get(weight, ())
+            if holder != path and not _has_tokens_of(model.get_submodule(holder), layer)
+        ]
         if others:
+            changed = path.removesuffix(".token_adapter")
             raise ValueError(
-                f"The adapter changes {path} alone, but {others[0]} has the same weight and would change too. {UNTIE}"
+                f"The adapter changes {changed} alone, but {others[0]} has the same weight and would change too. "
+                f"{UNTIE}"
             )
+
+
+def _has_tokens_of(module: nn.Module, layer: BaseTunerLayer) -> bool:
+    """Whether a module shares the tokens that a layer trains, as PEFT has it where embeddings are tied."""
+    if not isinstance(module, TrainableTokensLayer) or not isinstance(layer, TrainableTokensLayer):
+        return False
+    return module.trainable_tokens_delta is layer.trainable_tokens_delta
 
 
 def activate(tuner: LoraModel, adapter_names: Sequence[str]) -> list[str]:
