@@ -151,6 +151,11 @@ class MoeQLoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MoeQLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, LoraLayer)):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged, so that its factors can't be replaced: linear layers are "
+                "unmerged by them. Call unmerge_adapter() first."
+            )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             f"{path}.lora_{factor}.{adapter_name}.weight": tuple(weight.shape)

@@ -263,6 +263,22 @@ def test_an_adapter_named_twice_is_refused(merge):
     assert not any(layer.merged for layer in model.base_model.expert_layers())
 
 
+def test_loading_over_a_merged_adapter_is_refused(tmp_path):
+    """Linear layers are unmerged by the factors that are there, which have to be those that were merged."""
+    model = adapted_model()
+    live = logits(model, token_ids())
+    model.save_pretrained(tmp_path)
+    randomize_adapter(model, seed=9)
+    other = logits(model, token_ids())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"'default' is merged, .* unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, token_ids()), other, rtol=0, atol=1e-3)
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(logits(model, token_ids()), live, rtol=0, atol=1e-3)
+
+
 def test_merging_reaches_experts_without_an_adapter_too():
     """`dtype` gives every layer its 16-bit module back, adapted or not."""
     model = adapted_model(target_modules=["experts"], layers_to_transform=[1])
