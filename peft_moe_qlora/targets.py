@@ -61,11 +61,6 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
     }
 
 
-def stack_names(layouts: Mapping[str, ExpertsLayout]) -> list[str]:
-    """Paths of all projections of experts."""
-    return [f"{path}.{projection}" for path, layout in layouts.items() for projection in layout.projections]
-
-
 def module_names(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> list[str]:
     """Paths of all modules but the parts of experts and of adapters."""
     return [
@@ -130,7 +125,8 @@ def _names(
 
 def reached_stacks(config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout]) -> list[str]:
     """Paths of the projections that PEFT finds by a config whose targets are resolved."""
-    return [name for name in stack_names(layouts) if check_target_module_exists(config, name)]
+    stacks = _names(layouts, lambda _, layout: layout.projections)
+    return [name for name in stacks if check_target_module_exists(config, name)]
 
 
 def _reached(config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout]) -> set[str]:
