@@ -162,14 +162,12 @@ def build_peft(shape: Shape, device: torch.device, seed: int) -> Layer:
     return layer
 
 
-def build_ours(
-    shape: Shape, device: torch.device, seed: int, quant_type: str | None, double_quant: bool = False
-) -> Layer:
+def build_ours(shape: Shape, device: torch.device, seed: int, storage: str | None) -> Layer:
     """This package's layer."""
     block = Block(shape.experts(device, seed))
-    if quant_type is not None:
-        quantize_experts(block, quant_type, double_quant=double_quant, progressbar=False)
-    config = MoeQLoraConfig(r=RANK, lora_alpha=ALPHA, quant_type=quant_type, double_quant=double_quant)
+    if storage is not None:
+        quantize_experts(block, storage=storage, progressbar=False)
+    config = MoeQLoraConfig(r=RANK, lora_alpha=ALPHA, storage=storage, quant_type=None)
     model = get_peft_model(block, config)
     module: QuantizedExperts = _adapted(model)
     layers = {projection: module.get_submodule(projection) for projection in module.layout.projections}
@@ -196,9 +194,11 @@ def build_ours(
 ARMS: dict[str, Callable[[Shape, torch.device, int], Layer]] = {
     "transformers": build_transformers,
     "peft": build_peft,
-    "ours-bf16": partial(build_ours, quant_type=None),
-    "ours-nf4": partial(build_ours, quant_type="nf4"),
-    "ours-nf4-nested": partial(build_ours, quant_type="nf4", double_quant=True),
+    "ours-bf16": partial(build_ours, storage=None),
+    "ours-nf4": partial(build_ours, storage="nf4/64"),
+    "ours-nf4-nested": partial(build_ours, storage="nf4/64+dq"),
+    "ours-fp8": partial(build_ours, storage="fp8/128x128"),
+    "ours-mxfp4": partial(build_ours, storage="mxfp4"),
 }
 """Name -> `(shape, device, seed)` -> layer."""
 
@@ -208,4 +208,6 @@ DESCRIPTIONS = {
     "ours-bf16": f"this package, rank {RANK}, weights left in 16 bits",
     "ours-nf4": f"this package, rank {RANK}, weights in NF4",
     "ours-nf4-nested": f"this package, rank {RANK}, weights in NF4 with 8-bit scales",
+    "ours-fp8": f"this package, rank {RANK}, weights in FP8, blocks of 128 x 128",
+    "ours-mxfp4": f"this package, rank {RANK}, weights in MXFP4",
 }

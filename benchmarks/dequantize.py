@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from peft_moe_qlora.ops import packed_weight
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.quantization import FourBitFormat, QuantizedStack
-from peft_moe_qlora.quantization.four_bit import dequantize
+from peft_moe_qlora.quantization.formats.four_bit import dequantize
 
 DTYPE = torch.bfloat16
 

@@ -31,9 +31,12 @@ from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
 from peft_moe_qlora.ops.kernels.tuning import GemmTiles
 from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, RANK = 128, 2048, 768, 8, 16
 TOKENS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
+WEIGHTS = {"packed": FourBitFormat(), "e4m3": Fp8Format(), "e2m1": Mxfp4Format(), "dense": None}
+"""Kind of weight in the table -> format that stands for it."""
 LARGEST_ERROR = 6e-3
 WORTH_A_WORKSPACE = 0.05
 """Decoding beforehand is chosen where it is faster by this share."""
@@ -63,7 +66,7 @@ class Problem:
     """One product of the yardstick layer.
 
     Args:
-        weight: `"packed"` or `"dense"`.
+        weight: one of `WEIGHTS`.
         along: whether the contraction runs along the stored `"columns"` or `"rows"`.
         tokens: T.
     """
@@ -75,8 +78,8 @@ class Problem:
         for n, k, is_gathered in ((2 * INTERMEDIATE, HIDDEN, True), (HIDDEN, INTERMEDIATE, False)):
             dense = torch.randn(EXPERTS, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
             stack = DenseStack(dense, False)
-            if weight == "packed":
-                stack = QuantizedStack.from_dense(dense, False, FourBitFormat())
+            if WEIGHTS[weight] is not None:
+                stack = QuantizedStack.from_dense(dense, False, WEIGHTS[weight])
             scores = torch.rand(tokens, EXPERTS, device="cuda")
             rows = sort_pairs(scores.topk(TOP_K).indices, EXPERTS)
             wide, narrow = (n, k) if self.for_input_gradient else (k, n)
@@ -119,12 +122,12 @@ def milliseconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def compile_share(share: tuple[int, int]) -> None:
+def compile_share(weights: list[str], share: tuple[int, int]) -> None:
     """Compiles every so-many-th candidate into Triton's cache on disk."""
     number, of = share
     jobs = [
         (weight, along, tiles)
-        for weight in ("packed", "dense")
+        for weight in weights
         for along in ("columns", "rows")
         for tiles in dict.fromkeys(tiles for tokens in TOKENS for tiles in candidates(tokens * TOP_K / EXPERTS))
     ]
@@ -160,14 +163,14 @@ def time_all(problem: Problem, tried: list[GemmTiles], repeats: int) -> list[tup
     return timed
 
 
-def measure(repeats: int) -> list[dict]:
+def measure(weights: list[str], repeats: int) -> list[dict]:
     """The table's entries, each with the time of the best and of the runner-up."""
     entries = []
-    problems = list(itertools.product(("packed", "dense"), ("columns", "rows"), TOKENS))
+    problems = list(itertools.product(weights, ("columns", "rows"), TOKENS))
     for weight, along, tokens in tqdm(problems, unit="product"):
         rows_per_expert = tokens * TOP_K / EXPERTS
         problem = Problem(weight, along, tokens)
-        tried = [tiles for tiles in candidates(rows_per_expert) if weight == "packed" or not tiles.decode_first]
+        tried = [tiles for tiles in candidates(rows_per_expert) if weight != "dense" or not tiles.decode_first]
         timed = time_all(problem, tried, repeats)
         # a workspace has to be worth its memory
         timed.sort(key=lambda pair: pair[0] * (1 + WORTH_A_WORKSPACE * pair[1].decode_first))
@@ -225,18 +228,27 @@ def with_bounds(entries: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the table, JSON")
+    parser.add_argument(
+        "--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="the others stay as they are"
+    )
     parser.add_argument("--repeats", type=int, default=9, help="timed replays of each candidate")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.workers) as pool:
-        pool.map(compile_share, [(number, arguments.workers) for number in range(arguments.workers)])
+        shares = [(number, arguments.workers) for number in range(arguments.workers)]
+        pool.map(partial(compile_share, arguments.weights), shares)
+    kept = {"entries": []}
+    if set(arguments.weights) != set(WEIGHTS):
+        kept = json.loads(arguments.output.read_text(encoding="utf-8"))
+        kept["entries"] = [entry for entry in kept["entries"] if entry["weight"] not in arguments.weights]
     table = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "layer": {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K, "rank": RANK},
-        "most_pairs_without_sorting": most_pairs_without_sorting(arguments.repeats),
-        "entries": with_bounds(measure(arguments.repeats)),
+        "most_pairs_without_sorting": kept.get("most_pairs_without_sorting")
+        or most_pairs_without_sorting(arguments.repeats),
+        "entries": kept["entries"] + with_bounds(measure(arguments.weights, arguments.repeats)),
     }
     arguments.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 

@@ -7,9 +7,11 @@ Its rooms, each of which uses those above it only:
     quantization        how a stack of weights is stored
     ops                 how a layer of experts is computed
     experts             what an experts module is, adapted or not
+    quantized_linear    a linear layer whose weight is stored in a format
     options             of an adapter's config, in one table
     saved_adapter       the files of an adapter
-    config, layer       the configuration, and LoRA on one stack
+    config, layer, quantized_linear_lora
+                        the configuration, LoRA on one stack, and on one linear layer that is stored in a format
     factor_shapes, unadaptable, targets, base_identity, base_names, report
                         what a config asks for in a model, what is refused, what the model was, and has become
     loading             checkpoints into models and back

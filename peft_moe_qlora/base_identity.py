@@ -19,7 +19,8 @@ from torch import nn
 
 from .config import MoeQLoraConfig
 from .experts import QuantizedExperts
-from .quantization import FourBitFormat, Stack
+from .quantization import Format, FourBitFormat, Stack, parse_format
+from .quantized_linear import QuantizedLinear
 
 _SAMPLED_STACKS = 8
 _SAMPLES = 16
@@ -36,7 +37,7 @@ class BaseIdentity:
         model_type: of transformers.
         dtype: that weights were cast to before they were quantized, such as `"bfloat16"`.
         dense_stacks: experts that were left in `dtype` although the others are in 4 bits.
-        linear: 4-bit format, such as `"nf4/64+dq"` -> linear layers stored in it; `*` stands for any number.
+        linear: format, such as `"nf4/64+dq"` -> linear layers stored in it; `*` stands for any number.
         samples: name of a stack -> scales of the first blocks of expert 0, or its first weights.
     """
 
@@ -85,7 +86,7 @@ class BaseIdentity:
             ),
             "dense_stacks": ("a list of names", are_names(self.dense_stacks)),
             "linear": (
-                "an object of 4-bit formats and lists of names",
+                "an object of formats and lists of names",
                 isinstance(self.linear, dict) and all(map(are_names, self.linear.values())),
             ),
             "samples": (
@@ -101,15 +102,15 @@ class BaseIdentity:
                 )
         for storage in self.linear:
             try:
-                FourBitFormat.parse(storage)
+                parse_format(storage)
             except ValueError as error:
                 raise ValueError(f"What the adapter's config says of its base has, in linear, {error}") from error
 
-    def linear_storage(self, name: str) -> FourBitFormat | None:
+    def linear_storage(self, name: str) -> Format | None:
         """How a linear layer was stored, None for floating point."""
         for storage, patterns in self.linear.items():
             if name in patterns or _any_number(name) in patterns:
-                return FourBitFormat.parse(storage)
+                return parse_format(storage)
         return None
 
 
@@ -194,7 +195,7 @@ def _stacks(model: nn.Module) -> dict[str, Stack]:
 def _linear_storage(model: nn.Module) -> dict[str, list[str]]:
     """Linear layers by their storage, as patterns where all that fit one are stored alike."""
     storages = {
-        path.removesuffix(".base_layer"): _storage(module) if isinstance(module, Linear4bit) else ""
+        path.removesuffix(".base_layer"): _storage(module)
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
@@ -209,7 +210,12 @@ def _linear_storage(model: nn.Module) -> dict[str, list[str]]:
     return {storage: sorted(names) for storage, names in sorted(found.items())}
 
 
-def _storage(module: Linear4bit) -> str:
+def _storage(module: nn.Linear) -> str:
+    """By its format's name, empty for floating point."""
+    if isinstance(module, QuantizedLinear):
+        return str(module.storage)
+    if not isinstance(module, Linear4bit):
+        return ""
     weight = module.weight
     state = weight.quant_state
     blocksize = weight.blocksize if state is None else state.blocksize

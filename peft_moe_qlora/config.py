@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
 from .options import REMEDY, check_honoured, names_of, shown, values_of
-from .quantization import FourBitFormat
+from .quantization import Format, format_of, spelled
 from .saved_adapter import add_loading, refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
 
 FORMAT_VERSION = 1
@@ -84,8 +84,9 @@ class MoeQLoraConfig(LoraConfig):
             `r` gives a dense layer of the same width.
         expert_alpha: numerator of the experts' scaling, which is `expert_alpha / expert_r`, or
             `expert_alpha / sqrt(expert_r)` with `use_rslora`. Default: so that the scaling equals the linear layers'.
-        quant_type: storage of the experts of the whole model, adapted or not: `"nf4"`, `"fp4"`, or None to leave them
-            in 16 bits.
+        storage: format of the experts of the whole model, adapted or not, by its name, such as `"fp8/128x128"`.
+            Default: what the next three say, or for a model that was loaded in a format that they can't say, that.
+        quant_type: the 4-bit format of the experts: `"nf4"`, `"fp4"`, or None to leave them in 16 bits.
         blocksize: number of weights that share a scale; 64 is the block size of QLoRA.
         double_quant: store the scales in 8 bits, 0.37 bits a weight less at block size 64.
         rank_pattern, alpha_pattern: of linear layers and of projections of experts, by path, such as
@@ -100,6 +101,9 @@ class MoeQLoraConfig(LoraConfig):
     expert_r: int | None = field(default=None, metadata={"help": "Rank of each expert's factors. Default: r."})
     expert_alpha: float | None = field(
         default=None, metadata={"help": "Alpha of the experts. Default: such that their scaling is that of r."}
+    )
+    storage: str | None = field(
+        default=None, metadata={"help": "Format of the experts, such as 'fp8/128x128', instead of quant_type."}
     )
     quant_type: str | None = field(
         default="nf4", metadata={"help": "Storage of the experts: 'nf4', 'fp4', or None to leave them in 16 bits."}
@@ -122,6 +126,8 @@ class MoeQLoraConfig(LoraConfig):
                 f"The adapter has format_version {self.format_version}; this peft-moe-qlora reads up to "
                 f"{FORMAT_VERSION}. Upgrade peft-moe-qlora."
             )
+        if self.storage is not None:
+            self.set_format(self.format)
         check_honoured(vars(self))
         super().__post_init__()
         self.peft_type = MoeQLoraPeftType.MOE_QLORA
@@ -176,11 +182,13 @@ class MoeQLoraConfig(LoraConfig):
         return config
 
     @property
-    def storage(self) -> FourBitFormat | None:
+    def format(self) -> Format | None:
         """How the experts are stored, None for 16 bits."""
-        if self.quant_type is None:
-            return None
-        return FourBitFormat(self.quant_type, self.blocksize, self.double_quant)
+        return format_of(self.storage, self.quant_type, self.blocksize, self.double_quant)
+
+    def set_format(self, found: Format | None) -> None:
+        """Asks for a format, None for 16 bits."""
+        self.storage, self.quant_type, self.blocksize, self.double_quant = spelled(found)
 
     @property
     def resolved_expert_r(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,14 @@ from torch import nn
 from .base_identity import BaseIdentity, identify_base, settle_base
 from .base_names import keep_base_names
 from .config import ALL_EXPERTS, MoeQLoraConfig
-from .experts import QuantizedExperts, check_convertible
+from .experts import QuantizedExperts, check_convertible, stored_format
 from .factor_shapes import check_factor_shapes, check_stored_layers, check_stored_shapes
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge import MergeCheck, in_memory
 from .quantization import Stack
+from .quantized_linear import QuantizedLinear
+from .quantized_linear_lora import QuantizedLinearLora
 from .report import ExpertsReport, experts_report
 from .targets import (
     check_matched_modules,
@@ -73,7 +76,8 @@ class MoeQLoraModel(LoraModel):
         recorded = BaseIdentity.of(peft_config.base) if peft_config.is_read else None
         stored = peft_config.stored
         is_loaded = stored is not None and stored.has_layers_of(peft_config)
-        check_convertible(model, peft_config.storage)
+        _adopt_format(peft_config, model)
+        check_convertible(model, peft_config.format)
         check_not_shared(model)
         layouts = expert_layouts(model)
         names = module_names(model, layouts)
@@ -90,17 +94,17 @@ class MoeQLoraModel(LoraModel):
         peft_config.stored = None
         if linear or stacks:
             # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
-            skip_init_on_device(store_experts)(model, peft_config.storage, progressbar=True)
+            skip_init_on_device(store_experts)(model, peft_config.format, progressbar=True)
         settle_base(peft_config, recorded, identify_base(model, stacks))
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
         super()._check_new_adapter_config(config)
         for name, other in self.peft_config.items():
-            if other.storage != config.storage:
+            if other.format != config.format:
                 raise ValueError(
-                    f"The new adapter wants the experts stored as {config.storage or '16 bits'}, but adapter {name!r} "
-                    f"has them as {other.storage or '16 bits'}. Adapters of one model share its experts: give both "
-                    "the same quant_type, blocksize and double_quant."
+                    f"The new adapter wants the experts stored as {config.format or '16 bits'}, but adapter {name!r} "
+                    f"has them as {other.format or '16 bits'}. Adapters of one model share its experts: give both "
+                    "the same storage, or the same quant_type, blocksize and double_quant."
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +136,16 @@ class MoeQLoraModel(LoraModel):
     ) -> nn.Module:
         if isinstance(target, Stack):
             return ExpertsLora(target, adapter_name, lora_config, **kwargs)
+        if isinstance(target, QuantizedLinear):
+            return QuantizedLinearLora(target, adapter_name, lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, QuantizedLinearLora):
+            # PEFT asks for the weight, which would be decoded many times, to move factors that are where it is
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -261,10 +274,12 @@ class MoeQLoraModel(LoraModel):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit.
 
-        After an error experts are as they were before the call.
+        So it is with linear layers that are stored in a format. After an error experts and these are as they were
+        before the call.
         """
         self._check_mergeable(adapter_names)
-        with in_memory.restored_on_error(list(self.expert_layers())):
+        layers = [layer for layer in self.model.modules() if isinstance(layer, (ExpertsLora, QuantizedLinearLora))]
+        with in_memory.restored_on_error(layers):
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -294,7 +309,8 @@ class MoeQLoraModel(LoraModel):
             adapter_names: what to merge. Default: the active adapters.
             dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
                 with dequantized and merged stacks, and the model as `from_pretrained(dtype=dtype)` would, ready for
-                `save_pretrained`. Linear layers in 4 bits stay so.
+                `save_pretrained`. Linear layers of bitsandbytes stay in 4 bits; a `QuantizedLinear` becomes an
+                `nn.Linear`.
             rounding: of experts in 4 bits, `"second-order"` or `"nearest"`, which needs no forward.
             calibration: `(N, L)` token ids for the forward. Default: `random_token_ids`.
 
@@ -323,7 +339,9 @@ class MoeQLoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        if all(module.is_dense for module in model.modules() if isinstance(module, QuantizedExperts)):
+        experts = (module for module in model.modules() if isinstance(module, QuantizedExperts))
+        has_packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        if not has_packed and all(module.is_dense for module in experts):
             # nothing is packed: the classes' own modules do
             restore_experts(model, None)
         return model
@@ -341,3 +359,16 @@ class MoeQLoraModel(LoraModel):
             raise ValueError(f"adapter_names={list(adapter_names)} names an adapter twice; name each once.")
         in_memory.check_mergeable(self.model, adapter_names)
         return adapter_names
+
+
+def _adopt_format(config: MoeQLoraConfig, model: nn.Module) -> None:
+    """Lets a new config that names no format ask for the one that a model was loaded in.
+
+    Where `quant_type` could name that, it has to, as ever: its default may be meant.
+    """
+    found = stored_format(model)
+    if config.storage is None and not config.is_read and found is not None:
+        asked = copy.copy(config)
+        asked.set_format(found)
+        if asked.storage is not None:
+            config.set_format(found)

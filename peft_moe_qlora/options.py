@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import TaskType
 
-from .quantization import BLOCKSIZES, QUANT_TYPES
+from .quantization import BLOCKSIZES, QUANT_TYPES, parse_format
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,13 @@ def _is_name_in_regex(value: Any) -> bool:
     return is_name(value) and compiles(rf"(^|.*\.){value}($|\..*)")  # as PEFT does it with modules_to_save
 
 
+def _is_format(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and parse_format(value) is not None
+    except ValueError:
+        return False
+
+
 def _are_targets(value: Any) -> bool:
     return compiles(value) if isinstance(value, str) else is_list_of(is_name)(value)
 
@@ -137,6 +144,7 @@ NUMBER = Values("a finite number", is_number)
 PROBABILITY = Values("a probability below 1", lambda value: is_number(value) and 0 <= value < 1)
 TARGETS = Values("a list of names, or a string that is a valid regular expression,", _are_targets)
 BIAS = one_of("none", "all", "lora_only")
+FORMAT = Values("the name of a format, such as 'fp8/128x128',", _is_format)
 _UNSLOTHS_NOTES = Values("an object, with unsloth's notes as it writes them if it has any,", _are_unsloths_notes)
 
 OPTIONS = {
@@ -212,6 +220,7 @@ OPTIONS = {
     "expert_r": Option(COUNT, owner="own"),
     "format_version": Option(COUNT, owner="own", is_needed=True),
     "quant_type": Option(one_of(*QUANT_TYPES), owner="own", is_needed=True),
+    "storage": Option(FORMAT, owner="own"),
     "lora_B_layout": Option(TEXT, owner="unsloth"),
     "unsloth_fused_expert_lora": Option(_UNSLOTHS_NOTES, owner="unsloth"),
 }

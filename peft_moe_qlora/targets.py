@@ -15,6 +15,7 @@ from torch import nn
 from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import ExpertsLayout, QuantizedExperts, bias_name, find_experts, read_layout
 from .layer import ExpertsLora
+from .quantized_linear import QuantizedLinear
 from .unadaptable import why_unadaptable
 
 # names that a projection, or half of a fused one, had when each expert was a module of its own
@@ -246,9 +247,12 @@ def check_matched_modules(config: MoeQLoraConfig, model: nn.Module, layouts: Map
     """Refuses what PEFT would refuse too, but in the middle of the injection.
 
     Raises:
-        ValueError: `target_modules` reaches a router that is no linear layer, or a module without a weight matrix.
+        ValueError: `target_modules` reaches a router that is no linear layer, or a module without a weight matrix, or
+            `modules_to_save` a linear layer that is stored in a format.
     """
     for name, module in model.named_modules():
+        if any(name == one or name.endswith(f".{one}") for one in config.modules_to_save or ()):
+            _check_in_floating_point(name, module)
         if not name or name in layouts or not check_target_module_exists(config, name):
             continue
         if not isinstance(module, (nn.Linear, BaseTunerLayer)) and is_router(name, module, layouts):
@@ -262,6 +266,15 @@ def check_matched_modules(config: MoeQLoraConfig, model: nn.Module, layouts: Map
             raise ValueError(
                 f"target_modules reaches {name}, a {type(module).__name__}, which has no weight matrix of its own for "
                 "LoRA to adapt. Name the linear layers, inside it or elsewhere."
+            )
+
+
+def _check_in_floating_point(path: str, module: nn.Module) -> None:
+    for name, layer in module.named_modules(prefix=path):
+        if isinstance(layer, QuantizedLinear):
+            raise ValueError(
+                f"modules_to_save reaches {name}, a linear layer that is stored as {layer.storage}, which can't be "
+                "trained in full. Name it in target_modules, or dequantize the model first."
             )
 
 

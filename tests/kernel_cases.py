@@ -6,12 +6,23 @@ import torch
 
 from peft_moe_qlora.ops import Gate
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles
-from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack, Stack
+from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack, Stack
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-5  # relative L2 error, fp32 against fp32
 
 NF4 = FourBitFormat("nf4", 64)
+GRIDS = [
+    Fp8Format((16, 32)),
+    Fp8Format((24, 32), "bf16"),
+    Fp8Format((1, 0)),
+    Fp8Format((0, 0), "fp16"),
+    Fp8Format((1, 32), "e8m0"),
+    Fp8Format(),
+    Mxfp4Format(),
+]
+"""Formats whose scales lie on a grid."""
 GATES = [
     Gate("silu"),
     Gate("silu", interleaved=True),
@@ -33,11 +44,16 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, limit: float = TOL
     assert error <= limit, f"relative error {error:.1e}"
 
 
-def random_stack(shape: tuple[int, int, int], transposed: bool, storage: FourBitFormat | None) -> Stack:
+def random_stack(
+    shape: tuple[int, int, int], transposed: bool, storage: Format | None, parts: int | None = None
+) -> Stack:
+    """Of gate and up in one where that is possible, unless `parts` says otherwise."""
     weight = torch.randn(shape, device=DEVICE) * 0.2
-    return (
-        DenseStack(weight, transposed) if storage is None else QuantizedStack.from_dense(weight, transposed, storage)
-    )
+    if storage is None:
+        return DenseStack(weight, transposed)
+    if parts is None:
+        parts = 1 + (shape[2 if transposed else 1] % 2 == 0)
+    return QuantizedStack.from_dense(weight, transposed, storage, parts)
 
 
 def random_ids(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:

@@ -18,23 +18,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peft_moe_qlora.ops.kernels.code_tables import code_table
+import peft_moe_qlora.ops.kernels.decode  # registers what decodes
+from peft_moe_qlora.ops.kernels.codec import codec_for
 from peft_moe_qlora.ops.kernels.grouped_gemm import _grouped_gemm_kernel
 from peft_moe_qlora.ops.kernels.tuning import tuning_table
+from peft_moe_qlora.quantization import FourBitFormat
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
-table = code_table("nf4", torch.bfloat16, True)
+formats = {"packed": FourBitFormat(), "e4m3": Fp8Format(), "e2m1": Mxfp4Format()}
 entries = tuning_table((9, 0)).entries
-tried = dict.fromkeys((along, tiles) for weight, along, _, tiles in entries if weight == "packed")
-for along, tiles in tried:
+tried = dict.fromkeys((weight, along, tiles) for weight, along, _, tiles in entries if weight in formats)
+for weight, along, tiles in tried:
     if tiles.decode_first or not tiles.weight_left:
         continue
+    codec = codec_for(formats[weight], 512, 512, 1, False, torch.bfloat16, True)
     constants = dict(
         STRIDE_FE=1, STRIDE_FN=1, STRIDE_FR=1, HEIGHTS=tiles.heights, N=512, K=512, TOP_K=8, GATHER=True,
-        ALONG_COLUMNS=along == "columns", BLOCKSIZE=64, VALUES=table.values, ASSEMBLY=table.assembly,
-        SCALE=table.scale, RANK=0, RANKS=16, HAS_BIAS=False, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
-        WEIGHT_LEFT=True, LOOPS=False,
+        ALONG_COLUMNS=along == "columns", CODEC=codec, RANK=0, RANKS=16, HAS_BIAS=False, TILE_N=tiles.tile_n,
+        TILE_K=tiles.tile_k, WEIGHT_LEFT=True, LOOPS=False,
     )
-    types = "bf16 i32 u8 fp32 bf16 fp32 bf16 bf16 i32 i32 i32".split()
+    codes, scales = ("i16" if weight == "e4m3" else "u8"), ("u8" if weight == "e2m1" else "fp32")
+    types = f"bf16 i32 {codes} {scales} bf16 fp32 bf16 bf16 i32 i32 i32".split()
     signature = dict(zip(_grouped_gemm_kernel.arg_names, ["*" + kind for kind in types] + ["i32"] * 3))
     source = ASTSource(
         _grouped_gemm_kernel,

@@ -15,7 +15,8 @@ import torch
 from gate_formulas import gated
 
 from peft_moe_qlora.ops import Factors, Gate, LowRank, packed_weight, reference
-from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack, Stack
+from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack, Stack
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -87,6 +88,10 @@ CASES = {
     "no adapter": (5, 2, 128, 64, 4, True, NF4, Gate("silu"), 0, False),
     "nested, biases": (7, 2, 128, 64, 3, False, FourBitFormat("fp4", 32, True), Gate("gelu_tanh"), 3, True),
     "transposed": (7, 2, 128, 64, 3, True, FourBitFormat("nf4", 128), GATES[4], 3, True),
+    "grid": (7, 2, 64, 96, 3, False, Fp8Format((32, 32)), Gate("silu"), 3, True),
+    "grid cut short": (7, 2, 72, 40, 3, False, Fp8Format(), Gate("silu"), 3, False),
+    "grid of a transposed class": (7, 2, 64, 96, 3, True, Mxfp4Format(), GATES[4], 3, True),
+    "a scale for each row": (5, 2, 72, 40, 3, False, Fp8Format((1, 0), "bf16"), GATES[1], 2, False),
     "16-bit": (7, 2, 40, 24, 3, True, None, GATES[3], 3, True),
     "unaligned blocks": (7, 2, 40, 24, 3, False, NF4, GATES[1], 3, False),
     "one of each": (1, 1, 40, 24, 1, False, None, Gate("silu"), 1, False),
@@ -244,12 +249,12 @@ REAL_SHAPES = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64, True), None], ids=str)
+@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64, True), Fp8Format(), Mxfp4Format(), None], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16, 300, 3000])
 @pytest.mark.parametrize("shape", REAL_SHAPES.values(), ids=REAL_SHAPES.keys())
 def test_real_shapes_in_16_bits(
-    shape: tuple[int, int, int, int], num_tokens: int, dtype: torch.dtype, storage: FourBitFormat | None
+    shape: tuple[int, int, int, int], num_tokens: int, dtype: torch.dtype, storage: Format | None
 ) -> None:
     num_experts, hidden, intermediate, top_k = shape
     transposed = hidden == intermediate
@@ -258,7 +263,8 @@ def test_real_shapes_in_16_bits(
     for rows, columns in (shape[::-1] if transposed else shape for shape in shapes):
         weight = torch.randn(num_experts, rows, columns, device=DEVICE, dtype=dtype) * 0.02
         stack = DenseStack(weight, transposed)
-        stacks.append(stack if storage is None else QuantizedStack.from_dense(weight, transposed, storage))
+        parts = 2 if len(stacks) == 0 and not transposed else 1
+        stacks.append(stack if storage is None else QuantizedStack.from_dense(weight, transposed, storage, parts))
     # gpt-oss's gate is not zero in the mean, so that errors of the weights that have a mean add up
     gate = Gate("swiglu_oai", limit=7.0, alpha=1.702) if transposed else Gate("silu")
     limit = 6e-3 if dtype == torch.bfloat16 else 1.5e-3

@@ -12,14 +12,15 @@ import pytest
 import torch
 from gate_formulas import gated
 
-from peft_moe_qlora.ops import Gate, packed_weight
-from peft_moe_qlora.quantization import FourBitFormat, QuantizedStack
+from peft_moe_qlora.ops import Gate, packed_weight, why_not_read
+from peft_moe_qlora.quantization import Format, FourBitFormat, QuantizedStack
+from peft_moe_qlora.quantization.formats import Fp8Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from kernel_cases import DEVICE, GATES, NF4, TILES, assert_close, random_ids, random_stack
+from kernel_cases import DEVICE, GATES, GRIDS, NF4, TILES, assert_close, random_ids, random_stack
 
-from peft_moe_qlora.ops.kernels.code_tables import code_table
+from peft_moe_qlora.ops.kernels.codec import decoder_of
 from peft_moe_qlora.ops.kernels.combine import combine
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.ops.kernels.gate import apply_gate, gate_backward
@@ -79,6 +80,38 @@ def test_decoding_is_bit_for_bit_that_of_the_stack(
     assert torch.equal(decode(packed_weight(stack), shape[0] - 1, 1, dtype), stack.decode(dtype)[-1:])
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 70, 192), (2, 96, 72), (1, 2, 10)], ids=str)
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_decoding_of_a_grid_is_bit_for_bit_that_of_the_stack(
+    shape: tuple[int, int, int], storage: Format, dtype: torch.dtype
+) -> None:
+    stack = random_stack(shape, False, storage, parts=2)
+    assert why_not_read(stack) is None
+    assert torch.equal(decode(packed_weight(stack), 0, shape[0], dtype), stack.decode(dtype))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],  # the interpreter cuts bf16
+    ids=str,
+)
+def test_every_code_of_fp8(dtype: torch.dtype) -> None:
+    """Subnormal ones too, whose bits are subnormal in 16 bits; scales of 1, so that values are exact."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 1, 256)
+    codes[0, 0, [0x7F, 0xFF]] = 0
+    stack = QuantizedStack(torch.Size((1, 1, 256)), torch.float32, False, Fp8Format((1, 0)), DEVICE)
+    stack.set_tensors(0, {"codes": codes[0], "block_scales": torch.ones(1, 1, device=DEVICE).view(torch.int32)})
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(decode(packed_weight(stack), 0, 1, dtype).float(), expected)
+    eye = torch.eye(256, device=DEVICE, dtype=dtype)
+    rows = sort_pairs(torch.zeros(256, 1, dtype=torch.long, device=DEVICE), 1)
+    for height in (16, 64):
+        tuned = GemmTiles((height,), 16, 64, 4, 2, False, False)
+        out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, (height,)), tuned)
+        assert torch.equal(out[:, 0].float(), expected[0, 0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -88,7 +121,7 @@ def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dty
     weight = torch.ones(1, 4, 64, device=DEVICE)
     weight[:, :, 1:] = torch.linspace(-1, 1, 63, device=DEVICE)
     stack = QuantizedStack.from_dense(weight, False, storage)
-    assert code_table(storage.quant_type, dtype, True).assembly[0]
+    assert decoder_of(storage.kernel_codes, dtype, True).assembly
     eye = torch.eye(64, device=DEVICE, dtype=dtype)
     ids = torch.zeros(64, 1, dtype=torch.long, device=DEVICE)
     rows = sort_pairs(ids, 1)
@@ -101,8 +134,8 @@ def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dty
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_scaled_tables_round_better_and_without_a_mean(quant_type: str, dtype: torch.dtype, share: float) -> None:
     """A mean error of the weights adds up where activations have a mean: of 4e-4 it made 1 % of an output."""
-    exact = code_table(quant_type, torch.float32, False)
-    rounded = code_table(quant_type, dtype, False)
+    exact = decoder_of(quant_type, torch.float32, False)
+    rounded = decoder_of(quant_type, dtype, False)
     codes = torch.tensor(exact.values)
     weights = torch.randn(8192, 64)
     absmax = weights.abs().amax(1, keepdim=True)
@@ -111,7 +144,7 @@ def test_scaled_tables_round_better_and_without_a_mean(quant_type: str, dtype: t
     def errors(values: torch.Tensor) -> torch.Tensor:
         return (absmax * (values - codes)[used]).double() / (absmax * codes[used]).pow(2).mean().sqrt()
 
-    scaled = errors(torch.tensor(rounded.values) / rounded.scale)
+    scaled = errors(torch.tensor(rounded.values) / rounded.unit)
     assert scaled.pow(2).mean().sqrt() <= share * errors(codes.to(dtype).float()).pow(2).mean().sqrt()
     assert scaled.mean().abs() <= 3e-5
 
@@ -127,6 +160,8 @@ def test_scaled_tables_round_better_and_without_a_mean(quant_type: str, dtype: t
         ((3, 70, 128), FourBitFormat("nf4", 128)),
         ((3, 40, 24), NF4),
         ((3, 7, 5), None),
+        *(((3, 70, 192), storage) for storage in GRIDS),
+        ((2, 72, 40), Fp8Format()),
     ],
     ids=str,
 )
@@ -135,7 +170,7 @@ def test_grouped_product(
     for_input_gradient: bool,
     transposed: bool,
     shape: tuple[int, int, int],
-    storage: FourBitFormat | None,
+    storage: Format | None,
 ) -> None:
     stack = random_stack(shape, transposed, storage)
     weight = packed_weight(stack)
@@ -144,7 +179,7 @@ def test_grouped_product(
     rows = sort_pairs(ids, num_experts)
     tiles = cut_tiles(rows, tuned.heights)
     matrices = stack.decode(torch.float32)
-    if transposed == for_input_gradient:
+    if stack.is_transposed == for_input_gradient:
         matrices = matrices.transpose(1, 2)  # now (E, K, N)
     tokens = torch.randn(37, matrices.shape[1], device=DEVICE)
     term = LowRankTerm(
@@ -237,10 +272,10 @@ def test_combining_skips_pairs_of_other_ranks(columns: int) -> None:
 
 def test_every_measured_table_has_an_answer_for_every_question() -> None:
     table = tuning_table((9, 0))
-    for is_packed in (False, True):
+    for codes in (None, "nf4", "e4m3", "e2m1", "of no entry"):
         for along_columns in (False, True):
             for rows_per_expert in (1 / 512, 1.0, 33.3, 1e9):
-                tiles = table.choose(is_packed, along_columns, rows_per_expert)
+                tiles = table.choose(codes, along_columns, rows_per_expert)
                 sizes = (*tiles.heights, tiles.tile_n, tiles.tile_k)
                 assert all(size >= 16 and math.log2(size).is_integer() for size in sizes)
                 assert list(tiles.heights) == sorted(tiles.heights, reverse=True)
@@ -248,5 +283,5 @@ def test_every_measured_table_has_an_answer_for_every_question() -> None:
 
 
 def test_unmeasured_devices_and_fp32_get_safe_tiles() -> None:
-    assert choose_tiles(torch.device("cpu"), torch.bfloat16, True, True, 1.0) is SAFE_TILES
-    assert choose_tiles(DEVICE, torch.float32, True, True, 1.0) is SAFE_TILES
+    assert choose_tiles(torch.device("cpu"), torch.bfloat16, "nf4", True, 1.0) is SAFE_TILES
+    assert choose_tiles(DEVICE, torch.float32, "nf4", True, 1.0) is SAFE_TILES

@@ -417,7 +417,7 @@ def test_the_callers_configuration_is_left_alone(tmp_path):
     config = MoeQuantizationConfig("nf4", 128, quantize_linear=False)
     before = config.to_dict()
     found = in_4_bits(tmp_path / "packed", config)
-    assert found.config.quantization_config.storage == FourBitFormat("fp4", 64)
+    assert found.config.quantization_config.format == FourBitFormat("fp4", 64)
     assert config.to_dict() == before
 
 

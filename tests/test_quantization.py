@@ -9,7 +9,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
-from peft_moe_qlora.quantization.four_bit import dequantize, dequantize_reference
+from peft_moe_qlora.quantization.formats.four_bit import dequantize, dequantize_reference
 
 FORMATS = [
     FourBitFormat("nf4", 64),

@@ -15,7 +15,6 @@ from peft_moe_qlora.merge.calibration import random_token_ids
 from peft_moe_qlora.merge.second_order import (
     MergedExpert,
     choose_scales,
-    nearest_codes,
     quantize_second_order,
     round_second_order,
 )
@@ -43,7 +42,7 @@ def test_the_nearest_codes_are_those_of_bitsandbytes(storage, device):
     scales = weight.abs().view(-1, storage.blocksize).amax(dim=1)
     of_weights = scales.repeat_interleave(storage.blocksize).view(48, 64)
     again.set_scales(0, scales)
-    again.set_codes(0, nearest_codes(weight[0], of_weights, storage))
+    again.set_codes(0, storage.nearest(weight[0], of_weights))
     assert torch.equal(again.decode(torch.float32), stack.decode(torch.float32))
 
 
@@ -54,7 +53,7 @@ def test_the_nearest_codes_are_nearest_whatever_the_scale(quant_type, scale, dev
     storage = FourBitFormat(quant_type)
     weights = (abs(scale) or 1.0) * randn(2000, device=device)
     values = scale * code_values(quant_type, weights.device)
-    codes = nearest_codes(weights, torch.full_like(weights, scale), storage)
+    codes = storage.nearest(weights, torch.full_like(weights, scale))
     least = (weights[:, None] - values).abs().amin(dim=1)
     torch.testing.assert_close((weights - values[codes.int()]).abs(), least, rtol=1e-6, atol=1e-6 * abs(scale))
 
@@ -79,7 +78,7 @@ def test_inputs_alike_in_every_direction_ask_for_the_nearest(storage, device):
     scales = torch.full_like(weights, 2.5)
     codes, is_nearest = round_second_order(weights, scales, torch.eye(96, device=device).expand(2, 96, 96), storage)
     assert not is_nearest.any()
-    assert torch.equal(codes, nearest_codes(weights, scales, storage))
+    assert torch.equal(codes, storage.nearest(weights, scales))
 
 
 @pytest.mark.parametrize("features", [64, 130, 300])
@@ -95,7 +94,7 @@ def test_what_the_layer_gives_changes_less(features, device):
         error = table[codes.int()] * scales - weights
         return torch.einsum("eoi,eij,eoj->e", error, moments, error)
 
-    nearest = cost(nearest_codes(weights, scales, storage))
+    nearest = cost(storage.nearest(weights, scales))
     found = cost(round_second_order(weights, scales, moments, storage)[0])
     assert (found < 0.5 * nearest).all()
 
@@ -110,7 +109,7 @@ def test_scales_are_the_best_of_those_tried():
     def error(scales: torch.Tensor) -> torch.Tensor:
         stack = QuantizedStack.from_dense(matrix[None], False, storage)
         stack.set_scales(0, scales)
-        stack.set_codes(0, nearest_codes(matrix, scales.repeat_interleave(64).view_as(matrix), storage))
+        stack.set_codes(0, storage.nearest(matrix, scales.repeat_interleave(64).view_as(matrix)))
         return (stack.decode_expert(0, torch.float32) - matrix).view(-1, 64).square().sum(dim=1)
 
     found = error(choose_scales(matrix, before, storage))

@@ -16,15 +16,19 @@ from peft_moe_qlora import CheckpointError, load_experts, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.loading.quantization_config import quant_method
 
-MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}},
+}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
 OLD_INT8 = {"load_in_8bit": True}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """`base`, to be quantized, and `adapter`; the base is gpt-oss, whose checkpoints are published in MXFP4."""
+    """`base`, to be quantized, and `adapter`."""
     directory = tmp_path_factory.mktemp("saved")
     save_adapter(directory, "gpt_oss", dtype=torch.bfloat16, target_modules=["experts"])
     return directory
@@ -36,9 +40,10 @@ def quantize(directory: Path, config: dict) -> None:
     before = {key: tensors.pop(key) for key in list(tensors) if ".experts." in key and not key.endswith("_bias")}
     for key, tensor in before.items():
         num_experts, rows, columns = tensor.shape
-        if config is MXFP4:
-            tensors[f"{key}_blocks"] = torch.zeros(num_experts, columns, rows // 32, 16, dtype=torch.uint8)
-            tensors[f"{key}_scales"] = torch.zeros(num_experts, columns, rows // 32, dtype=torch.uint8)
+        if config is NVFP4:
+            tensors[key] = torch.zeros(num_experts, columns, rows // 2, dtype=torch.uint8)
+            tensors[f"{key}_scale"] = torch.zeros(num_experts, columns, rows // 16).to(torch.float8_e4m3fn)
+            tensors[f"{key}_scale_2"] = torch.ones(num_experts)
         else:
             tensors[key] = torch.zeros(
                 tensor.shape, dtype=torch.int8 if "load_in_8bit" in config else torch.float8_e4m3fn
@@ -52,8 +57,8 @@ def quantize(directory: Path, config: dict) -> None:
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (MXFP4, "'mxfp4'"),
-        (FP8, "'fp8'"),
+        (NVFP4, "'modelopt'"),
+        (INT4, "'compressed-tensors'"),
         (INT8, "'bitsandbytes' in 8 bits"),
         (OLD_INT8, "'bitsandbytes' in 8 bits"),
         ({"bits": 4}, "'a method without a name'"),

@@ -91,7 +91,7 @@ def randomize_adapter(model: nn.Module, seed: int = 3, std: float = 0.1) -> None
 
 def packed_bytes(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of everything that is stored of the experts."""
-    keys = (".codes", "absmax", ".offset")
+    keys = (".codes", "absmax", ".offset", "scales")
     return {name: value.clone() for name, value in model.state_dict().items() if name.endswith(keys)}
 
 

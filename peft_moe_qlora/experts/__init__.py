@@ -1,6 +1,6 @@
 """What an experts module is, with or without an adapter."""
 
-from .convert import check_convertible, convert_experts, find_experts, revert_experts
+from .convert import check_convertible, convert_experts, find_experts, move_hook, revert_experts, stored_format
 from .layout import (
     ALWAYS_ON_CLASSES,
     SHARD_LATER,
@@ -22,8 +22,10 @@ __all__ = [
     "check_convertible",
     "convert_experts",
     "find_experts",
+    "move_hook",
     "read_layout",
     "refuse_liger",
     "refuse_unsupported",
     "revert_experts",
+    "stored_format",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..quantization import QUANTIZABLE_DTYPES, DenseStack, FourBitFormat, QuantizedStack, Stack
+from ..quantization import QUANTIZABLE_DTYPES, DenseStack, Format, QuantizedStack, Stack
 from .layout import check_floating_point, check_not_sharded, declares_layout, read_layout, refuse_unsupported
 from .quantized import QuantizedExperts
 
@@ -22,7 +22,7 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[str]:
+def check_convertible(model: nn.Module, storage: Format | None) -> list[str]:
     """Makes sure that `convert_experts` will work, before anything is changed; returns the paths it would change.
 
     Raises:
@@ -32,7 +32,7 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     refuse_unsupported(model)
     paths = []
     found = False
-    is_mixed = _has_packed_stack(model)
+    is_mixed = stored_format(model) is not None
     for path, module in find_experts(model):
         found = True
         check_not_sharded(module, path)
@@ -51,11 +51,13 @@ def check_convertible(model: nn.Module, storage: FourBitFormat | None) -> list[s
     return paths
 
 
-def _has_packed_stack(model: nn.Module) -> bool:
-    return any(isinstance(module, Stack) and module.storage is not None for module in model.modules())
+def stored_format(model: nn.Module) -> Format | None:
+    """The format of the experts of a model, None if none are packed; a model has one."""
+    stacks = (module for module in model.modules() if isinstance(module, Stack))
+    return next((stack.storage for stack in stacks if stack.storage is not None), None)
 
 
-def _check_storage(path: str, experts: QuantizedExperts, storage: FourBitFormat | None, is_mixed: bool) -> None:
+def _check_storage(path: str, experts: QuantizedExperts, storage: Format | None, is_mixed: bool) -> None:
     for projection in experts.layout.projections:
         found = experts.stack(projection).storage
         if found is None and is_mixed:  # a checkpoint, or skip_modules, has left it in 16 bits
@@ -63,12 +65,13 @@ def _check_storage(path: str, experts: QuantizedExperts, storage: FourBitFormat 
         if found != storage:
             raise ValueError(
                 f"{path}.{projection} is already stored as {found or 'unquantized'}, but {storage or 'unquantized'} "
-                "was asked for. Ask for the same quant_type, blocksize and double_quant, or load the model again."
+                "was asked for. Ask for the same storage (quant_type, blocksize and double_quant for 4 bits), or load "
+                "the model again."
             )
 
 
 @torch.no_grad()
-def convert_experts(model: nn.Module, storage: FourBitFormat | None, progressbar: bool = False) -> None:
+def convert_experts(model: nn.Module, storage: Format | None, progressbar: bool = False) -> None:
     """Replaces every 16-bit experts module by a `QuantizedExperts` that stores its stacks in `storage`.
 
     Stack by stack: a 16-bit stack is freed before the next is quantized. Experts already converted stay as they are;
@@ -76,7 +79,7 @@ def convert_experts(model: nn.Module, storage: FourBitFormat | None, progressbar
 
     Args:
         model: changed in place.
-        storage: the 4-bit format; None keeps the stacks as they are.
+        storage: the format; None keeps the stacks as they are.
         progressbar: show one.
 
     Raises:
@@ -93,7 +96,7 @@ def convert_experts(model: nn.Module, storage: FourBitFormat | None, progressbar
             continue
         if module not in converted:
             converted[module] = _convert(module, path, storage, tied)
-            _move_hook(module, converted[module])
+            move_hook(module, converted[module])
         setattr(model.get_submodule(parent_path), name, converted[module])
 
 
@@ -104,9 +107,7 @@ def _tied_stacks(model: nn.Module, paths: list[str]) -> dict[int, Stack | None]:
     return {key: None for key, count in uses.items() if count > 1}
 
 
-def _convert(
-    module: nn.Module, path: str, storage: FourBitFormat | None, tied: dict[int, Stack | None]
-) -> QuantizedExperts:
+def _convert(module: nn.Module, path: str, storage: Format | None, tied: dict[int, Stack | None]) -> QuantizedExperts:
     """Moves the parameters of one experts module into stacks, each freed before the next is touched."""
     layout = read_layout(module, path)
     stacks = {}
@@ -117,7 +118,7 @@ def _convert(
             stack = DenseStack(parameter, layout.is_transposed)
         elif stack is None:
             try:
-                stack = QuantizedStack.from_dense(parameter, layout.is_transposed, storage)
+                stack = QuantizedStack.from_dense(parameter, layout.is_transposed, storage, layout.parts(projection))
             except ValueError as error:
                 raise ValueError(f"{path}.{projection} can't be quantized: {error}") from error
         if id(parameter) in tied:
@@ -128,7 +129,7 @@ def _convert(
     return QuantizedExperts(module, layout, stacks)
 
 
-def _move_hook(old: nn.Module, new: nn.Module) -> None:
+def move_hook(old: nn.Module, new: nn.Module) -> None:
     """Lets accelerate's hook (which brings inputs to the module's device) act on the replacement."""
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:
@@ -146,6 +147,6 @@ def revert_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
             continue
         if module not in restored:
             restored[module] = module.restore(dtype)
-            _move_hook(module, restored[module])
+            move_hook(module, restored[module])
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, restored[module])

@@ -59,6 +59,10 @@ class ExpertsLayout:
     def up_name(self) -> str:
         return up_projection(self.has_gate)
 
+    def parts(self, projection: str) -> int:
+        """Matrices under each other, `(out, in)` each, that the projection's is: gate and up, or one."""
+        return 2 if self.has_gate and self.is_concatenated and projection == self.up_name else 1
+
     @property
     def projections(self) -> tuple[str, str]:
         """Names of the two stacks, in the order of the forward."""

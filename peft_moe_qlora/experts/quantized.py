@@ -14,6 +14,7 @@ from ..ops import (
     Factors,
     LowRank,
     Routing,
+    choose_library_path,
     choose_path,
     combine_rows,
     gather_rows,
@@ -23,6 +24,7 @@ from ..ops import (
     route,
     tiles_origin,
     why_no_kernels,
+    why_not_read,
 )
 from ..quantization import Stack
 from .architectures import architecture_of
@@ -114,7 +116,8 @@ class QuantizedExperts(nn.Module):
             has_dropout = any(term.dropout is not None for terms in low_rank.values() for term in terms)
             later = "; not fused in training: LoRA dropout" if has_dropout else ""
             return ComputePath("fused", f"{self._gate.kind} gate, {tiles_origin(stack.device, stack.dtype)}{later}")
-        path = choose_path(stack.device, stack.dtype, stack.in_features, stack.out_features)
+        choose = choose_path if why_not_read(stack) is None else choose_library_path
+        path = choose(stack.device, stack.dtype, stack.in_features, stack.out_features)
         # off the GPU there is one reason for all of it
         return path if path.reason == reason else ComputePath(path.name, f"{path.reason}; not fused: {reason}")
 
@@ -125,6 +128,10 @@ class QuantizedExperts(nn.Module):
             return reason
         if isinstance(self._gate, str):
             return self._gate
+        for projection in self.layout.projections:
+            reason = why_not_read(self.stack(projection))
+            if reason is not None:
+                return reason
         if self.post_expert_norm is not None:
             return "a norm follows the down projection"
         if self.layout.has_bias and any(self.projection_bias(name).requires_grad for name in self.layout.projections):

@@ -6,7 +6,7 @@ from .inspection import Inspection, inspect_checkpoint
 from .load import load_experts, load_quantized
 from .quantization_config import MoeQuantizationConfig
 from .quantizer import MoeQuantizer
-from .restoring import cast_as_loaded, restore_experts
+from .restoring import cast_as_loaded, restore_experts, restore_linear
 from .save_bnb import save_bitsandbytes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "load_experts",
     "load_quantized",
     "restore_experts",
+    "restore_linear",
     "save_bitsandbytes",
     "store_experts",
 ]

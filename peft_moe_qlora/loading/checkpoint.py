@@ -29,6 +29,9 @@ _DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -96,6 +99,23 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"it has {name!r:.200} twice")
         found[name] = value
+    return found
+
+
+def stored_quantization(directory: Path) -> dict[str, Any] | None:
+    """The `quantization_config` in config.json, of the model or of its text model; None if there is none.
+
+    Raises:
+        CheckpointError: config.json is no JSON, or its `quantization_config` no object.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        return None
+    config = read_object(file.read_bytes(), str(file), can_repeat=True)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(f"{file}: quantization_config={found!r:.200}; an object was expected.")
     return found
 
 
@@ -240,6 +260,11 @@ class Checkpoint:
     def read_slice(self, key: str, index: int) -> torch.Tensor:
         """`tensor[index : index + 1]`, on the CPU, without reading the rest."""
         return self._handles[self.tensors[key].file].get_slice(key)[index : index + 1]
+
+    @property
+    def directory(self) -> Path:
+        """Where its config.json is."""
+        return self.files[0].parent
 
     def position(self, key: str) -> tuple[int, int]:
         """Sorts keys as they stand on the disk, file by file."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -19,11 +21,17 @@ from transformers.core_model_loading import (
 
 from ..experts import ExpertsLayout, find_experts, read_layout
 from ..experts.architectures import checkpoint_conversions
-from .bnb_format import SUFFIXES, packed_tensor, split_suffix
-from .checkpoint import Checkpoint, CheckpointError
-from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, Target, each_source
+from ..quantization import Format
+from .checkpoint import Checkpoint, CheckpointError, stored_quantization
+from .disk import BitsAndBytesLayout, DiskLayout, PackedIndex, PackedTensor, layouts_of
+from .packed_sources import PackedSource
+from .sources import DenseSource, NativeSource, Source, Sources, Target, each_source
 
 _STACK = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+_OF_STACK = re.compile(r"\.(?:gate_up_proj|up_proj|down_proj)\.(\w+)$")
+_OF_EXPERT = re.compile(r"(.+)\.\d+\.(\w+)\.weight$")
+_PER_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What gate, up and down projection of a single expert are called."""
 
 
 def conversions_of(model: nn.Module) -> list[WeightTransform]:
@@ -45,8 +53,8 @@ def stack_targets(model: nn.Module) -> list[Target]:
         for projection in layout.projections:
             if f"{path}.{projection}" not in tied:
                 parameter = module._parameters[projection]
-                shape = tuple(parameter.shape)
-                targets.append(Target(path, projection, shape, layout.is_transposed, parameter.dtype))
+                shape, parts = tuple(parameter.shape), layout.parts(projection)
+                targets.append(Target(path, projection, shape, layout.is_transposed, parameter.dtype, parts))
     return targets
 
 
@@ -70,11 +78,9 @@ class SourceFinder:
         self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         self.prefix = getattr(model, "base_model_prefix", "")
         self.ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        native = [
-            f"{name}.{parameter}"
-            for name in self.targets
-            for parameter in ("codes", "block_absmax", "group_absmax", "offset", "weight")
-        ]
+        # what stands behind the name of a stack: of a format's tensors, whichever that is
+        stored = {found[1] for key in checkpoint.tensors if (found := _OF_STACK.search(key))}
+        native = [f"{name}.{parameter}" for name in self.targets for parameter in sorted(stored | {"weight"})]
         self.names = dict.fromkeys([*model.state_dict(), *native], True)
         self.beside_stacks: dict[str, str] = {}
         """Name in the model -> key, of biases and norms of the experts modules; known once `find` has run."""
@@ -82,11 +88,16 @@ class SourceFinder:
         """Name in the model -> key, of stacks that this package has saved; known once `find` has run."""
         self.packed_dtype: torch.dtype = torch.uint8
         """That bitsandbytes has written the codes of other layers as; known once `find` has run."""
-        self._packed = {split_suffix(key)[0] for key in checkpoint.tensors if split_suffix(key)[1]}
+        self.packed_beside: dict[str, PackedTensor] = {}
+        """Name in the model -> weight of another layer that is quantized, and that this package reads; likewise."""
+        self.index = PackedIndex(checkpoint, _layouts(checkpoint))
 
     def packed_names(self) -> set[str]:
-        """Names in the model of all weights that bitsandbytes has packed, linear layers' included."""
-        return {self._rename(key)[0] for key in self._packed}
+        """Names in the model of all weights that are packed as bitsandbytes does, linear layers' included."""
+        return {self._rename(key)[0] for key in self.index.weights() if self._is_for_bitsandbytes(key)}
+
+    def _is_for_bitsandbytes(self, key: str) -> bool:
+        return isinstance(self.index.layout(key), BitsAndBytesLayout)
 
     def plain_tensors(self) -> dict[str, str]:
         """Name in the model -> key of each tensor that only has another name in the checkpoint, if that."""
@@ -97,6 +108,24 @@ class SourceFinder:
                 found[name] = key
         return found
 
+    def saved_linear(self, model: nn.Module, storage: Format) -> dict[str, dict[str, str]]:
+        """Path of a linear layer -> name -> key, of the tensors of a storage that this package has saved of it.
+
+        Args:
+            model: whose layers they are.
+            storage: of the layers.
+        """
+        paths = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        tensors = {name for path in paths for name in _tensor_names(model.get_submodule(path), storage)}
+        names = self.names | {f"{path}.{name}": True for path in paths for name in tensors}
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for key in self.checkpoint.tensors:
+            if key.rpartition(".")[2] in tensors:
+                path, _, name = rename_source_key(key, self.renamings, [], self.prefix, names)[0].rpartition(".")
+                if path in paths:
+                    found[path][name] = key
+        return dict(found)
+
     def name_of(self, key: str) -> str:
         """What the model calls the parameter that a tensor is, or becomes a part of."""
         return self._rename(key)[0]
@@ -105,7 +134,7 @@ class SourceFinder:
         """Keys of tensors that become part of a parameter of the model, packed ones' scales included."""
         known = set()
         for key in self.checkpoint.tensors:
-            name, _ = self._rename(split_suffix(key)[0])
+            name, _ = self._rename(self.index.plain_key(key))
             if name in self.names:
                 known.add(key)
         return known
@@ -119,25 +148,26 @@ class SourceFinder:
         """
         plain: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
         paths = tuple(f"{target.path}." for target in self.targets.values())
-        packed = self._packed
         for key in sorted(self.checkpoint.tensors, key=dot_natural_key):
-            base, suffix = split_suffix(key)
-            if suffix:
-                if base not in self.checkpoint.tensors:
-                    self._check_orphan(key, base)
+            if self.index.is_beside_codes(key):
                 continue
+            if key in self.index.orphans and self._is_orphan(key, self.index.orphans[key]):
+                continue
+            base = self.index.plain_key(key)
             name, pattern = self._rename(base)
+            if base in self.index and name not in self.targets:
+                name, pattern = self._of_single_expert(name, pattern)
             if name in self.targets:
-                plain[name][pattern].append(key)
+                plain[name][pattern].append(base)
             elif name.rpartition(".")[0] in self.targets:
-                self._add_to_stack(name, key, plain)
+                self._add_to_stack(name, base, plain)
             elif name in self.names and name.startswith(paths):
                 self.beside_stacks[name] = key
             else:
                 self._check_unexpected(name, key)
         found: Sources = defaultdict(dict)
         for target in self.targets.values():
-            found[target.path][target.projection] = self._source(target, plain, packed)
+            found[target.path][target.projection] = self._source(target, plain)
         for name in self.names:
             is_of_stack = name in self.targets or name.rpartition(".")[0] in self.targets
             if name.startswith(paths) and not is_of_stack and name not in self.beside_stacks:
@@ -148,17 +178,33 @@ class SourceFinder:
         return dict(found)
 
     def _check_packed_beside(self, found: Sources) -> None:
-        """Refuses packed weights of other layers that bitsandbytes couldn't decode."""
+        """Looks at the packed weights of other layers.
+
+        Raises:
+            CheckpointError: one can't be decoded.
+        """
         of_experts = {key for source in each_source(found) for key in source.keys}
-        keys = [key for key in sorted(self._packed - of_experts) if self._rename(key)[0] in self.names]
-        for key in keys:
-            packed_tensor(self.checkpoint, key)
+        keys = [key for key in self.index.weights() if of_experts.isdisjoint(self.index.keys_of(key))]
+        names = {key: self._rename(key) for key in sorted(keys)}
+        others = [key for key, (name, _) in names.items() if name in self.names and self._is_for_bitsandbytes(key)]
+        for key in others:
+            self.index.packed_tensor(key)
             self.packed_dtype = self.checkpoint.tensors[key].dtype
-            if self.packed_dtype != self.checkpoint.tensors[keys[0]].dtype:
+            if self.packed_dtype != self.checkpoint.tensors[others[0]].dtype:
                 raise CheckpointError(
-                    f"{self.checkpoint.tensors[keys[0]]} and {self.checkpoint.tensors[key]} have their codes as "
+                    f"{self.checkpoint.tensors[others[0]]} and {self.checkpoint.tensors[key]} have their codes as "
                     "different dtypes; one for all (bnb_4bit_quant_storage) was expected."
                 )
+        for key, (name, pattern) in names.items():
+            if name not in self.names or self._is_for_bitsandbytes(key):
+                continue
+            if pattern is not None:
+                operations = ", ".join(type(operation).__name__ for operation in self.by_pattern[pattern].operations)
+                raise CheckpointError(
+                    f"{self.index.info(key)} is quantized, but becomes a part of {name} "
+                    f"({operations}), which can't be done to its codes. Use the checkpoint in 16 bits."
+                )
+            self.packed_beside[name] = self.index.packed_tensor(key)
 
     def _rename(self, key: str) -> tuple[str, str | None]:
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.names)
@@ -177,12 +223,50 @@ class SourceFinder:
         else:
             self.native[name] = key
 
-    def _check_orphan(self, key: str, base: str) -> None:
+    def _is_orphan(self, key: str, base: str) -> bool:
+        """Whether a tensor that describes a weight has no place of its own in the model.
+
+        Raises:
+            CheckpointError: the weight that it describes has, but isn't there, or isn't quantized.
+        """
         name, _ = self._rename(base)
+        if self._rename(key)[0] in self.names:
+            return False
         if name.removesuffix(".weight") in self.targets or name in self.names:
+            weight = self.checkpoint.tensors.get(base)
+            found = "which the checkpoint doesn't have" if weight is None else f"but {weight} is not quantized"
             raise CheckpointError(
-                f"{self.checkpoint.tensors[key]} describes {base}, which the checkpoint doesn't have."
+                f"{self.checkpoint.tensors[key]} describes {base}, {found}. The checkpoint is incomplete, or a "
+                "mixture of two; download it again."
             )
+        return True
+
+    def _of_single_expert(self, name: str, pattern: str | None) -> tuple[str, str | None]:
+        """The stack that a weight of a single expert belongs to, by its usual name.
+
+        transformers knows no conversion where the 16-bit checkpoints of a class are fused, but quantized ones may have
+        an expert's weights apart.
+        """
+        match = _OF_EXPERT.fullmatch(name)
+        if pattern is not None or match is None:
+            return name, pattern
+        path, projection = match.groups()
+        for names in _PER_EXPERT:
+            is_gated = f"{path}.gate_up_proj" in self.targets
+            stacks = ("gate_up_proj" if is_gated else "", "gate_up_proj" if is_gated else "up_proj", "down_proj")
+            stack = stacks[names.index(projection)] if projection in names else ""
+            target = self.targets.get(f"{path}.{stack}")
+            if target is None:
+                continue
+            sources = [f"{path}.*.{one}.weight" for one, of_stack in zip(names, stacks) if of_stack == stack]
+            joins = [Concatenate(dim=1)] if len(sources) > 1 else []
+            if len(sources) not in (1, target.parts):  # interleaved, which codes in blocks can't be
+                continue
+            if sources[0] not in self.by_pattern:
+                converter = WeightConverter(sources, target.name, [MergeModulelist(dim=0), *joins])
+                self.by_pattern |= dict.fromkeys(sources, converter)
+            return target.name, f"{path}.*.{projection}.weight"
+        return name, pattern
 
     def _check_unexpected(self, name: str, key: str) -> None:
         if name in self.names or any(pattern.search(name) for pattern in self.ignored):
@@ -194,7 +278,7 @@ class SourceFinder:
                     f"tensors. Checkpoint and config don't belong together, or the layout is unknown."
                 )
 
-    def _source(self, target: Target, plain: dict, packed: set[str]) -> Source:
+    def _source(self, target: Target, plain: dict) -> Source:
         of_target = {name: key for name, key in self.native.items() if name.rpartition(".")[0] == target.name}
         lists, converter, turn = self._lists(target, plain)
         if of_target and lists:
@@ -211,15 +295,14 @@ class SourceFinder:
                 "key_mapping isn't applied to experts."
             )
         keys = [key for keys in lists.values() for key in keys]
-        are_packed = [key in packed for key in keys]
+        are_packed = [key in self.index for key in keys]
         if any(are_packed) != all(are_packed):
             self._refuse_mixture(target, keys[are_packed.index(True)], keys[are_packed.index(False)])
         if not any(are_packed):
             return DenseSource(target, lists, converter, self.config, self.checkpoint, turn)
-        tensors = {pattern: [packed_tensor(self.checkpoint, key) for key in keys] for pattern, keys in lists.items()}
-        with_scales = (key + suffix for key in keys for suffix in ("", *SUFFIXES))
-        everything = [key for key in with_scales if key in self.checkpoint.tensors]
-        return PackedSource(target, tensors, converter, everything, turn)
+        parts = target.parts if len(lists) == 1 else 1
+        tensors = {pattern: [self.index.packed_tensor(key, parts) for key in keys] for pattern, keys in lists.items()}
+        return PackedSource(target, tensors, converter, turn)
 
     def _lists(self, target: Target, plain: dict) -> tuple[dict[str, list[str]], WeightConverter | None, int]:
         """Keys by source pattern, in the converter's order; the converter; which of its targets this is."""
@@ -242,9 +325,20 @@ class SourceFinder:
 
     def _refuse_mixture(self, target: Target, one: str, other: str) -> None:
         raise CheckpointError(
-            f"{self.checkpoint.tensors[one]} and {self.checkpoint.tensors[other]} are both for {target.name}, but in "
+            f"{self.index.info(one)} and {self.index.info(other)} are both for {target.name}, but in "
             "different layouts or storages. The checkpoint is a mixture of two; download it again."
         )
+
+
+def _layouts(checkpoint: Checkpoint) -> list[DiskLayout]:
+    try:
+        return layouts_of(stored_quantization(checkpoint.directory))
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+
+
+def _tensor_names(layer: nn.Linear, storage: Format) -> Iterable[str]:
+    return storage.tensors(layer.out_features, layer.in_features)
 
 
 def _in_order(converter: WeightConverter, by_pattern: dict[str | None, list[str]]) -> dict[str, list[str]]:

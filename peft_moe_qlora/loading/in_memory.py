@@ -11,7 +11,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import convert_experts
-from ..quantization import FourBitFormat
+from ..quantization import Format
 from .linear import keep_linear_as_stored
 from .quantization_config import MoeQuantizationConfig
 from .quantizer import MoeQuantizer
@@ -28,12 +28,10 @@ class InMemoryQuantizer(MoeQuantizer):
 
     has_loaded_experts = False
 
-    def __init__(self, inner: Bnb4BitHfQuantizer | None, storage: FourBitFormat) -> None:
+    def __init__(self, inner: Bnb4BitHfQuantizer | None, storage: Format) -> None:
         linear_config = None if inner is None else inner.quantization_config
         config = MoeQuantizationConfig(
-            storage.quant_type,
-            storage.blocksize,
-            storage.double_quant,
+            storage=str(storage),
             quantize_linear=inner is not None,
             compute_dtype=None if linear_config is None else linear_config.bnb_4bit_compute_dtype,
         )
@@ -66,7 +64,7 @@ class UnsavableQuantizer(ExpertsQuantizer):
         return self.inner is None or self.inner.is_trainable
 
 
-def store_experts(model: nn.Module, storage: FourBitFormat | None, progressbar: bool) -> None:
+def store_experts(model: nn.Module, storage: Format | None, progressbar: bool) -> None:
     """`convert_experts`, and transformers knows of it.
 
     Raises:
@@ -77,7 +75,7 @@ def store_experts(model: nn.Module, storage: FourBitFormat | None, progressbar: 
     register_storage(model, storage)
 
 
-def register_storage(model: nn.Module, storage: FourBitFormat | None) -> None:
+def register_storage(model: nn.Module, storage: Format | None) -> None:
     """Lets transformers know how the experts of a model are stored, unless it has loaded them so."""
     models = transformers_models(model)
     if any(type(getattr(part, "hf_quantizer", None)) is MoeQuantizer for part in models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -13,16 +14,18 @@ from tabulate import tabulate
 from torch import nn
 
 from ..experts import read_layout, refuse_unsupported
-from ..quantization import FourBitFormat
+from ..quantization import Format, FourBitFormat, parse_format
 from ..targets import expert_layouts, is_router
 from ..unadaptable import why_unadaptable
 from .checkpoint import Checkpoint
+from .disk import quant_method
 from .finder import SourceFinder
 from .linear import asked_for_dtype
 from .load import class_of, read_config, readable_quantization, saved_config
-from .quantization_config import MoeQuantizationConfig, quant_method
+from .packed_sources import PackedSource
+from .quantization_config import MoeQuantizationConfig
 from .quantizer import refuse_unexplained
-from .sources import DenseSource, NativeSource, PackedSource, Source
+from .sources import DenseSource, NativeSource, Source
 
 GIB = 2**30
 BYTES_PER_TRAINED_PARAMETER = 16
@@ -90,7 +93,7 @@ class Inspection:
         quantization: `quant_method` of the checkpoint, None for none.
         num_files: shards.
         stacks: of the experts.
-        linear_weights: number of weights in linear layers that would be stored in 4 bits.
+        linear_weights: number of weights in linear layers that are stored in fewer than 16 bits, or would be.
         other_weights: number of all other weights.
         linear_adapter_parameters: at the rank asked for.
         memory: what training needs.
@@ -145,7 +148,7 @@ class Inspection:
 
 def inspect_checkpoint(
     directory: str | Path,
-    storage: FourBitFormat = FourBitFormat(),  # noqa: B008 - frozen
+    storage: Format = FourBitFormat(),  # noqa: B008 - frozen
     r: int = 16,
     expert_r: int | None = None,
     seq: int = 2048,
@@ -192,7 +195,7 @@ def inspect_checkpoint(
         for projection, source in of_module.items():
             # what a quantized checkpoint has left in 16 bits stays so
             is_left = quantization is not None and isinstance(source, DenseSource)
-            of_source = saved.storage if isinstance(source, NativeSource) else None if is_left else storage
+            of_source = saved.format if isinstance(source, NativeSource) else None if is_left else storage
             packed = source.empty_stack(of_source, torch.bfloat16)
             if isinstance(source, NativeSource):
                 source.check(packed, checkpoint)
@@ -222,7 +225,9 @@ def inspect_checkpoint(
     else:
         kept = set(asked_for_dtype(model))
         packed_linear = [module for name, module in linear.items() if name not in kept]
-    linear_weights = sum(module.weight.numel() for module in packed_linear)
+    of_checkpoint = _stored_linear(model, finder, saved)
+    num_stored = sum(out_features * in_features for (out_features, in_features), _ in of_checkpoint)
+    linear_weights = sum(module.weight.numel() for module in packed_linear) + num_stored
     adaptable = [module for name, module in linear.items() if not why_unadaptable(name, model)]
     linear_adapter = sum(r * (module.in_features + module.out_features) for module in adaptable)
     of_experts = sum(torch.Size(source.target.shape).numel() for found in groups.values() for source, _, _ in found)
@@ -230,7 +235,8 @@ def inspect_checkpoint(
     trained = linear_adapter + sum(group.adapter_parameters for group in stacks)
     weights = (
         sum(group.packed_nbytes for group in stacks)
-        + int(linear_weights * (0.5 + _scale_bytes(storage.double_quant)))
+        + int((linear_weights - num_stored) * (0.5 + _scale_bytes(storage.double_quant)))
+        + sum(_nbytes(shape, of_layer) for shape, of_layer in of_checkpoint)
         + 2 * other_weights
     )
     return Inspection(
@@ -248,11 +254,27 @@ def inspect_checkpoint(
 
 def _found(source: Source, checkpoint: Checkpoint, saved: MoeQuantizationConfig | None) -> str:
     if isinstance(source, PackedSource):
-        return f"bitsandbytes {source.storage}"
+        return source.description
     if isinstance(source, NativeSource):
-        return str(saved.storage)
+        return str(saved.format)
     info = checkpoint.tensors[source.keys[0]]
     return f"{info.dtype}, {'one tensor per expert' if len(info.shape) == 2 else 'fused'}".removeprefix("torch.")
+
+
+def _stored_linear(
+    model: nn.Module, finder: SourceFinder, saved: MoeQuantizationConfig | None
+) -> list[tuple[tuple[int, int], Format]]:
+    """Shape and storage of the linear layers whose codes and scales stay as the checkpoint has them."""
+    found = [(packed.shape, packed.storage) for packed in finder.packed_beside.values()]
+    if saved is not None and saved.linear_storage is not None:
+        storage = parse_format(saved.linear_storage)
+        layers = [model.get_submodule(path) for path in finder.saved_linear(model, storage)]
+        found += [((layer.out_features, layer.in_features), storage) for layer in layers]
+    return found
+
+
+def _nbytes(shape: tuple[int, int], storage: Format) -> int:
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in storage.tensors(*shape).values())
 
 
 def _quantizable_linear(model: nn.Module) -> dict[str, nn.Linear]:

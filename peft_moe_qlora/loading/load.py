@@ -14,12 +14,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import refuse_unsupported
-from ..quantization import FourBitFormat, QuantizedStack
-from .checkpoint import Checkpoint, CheckpointError, read_object, read_weight_map
+from ..quantization import Format, FourBitFormat, QuantizedStack
+from .checkpoint import Checkpoint, CheckpointError, read_weight_map, stored_quantization
+from .disk import quant_method
 from .finder import SourceFinder
 from .in_memory import register_storage
 from .linear import keep_linear_as_stored
-from .quantization_config import QUANT_METHOD, MoeQuantizationConfig, quant_method, refuse_unreadable
+from .quantization_config import QUANT_METHOD, MoeQuantizationConfig, refuse_unreadable
 from .quantizer import check_skipped, refuse_unexplained, settle_storage
 from .sources import DenseSource, NativeSource, Source
 from .streaming import attach_empty_experts, fill_experts
@@ -42,14 +43,15 @@ def load_quantized(
     model_class: type | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a MoE model with its experts in 4 bits, whichever way the checkpoint's own config asks for.
+    """Loads a MoE model with its experts quantized, whichever way the checkpoint's own config asks for.
 
-    A checkpoint that bitsandbytes has packed keeps its codes and scales, and its layers in 16 bits stay so; one that
+    A checkpoint that others have quantized keeps its codes and scales, and its layers in 16 bits stay so; one that
     was saved with a `MoeQuantizationConfig` is loaded as it is; any other is quantized while it is read.
 
     Args:
         model_id: a directory, or a name on the hub.
-        quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`.
+        quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`. Given for one that
+            others than bitsandbytes have quantized, experts in another storage are decoded and stored anew.
         model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names.
         kwargs: of `from_pretrained`; without `config`, values of the model's config among them. `dtype`, or by its old
             name `torch_dtype`, is `torch.bfloat16` by default.
@@ -58,8 +60,8 @@ def load_quantized(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: `quantization_config` is of another kind, or given for a checkpoint that is quantized already; or
-            see `check_skipped`.
+        ValueError: `quantization_config` is of another kind, or given for a checkpoint that bitsandbytes or this
+            package has quantized already; or see `check_skipped`.
         CheckpointError: see `readable_quantization`, `read_weight_map`, `Checkpoint` and `SourceFinder`.
     """
     if not isinstance(quantization_config, (MoeQuantizationConfig, type(None))):
@@ -72,7 +74,7 @@ def load_quantized(
     of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
     directory = Path(model_id, of_hub.get("subfolder") or "")
     if directory.is_dir():
-        _stored_quantization(directory)
+        stored_quantization(directory)
         read_weight_map(directory, kwargs.get("variant"))  # transformers would look wherever an index says
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
@@ -81,14 +83,16 @@ def load_quantized(
         config = copy.deepcopy(config)
     found = readable_quantization(config, model_id)
     if found is not None and quantization_config is not None:
-        raise ValueError(
-            f"{model_id} is quantized already ({quant_method(found)}), and its experts are loaded as they are. "
-            "Leave quantization_config out."
-        )
-    if found is None:
+        if quant_method(found) in ("bitsandbytes", QUANT_METHOD):
+            raise ValueError(
+                f"{model_id} is quantized already ({quant_method(found)}), and its experts are loaded as they are. "
+                "Leave quantization_config out."
+            )
+        _set_quantization(config, None)
+    elif found is None:
         quantization_config = quantization_config or MoeQuantizationConfig()
-    elif quant_method(found) == "bitsandbytes":
-        config.quantization_config = MoeQuantizationConfig.from_bitsandbytes(found).to_dict()
+    elif quant_method(found) != QUANT_METHOD:
+        _set_quantization(config, MoeQuantizationConfig.from_checkpoint(found).to_dict())
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     model_class = model_class or class_of(config)
@@ -119,6 +123,15 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
+def _set_quantization(config: PreTrainedConfig, found: dict[str, Any] | None) -> None:
+    """Says in the config of a model, instead of all that its parts say, by what it is quantized; None for nothing."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    if found is not None:
+        config.quantization_config = found
+
+
 def read_config(directory: str | Path) -> PreTrainedConfig:
     """The config of a checkpoint.
 
@@ -126,7 +139,7 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
         CheckpointError: config.json is no JSON, or its `quantization_config` no object.
         OSError: there is none.
     """
-    _stored_quantization(Path(directory))
+    stored_quantization(Path(directory))
     return AutoConfig.from_pretrained(directory)
 
 
@@ -136,7 +149,7 @@ def saved_config(directory: Path) -> MoeQuantizationConfig | None:
     Raises:
         CheckpointError: config.json can't be read, or the experts are in a storage that is not read.
     """
-    found = _stored_quantization(directory)
+    found = stored_quantization(directory)
     refuse_unreadable(found, directory)
     if found is None or quant_method(found) != QUANT_METHOD:
         return None
@@ -144,19 +157,6 @@ def saved_config(directory: Path) -> MoeQuantizationConfig | None:
         return MoeQuantizationConfig.from_dict(found)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / 'config.json'}: quantization_config: {error}") from error
-
-
-def _stored_quantization(directory: Path) -> dict[str, Any] | None:
-    """The `quantization_config` in config.json, of the model or of its text model; None if there is none."""
-    file = directory / "config.json"
-    if not file.is_file():
-        return None
-    config = read_object(file.read_bytes(), str(file), can_repeat=True)
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
-    if found is not None and not isinstance(found, dict):
-        raise CheckpointError(f"{file}: quantization_config={found!r:.200}; an object was expected.")
-    return found
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -180,7 +180,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def load_experts(
     model: PreTrainedModel,
     directory: str | Path,
-    storage: FourBitFormat | None = FourBitFormat(),  # noqa: B008 - frozen
+    storage: Format | None = FourBitFormat(),  # noqa: B008 - frozen
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     skip_modules: list[str] | None = None,
@@ -217,9 +217,9 @@ def load_experts(
     refuse_unexplained(sources, saved, directory)
     settle_storage(MoeQuantizationConfig(), sources)
 
-    def storage_of(source: Source) -> FourBitFormat | None:
+    def storage_of(source: Source) -> Format | None:
         if isinstance(source, NativeSource):
-            return saved.storage
+            return saved.format
         skipped = isinstance(source, DenseSource) and not should_convert_module(source.target.path, skip_modules)
         return None if skipped else storage
 

@@ -8,22 +8,19 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config
-from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..options import COUNT, FLAG
-from ..quantization import FourBitFormat
+from ..quantization import Format, format_of, parse_format, spelled
 from .checkpoint import CheckpointError
+from .disk import is_read, quant_method
+from .disk.bitsandbytes import is_in_4_bits
 
 QUANT_METHOD = "peft_moe_qlora"
 CHECKPOINT_FORMAT_VERSION = 1
 """Version of what `save_pretrained` writes: names and shapes of the experts' tensors."""
-
-
-def quant_method(found: dict[str, Any]) -> str:
-    """By what a checkpoint is quantized, as its `quantization_config` says; bitsandbytes did not always say it."""
-    default = "bitsandbytes" if found.keys() & {"load_in_4bit", "load_in_8bit"} else "a method without a name"
-    method = found.get("quant_method") or default
-    return str(method.value if isinstance(method, QuantizationMethod) else method)
+AS_STORED = "as stored"
+PACKED_LINEAR = (AS_STORED, "16 bits", "4 bits")
 
 
 def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
@@ -39,16 +36,13 @@ def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
     if found is None:
         return
     method = quant_method(found)
-    bits = "" if method != "bitsandbytes" or _is_in_4_bits(found) else " in 8 bits"
-    if bits or method not in ("bitsandbytes", QUANT_METHOD):
-        raise CheckpointError(
-            f"{place} is quantized by {method!r}{bits}, whose experts are not read. Use the model's checkpoint in 16 "
-            "bits, or one that bitsandbytes or this package has quantized to 4 bits."
-        )
-
-
-def _is_in_4_bits(found: dict[str, Any]) -> bool:
-    return bool(found.get("load_in_4bit", found.get("_load_in_4bit", False)))
+    if method == QUANT_METHOD or is_read(found):
+        return
+    bits = " in 8 bits" if method == "bitsandbytes" else ""
+    raise CheckpointError(
+        f"{place} is quantized by {method!r}{bits}, whose experts are not read. Use the model's checkpoint in 16 "
+        "bits, or one that bitsandbytes or this package has quantized to 4 bits."
+    )
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -70,6 +64,13 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         flipped_stacks: stacks whose matrices are stored in the other orientation than their class has; set when a
             model is saved.
         format_version: of the saved checkpoint; set by this package.
+        quant_method: fixed.
+        storage: format of the experts by its name, such as `"nf4/64"`, instead of the first three; or `"as stored"`,
+            as the checkpoint has them.
+        packed_linear: what linear layers become that the checkpoint has quantized itself, other than by bitsandbytes:
+            `"as stored"`, with codes and scales as they are, `"16 bits"`, or `"4 bits"`, as `quantize_linear` stores
+            the others. Default: as stored.
+        linear_storage: format of the linear layers that are kept as stored; set by this package.
 
     Raises:
         ValueError: an option is unknown, has no such value, or comes from a later version.
@@ -86,6 +87,9 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         flipped_stacks: list[str] | None = None,
         format_version: int = CHECKPOINT_FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        storage: str | None = None,
+        packed_linear: str | None = None,
+        linear_storage: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -104,9 +108,14 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
                 f"The checkpoint has format_version {format_version}; this peft-moe-qlora reads up to "
                 f"{CHECKPOINT_FORMAT_VERSION}. Upgrade peft-moe-qlora."
             )
-        if quant_type is not None:
-            FourBitFormat(quant_type, blocksize, double_quant)
-        elif not quantize_linear:
+        if packed_linear not in (None, *PACKED_LINEAR):
+            raise ValueError(f"packed_linear={packed_linear!r:.200} is unknown; choose one of {PACKED_LINEAR}.")
+        if packed_linear == "4 bits" and not quantize_linear:
+            raise ValueError("packed_linear='4 bits' needs quantize_linear=True, by which linear layers get 4 bits.")
+        if linear_storage is not None:
+            parse_format(linear_storage)
+        found = None if storage == AS_STORED else format_of(storage, quant_type, blocksize, double_quant)
+        if found is None and not quantize_linear and storage != AS_STORED and linear_storage is None:
             raise ValueError("quant_type=None and quantize_linear=False leave nothing to quantize.")
         if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
             name, compute_dtype = compute_dtype, getattr(torch, str(compute_dtype), None)
@@ -118,19 +127,27 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
             ):
                 raise ValueError(f"{name}={value!r:.200}: a list of names was expected.")
         self.quant_method = QUANT_METHOD
-        self.quant_type = quant_type
-        self.blocksize = blocksize
-        self.double_quant = double_quant
+        self.storage, self.quant_type, self.blocksize, self.double_quant = storage, quant_type, blocksize, double_quant
+        if storage not in (None, AS_STORED):
+            self.set_format(found)
+            self.double_quant |= double_quant  # of linear layers
         self.quantize_linear = quantize_linear
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.compute_dtype = compute_dtype
         self.flipped_stacks = None if flipped_stacks is None else list(flipped_stacks)
         self.format_version = format_version
+        self.packed_linear, self.linear_storage = packed_linear, linear_storage
 
     @property
-    def storage(self) -> FourBitFormat | None:
-        """How the experts are stored, None for 16 bits."""
-        return None if self.quant_type is None else FourBitFormat(self.quant_type, self.blocksize, self.double_quant)
+    def format(self) -> Format | None:
+        """How the experts are stored, None for 16 bits, and while nobody has looked how they are stored."""
+        if self.storage == AS_STORED:
+            return None
+        return format_of(self.storage, self.quant_type, self.blocksize, self.double_quant)
+
+    def set_format(self, found: Format | None) -> None:
+        """Says how the experts are stored, None for 16 bits."""
+        self.storage, self.quant_type, self.blocksize, self.double_quant = spelled(found)
 
     def linear_config(self) -> BitsAndBytesConfig:
         """The same for linear layers, as bitsandbytes' quantizer understands it."""
@@ -143,13 +160,24 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         )
 
     @classmethod
+    def from_checkpoint(cls, declared: dict[str, Any]) -> MoeQuantizationConfig:
+        """What the `quantization_config` of a checkpoint that others have quantized means here.
+
+        Args:
+            declared: one that `refuse_unreadable` lets pass.
+        """
+        if quant_method(declared) == "bitsandbytes":
+            return cls.from_bitsandbytes(declared)
+        return cls(storage=AS_STORED, quantize_linear=False)
+
+    @classmethod
     def from_bitsandbytes(cls, config: dict[str, Any]) -> MoeQuantizationConfig:
         """What the `quantization_config` of a checkpoint that bitsandbytes has packed means here.
 
         Raises:
             ValueError: it is not packed in 4 bits.
         """
-        if not _is_in_4_bits(config):
+        if not is_in_4_bits(config):
             raise ValueError("The checkpoint is quantized by bitsandbytes, but not in 4 bits, which is not supported.")
         return cls(
             quant_type=config.get("bnb_4bit_quant_type", "fp4"),

@@ -26,15 +26,24 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..experts import SHARD_LATER, QuantizedExperts, refuse_unsupported
-from ..quantization import FourBitFormat, Stack
+from ..quantization import Format, Stack, parse_format
 from ..targets import expert_layouts, is_router
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, stored_quantization
+from .disk import quant_method
 from .finder import SourceFinder, conversions_of, without_stacks
 from .linear import asked_for_dtype, keep_linear_as_stored
-from .quantization_config import QUANT_METHOD, MoeQuantizationConfig
+from .packed_linear import (
+    PackedWeight,
+    attach_packed_weights,
+    attach_saved_linear,
+    fill_packed_weights,
+    linear_storage,
+)
+from .packed_sources import PackedSource, requantized
+from .quantization_config import AS_STORED, QUANT_METHOD, MoeQuantizationConfig, refuse_unreadable
 from .restoring import ExpertsQuantizer, Undone, transformers_models
-from .sources import DenseSource, NativeSource, PackedSource, Source, Sources, each_source
-from .streaming import attach_empty_experts, fill_experts
+from .sources import DenseSource, NativeSource, Source, Sources, each_source
+from .streaming import attach_empty_experts, cast_as_planned, fill_experts, planned_dtypes
 
 
 class _Loading(NamedTuple):
@@ -43,7 +52,9 @@ class _Loading(NamedTuple):
     model: PreTrainedModel
     checkpoint: Checkpoint
     sources: Sources
+    weights: list[PackedWeight]
     names: dict[str, Any]
+    dtypes: dict[str, torch.dtype]
 
 
 @register_quantizer(QUANT_METHOD)
@@ -102,6 +113,8 @@ class MoeQuantizer(ExpertsQuantizer):
             raise ValueError(f"distributed_config can't be used with a MoeQuantizationConfig; {SHARD_LATER}")
         refuse_unsupported(model)
         checkpoint = Checkpoint(checkpoint_files)
+        # transformers has not asked, where it knows no such method
+        refuse_unreadable(stored_quantization(checkpoint.directory), checkpoint.directory)
         finder = SourceFinder(model, checkpoint, self.quantization_config.flipped_stacks or ())
         if not finder.targets:
             raise ValueError(
@@ -109,41 +122,76 @@ class MoeQuantizer(ExpertsQuantizer):
                 "transformers' @use_experts_implementation. Load dense models with BitsAndBytesConfig."
             )
         sources = finder.find()
-        directory = checkpoint.files[0].parent
-        refuse_unexplained(sources, self.quantization_config if self.pre_quantized else None, directory)
-        settle_storage(self.quantization_config, sources)
+        directory = checkpoint.directory
+        config = self.quantization_config
+        refuse_unexplained(sources, config if self.pre_quantized else None, directory)
         if not self.pre_quantized:
-            check_skipped(model, self.quantization_config.skip_modules)
-        elif not finder.packed_names() and all(isinstance(source, DenseSource) for source in each_source(sources)):
-            raise CheckpointError(
-                f"{directory / 'config.json'} says that the model is quantized, but none of the "
-                f"{len(checkpoint.tensors)} tensors in {checkpoint.files[0].name} and its like is in 4 bits. Remove "
-                "what is left of another checkpoint, or quantization_config from config.json."
-            )
+            check_skipped(model, config.skip_modules)
+        else:
+            self._check_explained(finder, sources)
+        if not self.pre_quantized and config.storage != AS_STORED:
+            sources = requantized(sources, config.format)
+        settle_storage(config, sources)
         routers = _routers(model)
         attach_empty_experts(model, sources, self._storage_of, checkpoint)
-        self._loading = _Loading(model, checkpoint, sources, dict.fromkeys(model.state_dict()))
+        weights = []
+        if config.packed_linear != "4 bits":
+            weights = attach_packed_weights(model, finder.packed_beside, config.packed_linear != "16 bits")
+        if config.linear_storage is not None:
+            attach_saved_linear(model, finder, parse_format(config.linear_storage))
+        elif weights:
+            found = linear_storage(weights)
+            config.linear_storage = None if found is None else str(found)
         if self.inner is not None:
-            self._prepare_linear(model, finder, routers, **kwargs)
+            self._prepare_linear(model, finder, routers, [weight.name for weight in weights], **kwargs)
+        if config.packed_linear == "4 bits":
+            weights = attach_packed_weights(model, finder.packed_beside, False)
+        names, dtypes = dict.fromkeys(model.state_dict()), planned_dtypes(model) if self.pre_quantized else {}
+        self._loading = _Loading(model, checkpoint, sources, weights, names, dtypes)
         return model
 
-    def _storage_of(self, source: Source) -> FourBitFormat | None:
+    def _check_explained(self, finder: SourceFinder, sources: Sources) -> None:
+        """Refuses a checkpoint without quantized weights whose config says that it has some.
+
+        Raises:
+            CheckpointError: names config and tensors.
+        """
+        are_dense = all(isinstance(source, DenseSource) for source in each_source(sources))
+        if not are_dense or finder.packed_names() or finder.packed_beside or self.quantization_config.linear_storage:
+            return
+        checkpoint = finder.checkpoint
+        declared = stored_quantization(checkpoint.directory)
+        method = QUANT_METHOD if declared is None else quant_method(declared)
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} says that the model is quantized, but none of the "
+            f"{len(checkpoint.tensors)} tensors in {checkpoint.files[0].name} and its like is a weight quantized by "
+            f"{method!r}. Remove what is left of another checkpoint, or quantization_config from config.json."
+        )
+
+    def _storage_of(self, source: Source) -> Format | None:
         config = self.quantization_config
-        if isinstance(source, DenseSource) and (
+        if not isinstance(source, (NativeSource, PackedSource)) and (
             # what a quantized checkpoint has left in 16 bits stays there
             self.pre_quantized or not should_convert_module(source.target.path, config.skip_modules)
         ):
             return None
-        return config.storage
+        return config.format
 
-    def _prepare_linear(self, model: PreTrainedModel, finder: SourceFinder, routers: list[str], **kwargs: Any) -> None:
+    def _prepare_linear(
+        self,
+        model: PreTrainedModel,
+        finder: SourceFinder,
+        routers: list[str],
+        packed_weights: list[str],
+        **kwargs: Any,
+    ) -> None:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if self.pre_quantized:
             packed = finder.packed_names()
             skipped = [name for name in linear if f"{name}.weight" not in packed]
             if len(skipped) == len(linear):
                 self.inner = None
-                self.quantization_config.quantize_linear = self.quantization_config.quant_type is None
+                self.quantization_config.quantize_linear = self.quantization_config.format is None
                 return
             skipped = [re.escape(name) for name in skipped]
         else:
@@ -153,6 +201,7 @@ class MoeQuantizer(ExpertsQuantizer):
             # `weight` in the name of a layer is taken for the weight itself when it loads packed (transformers 5.23)
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
             skipped += map(re.escape, asked_for_dtype(model))
+            skipped += [re.escape(name.removesuffix(".weight")) for name in packed_weights]
         config = self.inner.quantization_config
         config.bnb_4bit_compute_dtype = self.quantization_config.compute_dtype or model.dtype
         config.bnb_4bit_quant_storage = finder.packed_dtype
@@ -187,15 +236,17 @@ class MoeQuantizer(ExpertsQuantizer):
         Raises:
             CheckpointError: the checkpoint has experts for a layer that the model doesn't have.
         """
-        model, checkpoint, sources, names = self._loading
+        model, checkpoint, sources, weights, names, _ = self._loading
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
 
-        def pattern_of(key: str) -> str:
-            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-            return _any_number(name)
+        def name_of(key: str) -> str:
+            return rename_source_key(key, renamings, converters, model.base_model_prefix, names)[0]
 
-        read, loaded, missing = set(), set(), set()
+        def pattern_of(key: str) -> str:
+            return _any_number(name_of(key))
+
+        read, loaded, missing, of_layers = set(), set(), set(), set()
         for source in each_source(sources):
             if isinstance(source, NativeSource):
                 loaded.update(pattern_of(key) for key in source.keys)
@@ -206,21 +257,27 @@ class MoeQuantizer(ExpertsQuantizer):
         tied = {name for name, _, _ in quantized_stacks(model)} - own
         missing.update(_any_number(name).removesuffix("$") + r"\." for name in tied)
         known = {key for source in each_source(sources) for key in source.keys}
+        for weight in weights:
+            known.update(weight.packed.keys)
+            of_layers.update(pattern_of(key) for key in weight.packed.keys)
+            missing.update(map(_any_number, weight.tensor_names))
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
         for key in checkpoint.tensors.keys() - known:
-            is_ignored = any(pattern.search(key) for pattern in ignored)
-            if pattern_of(key) in read | loaded and not is_ignored:
+            name, is_ignored = name_of(key), any(pattern.search(key) for pattern in ignored)
+            pattern = _any_number(name)
+            is_of_experts, is_of_layer = pattern in read | loaded, pattern in of_layers and name not in names
+            if (is_of_experts or is_of_layer) and not is_ignored:
                 raise CheckpointError(
-                    f"{checkpoint.tensors[key]} belongs to experts that the model doesn't have. Checkpoint and config "
-                    "don't belong together."
+                    f"{checkpoint.tensors[key]} belongs to {'experts' if is_of_experts else 'a layer'} that the model "
+                    "doesn't have. Checkpoint and config don't belong together."
                 )
-        model._keys_to_ignore_on_load_unexpected |= read
+        model._keys_to_ignore_on_load_unexpected |= read | of_layers
         model._keys_to_ignore_on_load_missing |= missing
 
     # after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        _, checkpoint, sources, _ = self._loading
+        _, checkpoint, sources, weights, _, dtypes = self._loading
         for name, _, stack in quantized_stacks(model):
             if any(parameter.is_meta for parameter in stack.parameters()):
                 raise ValueError(
@@ -229,6 +286,8 @@ class MoeQuantizer(ExpertsQuantizer):
                 )
             stack.requires_grad_(False)
         fill_experts(model, sources, checkpoint)
+        cast_as_planned(model, dtypes)
+        fill_packed_weights(model, weights, checkpoint)
         for part in transformers_models(model):
             part.hf_quantizer = self  # parts can be saved by themselves
         if self.inner is not None:
@@ -236,7 +295,8 @@ class MoeQuantizer(ExpertsQuantizer):
             keep_linear_as_stored(model)
         # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
         is_packed = any(stack.storage is not None for _, _, stack in quantized_stacks(model))
-        model.is_loaded_in_4bit = is_packed or self.inner is not None
+        has_codes = any(weight.template is None for weight in weights) or self.quantization_config.linear_storage
+        model.is_loaded_in_4bit = is_packed or self.inner is not None or bool(has_codes)
         self._loading = None
         return model
 
@@ -310,7 +370,7 @@ def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, di
         CheckpointError: names the tensor.
     """
     for source in each_source(sources):
-        if isinstance(source, NativeSource) and (saved is None or saved.storage is None):
+        if isinstance(source, NativeSource) and (saved is None or saved.format is None):
             raise CheckpointError(
                 f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
                 "again with save_pretrained."
@@ -331,8 +391,7 @@ def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
                 f"{packed[0].storage}; one storage for all packed experts was expected."
             )
     if packed:
-        storage = packed[0].storage
-        config.quant_type, config.blocksize, config.double_quant = storage.quant_type, storage.blocksize, False
+        config.set_format(packed[0].storage)
 
 
 def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, Stack]]:

@@ -15,7 +15,8 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from ..experts import revert_experts
+from ..experts import move_hook, revert_experts
+from ..quantized_linear import QuantizedLinear
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,6 +43,7 @@ class ExpertsQuantizer(HfQuantizer):
         """
         refuse_adapters(model)
         found = model.dtype
+        restore_linear(model, dtype)
         restore_experts(model, dtype)
         if self.inner is not None:
             model = self.inner.dequantize(model, dtype=dtype or found)
@@ -76,6 +78,19 @@ def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
             conversions = conversions.before
         part._weight_conversions = None if quantizer.has_loaded_experts else conversions
         set_quantizer(part, quantizer.inner)
+
+
+def restore_linear(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Makes ordinary layers of those that are stored in a format, in `dtype`, by default the one they came in."""
+    restored: dict[QuantizedLinear, nn.Linear] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not path or not isinstance(module, QuantizedLinear):
+            continue
+        if module not in restored:
+            restored[module] = module.restore(dtype)
+            move_hook(module, restored[module])
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, restored[module])
 
 
 def set_quantizer(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None:

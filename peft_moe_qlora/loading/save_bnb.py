@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..quantization import QuantizedStack, Stack, code_values
+from ..quantization import FourBitFormat, QuantizedStack, Stack, code_values
+from ..quantized_linear import QuantizedLinear
 from .finder import conversions_of, without_stacks
 from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, quantized_stacks
 from .restoring import refuse_adapters
@@ -32,7 +33,8 @@ def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: A
         kwargs: of `save_pretrained`.
 
     Raises:
-        ValueError: the model has an adapter, its experts are not quantized, or blocks span gate and up projection.
+        ValueError: the model has an adapter, its experts are not quantized or in a format that bitsandbytes doesn't
+            have, or blocks span gate and up projection.
     """
     refuse_adapters(model)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -68,6 +70,13 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         ValueError: see `save_bitsandbytes`.
     """
     stacks = {name: stack for name, _, stack in quantized_stacks(model)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, module in {**stacks, **layers}.items():
+        if not isinstance(module.storage, (FourBitFormat, type(None))):
+            raise ValueError(
+                f"{name} is stored as {module.storage}, which bitsandbytes doesn't have. Save with save_pretrained, "
+                "or load with storage and packed_linear in 4 bits (MoeQuantizationConfig)."
+            )
     check_linear_can_be_saved(model, without_stacks(conversions_of(model)))
     of_stacks = tuple(f"{name}." for name in stacks)
     others = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(of_stacks)}

@@ -15,16 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.core_model_loading import (
-    Transpose,
-    WeightConverter,
-)
+from transformers.core_model_loading import WeightConverter
 
-from ..quantization import QUANTIZABLE_DTYPES, DenseStack, FourBitFormat, QuantizedStack, Stack
-from .bnb_format import PackedTensor
+from ..quantization import QUANTIZABLE_DTYPES, DenseStack, Format, QuantizedStack, Stack
 from .checkpoint import Checkpoint, CheckpointError
-
-_REARRANGING = ("MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionExperts")
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,7 @@ class Target:
         shape: `(E, rows, columns)` as the class has it.
         is_transposed: as the class declares.
         dtype: of the model's parameter.
+        parts: matrices, `(out, in)` each, that one is made of, such as gate and up.
     """
 
     path: str
@@ -44,6 +39,7 @@ class Target:
     shape: tuple[int, int, int]
     is_transposed: bool
     dtype: torch.dtype
+    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -57,6 +53,16 @@ class Target:
         """`(E, rows, columns)` of a stack that is stored in one orientation or the other."""
         num_experts, rows, columns = self.shape
         return torch.Size(self.shape if is_transposed == self.is_transposed else (num_experts, columns, rows))
+
+    def empty_stack(self, storage: Format, dtype: torch.dtype, is_transposed: bool) -> QuantizedStack:
+        """A stack on the meta device that is stored in one orientation or the other."""
+        return QuantizedStack(self.stored_shape(is_transposed), dtype, is_transposed, storage, "meta", self.parts)
+
+    def empty_stack_as_declared(self, storage: Format | None, dtype: torch.dtype) -> Stack:
+        """A stack on the meta device, None for one in `dtype`, the way round that its class has it if that can be."""
+        if storage is None:
+            return DenseStack(torch.empty(self.shape, dtype=dtype, device="meta"), self.is_transposed)
+        return self.empty_stack(storage, dtype, self.is_transposed and not storage.is_out_in)
 
 
 class Source(ABC):
@@ -75,7 +81,7 @@ class Source(ABC):
         what it has loaded."""
 
     @abstractmethod
-    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
+    def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
         """A stack of the right kind and size on the meta device.
 
         Args:
@@ -102,8 +108,8 @@ class NativeSource(Source):
         self.tensors = tensors
         self.is_transposed = target.is_transposed != is_flipped
 
-    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
-        return QuantizedStack(self.target.stored_shape(self.is_transposed), dtype, self.is_transposed, storage, "meta")
+    def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
+        return self.target.empty_stack(storage, dtype, self.is_transposed)
 
     def check(self, stack: Stack, checkpoint: Checkpoint) -> None:
         """Makes sure that everything the stack needs is there and fits.
@@ -196,7 +202,7 @@ class DenseSource(Source):
         self._check(checkpoint)
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        count = self.target.num_experts * _num_targets(self.converter)
+        count = self.target.num_experts * num_targets(self.converter)
         for keys in self.lists.values():
             infos = [checkpoint.tensors[key] for key in keys]
             if len(infos) == count:
@@ -224,18 +230,18 @@ class DenseSource(Source):
         try:
             found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
         except (IndexError, RuntimeError, ValueError) as error:  # some operations ask for all of their tensors
-            raise _misfit(self.target, self.converter, self.lists, examples, None) from error
+            raise misfit(self.target, self.converter, self.lists, examples, None) from error
         if tuple(found.shape) != self.target.shape[1:]:
-            raise _misfit(self.target, self.converter, self.lists, examples, tuple(found.shape))
+            raise misfit(self.target, self.converter, self.lists, examples, tuple(found.shape))
 
-    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
-        if storage is None:
-            return DenseStack(torch.empty(self.target.shape, dtype=dtype, device="meta"), self.target.is_transposed)
-        return QuantizedStack(torch.Size(self.target.shape), dtype, self.target.is_transposed, storage, "meta")
+    def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
+        return self.target.empty_stack_as_declared(storage, dtype)
 
     def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
         for expert in range(self.target.num_experts):
             matrix = self.read_expert(expert, checkpoint).to(stack.device, stack.dtype)
+            if stack.is_transposed != self.target.is_transposed:
+                matrix = matrix.T
             try:
                 stack.set_expert(expert, matrix)
             except ValueError as error:
@@ -317,105 +323,6 @@ class DenseSource(Source):
         return made[self.target.name][0]
 
 
-class PackedSource(Source):
-    """Weights that bitsandbytes has packed, one for each expert and projection or one for all experts.
-
-    Codes and scales are taken as they are. Scales in 8 bits are decoded, as bitsandbytes does at use: a stack has one
-    mean of scales per expert, and here gate and up projection have one each.
-
-    Args:
-        target: the stack.
-        lists: source pattern -> packed tensors in the order of the experts; a single one may stand for all.
-        converter: of transformers' mapping; None where the tensor is the stack.
-        keys: everything that is taken, scales and states included.
-        turn: which of the stacks that share the lists this is, counted from 0.
-
-    Raises:
-        CheckpointError: experts are missing, or the codes can't be put together without decoding them.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        lists: dict[str, list[PackedTensor]],
-        converter: WeightConverter | None,
-        keys: Sequence[str],
-        turn: int,
-    ) -> None:
-        super().__init__(target, keys)
-        self.patterns, self.lists = list(lists), list(lists.values())
-        self.first_expert = turn * target.num_experts
-        self.is_fused = len(self.lists[0]) == 1 and len(self.lists[0][0].shape) == 3
-        packed = [tensor for tensors in self.lists for tensor in tensors]
-        if self.is_fused and len(packed) > 1:
-            raise CheckpointError(
-                f"{packed[0].key} and {packed[1].key} are both of the stack {target.name}, of which one for all "
-                "experts was expected."
-            )
-        self.storage = packed[0].storage
-        for tensor in packed:
-            if tensor.storage != self.storage:
-                raise CheckpointError(
-                    f"{tensor.key} is stored as {tensor.storage} and {packed[0].key} as {self.storage}, but both are "
-                    f"of the stack {target.name}."
-                )
-            if self.is_fused and tensor.shape[0] != target.num_experts:
-                raise CheckpointError(
-                    f"{tensor.key} holds {tensor.shape[0]} experts; {target.name} has {target.shape}."
-                )
-        if not self.is_fused:
-            for tensors in self.lists:
-                check_expert_ids(
-                    [tensor.key for tensor in tensors], target.num_experts * _num_targets(converter), target
-                )
-        self.is_transposed = self._orientation(converter)
-
-    def _orientation(self, converter: WeightConverter | None) -> bool:
-        """How a matrix is stored, given that codes can be concatenated but not rearranged."""
-        firsts = [tensors[0 if self.is_fused else self.first_expert] for tensors in self.lists]
-        for tensors, first in zip(self.lists, firsts):
-            for tensor in tensors[self.first_expert :][: self.target.num_experts]:
-                if tensor.shape != first.shape:
-                    raise CheckpointError(
-                        f"{tensor.key} is of shape {list(tensor.shape)} and {first.key} of {list(first.shape)}, but "
-                        f"both are of the stack {self.target.name}."
-                    )
-        operations = [] if converter is None else converter.operations
-        unknown = [op for op in operations if type(op).__name__ not in (*_REARRANGING, "Transpose")]
-        blocksize = self.storage.blocksize
-        sizes = [math.prod(tensor.shape[-2:]) for tensor in firsts]
-        if unknown or any(size % blocksize for size in (sizes if self.is_fused else sizes[:-1])):
-            what = f"the operation {unknown[0]}" if unknown else f"blocks of {blocksize} that span two of its parts"
-            raise CheckpointError(
-                f"{firsts[0].key}: {self.target.name} can't be made of packed weights because of {what}. Load the "
-                "unquantized checkpoint with MoeQuantizationConfig."
-            )
-        rows, columns = sum(tensor.shape[-2] for tensor in firsts), firsts[0].shape[-1]
-        transposes = [op for op in operations if isinstance(op, Transpose)]
-        expected = self.target.shape[1:]
-        as_declared = (rows, columns) == expected and (not transposes or transposes[0].check_dims)
-        if not as_declared and (not transposes or (columns, rows) != expected):
-            raise _misfit(self.target, converter, self.patterns, f"{firsts[0].key} and its like", (rows, columns))
-        return self.target.is_transposed == as_declared
-
-    def empty_stack(self, storage: FourBitFormat | None, dtype: torch.dtype) -> Stack:
-        shape = self.target.stored_shape(self.is_transposed)
-        return QuantizedStack(shape, dtype, self.is_transposed, self.storage, "meta")
-
-    @torch.no_grad()
-    def fill(self, stack: QuantizedStack, checkpoint: Checkpoint) -> None:
-        if self.is_fused:
-            codes, absmax = self.lists[0][0].read(checkpoint)
-            stack.codes.copy_(codes.view_as(stack.codes))
-            for expert, scales in enumerate(absmax.view(stack.num_experts, -1)):
-                stack.set_scales(expert, scales)
-            return
-        for expert in range(self.target.num_experts):
-            parts = [tensors[self.first_expert + expert].read(checkpoint) for tensors in self.lists]
-            stack.codes[expert] = torch.cat([codes for codes, _ in parts])
-            stack.set_scales(expert, torch.cat([absmax for _, absmax in parts]))
-
-
 Sources = dict[str, dict[str, Source]]
 """Path of an experts module -> projection -> where its stack comes from."""
 
@@ -449,14 +356,19 @@ def _expert_id(key: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _misfit(
+def misfit(
     target: Target,
     converter: WeightConverter | None,
     patterns: Iterable[str],
     examples: str,
     shape: tuple[int, ...] | None,
+    is_transposed: bool | None = None,
 ) -> CheckpointError:
-    """The error for tensors that don't become the stack's matrices, but others of `shape`, or none."""
+    """The error for tensors that don't become the stack's matrices, but others of `shape`, or none.
+
+    `is_transposed` says which way round they were expected; None for that of the class.
+    """
+    expected = target.stored_shape(target.is_transposed if is_transposed is None else is_transposed)[1:]
     sources = [] if converter is None else converter.source_patterns
     missing = [pattern for pattern in sources if pattern not in patterns]
     if missing:
@@ -465,7 +377,7 @@ def _misfit(
         )
     found = "can't be combined into experts" if shape is None else f"give experts of shape {shape}"
     return CheckpointError(
-        f"{examples} {found} for {target.name}; {target.shape[1:]} was expected. Checkpoint and config don't belong "
+        f"{examples} {found} for {target.name}; {tuple(expected)} was expected. Checkpoint and config don't belong "
         "together."
     )
 
@@ -480,5 +392,5 @@ class _OneExpert:
         return torch.empty((1, *self.target.shape[1:]), device="meta")
 
 
-def _num_targets(converter: WeightConverter | None) -> int:
+def num_targets(converter: WeightConverter | None) -> int:
     return 1 if converter is None else len(converter.target_patterns)

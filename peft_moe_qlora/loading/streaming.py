@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..experts import QuantizedExperts, find_experts, read_layout
-from ..quantization import QUANTIZABLE_DTYPES, FourBitFormat, Stack
+from ..quantization import QUANTIZABLE_DTYPES, Format, Stack
 from .checkpoint import Checkpoint
 from .sources import NativeSource, Source, Sources
 
@@ -17,7 +20,7 @@ from .sources import NativeSource, Source, Sources
 def attach_empty_experts(
     model: nn.Module,
     sources: Sources,
-    storage_of: Callable[[Source], FourBitFormat | None],
+    storage_of: Callable[[Source], Format | None],
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -105,3 +108,22 @@ def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, pro
     order = in_order_of_reading(sources, checkpoint)
     for path, projection in tqdm(order, desc="Quantizing experts", unit="stack", disable=not progressbar or not order):
         sources[path][projection].fill(model.get_submodule(path).stack(projection), checkpoint)
+
+
+def planned_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Name -> dtype of the floating parameters of a model on the meta device, as transformers means to load them."""
+    found = {name: tensor.dtype for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    for pattern, dtype in model._get_dtype_plan(model.dtype).items():
+        pattern = re.compile(pattern.replace("*", ".*"))
+        found |= {name: dtype for name in found if pattern.search(name)}
+    return found
+
+
+def cast_as_planned(model: nn.Module, planned: dict[str, torch.dtype]) -> None:
+    """Casts what was loaded in the checkpoint's dtype.
+
+    Some versions of transformers (5.17) leave tensors of quantized checkpoints alone that have another name there.
+    """
+    for name, tensor in model.named_parameters():
+        if name in planned and tensor.is_floating_point() and not isinstance(tensor, Params4bit):
+            tensor.data = tensor.data.to(planned[name])

@@ -352,7 +352,7 @@ def _notes(adapter: AdapterFile, onto: str, plan: MergePlan) -> tuple[str, ...]:
     if onto == "quantized" and adapter.config.base is None:
         notes += (
             "The adapter doesn't say what it was trained on: experts are taken to have been stored as "
-            f"{adapter.config.storage or 'in the checkpoint'}, linear layers as in the checkpoint.",
+            f"{adapter.config.format or 'in the checkpoint'}, linear layers as in the checkpoint.",
         )
     return notes
 

@@ -19,7 +19,7 @@ from ..layouts.non_expert import Pair, adapted_weights, beside_factors, factor_p
 from ..loading.checkpoint import Checkpoint, CheckpointError
 from ..loading.finder import SourceFinder
 from ..loading.sources import DenseSource, ExpertPart, Places, Source, each_source
-from ..quantization import FourBitFormat, QuantizedStack
+from ..quantization import Format, QuantizedStack
 from ..targets import UNTIE
 
 ONTO = ("quantized", "base")
@@ -52,7 +52,7 @@ class StackEdit:
 
     source: DenseSource
     factors: ExpertFactors | None
-    storage: FourBitFormat | None
+    storage: Format | None
     dtype: torch.dtype | None
 
     @property
@@ -78,7 +78,7 @@ class StackEdit:
         """
         matrix = self.source.read_expert(expert, checkpoint)
         is_transposed = self.source.target.is_transposed
-        before = _as_trained(matrix, is_transposed, self.storage, self.dtype, self.name)
+        before = _as_trained(matrix, is_transposed, self.storage, self.dtype, self.name, self.source.target.parts)
         exact = before
         if self.factors is not None:
             A, B = self.factors.A[expert].float(), self.factors.B[expert].float()
@@ -103,7 +103,7 @@ class TensorEdit:
     name: str
     delta: Callable[[], torch.Tensor] | None = None
     replacement: torch.Tensor | None = None
-    storage: FourBitFormat | None = None
+    storage: Format | None = None
     dtype: torch.dtype | None = None
 
     def edit(self, tensor: torch.Tensor) -> Edit:
@@ -175,7 +175,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
     factors = {one.name: one for one in adapter.experts}
     for name, source in sources.items():
         is_dense = identity is not None and name in identity.dense_stacks
-        storage = adapter.config.storage if trained and not is_dense else None
+        storage = adapter.config.format if trained and not is_dense else None
         edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
         if edit.factors is None and storage is None:
             continue
@@ -224,7 +224,7 @@ def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, so
             f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} is of type "
             f"{model_type}. Merge it into its own base."
         )
-    storage = adapter.config.storage
+    storage = adapter.config.format
     found = {}
     for name in identity.samples.keys() & sources.keys():
         if not isinstance(sources[name], DenseSource):
@@ -236,7 +236,7 @@ def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, so
         if storage is None or name in identity.dense_stacks:
             found[name] = matrix.float().flatten()[: len(identity.samples[name])].tolist()
         else:
-            found[name] = sample(QuantizedStack.from_dense(matrix[None], target.is_transposed, storage))
+            found[name] = sample(QuantizedStack.from_dense(matrix[None], target.is_transposed, storage, target.parts))
     differing = differing_sample(identity, replace(identity, samples=found))
     if differing is not None:
         raise ValueError(
@@ -355,9 +355,14 @@ def _product(pair: Pair, scaling: float) -> torch.Tensor:
 
 
 def _as_trained(
-    matrix: torch.Tensor, is_transposed: bool, storage: FourBitFormat | None, dtype: torch.dtype | None, name: str
+    matrix: torch.Tensor,
+    is_transposed: bool,
+    storage: Format | None,
+    dtype: torch.dtype | None,
+    name: str,
+    parts: int = 1,
 ) -> torch.Tensor:
-    """fp32 weights as they were in training.
+    """fp32 weights as they were in training, in the orientation of the matrix.
 
     Raises:
         CheckpointError: they are not finite.
@@ -366,5 +371,6 @@ def _as_trained(
         raise CheckpointError(f"{name} has weights that are not finite; the checkpoint is broken.")
     if storage is None:
         return matrix.float()
-    stack = QuantizedStack.from_dense(matrix.to(dtype or matrix.dtype)[None], is_transposed, storage)
-    return stack.decode_expert(0, torch.float32)
+    stack = QuantizedStack.from_dense(matrix.to(dtype or matrix.dtype)[None], is_transposed, storage, parts)
+    decoded = stack.decode_expert(0, torch.float32)
+    return decoded if stack.is_transposed == is_transposed else decoded.T

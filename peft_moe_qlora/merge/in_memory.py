@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from ..experts import QuantizedExperts
 from ..layer import ExpertsLora
-from ..loading import cast_as_loaded, restore_experts
+from ..loading import cast_as_loaded, restore_experts, restore_linear
+from ..quantized_linear_lora import QuantizedLinearLora
 from ..targets import UNTIE
 from .calibration import adapted_projections, config_with_vocabulary, merge_while_running, random_token_ids
 from .check import Reference, take_reference
@@ -81,8 +82,10 @@ def _check_not_tied(model: nn.Module, adapter_names: Sequence[str]) -> None:
         for parameter in module.parameters(recurse=False):
             holders[parameter].append(path.removesuffix(".base_layer"))
     for path, layer in model.named_modules():
-        if isinstance(layer, ExpertsLora) or not isinstance(layer, (LoraLayer, TrainableTokensLayer)):
-            continue  # two stacks that are tied are merged into two
+        if isinstance(layer, (ExpertsLora, QuantizedLinearLora)):
+            continue  # two that are tied are merged into two
+        if not isinstance(layer, (LoraLayer, TrainableTokensLayer)):
+            continue
         own = layer.scaling if isinstance(layer, LoraLayer) else layer.trainable_tokens_delta
         if not any(name in own for name in adapter_names):
             continue
@@ -139,8 +142,8 @@ def activate(tuner: LoraModel, adapter_names: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def restored_on_error(layers: Sequence[ExpertsLora]) -> Iterator[None]:
-    """Gives experts back what they had merged when the context began, if a `ValueError` ends it."""
+def restored_on_error(layers: Sequence[ExpertsLora | QuantizedLinearLora]) -> Iterator[None]:
+    """Gives layers back what they had merged when the context began, if a `ValueError` ends it."""
     merged_before = {layer: list(layer.merged_adapters) for layer in layers}
     try:
         yield
@@ -169,18 +172,20 @@ def _unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def merge_densely(tuner: LoraModel, adapter_names: Sequence[str], dtype: torch.dtype, progressbar: bool) -> None:
-    """Gives the classes' own experts modules back, merged, in a floating dtype.
+    """Gives the classes' own experts modules and linear layers back, merged, in a floating dtype.
 
     Args:
-        tuner: whose layers on experts are taken away.
+        tuner: whose layers on experts, and on linear layers that are stored in a format, are taken away.
         adapter_names: what to merge.
-        dtype: of the experts.
+        dtype: of the experts and these linear layers.
         progressbar: show one.
     """
-    layers = [(path, layer) for path, layer in tuner.model.named_modules() if isinstance(layer, ExpertsLora)]
+    kinds = (ExpertsLora, QuantizedLinearLora)
+    layers = [(path, layer) for path, layer in tuner.model.named_modules() if isinstance(layer, kinds)]
     for path, layer in tqdm(layers, desc="Merging experts", disable=not progressbar):
         parent, _, name = path.rpartition(".")
         tuner._replace_module(tuner.model.get_submodule(parent), name, layer.merged_dense(dtype, adapter_names), layer)
+    restore_linear(tuner.model, dtype)
     restore_experts(tuner.model, dtype)
     if dtype == torch.float32:
         cast_as_loaded(tuner.model, dtype)  # before deltas of linear layers are added, which 16 bits would round

@@ -84,7 +84,7 @@ def merge_quantized(
     found = read_adapter(adapter, base)
     if found.config.quant_type != quant_type:
         raise ValueError(
-            f"The adapter was trained on experts in {found.config.storage or '16 bits'}, not {quant_type}. Merge it "
+            f"The adapter was trained on experts in {found.config.format or '16 bits'}, not {quant_type}. Merge it "
             "without quantizing, then load the result with MoeQuantizationConfig and save it."
         )
     digest = adapter_digest(adapter)
@@ -108,7 +108,7 @@ def merge_quantized(
         adapter=str(adapter.resolve()),
         adapter_sha256=digest,
         onto="quantized",
-        storage=f"{found.config.storage}, {rounding} rounding",
+        storage=f"{found.config.format}, {rounding} rounding",
         tensors_expected=num_with_delta + len(in_full),
         tensors_changed=0,
         tensors_written=0,

@@ -4,6 +4,10 @@ Rounding each weight to the nearest value of its block is best where inputs are 
 experts are not. With their second moment `H = E[x x^T]`, the error of a row `w` is `(q - w) H (q - w)^T`, and columns
 are rounded one after the other, each error being made up for by the columns that are still to come (GPTQ: Frantar et
 al. 2022, arXiv:2210.17323, section 3). Scales are chosen before, for each block the best of a few.
+
+What is merged onto lies on the grid already, and a delta that is small beside the grid's steps may be lost less by
+leaving a row as it is than by rounding it in turn. So each row starts from the better of the two, and then its columns
+are visited again, each getting the code that is best while the others stay (coordinate descent).
 """
 
 from __future__ import annotations
@@ -12,15 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
-from ..quantization.fidelity import Fidelity
-from ..quantization.four_bit import FourBitFormat, code_values
-from ..quantization.stack import QuantizedStack
+from ..quantization import Fidelity, Format, QuantizedStack, choose_scales
 
-# of a block's largest magnitude; a smaller scale clips the largest weight and is finer for the others
-_SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85)
 _COLUMNS_AT_A_TIME = 128
+_VISITS = 2
+"""Of each column after the first rounding; more gained little."""
 _NAMED = 20
 
 SHARE_OF_ALL = 0.02
@@ -53,6 +54,8 @@ def quantize_second_order(
 ) -> QuantizedStack:
     """A new stack in the storage of another, with the merged weights of each expert.
 
+    What is stored of an expert without a delta is copied.
+
     Args:
         stack: of before the merge; its scales are among those tried.
         merged: gives what an expert is to hold.
@@ -64,26 +67,22 @@ def quantize_second_order(
     Raises:
         ValueError: a merged weight is not finite.
     """
-    result = QuantizedStack(stack.shape, stack.dtype, stack.is_transposed, stack.storage, stack.device)
-    size = stack.in_features * (4 * stack.out_features + 10 * stack.in_features) * 4
+    result = stack.like_this()
+    size = stack.in_features * (8 * stack.out_features + 10 * stack.in_features) * 4
     step = max(1, _batch_bytes(stack.device) // size)
     fidelity = Fidelity()
     nearest = []
     for start in range(0, stack.num_experts, step):
-        experts = range(start, min(start + step, stack.num_experts))
-        found = [merged(expert) for expert in experts]
-        scales = []
-        for expert, one in zip(experts, found):
-            stored = one.weight.T if stack.is_transposed else one.weight
-            absmax = choose_scales(stored, stack.scales(slice(expert, expert + 1))[0], stack.storage)
-            result.set_scales(expert, absmax)
-            scales.append(_scale_of_weights(result.scales(slice(expert, expert + 1))[0], stored, stack))
-        hessians = torch.stack([_hessian(one, moment_of_all) for one in found])
-        weights = torch.stack([one.weight for one in found])
-        codes, is_nearest = round_second_order(weights, torch.stack(scales), hessians, stack.storage)
-        nearest += [expert for expert, is_one in zip(experts, is_nearest.tolist()) if is_one]
-        for expert, one, of_expert in zip(experts, found, codes):
-            result.set_codes(expert, of_expert.T if stack.is_transposed else of_expert)
+        found = {}
+        for expert in range(start, min(start + step, stack.num_experts)):
+            one, before = merged(expert), stack.decode_expert(expert, torch.float32)
+            if torch.equal(one.weight, before.T if stack.is_transposed else before):
+                result.set_tensors(expert, {name: of[0] for name, of in stack.tensors_of(_only(expert)).items()})
+                fidelity.add(before, before, before)
+            else:
+                found[expert] = one
+        nearest += _round(stack, result, found, moment_of_all)
+        for expert, one in found.items():
             exact = one.weight.T if stack.is_transposed else one.weight
             before = stack.decode_expert(expert, torch.float32)
             fidelity.add(before, exact, result.decode_expert(expert, torch.float32))
@@ -94,6 +93,30 @@ def quantize_second_order(
             "nearest",
         )
     return result
+
+
+def _round(
+    stack: QuantizedStack, result: QuantizedStack, found: dict[int, MergedExpert], moment_of_all: torch.Tensor
+) -> list[int]:
+    """Stores some merged experts in `result`; gives those that are rounded to the nearest."""
+    if not found:
+        return []
+    scales = []
+    for expert, one in found.items():
+        stored = one.weight.T if stack.is_transposed else one.weight
+        result.set_scales(expert, choose_scales(stored, stack.scales(_only(expert))[0], stack.storage, stack.parts))
+        of_weights = result.scale_of_weights(expert)
+        scales.append(of_weights.T if stack.is_transposed else of_weights)
+    hessians = torch.stack([_hessian(one, moment_of_all) for one in found.values()])
+    weights = torch.stack([one.weight for one in found.values()])
+    codes, is_nearest = round_second_order(weights, torch.stack(scales), hessians, stack.storage)
+    for expert, of_expert in zip(found, codes):
+        result.set_codes(expert, of_expert.T if stack.is_transposed else of_expert)
+    return [expert for expert, is_one in zip(found, is_nearest.tolist()) if is_one]
+
+
+def _only(expert: int) -> slice:
+    return slice(expert, expert + 1)
 
 
 def _of_experts(ids: list[int]) -> str:
@@ -122,34 +145,8 @@ def _hessian(merged: MergedExpert, moment_of_all: torch.Tensor) -> torch.Tensor:
     return moment
 
 
-def choose_scales(matrix: torch.Tensor, before: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
-    """`(num_blocks,)` fp32 scales of a `(rows, columns)` matrix: of a few, those of least squared error.
-
-    Args:
-        matrix: as stored.
-        before: scales to be tried too; if a delta is small, most codes are still right with them.
-        storage: the format.
-
-    Raises:
-        ValueError: a weight is not finite.
-    """
-    if not torch.isfinite(matrix).all():
-        raise ValueError("NaNs detected in the merged weights, or values out of range.")
-    blocks = _blocks(matrix, storage)
-    largest = blocks.abs().amax(dim=1)
-    best = torch.full_like(largest, torch.inf)
-    chosen = largest.clone()
-    for candidate in (*(largest * factor for factor in _SCALE_FACTORS), before):
-        scale = candidate[:, None]
-        error = (_values(nearest_codes(blocks, scale, storage), storage) * scale - blocks).square().sum(dim=1)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, candidate, chosen)
-    return chosen
-
-
 def round_second_order(
-    weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: FourBitFormat
+    weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: Format
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of several matrices, their columns rounded in turn.
 
@@ -168,21 +165,67 @@ def round_second_order(
     of_columns = order[:, None].expand_as(weights)
     weights, scales = weights.gather(2, of_columns), scales.gather(2, of_columns)
     hessians = hessians.gather(1, order[:, :, None].expand_as(hessians))
-    spread, is_nearest = _inverse_factor(hessians.gather(2, order[:, None].expand_as(hessians)))
+    hessians = hessians.gather(2, order[:, None].expand_as(hessians))
+    spread, is_nearest = _inverse_factor(hessians)
+    nearest = storage.nearest(weights, scales)
+    in_turn = _round_in_turn(weights.clone(), scales, spread, storage)
+    is_better = _costs(in_turn, weights, scales, hessians, storage) < _costs(
+        nearest, weights, scales, hessians, storage
+    )
+    codes = torch.where(is_better[:, :, None], in_turn, nearest)
+    codes = _visit_again(codes, weights, scales, hessians, storage)
+    codes = torch.where(is_nearest[:, None, None], nearest, codes)
+    return torch.empty_like(codes).scatter_(2, of_columns, codes), is_nearest
+
+
+def _round_in_turn(weights: torch.Tensor, scales: torch.Tensor, spread: torch.Tensor, storage: Format) -> torch.Tensor:
+    """Codes; the weights are changed. `spread` is that of `_inverse_factor`."""
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
-    columns = weights.shape[2]
-    for start in range(0, columns, _COLUMNS_AT_A_TIME):
-        stop = min(start + _COLUMNS_AT_A_TIME, columns)
+    for start, stop in _runs(weights.shape[2]):
         errors = torch.empty_like(weights[:, :, start:stop])
         for column in range(start, stop):
             weight, scale = weights[:, :, column], scales[:, :, column]
-            code = nearest_codes(weight, scale, storage)
+            code = storage.nearest(weight, scale)
             codes[:, :, column] = code
-            error = (weight - _values(code, storage) * scale) / spread[:, column, column, None]
+            error = (weight - storage.values(code) * scale) / spread[:, column, column, None]
             errors[:, :, column - start] = error
             weights[:, :, column:stop] -= error[:, :, None] * spread[:, column, None, column:stop]
         weights[:, :, stop:] -= errors @ spread[:, start:stop, stop:]
-    return torch.empty_like(codes).scatter_(2, of_columns, codes), is_nearest
+    return codes
+
+
+def _costs(
+    codes: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: Format
+) -> torch.Tensor:
+    """`(E, out)`: what the errors of each row cost."""
+    errors = storage.values(codes) * scales - weights
+    return (errors @ hessians * errors).sum(dim=2)
+
+
+def _visit_again(
+    codes: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: Format
+) -> torch.Tensor:
+    """Codes, none of which costs more than before: one column after the other gets its best, the others given."""
+    codes, values = codes.clone(), storage.values(codes) * scales
+    costs = hessians.diagonal(dim1=1, dim2=2)
+    for _ in range(_VISITS):
+        gradient = (values - weights) @ hessians
+        for start, stop in _runs(weights.shape[2]):
+            changes = torch.empty_like(weights[:, :, start:stop])
+            for column in range(start, stop):
+                scale, before = scales[:, :, column], values[:, :, column]
+                code = storage.nearest(before - gradient[:, :, column] / costs[:, column, None], scale)
+                change = storage.values(code) * scale - before
+                codes[:, :, column], changes[:, :, column - start] = code, change
+                gradient[:, :, column:stop] += change[:, :, None] * hessians[:, column, None, column:stop]
+            values[:, :, start:stop] += changes
+            gradient[:, :, stop:] += changes @ hessians[:, start:stop, stop:]
+    return codes
+
+
+def _runs(columns: int) -> list[tuple[int, int]]:
+    """Columns that are worked on together: what they ask of the others is added once for all."""
+    return [(start, min(start + _COLUMNS_AT_A_TIME, columns)) for start in range(0, columns, _COLUMNS_AT_A_TIME)]
 
 
 def _inverse_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,31 +241,3 @@ def _inverse_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     has_none = (info != 0) | ~factor.isfinite().all(dim=2).all(dim=1)
     factor[has_none] = identity
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True).float(), has_none
-
-
-def nearest_codes(weights: torch.Tensor, scales: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
-    """The codes whose values, times the scales, are nearest; uint8. Any sign of a scale will do, and 0.
-
-    A scale that is rounded to 8 bits around the mean of all can come out negative.
-    """
-    table, order = code_values(storage.quant_type, weights.device).sort()
-    middles = (table[1:] + table[:-1]) / 2
-    ratios = torch.where(scales == 0, 0, weights / scales).contiguous()
-    return order.to(torch.uint8)[torch.bucketize(ratios, middles)]
-
-
-def _values(codes: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
-    return code_values(storage.quant_type, codes.device)[codes.int()]
-
-
-def _blocks(matrix: torch.Tensor, storage: FourBitFormat) -> torch.Tensor:
-    """`(num_blocks, blocksize)`, the last block filled up with zeros."""
-    flat = matrix.flatten()
-    missing = -len(flat) % storage.blocksize
-    return pad(flat, (0, missing)).view(-1, storage.blocksize)
-
-
-def _scale_of_weights(absmax: torch.Tensor, stored: torch.Tensor, stack: QuantizedStack) -> torch.Tensor:
-    """`(out, in)`: the scale of each weight."""
-    scales = absmax.repeat_interleave(stack.storage.blocksize)[: stored.numel()].view_as(stored)
-    return scales.T if stack.is_transposed else scales

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from ..layouts.adapter_file import PREFIX
 from ..layouts.base_model import BaseModel, revision_of_base
 from ..layouts.read import read_config
 from ..loading import MoeQuantizationConfig, load_quantized
+from ..quantization import FourBitFormat
 
 _WINDOW, _MOST_WINDOWS = 512, 16
 _POSITIONS_AT_A_TIME = 64
@@ -74,7 +75,7 @@ def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | No
     identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if found.quantization is not None else _quantization(found, config, identity)
-    is_quantized = config.storage is not None or quantization is not None
+    is_quantized = config.format is not None or quantization is not None
     return UnmergedPlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
 
 
@@ -108,10 +109,11 @@ def _quantization(
 ) -> MoeQuantizationConfig | None:
     """How a base in floating point has to be loaded to be what the adapter was trained on."""
     linear = list(identity.linear) if identity is not None else []
-    if config.storage is None and not linear:
+    if config.format is None and not linear:
         return None
-    experts = config.storage
-    expected = [str(experts).replace(f"/{experts.blocksize}", "/64")] if experts is not None else linear[:1]
+    experts = config.format
+    is_spelled = isinstance(experts, FourBitFormat)
+    expected = [str(replace(experts, blocksize=64))] if is_spelled else linear[:1]
     if linear and linear != expected:
         raise ValueError(
             f"The adapter was trained with linear layers in {', '.join(linear)} beside experts in {experts}, which "
@@ -126,9 +128,9 @@ def _quantization(
             if isinstance(module, nn.Linear) and identity.linear_storage(name) is None
         }
     return MoeQuantizationConfig(
-        None if experts is None else experts.quant_type,
-        blocksize=64 if experts is None else experts.blocksize,
-        double_quant=linear[0].endswith("+dq") if experts is None else experts.double_quant,
+        None,
+        storage=None if experts is None else str(experts),
+        double_quant=bool(linear) and linear[0].endswith("+dq"),
         quantize_linear=bool(linear),
         skip_modules=[f"^{re.escape(name)}$" for name in sorted(skipped)] or None,
     )

@@ -4,10 +4,11 @@ Letters: T tokens, K experts chosen per token, E experts, S = T * K routed rows,
 R rank. Rows are sorted by expert; `offsets (E,)` int32 holds, for each expert, the row behind its last one.
 """
 
-from .dispatch import LARGEST_RANK, ComputePath, choose_path, log_once, why_no_kernels
+from .decode_matrix import decode_matrix
+from .dispatch import LARGEST_RANK, ComputePath, choose_library_path, choose_path, log_once, why_no_kernels
 from .grouped_linear import LowRank, grouped_linear
 from .kernels.tuning import tiles_origin
-from .operands import Factors, Gate, packed_weight
+from .operands import Factors, Gate, packed_weight, why_not_read
 from .routing import Routing, combine_rows, gather_rows, route
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Gate",
     "LowRank",
     "Routing",
+    "choose_library_path",
     "choose_path",
     "combine_rows",
+    "decode_matrix",
     "gather_rows",
     "grouped_linear",
     "log_once",
@@ -26,4 +29,5 @@ __all__ = [
     "route",
     "tiles_origin",
     "why_no_kernels",
+    "why_not_read",
 ]

@@ -5,20 +5,27 @@ Operators take flat arguments; the named tuples are put together again on the in
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..quantization import Format, parse_format
 from .fused_steps import Planner, Saved, experts_backward, experts_forward, experts_forward_gemv
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
 from .operands import Factors, Gate, PackedWeight, as_factors
 
 
-def _weight(tensors: list[Tensor], shape: list[int], is_transposed: bool, quant_type: str) -> PackedWeight:
-    rows, columns, blocksize = shape
-    return PackedWeight(tuple(tensors), rows, columns, is_transposed, quant_type, blocksize)
+def _weight(tensors: list[Tensor], shape: list[int], storage: str) -> PackedWeight:
+    rows, columns, is_transposed, parts = shape
+    return PackedWeight(tuple(tensors), rows, columns, bool(is_transposed), _format(storage), parts)
+
+
+@cache
+def _format(storage: str) -> Format | None:
+    return parse_format(storage) if storage else None
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -40,9 +47,8 @@ def _experts_op(
     down: list[Tensor],
     up_shape: list[int],
     down_shape: list[int],
-    is_transposed: bool,
-    up_quant_type: str,
-    down_quant_type: str,
+    up_storage: str,
+    down_storage: str,
     scalings: list[float],
     gate_kind: str,
     gate_interleaved: bool,
@@ -53,8 +59,8 @@ def _experts_op(
         hidden_states.contiguous(),
         top_k_index.contiguous(),
         top_k_weights.contiguous(),
-        _weight(up, up_shape, is_transposed, up_quant_type),
-        _weight(down, down_shape, is_transposed, down_quant_type),
+        _weight(up, up_shape, up_storage),
+        _weight(down, down_shape, down_storage),
         as_factors(up_A, up_B, scalings[0]),
         as_factors(down_A, down_B, scalings[1]),
         up_bias,
@@ -77,13 +83,13 @@ def _experts_op(
 
 @_experts_op.register_fake
 def _(hidden_states, top_k_index, top_k_weights, up_A, up_B, down_A, down_B, up_bias, down_bias, up, down, up_shape,
-      down_shape, is_transposed, up_quant_type, down_quant_type, scalings, gate_kind, gate_interleaved,
+      down_shape, up_storage, down_storage, scalings, gate_kind, gate_interleaved,
       gate_numbers, by_gemv):  # fmt: skip
     if by_gemv:
         nothing = [hidden_states.new_empty(0) for _ in range(3)]
         return (hidden_states.new_empty(hidden_states.shape), *nothing, hidden_states.new_empty(0, dtype=torch.int32))
     num_rows = top_k_index.shape[0] * top_k_index.shape[1]
-    features = up_shape[1] if is_transposed else up_shape[0]
+    features = up_shape[1] if up_shape[2] else up_shape[0]
     return (
         torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
         hidden_states.new_empty((num_rows, features)),
@@ -111,9 +117,8 @@ def _experts_backward_op(
     down: list[Tensor],
     up_shape: list[int],
     down_shape: list[int],
-    is_transposed: bool,
-    up_quant_type: str,
-    down_quant_type: str,
+    up_storage: str,
+    down_storage: str,
     scalings: list[float],
     gate_kind: str,
     gate_interleaved: bool,
@@ -127,8 +132,8 @@ def _experts_backward_op(
             hidden_states.contiguous(),
             top_k_weights.contiguous(),
             Saved(gate_input, up_reduced, down_reduced, Planner(rows, hidden_states.dtype)),
-            _weight(up, up_shape, is_transposed, up_quant_type),
-            _weight(down, down_shape, is_transposed, down_quant_type),
+            _weight(up, up_shape, up_storage),
+            _weight(down, down_shape, down_storage),
             as_factors(up_A, up_B, scalings[0]),
             as_factors(down_A, down_B, scalings[1]),
             down_bias,
@@ -139,7 +144,7 @@ def _experts_backward_op(
 
 @_experts_backward_op.register_fake
 def _(grad_out, hidden_states, top_k_weights, gate_input, up_reduced, down_reduced, routing, up_A, up_B, down_A,
-      down_B, down_bias, up, down, up_shape, down_shape, is_transposed, up_quant_type, down_quant_type, scalings,
+      down_B, down_bias, up, down, up_shape, down_shape, up_storage, down_storage, scalings,
       gate_kind, gate_interleaved, gate_numbers):  # fmt: skip
     inputs = (hidden_states, top_k_weights, up_A, up_B, down_A, down_B)
     return tuple(grad_out.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
@@ -211,11 +216,10 @@ def experts_op(
         down_bias,
         list(up.tensors),
         list(down.tensors),
-        [up.rows, up.columns, up.blocksize],
-        [down.rows, down.columns, down.blocksize],
-        up.is_transposed,
-        up.quant_type,
-        down.quant_type,
+        [up.rows, up.columns, int(up.is_transposed), up.parts],
+        [down.rows, down.columns, int(down.is_transposed), down.parts],
+        str(up.storage or ""),
+        str(down.storage or ""),
         [up_scaling, down_scaling],
         gate.kind,
         gate.interleaved,

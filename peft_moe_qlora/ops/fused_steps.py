@@ -32,7 +32,8 @@ from .operands import Factors, Gate, PackedWeight
 def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype: torch.dtype) -> GemmTiles:
     along_columns = weight.contracts_columns(for_input_gradient)
     rows_per_expert = num_pairs / weight.num_experts
-    return choose_tiles(weight.tensors[0].device, dtype, weight.blocks_follow_rows, along_columns, rows_per_expert)
+    codes = weight.storage.kernel_codes if weight.tile_block is not None else None
+    return choose_tiles(weight.tensors[0].device, dtype, codes, along_columns, rows_per_expert)
 
 
 class Plan(NamedTuple):

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..quantization import Stack
 from .dispatch import choose_library_path, choose_path
 from .grouped_matmul import grouped_matmul, grouped_mm, multiply_groups
-from .operands import packed_weight
+from .operands import packed_weight, why_not_read
 from .routing import Routing
 
 
@@ -60,7 +60,8 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
     _, stored_rows, stored_columns = stack.shape
     in_features, out_features = (stored_rows, stored_columns) if as_stored else (stored_columns, stored_rows)
     # a compiler can't look into a launch
-    choose = choose_library_path if torch.compiler.is_compiling() else choose_path
+    needs_library = torch.compiler.is_compiling() or why_not_read(stack) is not None
+    choose = choose_library_path if needs_library else choose_path
     path = choose(rows.device, rows.dtype, in_features, out_features).name
     if rows.shape[0] and path == "triton":
         from .fused_steps import frozen_product

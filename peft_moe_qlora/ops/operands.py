@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from ..quantization import DenseStack, QuantizedStack, Stack
+from ..quantization import DenseStack, Format, QuantizedStack, Stack
 
 
 class PackedWeight(NamedTuple):
     """What a kernel reads of a stack.
 
     Args:
-        tensors: `(codes, block_absmax)`, `(codes, block_absmax, group_absmax, offset)`, or the 16-bit weight alone.
-            Kernels read scales in int32 as the fp32 numbers whose bits they are.
+        tensors: those of the format in its order, or the 16-bit weight alone.
         rows: of one expert's matrix as stored.
         columns: of one expert's matrix as stored.
         is_transposed: stored `(in, out)`.
-        quant_type: `""` where the weight is not packed.
-        blocksize: 0 where the weight is not packed.
+        storage: the format; None where the weight is not packed.
+        parts: matrices under each other that make up one.
     """
 
     tensors: tuple[torch.Tensor, ...]
     rows: int
     columns: int
     is_transposed: bool
-    quant_type: str
-    blocksize: int
+    storage: Format | None
+    parts: int = 1
 
     @property
     def num_experts(self) -> int:
@@ -53,16 +54,17 @@ class PackedWeight(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        return self.quant_type != ""
+        return self.storage is not None
 
     @property
     def is_nested(self) -> bool:
-        return len(self.tensors) == 4
+        """Whether scales take two steps to decode."""
+        return len(self.tensors) > 2
 
     @property
-    def blocks_follow_rows(self) -> bool:
-        """Whether each stored row is a whole number of blocks, so that tiles can find their scales."""
-        return self.is_packed and self.columns % self.blocksize == 0
+    def tile_block(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale, where tiles can find their scales by them."""
+        return self.storage.tile_block(self.rows, self.columns, self.parts) if self.is_packed else None
 
 
 def packed_weight(stack: Stack) -> PackedWeight:
@@ -73,14 +75,32 @@ def packed_weight(stack: Stack) -> PackedWeight:
     """
     rows, columns = stack.shape[1:]
     if isinstance(stack, DenseStack):
-        return PackedWeight((stack.weight,), rows, columns, stack.is_transposed, "", 0)
+        return PackedWeight((stack.weight,), rows, columns, stack.is_transposed, None)
     if not isinstance(stack, QuantizedStack):
         raise TypeError(f"the kernels read DenseStack and QuantizedStack, not {type(stack).__name__}.")
-    tensors = (stack.codes, stack.block_absmax)
-    if stack.storage.double_quant:
-        tensors += (stack.group_absmax, stack.offset)
-    storage = stack.storage
-    return PackedWeight(tensors, rows, columns, stack.is_transposed, storage.quant_type, storage.blocksize)
+    tensors = as_kernels_read(stack._parameters.values(), stack.storage)
+    return PackedWeight(tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts)
+
+
+def as_kernels_read(tensors: Iterable[torch.Tensor], storage: Format) -> tuple[torch.Tensor, ...]:
+    """The tensors of a format in its order, codes of a byte each as 16-bit integers: two are read at a time."""
+    codes, *scales = tensors
+    return (codes.view(torch.int16) if storage.codes_per_byte == 1 else codes, *scales)
+
+
+def why_not_read(stack: Stack) -> str | None:
+    """Why the kernels can't read a stack; None if they can."""
+    return None if stack.storage is None else why_not_read_as(stack.storage, *stack.shape[1:], stack.parts)
+
+
+@cache
+def why_not_read_as(storage: Format, rows: int, columns: int, parts: int = 1) -> str | None:
+    """The same for matrices of a format."""
+    if storage.kernel_codes is None:
+        return f"the kernels have no decoder for {storage}"
+    if storage.flat_blocksize is None and (storage.tile_block(rows, columns, parts) is None or columns % 2):
+        return f"the kernels' tiles don't fit the blocks of {storage}"
+    return None
 
 
 class Factors(NamedTuple):

@@ -1,7 +1,18 @@
 """How a stack of expert weights is stored."""
 
 from .fidelity import Fidelity
-from .four_bit import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat, code_values, dynamic_map
+from .format import Format, Spec, parse_format, register_format
+from .formats import FourBitFormat
+from .formats.four_bit import (
+    BLOCKSIZES,
+    QUANT_TYPES,
+    QUANTIZABLE_DTYPES,
+    code_values,
+    dynamic_map,
+    format_of,
+    spelled,
+)
+from .scales import choose_scales
 from .stack import DenseStack, QuantizedStack, Stack
 
 __all__ = [
@@ -10,9 +21,16 @@ __all__ = [
     "QUANT_TYPES",
     "DenseStack",
     "Fidelity",
+    "Format",
     "FourBitFormat",
     "QuantizedStack",
+    "Spec",
     "Stack",
+    "choose_scales",
     "code_values",
     "dynamic_map",
+    "format_of",
+    "parse_format",
+    "register_format",
+    "spelled",
 ]

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from .fidelity import Fidelity
-from .four_bit import FourBitFormat, NestedAbsmax, dequantize, nest, quantize, unnest
+from .format import Format
 
 Delta = Callable[[int], torch.Tensor]
-_LARGEST_CALL = 2**30
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -43,7 +41,7 @@ class Stack(nn.Module, ABC):
         self.shape = torch.Size(shape)
         self.is_transposed = is_transposed
         self.fidelity: Fidelity | None = None
-        """Of the stored weights to the exact merged ones; None if nothing was merged into 4 bits."""
+        """Of the stored weights to the exact merged ones; None if nothing was merged into fewer bits."""
         self.merge_notes: tuple[str, ...] = ()
         """What a reader of the merge's report should know of how this stack was rounded."""
 
@@ -69,8 +67,8 @@ class Stack(nn.Module, ABC):
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
-    def storage(self) -> FourBitFormat | None:
-        """The 4-bit format, None where the stack is kept in floating point."""
+    def storage(self) -> Format | None:
+        """The format, None where the stack is kept in floating point."""
         return None
 
     @property
@@ -101,6 +99,8 @@ class Stack(nn.Module, ABC):
     @abstractmethod
     def merged(self, delta: Delta) -> Stack:
         """A new stack that holds weights plus delta, in this one's storage; this one stays as it is.
+
+        What is stored of an expert without a delta is copied.
 
         Args:
             delta: gives the `(out, in)` fp32 delta of an expert.
@@ -180,17 +180,23 @@ class DenseStack(Stack):
 
 
 class QuantizedStack(Stack):
-    """A stack in 4 bits: per expert the codes and scales of `bitsandbytes.functional.quantize_4bit`.
+    """A stack in a `Format`, whose tensors are its parameters, by the format's names.
 
     Every expert is quantized by itself, so that no block spans two experts whatever the sizes. All tensors are frozen
     parameters with the experts in front, so that sharding by expert (FSDP2, expert parallelism) works on each alike.
-    All are integers: engines of mixed precision (FSDP2, DeepSpeed) round floating parameters to 16 bits.
+    All are integers, scales as the bits of what they are: engines of mixed precision (FSDP2, DeepSpeed) round floating
+    parameters to 16 bits.
 
-    Parameters:
-        codes: `(E, ceil(rows * columns / 2))` uint8.
-        block_absmax: `(E, num_blocks)`: int32, the bits of fp32; or uint8 with `double_quant`.
-        group_absmax: `(E, ceil(num_blocks / 256))` int32, the bits of fp32; with `double_quant` only.
-        offset: `(E,)` int32, the bits of fp32; with `double_quant` only.
+    Args:
+        shape: `(E, rows, columns)` as stored.
+        dtype: of the parameter it stands for.
+        is_transposed: whether a matrix is stored `(in, out)`.
+        storage: the format.
+        device: of the tensors, which are left as they are allocated.
+        parts: matrices of equal size under each other that make up one, of which no block spans two.
+
+    Raises:
+        ValueError: the format stores `(out, in)` only.
     """
 
     def __init__(
@@ -198,73 +204,80 @@ class QuantizedStack(Stack):
         shape: torch.Size,
         dtype: torch.dtype,
         is_transposed: bool,
-        storage: FourBitFormat,
+        storage: Format,
         device: torch.device | str | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__(shape, is_transposed)
+        if is_transposed and storage.is_out_in:
+            raise ValueError(f"{storage} stores matrices as (out, in); a stack of {tuple(shape)} is (in, out).")
         self._dtype = dtype
         self._storage = storage
-        numel = self.shape[1] * self.shape[2]
-        num_blocks = -(-numel // storage.blocksize)
-
-        def empty(*size: int, dtype: torch.dtype) -> nn.Parameter:
-            return _frozen(torch.empty(self.num_experts, *size, dtype=dtype, device=device))
-
-        self.codes = empty(-(-numel // 2), dtype=torch.uint8)
-        if storage.double_quant:
-            self.block_absmax = empty(num_blocks, dtype=torch.uint8)
-            self.group_absmax = empty(-(-num_blocks // 256), dtype=torch.int32)
-            self.offset = empty(dtype=torch.int32)
-        else:
-            self.block_absmax = empty(num_blocks, dtype=torch.int32)
+        self.parts = parts
+        for name, spec in storage.tensors(*self.shape[1:], parts).items():
+            tensor = torch.empty(self.num_experts, *spec.shape, dtype=spec.dtype, device=device)
+            self.register_parameter(name, _frozen(tensor))
 
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 
     @property
-    def storage(self) -> FourBitFormat:
+    def storage(self) -> Format:
         return self._storage
 
     @classmethod
-    def from_dense(cls, weight: torch.Tensor, is_transposed: bool, storage: FourBitFormat) -> QuantizedStack:
-        """Quantizes a `(E, rows, columns)` stack on its own device, expert by expert."""
-        stack = cls(weight.shape, weight.dtype, is_transposed, storage, weight.device)
+    def from_dense(cls, weight: torch.Tensor, is_transposed: bool, storage: Format, parts: int = 1) -> QuantizedStack:
+        """Quantizes a `(E, rows, columns)` stack on its own device, expert by expert.
+
+        Args:
+            weight: the stack.
+            is_transposed: whether it is `(E, in, out)`. If the format wants `(out, in)`, the result isn't.
+            storage: the format.
+            parts: see the class.
+        """
+        if is_transposed and storage.is_out_in:
+            weight, is_transposed = weight.transpose(1, 2), False
+        stack = cls(weight.shape, weight.dtype, is_transposed, storage, weight.device, parts)
         for expert in range(stack.num_experts):
             stack.set_expert(expert, weight[expert])
         return stack
 
+    def like_this(self) -> QuantizedStack:
+        """An empty stack of the same kind."""
+        return QuantizedStack(self.shape, self.dtype, self.is_transposed, self.storage, self.device, self.parts)
+
+    def tensors_of(self, experts: slice) -> dict[str, torch.Tensor]:
+        """What is stored of some experts: name -> `(number of experts, ...)`."""
+        return {name: tensor[experts] for name, tensor in self._parameters.items()}
+
+    @torch.no_grad()
+    def set_tensors(self, expert: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Stores tensors, of the format's names, shapes and dtypes, in the place of one expert's."""
+        for name, tensor in tensors.items():
+            self._parameters[name][expert] = tensor
+
     @torch.no_grad()
     def set_expert(self, expert: int, matrix: torch.Tensor) -> None:
         _check_finite(matrix, expert)
-        codes, absmax = quantize(matrix.detach(), self.storage)
-        self.codes[expert] = codes
-        self.set_scales(expert, absmax)
+        self.set_tensors(expert, self.storage.quantize(matrix.detach().contiguous(), self.parts))
 
-    @torch.no_grad()
-    def set_scales(self, expert: int, absmax: torch.Tensor) -> None:
-        """Stores `(num_blocks,)` fp32 scales; with `double_quant` they are rounded to 8 bits."""
-        if self.storage.double_quant:
-            nested = nest(absmax)
-            self.block_absmax[expert] = nested.codes
-            self.group_absmax[expert] = nested.absmax.view(torch.int32)
-            self.offset[expert] = nested.offset.view(torch.int32)
-        else:
-            self.block_absmax[expert] = absmax.view(torch.int32)
+    def set_scales(self, expert: int, scales: torch.Tensor) -> None:
+        """Stores `(num_blocks,)` fp32 scales, which the format may round."""
+        self.set_tensors(expert, self.storage.store_scales(scales, *self.shape[1:], self.parts))
 
-    @torch.no_grad()
     def set_codes(self, expert: int, codes: torch.Tensor) -> None:
         """Stores `(rows, columns)` uint8 codes, one to a byte."""
-        flat = codes.flatten()
-        pairs = pad(flat, (0, len(flat) % 2)).view(-1, 2)
-        self.codes[expert] = pairs[:, 0] << 4 | pairs[:, 1]
+        self.set_tensors(expert, self.storage.store_codes(codes))
 
     def scales(self, experts: slice) -> torch.Tensor:
         """`(number of experts, num_blocks)` fp32 scales."""
-        if not self.storage.double_quant:
-            return self.block_absmax[experts].view(torch.float32)
-        group_absmax, offset = (bits[experts].view(torch.float32) for bits in (self.group_absmax, self.offset))
-        return unnest(NestedAbsmax(self.block_absmax[experts], group_absmax, offset))
+        return self.storage.scales(self.tensors_of(experts))
+
+    def scale_of_weights(self, expert: int) -> torch.Tensor:
+        """`(rows, columns)` fp32: the scale of each weight of one expert."""
+        scales = self.scales(slice(expert, expert + 1))[0]
+        return self.storage.scale_of_weights(scales, *self.shape[1:], self.parts)
 
     @torch.no_grad()
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
@@ -272,10 +285,7 @@ class QuantizedStack(Stack):
 
     @torch.no_grad()
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        _, rows, columns = self.shape
-        blocks_align = (rows * columns) % self.storage.blocksize == 0
-        # a library call counts its values in 32 bits, and a stack may hold more
-        step = max(1, _LARGEST_CALL // (rows * columns)) if blocks_align else 1
+        step = self.storage.matrices_at_a_time(*self.shape[1:])
         if step >= self.num_experts:
             return self._decode_slice(slice(0, self.num_experts), dtype)
         stack = torch.empty(self.shape, dtype=dtype, device=self.device)
@@ -285,23 +295,23 @@ class QuantizedStack(Stack):
         return stack
 
     def _decode_slice(self, experts: slice, dtype: torch.dtype) -> torch.Tensor:
-        _, rows, columns = self.shape
-        count = experts.stop - experts.start
-        absmax = self.scales(experts).flatten()
-        values = dequantize(self.codes[experts].flatten(), absmax, count * rows * columns, self.storage, dtype)
-        return values.view(count, rows, columns)
+        return self.storage.dequantize(self.tensors_of(experts), *self.shape[1:], dtype, self.parts)
 
     def compute_dtype(self, activation_dtype: torch.dtype) -> torch.dtype:
         return activation_dtype
 
     def merged(self, delta: Delta) -> QuantizedStack:
-        stack = QuantizedStack(self.shape, self.dtype, self.is_transposed, self.storage, self.device)
+        stack = self.like_this()
         matrices = self.merged_matrices(delta)
         fidelity = Fidelity()
         for expert in range(self.num_experts):
             exact = matrices(expert)
-            stack.set_expert(expert, exact)
             before = self.decode_expert(expert, torch.float32)
+            _check_finite(exact, expert)
+            stored = {name: tensor[0] for name, tensor in self.tensors_of(slice(expert, expert + 1)).items()}
+            if not torch.equal(exact, before):
+                stored = self.storage.requantize(exact, stored, self.parts)
+            stack.set_tensors(expert, stored)
             fidelity.add(before, exact, stack.decode_expert(expert, torch.float32))
         stack.fidelity = fidelity
         return stack

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..loading import store_experts
-from ..quantization import FourBitFormat
+from ..quantization import format_of
 from ..report import ExpertsReport, experts_report
 
 
@@ -18,11 +18,12 @@ def quantize_experts(
     blocksize: int = 64,
     double_quant: bool = False,
     progressbar: bool = True,
+    storage: str | None = None,
 ) -> ExpertsReport:
-    """Quantizes all routed experts of a model to 4 bits, in place, each on the device where it is.
+    """Quantizes all routed experts of a model, in place, each on the device where it is.
 
-    Stack by stack: a 16-bit stack is freed before the next is quantized, so that the peak is the model plus one stack
-    in 4 bits. The model runs without any adapter afterwards.
+    Stack by stack: a 16-bit stack is freed before the next is quantized, so that the peak is the model plus one
+    quantized stack. The model runs without any adapter afterwards.
 
     Args:
         model: a model with decorated experts classes in fp16, bf16 or fp32.
@@ -30,6 +31,7 @@ def quantize_experts(
         blocksize: number of weights that share a scale.
         double_quant: store the scales in 8 bits.
         progressbar: show one.
+        storage: a format by its name, such as `"fp8/128x128"`, instead of the three options of 4 bits.
 
     Returns:
         What is stored how.
@@ -38,7 +40,7 @@ def quantize_experts(
         ValueError: no routed experts, an experts class that is not supported, stacks that are offloaded, packed by
             another quantizer or stored otherwise already. The error names the module, and the model is unchanged.
     """
-    store_experts(model, FourBitFormat(quant_type, blocksize, double_quant), progressbar)
+    store_experts(model, format_of(storage, quant_type, blocksize, double_quant), progressbar)
     return experts_report(model)
 
 

@@ -1,34 +1,16 @@
-"""Tables of the 4-bit formats, and PTX that looks codes up in them without touching memory."""
+"""4-bit codes that stand for the values of a table, and PTX that looks them up without touching memory."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
 import torch
+import triton
+import triton.language as tl
 
-from ...quantization import code_values
+from ...quantization import QUANT_TYPES, code_values
+from ...quantization.formats.mxfp4 import e2m1_values
+from .codec import Decoder, as_pairs, register_decoder, split_pairs
 
-
-class CodeTable(NamedTuple):
-    """How a kernel maps codes to numbers of one dtype.
-
-    Args:
-        values: the 16 values, for the portable way: a chain of selects.
-        assembly: PTX that maps four bytes to eight numbers, and PTX that also multiplies them by scales, which there
-            is for 16 bits only. "" for the portable way.
-        scale: what the values were multiplied by; the scales of the blocks have to be divided by it.
-    """
-
-    values: tuple[float, ...]
-    assembly: tuple[str, str]
-    scale: float
-
-
-NO_TABLE = CodeTable((), ("", ""), 1.0)
-"""For weights that are not packed."""
-
-_SCALES = {
+_UNITS = {
     ("nf4", torch.bfloat16): 1.18852,
     ("nf4", torch.float16): 1.57519,
     ("fp4", torch.bfloat16): 1.03125,
@@ -42,26 +24,96 @@ factor), and the root mean square 1.0e-3 (1.4e-3). FP4 is exact.
 """
 
 
-@cache
-def code_table(quant_type: str, dtype: torch.dtype, on_nvidia: bool) -> CodeTable:
-    """The table of a format in a dtype; PTX where the device runs it."""
-    scale = _SCALES.get((quant_type, dtype), 1.0)
-    values = (code_values(quant_type, torch.device("cpu")).double() * scale).to(dtype)
-    if not on_nvidia:
-        assembly = ("", "")
-    elif dtype == torch.float32:
-        assembly = (_shuffle_assembly(values), "")
+@triton.jit
+def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
+    out = tl.full(nibbles.shape, VALUES[0], DTYPE)
+    for code in tl.static_range(1, 16):
+        out = tl.where(nibbles == code, tl.full(nibbles.shape, VALUES[code], DTYPE), out)
+    return out
+
+
+@triton.jit
+def look_up_codes(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes to the table's values for their first and for their second codes."""
+    # a comparison takes an attribute for what it is only by way of a constant of its own
+    ASSEMBLY: tl.constexpr = CODEC.assembly
+    if ASSEMBLY == "":
+        VALUES: tl.constexpr = CODEC.values
+        SHIFT: tl.constexpr = CODEC.first_shift
+        first = _select(((codes >> SHIFT) & 15).to(tl.int32), VALUES, DTYPE)
+        second = _select(((codes >> (4 - SHIFT)) & 15).to(tl.int32), VALUES, DTYPE)
+    elif tl.float32 == DTYPE:
+        first, second = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
     else:
-        assembly = (_permute_assembly(values, is_scaled=False), _permute_assembly(values, is_scaled=True))
-    return CodeTable(tuple(values.tolist()), assembly, scale)
+        pairs = tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second
 
 
-def _permute_assembly(values: torch.Tensor, is_scaled: bool) -> str:
+@triton.jit
+def decode_codes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes to the weights of their first and of their second codes, rounded once.
+
+    `scale`, in fp32, has the shape of the codes or broadcasts to it; it is that of the blocks over the table's unit.
+    """
+    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
+    if ASSEMBLY == "":
+        first, second = look_up_codes(codes, CODEC, DTYPE)
+        first = (first.to(tl.float32) * scale).to(DTYPE)
+        second = (second.to(tl.float32) * scale).to(DTYPE)
+    else:
+        coarse = scale.to(DTYPE)
+        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
+        pairs = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [codes, as_pairs(coarse), as_pairs(fine)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second
+
+
+@register_decoder("nf4", "fp4", "e2m1")
+def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
+    """The table of a format in a dtype."""
+    unit = _UNITS.get((codes, dtype), 1.0)
+    is_high_first = codes in QUANT_TYPES
+    cpu = torch.device("cpu")
+    exact = code_values(codes, cpu) if is_high_first else e2m1_values(cpu)
+    values = (exact.double() * unit).to(dtype)
+    if not on_nvidia:
+        assembly, scaled = "", ""
+    elif dtype == torch.float32:
+        assembly, scaled = _shuffle_assembly(values, is_high_first), ""
+    else:
+        assembly, scaled = (_permute_assembly(values, is_scaled, is_high_first) for is_scaled in (False, True))
+    return Decoder(
+        look_up_codes,
+        decode_codes,
+        first_shift=4 if is_high_first else 0,
+        values=tuple(values.tolist()),
+        assembly=assembly,
+        scaled_assembly=scaled,
+        unit=unit,
+    )
+
+
+def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool) -> str:
     """PTX that looks up 8 codes in a table of 16 values of two bytes within registers.
 
-    Operand 4 is four bytes; results 0 to 3 are the pairs of values of their high and low nibbles, in this order, which
-    is that of the weights. If scaled, each pair is multiplied by `coarse + fine` with one rounding, as
-    `fma(value, coarse, value * fine)`; operands 5 to 8 are pairs of the coarse scale, 9 to 12 of the fine one.
+    Operand 4 is four bytes; results 0 to 3 are the pairs of values of their first and second codes. If scaled, each
+    pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands 5 to 8 are
+    pairs of the coarse scale, 9 to 12 of the fine one.
 
     `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
     The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
@@ -120,8 +172,9 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool) -> str:
                 f"prmt.b32 {found}_last, last{byte}, {word(byte, 12)}, codes_{half};",
                 f"prmt.b32 {found}, {found}_first, {found}_last, halves_{half};",
             ]
-        # the low nibble of each byte comes before the high one, of whose pair it is the second
-        for result, selector in ((2 * number, "0x4051"), (2 * number + 1, "0x6273")):
+        # in a selector the low half word comes last: the value of the first code
+        selectors = ("0x4051", "0x6273") if is_high_first else ("0x5140", "0x7362")
+        for result, selector in zip((2 * number, 2 * number + 1), selectors):
             lines.append(f"prmt.b32 pair, {half}0, {half}1, {selector};")
             if is_scaled:
                 lines.append(f"fma.rn.{packed_type} rest, pair, ${9 + result}, minus_zero;")
@@ -131,7 +184,7 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool) -> str:
     return "{ .reg .b32 " + ", ".join(names) + "; " + " ".join(lines) + " }"
 
 
-def _shuffle_assembly(values: torch.Tensor) -> str:
+def _shuffle_assembly(values: torch.Tensor, is_high_first: bool) -> str:
     """PTX that looks up 8 codes in a table of 16 fp32 values that lies across the lanes of a warp.
 
     Lanes i and i + 16 hold value i: four selects by the bits of the lane's number, the same for all bytes, which the
@@ -149,12 +202,9 @@ def _shuffle_assembly(values: torch.Tensor) -> str:
             level[place] = name
         del level[len(level) // 2 :]
     for byte in range(4):
-        # the results: the high nibbles of the four bytes, then the low ones; the codes follow as operand 8
-        for result, shift in ((byte, 8 * byte + 4), (4 + byte, 8 * byte)):
+        # the results: the first codes of the four bytes, then the second ones; the codes follow as operand 8
+        high, low = 8 * byte + 4, 8 * byte
+        for result, shift in zip((byte, 4 + byte), (high, low) if is_high_first else (low, high)):
             lines.append(f"shr.u32 shifted, $8, {shift};")
             lines.append(f"shfl.sync.idx.b32 ${result}, {level[0]}, shifted, 0x1f, 0xffffffff;")
     return "{ .reg .pred bit0, bit1, bit2, bit3; .reg .b32 " + ", ".join(names) + "; " + " ".join(lines) + " }"
-
-
-def runs_ptx(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.cuda is not None

@@ -1,4 +1,4 @@
-"""4-bit codes to numbers: inside another kernel's tile, or a whole run of experts into a 16-bit workspace."""
+"""Codes to numbers: a tile of a matrix inside another kernel, or a whole run of experts into a 16-bit workspace."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from ...quantization import dynamic_map
-from ...quantization.four_bit import NESTED_BLOCKSIZE
+from ...quantization.formats.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
-from .code_tables import code_table, runs_ptx
+from . import code_tables, e4m3  # noqa: F401 - they register what decodes
+from .codec import Codec, codec_of
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
 
@@ -17,76 +18,142 @@ _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
 
 
 @triton.jit
-def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
-    out = tl.full(nibbles.shape, VALUES[0], DTYPE)
-    for code in tl.static_range(1, 16):
-        out = tl.where(nibbles == code, tl.full(nibbles.shape, VALUES[code], DTYPE), out)
-    return out
-
-
-@triton.jit
-def _split_pairs(pairs, DTYPE: tl.constexpr):
-    """The lower and upper 16 bits; put side by side again, which costs nothing, they are the register as it was."""
-    return pairs.to(tl.int16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def _as_pairs(x):
-    """16-bit numbers twice in 32 bits."""
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (bits << 16)
-
-
-@triton.jit
-def look_up_codes(codes, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to the table's values for their high and for their low nibbles."""
-    if ASSEMBLY[0] == "":
-        high = _select((codes >> 4).to(tl.int32), VALUES, DTYPE)
-        low = _select((codes & 15).to(tl.int32), VALUES, DTYPE)
-    elif tl.float32 == DTYPE:
-        high, low = tl.inline_asm_elementwise(
-            ASSEMBLY[0],
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [codes],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=4,
-        )
+def as_scale(bits, KIND: tl.constexpr):
+    """fp32 scales, of which integers are the bits; fp32 as it is."""
+    if KIND == "fp32":
+        return bits.to(tl.float32, bitcast=True)
+    elif KIND == "bf16":
+        return bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    elif KIND == "fp16":
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        pairs = tl.inline_asm_elementwise(ASSEMBLY[0], "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
-        high, low = _split_pairs(pairs, DTYPE)
-    return high, low
+        # e8m0: the exponent of fp32, of which 0 stands for a subnormal number
+        exponent = bits.to(tl.int32)
+        return tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def decode_codes(codes, scale, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to the weights of their high and of their low nibbles, rounded once.
+def _scale_row(row, CODEC: tl.constexpr):
+    """Where in the grid of scales the rows of a matrix are."""
+    # a comparison takes an attribute for what it is only by way of a constant of its own
+    BLOCK: tl.constexpr = CODEC.block_rows
+    PART: tl.constexpr = CODEC.part_rows
+    if BLOCK == 1:
+        return row
+    elif PART % BLOCK == 0:
+        return row // BLOCK
+    else:
+        part = row // PART
+        return part * ((PART + BLOCK - 1) // BLOCK) + (row - part * PART) // BLOCK
 
-    `scale`, in fp32, has the shape of the codes or broadcasts to it; it is that of the blocks over the table's.
+
+@triton.jit
+def weight_tile(
+    W,
+    SCALES,
+    expert,
+    row,
+    column_tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`(TILE_ROWS, TILE_COLUMNS)` of an expert's matrix as stored, decoded.
+
+    Args:
+        W: `(E, ROWS, COLUMNS / 2)` pairs of codes, or `(E, ROWS, COLUMNS)` in 16 bits.
+        SCALES: `(E, rows of the grid, columns of the grid)`.
     """
-    if ASSEMBLY[1] == "":
-        high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
-        high = (high.to(tl.float32) * scale).to(DTYPE)
-        low = (low.to(tl.float32) * scale).to(DTYPE)
+    is_row = (row < ROWS)[:, None]
+    if not CODEC.is_packed:
+        column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+        place = W + expert.to(tl.int64) * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :]
+        if MASK_ROWS or MASK_COLUMNS:
+            tile = tl.load(place, mask=is_row & (column < COLUMNS)[None, :], other=0.0)
+        else:
+            tile = tl.load(place)
+        return tile.to(DTYPE)
     else:
-        coarse = scale.to(DTYPE)
-        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
-        pairs = tl.inline_asm_elementwise(
-            ASSEMBLY[1],
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
-            [codes, _as_pairs(coarse), _as_pairs(fine)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=4,
-        )
-        high, low = _split_pairs(pairs, DTYPE)
-    return high, low
+        BLOCK: tl.constexpr = CODEC.block_columns
+        PAIRS: tl.constexpr = COLUMNS // 2
+        # products only: behind a division the compiler no longer knows that addresses are aligned
+        pair = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
+        place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]
+        if TILE_COLUMNS >= BLOCK:
+            BLOCKS: tl.constexpr = TILE_COLUMNS // BLOCK
+            block = column_tile * BLOCKS + tl.arange(0, BLOCKS)
+        else:
+            BLOCKS: tl.constexpr = 1
+            block = column_tile // (BLOCK // TILE_COLUMNS) + tl.arange(0, 1)
+        if MASK_ROWS or MASK_COLUMNS:
+            codes = tl.load(place, mask=is_row & (pair < PAIRS)[None, :], other=0)
+        else:
+            codes = tl.load(place)
+        GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+        place = SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC)
+        place = place + _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
+        if MASK_ROWS or MASK_COLUMNS:
+            scale = tl.load(place, mask=is_row & (block < GRID_COLUMNS)[None, :], other=0)
+        else:
+            scale = tl.load(place)
+        UNIT: tl.constexpr = CODEC.unit
+        KIND: tl.constexpr = CODEC.scale
+        scale = as_scale(scale, KIND) * (1 / UNIT)
+        codes = tl.reshape(codes, (TILE_ROWS, BLOCKS, TILE_COLUMNS // (2 * BLOCKS)))
+        first, second = CODEC.decode(codes, scale[:, :, None], CODEC, DTYPE)
+        return tl.reshape(tl.join(first, second), (TILE_ROWS, TILE_COLUMNS))
 
 
 @triton.jit
-def as_scale(bits):
-    """The fp32 numbers whose bits are stored as int32; fp32 as it is."""
-    return bits.to(tl.float32, bitcast=True)
+def _grid_size(ROWS: tl.constexpr, COLUMNS: tl.constexpr, CODEC: tl.constexpr):
+    """Number of scales of a matrix."""
+    PART: tl.constexpr = CODEC.part_rows
+    BLOCK_ROWS: tl.constexpr = CODEC.block_rows
+    BLOCK_COLUMNS: tl.constexpr = CODEC.block_columns
+    GRID_ROWS: tl.constexpr = (ROWS // PART) * ((PART + BLOCK_ROWS - 1) // BLOCK_ROWS)
+    return GRID_ROWS * ((COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS)
+
+
+@triton.jit
+def weight_block(
+    W,
+    SCALES,
+    expert,
+    row,
+    column_tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`(rows, TILE_COLUMNS)` values of codes, and the scales of the rows: the columns are of one block each."""
+    PAIRS: tl.constexpr = COLUMNS // 2
+    pair = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
+    place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]
+    BLOCK: tl.constexpr = CODEC.block_columns
+    GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    scale_place = SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC)
+    scale_place = scale_place + _scale_row(row, CODEC) * GRID_COLUMNS
+    scale_place += column_tile // (BLOCK // TILE_COLUMNS)
+    is_row = row < ROWS
+    scale = tl.load(scale_place, mask=is_row, other=0) if MASK_ROWS else tl.load(scale_place)
+    if MASK_ROWS or MASK_COLUMNS:
+        codes = tl.load(place, mask=is_row[:, None] & (pair < PAIRS)[None, :], other=0)
+    else:
+        codes = tl.load(place)
+    first, second = CODEC.look_up(codes, CODEC, DTYPE)
+    values = tl.reshape(tl.join(first, second), (row.shape[0], TILE_COLUMNS))
+    UNIT: tl.constexpr = CODEC.unit
+    KIND: tl.constexpr = CODEC.scale
+    return values, as_scale(scale, KIND) * (1 / UNIT)
 
 
 @triton.jit
@@ -105,17 +172,46 @@ def load_scales(
     place = ABSMAX + expert.to(tl.int64) * NUM_BLOCKS + block
     scale = tl.load(place, mask=mask, other=0)
     if not IS_NESTED:
-        scale = as_scale(scale)
+        scale = as_scale(scale, "fp32")
     else:
         NUM_NESTED: tl.constexpr = (NUM_BLOCKS + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE
         place = NESTED + expert * NUM_NESTED + block // _NESTED_BLOCKSIZE
-        nested = as_scale(tl.load(place, mask=mask, other=0))
-        scale = tl.load(MAP + scale.to(tl.int32)) * nested + as_scale(tl.load(OFFSET + expert))
+        nested = as_scale(tl.load(place, mask=mask, other=0), "fp32")
+        scale = tl.load(MAP + scale.to(tl.int32)) * nested + as_scale(tl.load(OFFSET + expert), "fp32")
     return scale
 
 
+@triton.jit
+def block_scales(
+    SCALES,
+    NESTED,
+    OFFSET,
+    MAP,
+    expert,
+    row,
+    block,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    CODEC: tl.constexpr,
+):
+    """`(rows, blocks)` fp32: scales of blocks of some rows of one expert; where there are none, a finite value."""
+    BLOCK: tl.constexpr = CODEC.block_columns
+    GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    is_block = (row < ROWS)[:, None] & (block < GRID_COLUMNS)[None, :]
+    place = _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
+    if IS_NESTED:
+        return load_scales(
+            SCALES, NESTED, OFFSET, MAP, expert, place, is_block, _grid_size(ROWS, COLUMNS, CODEC), IS_NESTED
+        )
+    else:
+        bits = tl.load(SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
+        KIND: tl.constexpr = CODEC.scale
+        return as_scale(bits, KIND)
+
+
 @triton.jit(do_not_specialize=["first_expert"])
-def _decode_kernel(
+def _decode_flat_kernel(
     CODES,
     ABSMAX,
     NESTED,
@@ -126,10 +222,10 @@ def _decode_kernel(
     NUMEL: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    CODEC: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """Grid: runs of `BLOCKS` blocks of a flattened matrix, experts. CODES `(E, bytes)`, OUT `(experts, NUMEL)`."""
     NUM_BYTES: tl.constexpr = (NUMEL + 1) // 2
     NUM_BLOCKS: tl.constexpr = (NUMEL + BLOCKSIZE - 1) // BLOCKSIZE
     BLOCK_BYTES: tl.constexpr = BLOCKSIZE // 2
@@ -138,10 +234,39 @@ def _decode_kernel(
     byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
     codes = tl.load(CODES + expert.to(tl.int64) * NUM_BYTES + byte, mask=byte < NUM_BYTES, other=0)
     scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, NUM_BLOCKS, IS_NESTED)
-    high, low = decode_codes(codes, scale[:, None], VALUES, ASSEMBLY, tl.float32)
-    weights = tl.interleave(high, low).to(OUT.dtype.element_ty)
+    first, second = CODEC.decode(codes, scale[:, None], CODEC, tl.float32)
+    weights = tl.interleave(first, second).to(OUT.dtype.element_ty)
     place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(OUT + tl.program_id(1).to(tl.int64) * NUMEL + place, weights, mask=place < NUMEL)
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def _decode_grid_kernel(
+    CODES,
+    SCALES,
+    OUT,
+    first_expert,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CODEC: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """Grid: tiles of a matrix, row by row; experts.
+
+    CODES `(E, ROWS, COLUMNS / 2)` pairs, SCALES `(E, R, C)`, OUT `(experts, ROWS, COLUMNS)`.
+    """
+    TILES: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    expert = first_expert + tl.program_id(1)
+    row = tl.program_id(0) // TILES * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column_tile = tl.program_id(0) % TILES
+    tile = weight_tile(
+        CODES, SCALES, expert, row, column_tile, ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS,
+        ROWS % TILE_ROWS != 0, COLUMNS % TILE_COLUMNS != 0, CODEC, tl.float32,
+    )  # fmt: skip
+    column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    place = OUT + tl.program_id(1).to(tl.int64) * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :]
+    tl.store(place, tile.to(OUT.dtype.element_ty), mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :])
 
 
 DECODE_BYTES = 4096
@@ -197,21 +322,47 @@ def decode(
     device = weight.tensors[0].device
     if out is None:
         out = allocate((num_experts, weight.rows, weight.columns), dtype, device)
-    numel = weight.rows * weight.columns
-    table = code_table(weight.quant_type, torch.float32, runs_ptx(device))
-    num_blocks = cdiv(numel, weight.blocksize)
-    blocks = min(next_power_of_2(num_blocks), max(1, 2 * DECODE_BYTES // weight.blocksize))
+    codec = codec_of(weight, torch.float32)
+    if weight.storage.flat_blocksize is None:
+        _decode_grid(weight, codec, first_expert, num_experts, out)
+    else:
+        _decode_flat(weight, codec, first_expert, num_experts, out)
+    return out
+
+
+def _decode_flat(weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, out: torch.Tensor) -> None:
+    """Of formats whose blocks are runs of the flattened matrix."""
+    numel, blocksize = weight.rows * weight.columns, weight.storage.flat_blocksize
+    num_blocks = cdiv(numel, blocksize)
+    blocks = min(next_power_of_2(num_blocks), max(1, 2 * DECODE_BYTES // blocksize))
     launch(
-        _decode_kernel,
+        _decode_flat_kernel,
         (cdiv(num_blocks, blocks), num_experts),
         (*kernel_tensors(weight), out),
         (first_expert,),
         NUMEL=numel,
-        BLOCKSIZE=weight.blocksize,
+        BLOCKSIZE=blocksize,
         IS_NESTED=weight.is_nested,
-        VALUES=table.values,
-        ASSEMBLY=table.assembly,
+        CODEC=codec,
         BLOCKS=blocks,
         enable_fp_fusion=False,
     )
-    return out
+
+
+def _decode_grid(weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, out: torch.Tensor) -> None:
+    """Of formats whose blocks are those of a grid."""
+    tile_columns = min(next_power_of_2(weight.columns), 256)
+    tile_rows = max(1, min(next_power_of_2(weight.rows), 2 * DECODE_BYTES // tile_columns))
+    weight = with_plain_scales(weight)
+    launch(
+        _decode_grid_kernel,
+        (cdiv(weight.rows, tile_rows) * cdiv(weight.columns, tile_columns), num_experts),
+        (*weight.tensors, out),
+        (first_expert,),
+        ROWS=weight.rows,
+        COLUMNS=weight.columns,
+        CODEC=codec,
+        TILE_ROWS=tile_rows,
+        TILE_COLUMNS=tile_columns,
+        enable_fp_fusion=False,
+    )

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..operands import Gate, PackedWeight
-from .code_tables import NO_TABLE, code_table, runs_ptx
-from .decode import kernel_tensors, load_scales, look_up_codes
+from .codec import codec_of
+from .decode import block_scales, kernel_tensors
 from .gate import gate_value
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
@@ -82,9 +82,9 @@ def reduce_pairs(
 
 
 @triton.jit
-def _no_sums(BLOCKSIZE: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr):
+def _no_sums(CODEC: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr):
     """Zeros for `_add_products`, which adds element by element: over the contraction is summed once, at the end."""
-    return tl.zeros((WIDTH, TILE_K if BLOCKSIZE == 0 else TILE_K // 2), tl.float32)
+    return tl.zeros((WIDTH, TILE_K // 2 if CODEC.is_packed else TILE_K), tl.float32)
 
 
 @triton.jit
@@ -102,11 +102,8 @@ def _add_products(
     N: tl.constexpr,
     K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
@@ -121,28 +118,28 @@ def _add_products(
     for first in range(0, K, TILE_K):
         k = first + tl.arange(0, TILE_K)
         x = tl.load(x_place + k, mask=k < K, other=0.0)
-        if BLOCKSIZE == 0:
+        if not CODEC.is_packed:
             STRIDE_N: tl.constexpr = 1 if IS_TRANSPOSED else K
             STRIDE_K: tl.constexpr = N if IS_TRANSPOSED else 1
             place = W + matrix + output[:, None] * STRIDE_N + k[None, :] * STRIDE_K
             w = tl.load(place, mask=is_output & (k < K)[None, :], other=0.0)
             sums += w.to(DTYPE).to(tl.float32) * (x.to(tl.float32) * weight)[None, :]
         else:
-            BLOCKS: tl.constexpr = TILE_K // BLOCKSIZE
-            ROW_BLOCKS: tl.constexpr = K // BLOCKSIZE
-            byte = first // 2 + tl.arange(0, TILE_K // 2)
-            place = W + matrix // 2 + output[:, None] * (K // 2) + byte[None, :]
-            codes = tl.load(place, mask=is_output & (byte < K // 2)[None, :], other=0)
-            block = first // BLOCKSIZE + tl.arange(0, BLOCKS)
-            is_block = is_output & (block < ROW_BLOCKS)[None, :]
-            block = output[:, None] * ROW_BLOCKS + block[None, :]
-            scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, is_block, N * ROW_BLOCKS, IS_NESTED)
-            high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
+            BLOCK_COLUMNS: tl.constexpr = CODEC.block_columns
+            BLOCK: tl.constexpr = min(BLOCK_COLUMNS, TILE_K)
+            BLOCKS: tl.constexpr = TILE_K // BLOCK
+            UNIT: tl.constexpr = CODEC.unit
+            pair = first // 2 + tl.arange(0, TILE_K // 2)
+            place = W + matrix // 2 + output[:, None] * (K // 2) + pair[None, :]
+            codes = tl.load(place, mask=is_output & (pair < K // 2)[None, :], other=0)
+            block = first // BLOCK_COLUMNS + tl.arange(0, BLOCKS)
+            scale = block_scales(ABSMAX, NESTED, OFFSET, MAP, expert, output, block, N, K, IS_NESTED, CODEC)
+            left, right = CODEC.look_up(codes, CODEC, DTYPE)
             even, odd = tl.split(tl.reshape(x, (TILE_K // 2, 2)))
             part = (
-                high.to(tl.float32) * even.to(tl.float32)[None, :] + low.to(tl.float32) * odd.to(tl.float32)[None, :]
+                left.to(tl.float32) * even.to(tl.float32)[None, :] + right.to(tl.float32) * odd.to(tl.float32)[None, :]
             )
-            part = tl.reshape(part, (WIDTH, BLOCKS, BLOCKSIZE // 2)) * (scale * (weight / SCALE))[:, :, None]
+            part = tl.reshape(part, (WIDTH, BLOCKS, BLOCK // 2)) * (scale * (weight / UNIT))[:, :, None]
             sums += tl.reshape(part, (WIDTH, TILE_K // 2))
     return sums
 
@@ -189,11 +186,8 @@ def _outputs_of_pair(
     N: tl.constexpr,
     K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -201,9 +195,9 @@ def _outputs_of_pair(
     TILE_K: tl.constexpr,
 ):
     sums = _add_products(
-        _no_sums(BLOCKSIZE, WIDTH, TILE_K),
+        _no_sums(CODEC, WIDTH, TILE_K),
         x_place, 1.0, W, ABSMAX, NESTED, OFFSET, MAP, expert, first_output, N, K, IS_TRANSPOSED,
-        BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+        IS_NESTED, CODEC, WIDTH, TILE_K,
     )  # fmt: skip
     y = tl.sum(sums, 1)
     if RANK > 0:
@@ -235,11 +229,8 @@ def _gated_pairs_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -255,19 +246,19 @@ def _gated_pairs_kernel(
         if INTERLEAVED:
             both = _outputs_of_pair(
                 x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, 2 * first,
-                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                N, K, IS_TRANSPOSED, IS_NESTED, CODEC,
                 RANK, RANKS, HAS_BIAS, 2 * WIDTH, TILE_K,
             )  # fmt: skip
             gate, up = tl.split(tl.reshape(both, (WIDTH, 2)))
         else:
             gate = _outputs_of_pair(
                 x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, first,
-                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                N, K, IS_TRANSPOSED, IS_NESTED, CODEC,
                 RANK, RANKS, HAS_BIAS, WIDTH, TILE_K,
             )  # fmt: skip
             up = _outputs_of_pair(
                 x_place, W, ABSMAX, NESTED, OFFSET, MAP, reduced_place, B, BIAS, expert, N // 2 + first,
-                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE,
+                N, K, IS_TRANSPOSED, IS_NESTED, CODEC,
                 RANK, RANKS, HAS_BIAS, WIDTH, TILE_K,
             )  # fmt: skip
         feature = first + tl.arange(0, WIDTH)
@@ -294,11 +285,8 @@ def _combined_pairs_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -307,7 +295,7 @@ def _combined_pairs_kernel(
 ):
     token = tl.program_id(0)
     first = tl.program_id(1) * WIDTH
-    sums = _no_sums(BLOCKSIZE, WIDTH, TILE_K)
+    sums = _no_sums(CODEC, WIDTH, TILE_K)
     low_rank = tl.zeros((WIDTH, RANKS), tl.float32)
     total = tl.zeros((WIDTH,), tl.float32)
     for choice in tl.static_range(TOP_K):
@@ -317,7 +305,7 @@ def _combined_pairs_kernel(
             weight = tl.load(WEIGHTS + pair).to(tl.float32)
             sums = _add_products(
                 sums, X + pair.to(tl.int64) * K, weight, W, ABSMAX, NESTED, OFFSET, MAP, expert, first,
-                N, K, IS_TRANSPOSED, BLOCKSIZE, IS_NESTED, VALUES, ASSEMBLY, SCALE, WIDTH, TILE_K,
+                N, K, IS_TRANSPOSED, IS_NESTED, CODEC, WIDTH, TILE_K,
             )  # fmt: skip
             if RANK > 0:
                 products = _low_rank_products(REDUCED + pair * RANK, B, expert, first, N, RANK, RANKS, WIDTH)
@@ -336,9 +324,11 @@ WIDTH = 8
 
 
 def _step(weight: PackedWeight) -> int:
-    """Of the contraction: whole blocks."""
+    """Of the contraction: whole blocks, or a part of one that has all of a row."""
     most = 2048 if weight.is_packed else 1024
-    return max(weight.blocksize, min(most, next_power_of_2(weight.in_features)))
+    step = min(most, next_power_of_2(weight.in_features))
+    block = weight.tile_block[1] if weight.is_packed else 0
+    return max(block, step) if block <= LARGEST_BLOCKSIZE else step
 
 
 def fits_gemv(*weights: PackedWeight) -> bool:
@@ -348,10 +338,14 @@ def fits_gemv(*weights: PackedWeight) -> bool:
     each row, which was slower than sorting.
     """
     return all(
-        not weight.is_packed
-        or (weight.blocks_follow_rows and not weight.is_transposed and weight.blocksize <= LARGEST_BLOCKSIZE)
+        not weight.is_packed or (weight.tile_block is not None and not weight.is_transposed and _fits_step(weight))
         for weight in weights
     )
+
+
+def _fits_step(weight: PackedWeight) -> bool:
+    block = weight.tile_block[1]
+    return block <= LARGEST_BLOCKSIZE or block >= weight.in_features
 
 
 def _tensors(
@@ -369,19 +363,13 @@ def _constants(
     weight: PackedWeight, dtype: torch.dtype, reduced: torch.Tensor | None, bias: torch.Tensor | None
 ) -> dict[str, object]:
     """Of one projection, the last of both kernels."""
-    table = NO_TABLE
-    if weight.is_packed:
-        table = code_table(weight.quant_type, dtype, runs_ptx(weight.tensors[0].device))
     rank = 0 if reduced is None else reduced.shape[1]
     return {
         "N": weight.out_features,
         "K": weight.in_features,
         "IS_TRANSPOSED": weight.is_transposed,
-        "BLOCKSIZE": weight.blocksize,
         "IS_NESTED": weight.is_nested,
-        "VALUES": table.values,
-        "ASSEMBLY": table.assembly,
-        "SCALE": table.scale,
+        "CODEC": codec_of(weight, dtype),
         "RANK": rank,
         "RANKS": next_power_of_2(rank),
         "HAS_BIAS": bias is not None,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..operands import PackedWeight
-from .code_tables import NO_TABLE, code_table, runs_ptx
-from .decode import as_scale, decode, decode_codes, look_up_codes, with_plain_scales
+from .codec import DENSE, codec_of
+from .decode import decode, weight_block, weight_tile, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
 from .schedule import Tiles
@@ -60,93 +60,6 @@ def row_places(rows, PAIR_OF_ROW, TOP_K: tl.constexpr, GATHER: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(
-    W,
-    ABSMAX,
-    expert,
-    row,
-    column_tile,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    MASK_COLUMNS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """`(TILE_ROWS, TILE_COLUMNS)` of an expert's matrix as stored, decoded."""
-    is_row = (row < ROWS)[:, None]
-    if BLOCKSIZE == 0:
-        column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        place = W + expert.to(tl.int64) * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :]
-        if MASK_ROWS or MASK_COLUMNS:
-            tile = tl.load(place, mask=is_row & (column < COLUMNS)[None, :], other=0.0)
-        else:
-            tile = tl.load(place)
-        return tile.to(DTYPE)
-    else:
-        # products only: behind a division the compiler no longer knows that addresses are aligned
-        byte = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
-        place = W + expert.to(tl.int64) * (ROWS * (COLUMNS // 2)) + row[:, None] * (COLUMNS // 2) + byte[None, :]
-        if TILE_COLUMNS >= BLOCKSIZE:
-            BLOCKS: tl.constexpr = TILE_COLUMNS // BLOCKSIZE
-            block = column_tile * BLOCKS + tl.arange(0, BLOCKS)
-        else:
-            BLOCKS: tl.constexpr = 1
-            block = column_tile // (BLOCKSIZE // TILE_COLUMNS) + tl.arange(0, 1)
-        ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE
-        if MASK_ROWS or MASK_COLUMNS:
-            codes = tl.load(place, mask=is_row & (byte < COLUMNS // 2)[None, :], other=0)
-        else:
-            codes = tl.load(place)
-        place = ABSMAX + expert.to(tl.int64) * (ROWS * ROW_BLOCKS) + row[:, None] * ROW_BLOCKS + block[None, :]
-        if MASK_ROWS or MASK_COLUMNS:
-            scale = as_scale(tl.load(place, mask=is_row & (block < ROW_BLOCKS)[None, :], other=0))
-        else:
-            scale = as_scale(tl.load(place))
-        codes = tl.reshape(codes, (TILE_ROWS, BLOCKS, TILE_COLUMNS // (2 * BLOCKS)))
-        high, low = decode_codes(codes, (scale * (1 / SCALE))[:, :, None], VALUES, ASSEMBLY, DTYPE)
-        return tl.reshape(tl.join(high, low), (TILE_ROWS, TILE_COLUMNS))
-
-
-@triton.jit
-def _weight_block(
-    W,
-    ABSMAX,
-    expert,
-    row,
-    column_tile,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """`(rows, TILE_COLUMNS)` values of the table, and the scales of the rows: the columns are of one block each."""
-    is_row = (row < ROWS)[:, None]
-    byte = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
-    place = W + expert.to(tl.int64) * (ROWS * (COLUMNS // 2)) + row[:, None] * (COLUMNS // 2) + byte[None, :]
-    ROW_BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE
-    scale_place = ABSMAX + expert.to(tl.int64) * (ROWS * ROW_BLOCKS) + row * ROW_BLOCKS
-    scale_place += column_tile // (BLOCKSIZE // TILE_COLUMNS)
-    if MASK_ROWS:
-        codes = tl.load(place, mask=is_row, other=0)
-        scale = as_scale(tl.load(scale_place, mask=row < ROWS, other=0))
-    else:
-        codes = tl.load(place)
-        scale = as_scale(tl.load(scale_place))
-    high, low = look_up_codes(codes, VALUES, ASSEMBLY, DTYPE)
-    return tl.reshape(tl.join(high, low), (row.shape[0], TILE_COLUMNS)), scale
-
-
-@triton.jit
 def _low_rank_operands(
     REDUCED,
     FACTOR,
@@ -170,13 +83,14 @@ def _low_rank_operands(
 
 
 @triton.jit
-def _wait_for_product(acc, ASSEMBLY: tl.constexpr):
+def _wait_for_product(acc, CODEC: tl.constexpr):
     """The sums as they are, but for the compiler something else that needs them.
 
     Where the left operand is computed in registers, Triton 3.6 leaves products (wgmma) of one step running while the
     next step overwrites the registers that they read. On an H200 single tiles came out wrong, now and then.
     """
-    if ASSEMBLY[0] != "":
+    ASSEMBLY: tl.constexpr = CODEC.assembly
+    if ASSEMBLY != "":
         acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
 
@@ -186,7 +100,7 @@ def _tile(
     X,
     PAIR_OF_ROW,
     W,
-    ABSMAX,
+    SCALES,
     REDUCED,
     FACTOR,
     BIAS,
@@ -205,10 +119,7 @@ def _tile(
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     ALONG_COLUMNS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -227,7 +138,8 @@ def _tile(
     shape: tl.constexpr = (TILE_N, HEIGHT) if WEIGHT_LEFT else (HEIGHT, TILE_N)
     acc = tl.zeros(shape, tl.float32)
     # one multiplication for each sum over a block, or for each weight
-    BLOCK_K: tl.constexpr = min(BLOCKSIZE, TILE_K)
+    BLOCK: tl.constexpr = CODEC.block_columns
+    BLOCK_K: tl.constexpr = min(BLOCK, TILE_K)
     SCALES_SUMS: tl.constexpr = ALONG_COLUMNS and not WEIGHT_LEFT and 2 * HEIGHT <= BLOCK_K
     STEP_K: tl.constexpr = BLOCK_K if SCALES_SUMS else TILE_K
     MASK_K: tl.constexpr = K % STEP_K != 0
@@ -240,29 +152,21 @@ def _tile(
         else:
             x = tl.load(x_place + first_k)
         if SCALES_SUMS:
-            w, scale = _weight_block(
-                W, ABSMAX, weight_expert, n, step, N, K, STEP_K, MASK_N, BLOCKSIZE, VALUES, ASSEMBLY, DTYPE
-            )
-            acc += tl.dot(x, tl.trans(w), input_precision="ieee") * (scale * (1 / SCALE))[None, :]
+            w, scale = weight_block(W, SCALES, weight_expert, n, step, N, K, STEP_K, MASK_N, MASK_K, CODEC, DTYPE)
+            acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scale[None, :]
         else:
             if ALONG_COLUMNS:
-                w = _weight_tile(
-                    W, ABSMAX, weight_expert, n, step,
-                    N, K, TILE_N, TILE_K, MASK_N, MASK_K,
-                    BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
-                )  # fmt: skip
+                w = weight_tile(W, SCALES, weight_expert, n, step, N, K, TILE_N, TILE_K, MASK_N, MASK_K, CODEC, DTYPE)
                 w_left = w
             else:
-                w = _weight_tile(
-                    W, ABSMAX, weight_expert, first_k + k, tile_n,
-                    K, N, TILE_K, TILE_N, MASK_K, MASK_N,
-                    BLOCKSIZE, VALUES, ASSEMBLY, SCALE, DTYPE,
-                )  # fmt: skip
+                w = weight_tile(
+                    W, SCALES, weight_expert, first_k + k, tile_n, K, N, TILE_K, TILE_N, MASK_K, MASK_N, CODEC, DTYPE
+                )
                 w_left = tl.trans(w)
             if WEIGHT_LEFT:
                 acc = tl.dot(w_left, tl.trans(x), acc, input_precision="ieee")
-                if BLOCKSIZE > 0:
-                    acc = _wait_for_product(acc, ASSEMBLY)
+                if CODEC.is_packed:
+                    acc = _wait_for_product(acc, CODEC)
             else:
                 acc = tl.dot(x, tl.trans(w_left), acc, input_precision="ieee")
     if RANK > 0:
@@ -289,7 +193,7 @@ def _tile_at(
     X,
     PAIR_OF_ROW,
     W,
-    ABSMAX,
+    SCALES,
     REDUCED,
     FACTOR,
     BIAS,
@@ -307,10 +211,7 @@ def _tile_at(
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     ALONG_COLUMNS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -319,7 +220,7 @@ def _tile_at(
     WEIGHT_LEFT: tl.constexpr,
 ):
     # so many tiles of rows go through the columns together, for a weight that may be larger than the cache
-    GROUP: tl.constexpr = 8 if BLOCKSIZE == 0 else 1
+    GROUP: tl.constexpr = 1 if CODEC.is_packed else 8
     TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
     group = index // (GROUP * TILES_N)
     group_size = tl.minimum(num_tiles - group * GROUP, GROUP)
@@ -334,10 +235,9 @@ def _tile_at(
         for choice in tl.static_range(len(HEIGHTS)):
             if height == choice:
                 _tile(
-                    X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT,
+                    X, PAIR_OF_ROW, W, SCALES, REDUCED, FACTOR, BIAS, OUT,
                     expert, expert - first_expert, start, end, tile_n, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-                    HEIGHTS[choice], N, K, TOP_K, GATHER, ALONG_COLUMNS,
-                    BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
+                    HEIGHTS[choice], N, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
                     RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
                 )  # fmt: skip
 
@@ -347,7 +247,7 @@ def _grouped_gemm_kernel(
     X,
     PAIR_OF_ROW,
     W,
-    ABSMAX,
+    SCALES,
     REDUCED,
     FACTOR,
     BIAS,
@@ -367,10 +267,7 @@ def _grouped_gemm_kernel(
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     ALONG_COLUMNS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    VALUES: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr,
+    CODEC: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -386,16 +283,16 @@ def _grouped_gemm_kernel(
         num_tiles = last_tile - first_tile
         for index in range(tl.program_id(0), num_tiles * TILES_N, tl.num_programs(0)):
             _tile_at(index, first_tile, num_tiles,
-                X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
+                X, PAIR_OF_ROW, W, SCALES, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
                 bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-                HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
+                HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
                 RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
             )  # fmt: skip
     else:
         _tile_at(tl.program_id(0), 0, bound,
-            X, PAIR_OF_ROW, W, ABSMAX, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
+            X, PAIR_OF_ROW, W, SCALES, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
             bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-            HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, BLOCKSIZE, VALUES, ASSEMBLY, SCALE,
+            HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
             RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
         )  # fmt: skip
 
@@ -432,10 +329,8 @@ def grouped_gemm(
     dtype, device = rows.tensor.dtype, rows.tensor.device
     out = allocate((rows.num_rows, out_features), dtype, device)
     # a tile finds its scales only where rows are whole blocks
-    decodes_before = weight.is_packed and (tuned.decode_first or not weight.blocks_follow_rows)
-    table = NO_TABLE
-    if weight.is_packed and not decodes_before:
-        table = code_table(weight.quant_type, dtype, runs_ptx(device))
+    decodes_before = weight.is_packed and (tuned.decode_first or weight.tile_block is None)
+    codec = DENSE if decodes_before else codec_of(weight, dtype)
     tiles_n = cdiv(out_features, tuned.tile_n)
     term, factor = (out, out[:, :, None]) if low_rank is None else low_rank
     rank = 0 if low_rank is None else term.shape[1]
@@ -472,10 +367,7 @@ def grouped_gemm(
             TOP_K=rows.top_k,
             GATHER=rows.pair_of_row is not None,
             ALONG_COLUMNS=along_columns,
-            BLOCKSIZE=0 if decodes_before else weight.blocksize,
-            VALUES=table.values,
-            ASSEMBLY=table.assembly,
-            SCALE=table.scale,
+            CODEC=codec,
             RANK=rank,
             RANKS=padded_rank(rank),
             HAS_BIAS=bias is not None,

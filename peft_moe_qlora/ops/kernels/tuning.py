@@ -52,16 +52,20 @@ class TuningTable:
     Args:
         device: its name.
         most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`gemv`).
-        entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is `packed` or `dense` and
-            along says whether the contraction runs along the stored `columns` or `rows`.
+        entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is a format's `kernel_codes`,
+            `packed` for those that have no entries of their own, or `dense`, and along says whether the contraction
+            runs along the stored `columns` or `rows`.
     """
 
     device: str
     most_pairs_without_sorting: int
     entries: tuple[tuple[str, str, float, GemmTiles], ...]
 
-    def choose(self, is_packed: bool, along_columns: bool, rows_per_expert: float) -> GemmTiles:
-        wanted = ("packed" if is_packed else "dense", "columns" if along_columns else "rows")
+    def choose(self, codes: str | None, along_columns: bool, rows_per_expert: float) -> GemmTiles:
+        """The tiles for weights of some `kernel_codes`, None for weights in 16 bits."""
+        measured = {weight for weight, *_ in self.entries}
+        weight = "dense" if codes is None else codes if codes in measured else "packed"
+        wanted = (weight, "columns" if along_columns else "rows")
         return next(
             tiles
             for weight, along, most_rows, tiles in self.entries
@@ -100,13 +104,13 @@ def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def choose_tiles(
-    device: torch.device, dtype: torch.dtype, is_packed: bool, along_columns: bool, rows_per_expert: float
+    device: torch.device, dtype: torch.dtype, codes: str | None, along_columns: bool, rows_per_expert: float
 ) -> GemmTiles:
     """The tiles for one product; `rows_per_expert` is the mean, all that is known without asking the device."""
     table = _table_of(device, dtype)
     if table is None:
         return SAFE_TILES
-    return table.choose(is_packed, along_columns, rows_per_expert)
+    return table.choose(codes, along_columns, rows_per_expert)
 
 
 @cached_constant

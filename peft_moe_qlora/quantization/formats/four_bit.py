@@ -9,7 +9,7 @@ section 3); bytes and scales here are those of `bitsandbytes.functional.quantize
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +18,22 @@ import torch
 from bitsandbytes import functional as bnb
 from torch.nn.functional import pad
 
+from ..format import Format, Spec, Tensors, parse_format, register_format
+
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # fixed in bitsandbytes: how many scales share one second-level scale
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+_LARGEST_CALL = 2**30
+# of a block's largest magnitude; a smaller scale clips the largest weight and is finer for the others
+_SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85)
+
+
+@register_format
 @dataclass(frozen=True)
-class FourBitFormat:
+class FourBitFormat(Format):
     """How a stack is stored in 4 bits.
 
     Args:
@@ -53,17 +61,111 @@ class FourBitFormat:
     def __str__(self) -> str:
         return f"{self.quant_type}/{self.blocksize}" + ("+dq" if self.double_quant else "")
 
-    @classmethod
-    def parse(cls, text: str) -> FourBitFormat:
-        """Reads what `str` writes.
+    @property
+    def kernel_codes(self) -> str:
+        return self.quant_type
 
-        Raises:
-            ValueError: it is something else.
-        """
-        match = re.fullmatch(r"(\w+)/(\d+)(\+dq)?", text)
-        if match is None:
-            raise ValueError(f"{text!r} is no 4-bit format; one such as 'nf4/64' or 'nf4/64+dq' was expected.")
-        return cls(match[1], int(match[2]), match[3] is not None)
+    @property
+    def flat_blocksize(self) -> int:
+        return self.blocksize
+
+    @classmethod
+    def from_text(cls, text: str) -> FourBitFormat | None:
+        match = re.fullmatch(rf"({'|'.join(QUANT_TYPES)})/(\d+)(\+dq)?", text)
+        return None if match is None else cls(match[1], int(match[2]), match[3] is not None)
+
+    def tensors(self, rows: int, columns: int, parts: int = 1) -> dict[str, Spec]:
+        num_blocks = -(-rows * columns // self.blocksize)
+        codes = Spec((-(-rows * columns // 2),), torch.uint8)
+        if not self.double_quant:
+            return {"codes": codes, "block_absmax": Spec((num_blocks,), torch.int32)}
+        return {
+            "codes": codes,
+            "block_absmax": Spec((num_blocks,), torch.uint8),
+            "group_absmax": Spec((-(-num_blocks // NESTED_BLOCKSIZE),), torch.int32),
+            "offset": Spec((), torch.int32),
+        }
+
+    def quantize(self, matrix: torch.Tensor, parts: int = 1) -> dict[str, torch.Tensor]:
+        codes, absmax = quantize(matrix, self)
+        return {"codes": codes, **self.store_scales(absmax, *matrix.shape)}
+
+    def dequantize(
+        self, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype, parts: int = 1
+    ) -> torch.Tensor:
+        codes, absmax = tensors["codes"], self.scales(tensors)
+        values = dequantize(codes.flatten(), absmax.flatten(), len(codes) * rows * columns, self, dtype)
+        return values.view(-1, rows, columns)
+
+    def matrices_at_a_time(self, rows: int, columns: int) -> int:
+        # a library call counts its values in 32 bits, and knows one run of blocks
+        return max(1, _LARGEST_CALL // (rows * columns)) if (rows * columns) % self.blocksize == 0 else 1
+
+    def why_not_joined(self, rows: int, columns: int) -> str | None:
+        is_whole = rows * columns % self.blocksize == 0
+        return None if is_whole else f"blocks of {self.blocksize} that span two of its parts"
+
+    def tile_block(self, rows: int, columns: int, parts: int = 1) -> tuple[int, int] | None:
+        return (1, self.blocksize) if columns % self.blocksize == 0 else None
+
+    def blocks(self, matrix: torch.Tensor, parts: int = 1) -> torch.Tensor:
+        flat = matrix.flatten()
+        return pad(flat, (0, -len(flat) % self.blocksize)).view(-1, self.blocksize)
+
+    def scales(self, tensors: Tensors) -> torch.Tensor:
+        if not self.double_quant:
+            return tensors["block_absmax"].view(torch.float32)
+        group_absmax, offset = (tensors[name].view(torch.float32) for name in ("group_absmax", "offset"))
+        return unnest(NestedAbsmax(tensors["block_absmax"], group_absmax, offset))
+
+    def scale_of_weights(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> torch.Tensor:
+        return scales.repeat_interleave(self.blocksize)[: rows * columns].view(rows, columns)
+
+    def candidates(self, largest: torch.Tensor, before: torch.Tensor) -> Iterable[torch.Tensor]:
+        return (*(largest * factor for factor in _SCALE_FACTORS), before)
+
+    def nearest(self, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Any sign of a scale will do, and 0: one that is rounded around the mean of all can come out negative."""
+        table, order = code_values(self.quant_type, weights.device).sort()
+        middles = (table[1:] + table[:-1]) / 2
+        ratios = torch.where(scales == 0, 0, weights / scales).contiguous()
+        return order.to(torch.uint8)[torch.bucketize(ratios, middles)]
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        return code_values(self.quant_type, codes.device)[codes.int()]
+
+    def store_codes(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        flat = codes.flatten()
+        pairs = pad(flat, (0, len(flat) % 2)).view(-1, 2)
+        return {"codes": pairs[:, 0] << 4 | pairs[:, 1]}
+
+    def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:
+        if not self.double_quant:
+            return {"block_absmax": scales.view(torch.int32)}
+        nested = nest(scales)
+        return {
+            "block_absmax": nested.codes,
+            "group_absmax": nested.absmax.view(torch.int32),
+            "offset": nested.offset.view(torch.int32),
+        }
+
+
+def format_of(storage: str | None, quant_type: str | None, blocksize: int, double_quant: bool) -> Format | None:
+    """The format that a config asks for, by its name or by the familiar options of 4 bits; None for 16 bits.
+
+    Raises:
+        ValueError: the name is of no format, or an option has no such value.
+    """
+    if storage is not None:
+        return parse_format(storage)
+    return None if quant_type is None else FourBitFormat(quant_type, blocksize, double_quant)
+
+
+def spelled(storage: Format | None) -> tuple[str | None, str | None, int, bool]:
+    """The four options by which `format_of` gives a format."""
+    if isinstance(storage, FourBitFormat):
+        return None, storage.quant_type, storage.blocksize, storage.double_quant
+    return None if storage is None else str(storage), None, 64, False
 
 
 @dataclass(frozen=True)

@@ -9,52 +9,54 @@ stored in 8 bits. Format: `bitsandbytes.functional.QuantState.as_dict(packed=Tru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from bitsandbytes import functional as bnb
 
-from ..quantization import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat, code_values
-from .checkpoint import Checkpoint, CheckpointError, read_object
+from ...quantization import BLOCKSIZES, QUANT_TYPES, QUANTIZABLE_DTYPES, FourBitFormat, code_values
+from ..checkpoint import Checkpoint, CheckpointError, read_object
+from .base import DiskLayout, Group, PackedTensor, Scheme
 
 STATE_SUFFIXES = tuple(f".quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
 SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATE_SUFFIXES)
 
 
-def split_suffix(key: str) -> tuple[str, str]:
-    """`(key of the codes, suffix)`; the suffix is empty for the codes and for any other tensor."""
-    for suffix in SUFFIXES:
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), suffix
-    return key, ""
+def is_in_4_bits(scheme: Scheme) -> bool:
+    return bool(scheme.get("load_in_4bit", scheme.get("_load_in_4bit", False)))
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """One packed weight of a checkpoint, its header checked.
+class BitsAndBytesTensor(PackedTensor):
+    """A weight packed in 4 bits.
 
     Args:
-        key: of its codes.
+        key: likewise of its codes.
         shape: of the weight.
-        dtype: of the weight before it was quantized.
         storage: how the codes are to be read; the scales are given in fp32, whatever the checkpoint has.
+        keys: of all its tensors.
         nested_offset: mean of the scales; None where they are stored in fp32.
     """
 
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    storage: FourBitFormat
     nested_offset: float | None
 
-    def read(self, checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(numel / 2,)` codes and `(num_blocks,)` fp32 scales, as bitsandbytes itself computes them at use.
+    is_out_in: ClassVar[bool] = False
+    can_be_requantized: ClassVar[bool] = False
+
+    @property
+    def description(self) -> str:
+        return f"bitsandbytes {self.storage}"
+
+    def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
+        """Codes as they are, and fp32 scales as bitsandbytes itself computes them at use.
 
         Raises:
             CheckpointError: a scale is not finite.
         """
+        if expert is not None:
+            return list(self.read_each(checkpoint))[expert]
         codes = checkpoint.read(self.key).flatten().view(torch.uint8)
         absmax = checkpoint.read(f"{self.key}.absmax").flatten()
         if self.nested_offset is not None:
@@ -67,10 +69,33 @@ class PackedTensor:
             absmax = bnb.dequantize_blockwise(absmax, nested) + self.nested_offset
         if not torch.isfinite(absmax).all():
             raise CheckpointError(f"{self.key} has scales that are not finite; the checkpoint is broken.")
-        return codes, absmax
+        return {"codes": codes, **self.storage.store_scales(absmax, *self.shape[-2:])}
+
+    def read_each(self, checkpoint: Checkpoint) -> Iterator[dict[str, torch.Tensor]]:
+        # all experts are one run of blocks, whose scales are decoded together
+        whole = {name: tensor.view(self.shape[0], -1) for name, tensor in self.read(checkpoint).items()}
+        return ({name: tensor[expert] for name, tensor in whole.items()} for expert in range(self.shape[0]))
 
 
-def packed_tensor(checkpoint: Checkpoint, key: str) -> PackedTensor:
+class BitsAndBytesLayout(DiskLayout):
+    """bitsandbytes' 4 bits. Each weight describes itself, so that the config needn't."""
+
+    must_be_declared: ClassVar[bool] = False
+    endings: ClassVar[dict[str, str]] = dict.fromkeys(SUFFIXES, "")
+    describing: ClassVar[tuple[str, ...]] = SUFFIXES
+
+    @classmethod
+    def reads(cls, scheme: Scheme) -> bool:
+        return scheme["quant_method"] == "bitsandbytes" and is_in_4_bits(scheme)
+
+    def codes_of(self, group: Group) -> str | None:
+        return group.key if "" in group.tensors and len(group.tensors) > 1 else None
+
+    def packed_tensor(self, checkpoint: Checkpoint, group: Group, parts: int = 1) -> BitsAndBytesTensor:
+        return packed_tensor(checkpoint, group.key)
+
+
+def packed_tensor(checkpoint: Checkpoint, key: str) -> BitsAndBytesTensor:
     """Reads the description of a packed weight, and makes sure that all its parts are there and fit each other.
 
     Raises:
@@ -111,7 +136,8 @@ def packed_tensor(checkpoint: Checkpoint, key: str) -> PackedTensor:
     if not torch.equal(checkpoint.read(f"{key}.quant_map"), code_values(quant_type, torch.device("cpu"))):
         raise CheckpointError(f"{key}.quant_map is not the table of {quant_type}; the codes mean something else.")
     offset = float(state["nested_offset"]) if nested else None
-    return PackedTensor(key, shape, getattr(torch, state["dtype"]), FourBitFormat(quant_type, blocksize), offset)
+    keys = tuple(key + suffix for suffix in ("", *SUFFIXES) if key + suffix in checkpoint.tensors)
+    return BitsAndBytesTensor(key, shape, FourBitFormat(quant_type, blocksize), keys, offset)
 
 
 def _read_state(checkpoint: Checkpoint, key: str) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""FP8 as it is published: `quant_method: fp8` and `mxfp8`, and compressed-tensors' `float-quantized`.
+
+`KEY` holds the codes, F8_E4M3 `(out, in)`, or `(E, out, in)` for all experts; `KEY_scale_inv` or `KEY_scale` the
+scales, or, where KEY ends in `.weight`, `.scale` in its place. A weight is code times scale: "inv" is of the factor
+that the quantizer had. How many weights share a scale is what the config declares: 192 rows have two scales in blocks
+of 128, though they could be two of 96. Scales of inputs (`activation_scale`, `input_scale`) are not of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ...quantization.formats import Fp8Format
+from ..checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .base import DiskLayout, Group, Scheme
+from .grid import GridTensor, check_matrix, only_scale, scale_kind
+
+TENSOR, CHANNEL, MX = (0, 0), (1, 0), (1, 32)
+
+
+class Fp8Layout(DiskLayout):
+    """e4m3 with scales in blocks of a declared size, per channel or per tensor; decided by the dtype of each weight.
+
+    Args:
+        schemes: likewise.
+
+    Raises:
+        CheckpointError: a scheme has blocks of no size.
+    """
+
+    endings: ClassVar[dict[str, str]] = {
+        ".activation_scale": ".weight",
+        "_activation_scale": "",
+        ".input_scale": ".weight",
+        "_input_scale": "",
+        "_scale_inv": "",
+        ".scale": ".weight",
+        "_scale": "",
+    }
+    describing: ClassVar[tuple[str, ...]] = ("_scale_inv", ".scale", "_scale")
+
+    def __init__(self, schemes: list[Scheme]) -> None:
+        super().__init__(schemes)
+        self.blocks = list(dict.fromkeys(_block(scheme) for scheme in schemes))
+        self.is_declared = all(scheme.get("weight_block_size", ...) is not ... for scheme in schemes)
+
+    @classmethod
+    def reads(cls, scheme: Scheme) -> bool:
+        if scheme["quant_method"] == "compressed-tensors":
+            is_fp8 = (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+            return is_fp8 and scheme.get("format") == "float-quantized" and scheme.get("strategy") in _OF_STRATEGY
+        return scheme["quant_method"] in ("fp8", "mxfp8")
+
+    def codes_of(self, group: Group) -> str | None:
+        info = group.tensors.get("")
+        return group.key if info is not None and info.dtype_name.startswith("F8_") else None
+
+    def packed_tensor(self, checkpoint: Checkpoint, group: Group, parts: int = 1) -> GridTensor:
+        weight = group.tensors[""]
+        if weight.dtype_name != "F8_E4M3":
+            raise CheckpointError(
+                f"{weight} is in {_NAMES.get(weight.dtype_name, 'a type that is not read')}; F8_E4M3 was expected. "
+                "Use a checkpoint in e4m3 (float8_e4m3fn), or the one in 16 bits."
+            )
+        check_matrix(weight)
+        scales = only_scale(weight, group, self.describing)
+        kind = scale_kind(weight, scales)
+        expected: list[tuple[int, ...]] = []
+        for block in self.blocks:
+            storage = Fp8Format(block, kind)
+            shapes = _shapes_of_scales(weight, storage, parts)
+            if scales.shape in shapes:
+                return GridTensor(group.key, weight.shape, storage, group.keys, weight, scales, parts)
+            expected += shapes
+        raise self._misfit(weight, scales, expected)
+
+    def _misfit(self, weight: TensorInfo, scales: TensorInfo, expected: list[tuple[int, ...]]) -> CheckpointError:
+        if self.blocks == [TENSOR] and not self.is_declared and len(scales.shape) > 1:
+            return CheckpointError(
+                f"{scales} holds scales of blocks of {weight.key}, but quantization_config in config.json has no "
+                "weight_block_size; their size was expected there, such as [128, 128]. Put it there, as the model "
+                "card has it."
+            )
+        blocks = " or ".join(str(list(block)) if all(block) else _NAMES_OF_BLOCKS[block] for block in self.blocks)
+        return CheckpointError(
+            f"{scales} doesn't fit {weight}: with the blocks that quantization_config declares ({blocks}), "
+            f"{' or '.join(str(list(shape)) for shape in expected)} was expected. Download the checkpoint again, or "
+            "correct config.json."
+        )
+
+
+def _shapes_of_scales(weight: TensorInfo, storage: Fp8Format, parts: int) -> list[tuple[int, ...]]:
+    *leading, rows, columns = weight.shape
+    if storage.block == TENSOR:
+        if not leading:
+            return [(), (1,)]
+        return [(*leading, 1, 1), *([(*leading, parts, 1)] if parts > 1 else [])]
+    return [(*leading, *storage.grid(rows, columns, parts))]
+
+
+def _block(scheme: Scheme) -> tuple[int, int]:
+    """Rows and columns that share a scale, 0 for all.
+
+    Raises:
+        CheckpointError: they are no sizes, or the codes are declared to be of another type.
+    """
+    if scheme["quant_method"] == "compressed-tensors":
+        block = _OF_STRATEGY[scheme["strategy"]]
+        return _sizes("block_structure", scheme.get("block_structure")) if block is None else block
+    if str(scheme.get("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise CheckpointError(
+            f"quantization_config has fmt={scheme['fmt']!r:.200}; 'e4m3' was expected. Use a checkpoint in e4m3, or "
+            "the one in 16 bits."
+        )
+    default = list(MX) if scheme["quant_method"] == "mxfp8" else None
+    found = scheme.get("weight_block_size", default)
+    return TENSOR if found is None else _sizes("weight_block_size", found)
+
+
+def _sizes(name: str, found: Any) -> tuple[int, int]:
+    is_pair = isinstance(found, (list, tuple)) and len(found) == 2
+    if not is_pair or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in found):
+        raise CheckpointError(
+            f"quantization_config has {name}={found!r:.200}; rows and columns of a block, such as [128, 128], were "
+            "expected. Correct config.json, as the model card has it."
+        )
+    return tuple(found)
+
+
+_LARGEST_BLOCK = 2**20
+_OF_STRATEGY = {"channel": CHANNEL, "tensor": TENSOR, "block": None}
+_NAMES_OF_BLOCKS = {CHANNEL: "one scale to a row", TENSOR: "one scale to a matrix"}
+_NAMES = {
+    "F8_E5M2": "e5m2, which is made for gradients",
+    "F8_E4M3FNUZ": "e4m3fnuz (ROCm), whose codes mean half as much",
+    "F8_E5M2FNUZ": "e5m2fnuz (ROCm)",
+    "F8_E8M0": "e8m0, which is made for scales",
+}

@@ -1,0 +1,96 @@
+"""MXFP4 as it is published: gpt-oss, DeepSeek-V4's experts, and compressed-tensors' `mxfp4-pack-quantized`.
+
+Codes are e2m1, two to a byte with the even column in the low half; scales are bytes, powers of two, for 32 columns.
+
+- gpt-oss: `KEY_blocks` U8 `(E, out, in / 32, 16)` and `KEY_scales` U8 `(E, out, in / 32)`: `(out, in)`, though the
+  class has its stacks the other way round.
+- DeepSeek-V4: `NAME.weight` I8 `(out, in / 2)` and `NAME.scale` F8_E8M0 `(out, in / 32)`; others have both as U8.
+- compressed-tensors: `NAME.weight_packed` U8 `(out, in / 2)` and `NAME.weight_scale` U8 `(out, in / 32)`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ...quantization.formats import Mxfp4Format
+from ..checkpoint import Checkpoint, CheckpointError
+from .base import DiskLayout, Group, Scheme
+from .grid import GridTensor, check_matrix, only_scale, scale_kind
+
+_STORAGE = Mxfp4Format()
+_BLOCK = _STORAGE.block[1]
+
+
+class Mxfp4Layout(DiskLayout):
+    """e2m1 in blocks of 32 columns; decided by names and dtypes of each weight's tensors.
+
+    Args:
+        schemes: likewise.
+    """
+
+    endings: ClassVar[dict[str, str]] = {
+        ".weight_packed": ".weight",
+        "_blocks": "",
+        "_scales": "",
+        "_scale_inv": "",
+        ".scale": ".weight",
+        "_scale": "",
+    }
+    describing: ClassVar[tuple[str, ...]] = ("_scales", "_scale_inv", ".scale", "_scale")
+
+    def __init__(self, schemes: list[Scheme]) -> None:
+        super().__init__(schemes)
+        # compressed-tensors has other integers under that name
+        self.has_plain_names = any(scheme["quant_method"] != "compressed-tensors" for scheme in schemes)
+
+    @classmethod
+    def reads(cls, scheme: Scheme) -> bool:
+        if scheme["quant_method"] == "compressed-tensors":
+            group = (scheme.get("type"), scheme.get("num_bits"), scheme.get("group_size"))
+            return group == ("float", 4, _BLOCK) and scheme.get("format") == "mxfp4-pack-quantized"
+        # checkpoints of 8 bits may have their experts in 4 (expert_dtype: fp4)
+        return scheme["quant_method"] in ("mxfp4", "fp8", "mxfp8")
+
+    def codes_of(self, group: Group) -> str | None:
+        for ending in ("_blocks", ".weight_packed"):
+            if ending in group.tensors:
+                return group.tensors[ending].key
+        info = group.tensors.get("")
+        if info is None or not self.has_plain_names or not group.key.endswith(".weight"):
+            return None
+        return group.key if info.dtype_name in ("I8", "U8") else None
+
+    def packed_tensor(self, checkpoint: Checkpoint, group: Group, parts: int = 1) -> GridTensor:
+        ending = next(one for one in ("_blocks", ".weight_packed", "") if one in group.tensors)
+        weight = group.tensors[ending]
+        if ending and "" in group.tensors:
+            raise CheckpointError(
+                f"{weight} and {group.tensors['']} are both the weight {group.key}; one was expected. The checkpoint "
+                "is a mixture of two; download it again."
+            )
+        is_blocked = ending == "_blocks"
+        if weight.dtype_name not in ("U8", "I8") or (is_blocked and len(weight.shape) != 4):
+            expected = "(E, out, in / 32, 16)" if is_blocked else "(out, in / 2)"
+            raise CheckpointError(
+                f"{weight} is no weight of two codes to a byte: U8 {expected} was expected. Use "
+                "the checkpoint in 16 bits."
+            )
+        if is_blocked:
+            *leading, num_blocks, half = weight.shape
+            columns = 2 * num_blocks * half
+        else:
+            check_matrix(weight)
+            *leading, half_of_row = weight.shape
+            columns, half = 2 * half_of_row, _BLOCK // 2
+        if columns % _BLOCK or half != _BLOCK // 2 or weight.numel == 0:
+            raise CheckpointError(
+                f"{weight} doesn't hold whole blocks of {_BLOCK} columns, 16 bytes each. Download the checkpoint "
+                "again."
+            )
+        scales = only_scale(weight, group, ("_scales",) if is_blocked else self.describing[1:])
+        if scale_kind(weight, scales) != _STORAGE.scale or scales.shape != (*leading, columns // _BLOCK):
+            raise CheckpointError(
+                f"{scales} doesn't fit {weight}: U8 or F8_E8M0 {[*leading, columns // _BLOCK]} was expected, a power "
+                f"of two for {_BLOCK} columns. Download the checkpoint again, or use the one in 16 bits."
+            )
+        return GridTensor(group.key, (*leading, columns), _STORAGE, group.keys, weight, scales, parts)

@@ -1,0 +1,158 @@
+"""What a kernel knows of how weights are stored: one object, a constant of the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..operands import PackedWeight
+
+
+@dataclass(frozen=True, repr=False)
+class Codec:
+    """How a tile of bytes becomes weights.
+
+    Args:
+        name: of the codes and the dtype that they are decoded to; two codecs of one name differ in their grid only.
+        look_up: Triton function `(codes, CODEC, DTYPE)`: the values of pairs of codes, in DTYPE, those of the first
+            and those of the second. A pair is a byte or a 16-bit integer.
+        decode: `(codes, scale, CODEC, DTYPE)`: the same times an fp32 scale that broadcasts, rounded once.
+        is_packed: whether there are codes; weights in 16 bits are read as they are.
+        first_shift: where in a byte the first of two codes is.
+        block: rows and columns that share a scale, the columns a power of two.
+        part_rows: rows that are blocked apart.
+        scale: kind of the scales, fp32 as it is or by its bits.
+        values: that 16 codes stand for, for the portable way: a chain of selects.
+        assembly: PTX of `look_up`; "" for the portable way.
+        scaled_assembly: PTX of `decode`.
+        unit: what the values were multiplied by; scales have to be divided by it.
+        power: what `decode` has to multiply scales by.
+    """
+
+    name: str = "16 bits"
+    look_up: Any = None
+    decode: Any = None
+    is_packed: bool = True
+    first_shift: int = 0
+    block: tuple[int, int] = (1, 1)
+    part_rows: int = 0
+    scale: str = "fp32"
+    values: tuple[float, ...] = ()
+    assembly: str = ""
+    scaled_assembly: str = ""
+    unit: float = 1.0
+    power: float = 1.0
+
+    @property
+    def block_rows(self) -> int:
+        return self.block[0]
+
+    @property
+    def block_columns(self) -> int:
+        return self.block[1]
+
+    def __repr__(self) -> str:
+        # a part of the names of compiled functions
+        return f"{self.name}_{self.block[0]}x{self.block[1]}_{self.part_rows}_{self.scale}".replace(" ", "_")
+
+    @property
+    def cache_key(self) -> str:
+        """By which Triton finds what it has compiled on the disk."""
+        functions = [getattr(one, "cache_key", "") for one in (self.look_up, self.decode)]
+        return "-".join(
+            [repr(self), *functions, str(self.values), self.assembly, self.scaled_assembly, str(self.unit)]
+        )
+
+
+DENSE = Codec(is_packed=False)
+
+
+class Decoder(NamedTuple):
+    """A way to decode, whatever the grid: the fields of `Codec` of the same names."""
+
+    look_up: Any
+    decode: Any
+    first_shift: int = 0
+    values: tuple[float, ...] = ()
+    assembly: str = ""
+    scaled_assembly: str = ""
+    unit: float = 1.0
+    power: float = 1.0
+
+
+_DECODERS: dict[str, Callable[[str, torch.dtype, bool], Decoder]] = {}
+
+
+def register_decoder(
+    *names: str,
+) -> Callable[[Callable[[str, torch.dtype, bool], Decoder]], Callable[[str, torch.dtype, bool], Decoder]]:
+    """Lets kernels decode `Format`s that name these as their `kernel_codes`; a decorator.
+
+    What is registered is called with the name, the dtype of the weights, and whether the device runs PTX.
+    """
+
+    def register(make: Callable[[str, torch.dtype, bool], Decoder]) -> Callable[[str, torch.dtype, bool], Decoder]:
+        _DECODERS.update(dict.fromkeys(names, make))
+        return make
+
+    return register
+
+
+def codec_of(weight: PackedWeight, dtype: torch.dtype) -> Codec:
+    """How a weight that the kernels can read is decoded to a dtype."""
+    if not weight.is_packed:
+        return DENSE
+    return codec_for(
+        weight.storage, weight.rows, weight.columns, weight.parts, weight.is_nested, dtype, _runs_ptx(weight)
+    )
+
+
+@cache
+def codec_for(
+    storage: Any, rows: int, columns: int, parts: int, is_nested: bool, dtype: torch.dtype, on_nvidia: bool
+) -> Codec:
+    decoder = decoder_of(storage.kernel_codes, dtype, on_nvidia)
+    block = storage.tile_block(rows, columns, parts) or (1, columns)
+    return Codec(
+        name=f"{storage.kernel_codes} {dtype} {'ptx' if decoder.assembly else 'portable'}".replace("torch.", ""),
+        block=block,
+        part_rows=rows // parts,
+        # scales that take two steps come as fp32
+        scale="fp32" if is_nested else storage.scale_kind,
+        **decoder._asdict(),
+    )
+
+
+@cache
+def decoder_of(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
+    """The way to decode to a dtype; PTX where the device runs it."""
+    if codes not in _DECODERS:
+        raise ValueError(f"No decoder is registered for kernel_codes={codes!r}; known are {', '.join(_DECODERS)}.")
+    return _DECODERS[codes](codes, dtype, on_nvidia)
+
+
+def _runs_ptx(weight: PackedWeight) -> bool:
+    return runs_ptx(weight.tensors[0].device)
+
+
+def runs_ptx(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+@triton.jit
+def split_pairs(pairs, DTYPE: tl.constexpr):
+    """The lower and upper 16 bits; put side by side again, which costs nothing, they are the register as it was."""
+    return pairs.to(tl.int16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def as_pairs(x):
+    """16-bit numbers twice in 32 bits."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)

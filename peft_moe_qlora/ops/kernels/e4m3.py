@@ -1,0 +1,127 @@
+"""FP8 codes (e4m3) to numbers.
+
+As bf16, the bits `sign << 15 | rest << 4` are the value times 2^-120, for subnormal codes too; as fp16, `sign << 15 |
+rest << 7` are the value times 2^-8. The multiplication by the scale does the rest. On compute capability 9.0 the
+conversion that the hardware has goes through a slow pipe for bf16, and before 8.9 there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .codec import Decoder, as_pairs, register_decoder, split_pairs
+
+
+@triton.jit
+def _by_parts(code, DTYPE: tl.constexpr):
+    """The portable way: from exponent and mantissa. Normal numbers only, which no mode of a device flushes."""
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    significand = tl.where(exponent > 0, mantissa + 8, mantissa).to(tl.float32)
+    # 2^(exponent - 10); subnormal codes have the exponent of the smallest normal ones
+    power = ((tl.maximum(exponent, 1) + 117) << 23).to(tl.float32, bitcast=True)
+    value = significand * power
+    return tl.where(code >= 128, -value, value).to(DTYPE)
+
+
+@triton.jit
+def look_up_e4m3(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Pairs of codes to the values of their first and of their second ones, which 16 bits hold exactly."""
+    ASSEMBLY: tl.constexpr = CODEC.assembly
+    if ASSEMBLY == "":
+        first = _by_parts(codes.to(tl.int32) & 255, DTYPE)
+        second = _by_parts((codes.to(tl.int32) >> 8) & 255, DTYPE)
+    elif tl.float32 == DTYPE:
+        first, second = tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.float32, tl.float32), is_pure=True, pack=2
+        )
+    else:
+        pairs = tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=2)
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second
+
+
+@triton.jit
+def decode_e4m3(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """The values times `scale`, in fp32 of the shape of the codes or one that broadcasts to it, rounded once."""
+    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
+    if ASSEMBLY == "":
+        first, second = look_up_e4m3(codes, CODEC, DTYPE)
+        first = (first.to(tl.float32) * scale).to(DTYPE)
+        second = (second.to(tl.float32) * scale).to(DTYPE)
+    else:
+        scale = scale * CODEC.power
+        coarse = scale.to(DTYPE)
+        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
+        pairs = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,=r,r,r,r,r,r",
+            [codes, as_pairs(coarse), as_pairs(fine)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second
+
+
+@register_decoder("e4m3")
+def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
+    if not on_nvidia:
+        assembly, scaled = "", ""
+    elif dtype == torch.float32:
+        assembly, scaled = _assembly_of_fp32(), ""
+    else:
+        assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
+    return Decoder(look_up_e4m3, decode_e4m3, assembly=assembly, scaled_assembly=scaled, power=_POWERS[dtype])
+
+
+_POWERS = {torch.float32: 1.0, torch.bfloat16: 2.0**120, torch.float16: 2.0**8}
+"""What bits have to be multiplied by. Scales bring it along; below 2^8 there is room for that (`SCALE_LIMIT`)."""
+
+
+def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
+    """PTX for four codes, operand 2, to two pairs of 16-bit numbers, results 0 and 1.
+
+    If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(bits, coarse, bits * fine)`; operands 3
+    and 4 are pairs of the coarse scale, 5 and 6 of the fine one, both times the power that the bits lack.
+    """
+    packed_type, shift, mask, power = (
+        ("bf16x2", 4, "0x07f007f0", "0x7b807b80")
+        if dtype == torch.bfloat16
+        else ("f16x2", 1, "0x3f803f80", "0x5c005c00")
+    )
+    lines = ["mov.b32 minus_zero, 0x80008000;", f"mov.b32 power, {power};"]
+    # each code as the high byte of a half word
+    for pair, selector in enumerate(("0x1404", "0x3424")):
+        lines += [
+            f"prmt.b32 placed, $2, 0, {selector};",
+            f"shr.u32 rest, placed, {shift};",
+            "and.b32 placed, placed, 0x80008000;",
+            # (rest & mask) | placed
+            f"lop3.b32 placed, rest, {mask}, placed, 0xea;",
+        ]
+        if is_scaled:
+            lines.append(f"fma.rn.{packed_type} rest, placed, ${5 + pair}, minus_zero;")
+            lines.append(f"fma.rn.{packed_type} ${pair}, placed, ${3 + pair}, rest;")
+        else:
+            lines.append(f"fma.rn.{packed_type} ${pair}, placed, power, minus_zero;")
+    return "{ .reg .b32 placed, rest, power, minus_zero; " + " ".join(lines) + " }"
+
+
+def _assembly_of_fp32() -> str:
+    """PTX for four codes, operand 4, to four fp32 numbers: results 0 and 1 are the first of each pair."""
+    lines = []
+    for byte in range(4):
+        lines += [
+            f"prmt.b32 placed, $4, 0, 0x{byte}444;",
+            "shr.u32 rest, placed, 4;",
+            "and.b32 placed, placed, 0x80000000;",
+            "lop3.b32 placed, rest, 0x07f00000, placed, 0xea;",
+            "mov.b32 value, placed;",
+            # 2^120
+            "mul.rn.f32 value, value, 0f7b800000;",
+            f"mov.b32 ${byte // 2 + 2 * (byte % 2)}, value;",
+        ]
+    return "{ .reg .b32 placed, rest; .reg .f32 value; " + " ".join(lines) + " }"

@@ -1,0 +1,54 @@
+"""FP8: e4m3 codes, one to a byte, with a scale for each block of rows and columns.
+
+Published as `quant_method: fp8` (DeepSeek-V3 and its like, blocks of 128 x 128), by compressed-tensors as
+`float-quantized` (per channel, per tensor, in blocks), and as MXFP8 with blocks of 1 x 32 and powers of two. Values
+are those of OCP FP8 E4M3 (arXiv:2209.05433), which has no infinity: 0x7f and 0xff are NaN, and never stored here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..block_scaled import SCALE_DTYPES, BlockScaled
+from ..format import register_format
+
+_NAMES = {(1, 0): "channel", (0, 0): "tensor"}
+
+
+@register_format
+@dataclass(frozen=True)
+class Fp8Format(BlockScaled):
+    """e4m3 in blocks: `"fp8/128x128"`, `"fp8/channel"` for rows, `"fp8/tensor"`, `"fp8/1x32+e8m0"` (MXFP8).
+
+    Args:
+        block: as in `BlockScaled`.
+        scale: likewise.
+    """
+
+    kernel_codes: ClassVar[str] = "e4m3"
+    largest_value: ClassVar[float] = 448.0
+
+    def __str__(self) -> str:
+        block = _NAMES.get(self.block) or "x".join(map(str, self.block))
+        return f"fp8/{block}" + ("" if self.scale == "fp32" else f"+{self.scale}")
+
+    @classmethod
+    def from_text(cls, text: str) -> Fp8Format | None:
+        match = re.fullmatch(rf"fp8/(channel|tensor|\d+x\d+)(?:\+({'|'.join(SCALE_DTYPES)}))?", text)
+        if match is None:
+            return None
+        named = {name: block for block, name in _NAMES.items()}
+        block = named.get(match[1]) or tuple(int(size) for size in match[1].split("x"))
+        return cls(block, match[2] or "fp32")
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.view(torch.float8_e4m3fn).float()
+
+    def nearest_values(self, ratios: torch.Tensor) -> torch.Tensor:
+        # clamped: what is beyond the range is cast to NaN by some versions of torch
+        clamped = ratios.clamp(-self.largest_value, self.largest_value)
+        return clamped.to(torch.float8_e4m3fn).view(torch.uint8)

@@ -1,0 +1,111 @@
+"""LoRA on a linear layer whose weight is kept in a `Format`: PEFT's, but for merging."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from .config import MoeQLoraConfig
+from .experts import move_hook
+from .quantized_linear import QuantizedLinear
+
+
+class QuantizedLinearLora(Linear):
+    """PEFT's `lora.Linear` on a `QuantizedLinear`.
+
+    Factors, their keys and the forward are PEFT's. Its merging is not: that writes to a weight that isn't there.
+
+    Args:
+        base_layer: the layer.
+        adapter_name: the first adapter.
+        config: of the adapter.
+        kwargs: what PEFT passes to all layers.
+    """
+
+    def __init__(self, base_layer: QuantizedLinear, adapter_name: str, config: MoeQLoraConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self._unmerged: list[QuantizedLinear] = []  # at most one; a list, since a module would be registered
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the layer, in its format. The layer of before is kept for `unmerge`.
+
+        Args:
+            safe_merge: for PEFT's sake; weights that are not finite are always refused, since no code could show them.
+            adapter_names: what to merge. Default: the active adapters that are not merged yet.
+
+        Raises:
+            ValueError: a merged weight is not finite; the layer is then as it was.
+        """
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not adapter_names:
+            return
+        names = [*self.merged_adapters, *adapter_names]
+        # from the layer of before: rounding a merged one would round twice
+        unmerged = self.unmerged_layer()
+        self._put(unmerged.merged(self._delta(names)))
+        self._unmerged = [unmerged]
+        self.merged_adapters = names
+
+    @torch.no_grad()
+    def merged_dense(self, dtype: torch.dtype, adapter_names: Iterable[str]) -> nn.Linear:
+        """A new, ordinary layer: decoded weights plus delta in fp32, rounded once to `dtype`.
+
+        Raises:
+            ValueError: a rounded weight is not finite.
+        """
+        names = dict.fromkeys([*self.merged_adapters, *adapter_names])
+        layer = self.unmerged_layer().merged_dense(self._delta(names), dtype)
+        move_hook(self.base_layer, layer)
+        return layer
+
+    def unmerge(self) -> None:
+        """Puts the layer of before the merge back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._put(self.unmerged_layer())
+        self._unmerged, self.merged_adapters = [], []
+
+    def unmerged_layer(self) -> QuantizedLinear:
+        """The layer without any adapter."""
+        current = self.base_layer
+        if not self._unmerged:
+            return current
+        # the model may have been moved or cast since, and a bias been trained or loaded
+        unmerged = self._unmerged[0].to(current.device, current.dtype)
+        unmerged.bias = current.bias
+        return unmerged
+
+    def _put(self, layer: QuantizedLinear) -> None:
+        move_hook(self.base_layer, layer)
+        self.base_layer = layer
+
+    def _delta(self, adapter_names: Iterable[str]) -> torch.Tensor:
+        """`(out, in)` fp32: what adapters add. PEFT's `get_delta_weight` rounds to the dtype of the factors."""
+        device = self.base_layer.device
+        delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=device)
+        for name in adapter_names:
+            if name in self.lora_A:
+                A, B = (
+                    factor[name].weight.detach().to(device, torch.float32) for factor in (self.lora_A, self.lora_B)
+                )
+                delta += self.scaling[name] * (B @ A)
+        return delta
+
+    # as of an ordinary layer, without decoding a weight for it
+
+    def _get_in_out_features(self, module: QuantizedLinear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def _get_base_layer_device_and_dtype(self, base_layer: QuantizedLinear) -> tuple[torch.device, torch.dtype]:
+        return base_layer.device, base_layer.dtype
+
+    def __repr__(self) -> str:
+        return "moe_qlora." + nn.Module.__repr__(self)

@@ -1,0 +1,281 @@
+"""Checkpoints in the layouts of published quantized models, whose true weights are known.
+
+Written from the formats' definitions, in fp64, with nothing of the package: what is read must decode to these values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from checkpoint_writers import Tensors, read_tensors, write_tensors
+from tiny_models import tiny_model
+
+SIZES = {"hidden_size": 256, "head_dim": 64, "num_experts": 4, "moe_intermediate_size": 192}
+"""A width of one and a half blocks of 128."""
+GATE = "model.layers.1.mlp.experts.2.gate_proj"
+QUERY = "model.layers.1.self_attn.q_proj"
+
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+
+
+def qwen(**sizes) -> torch.nn.Module:
+    return tiny_model(dtype=torch.bfloat16, **{**SIZES, **sizes})
+
+
+def e4m3_values(codes: torch.Tensor) -> torch.Tensor:
+    """fp64: one sign bit, four of exponent (bias 7), three of mantissa."""
+    bits = codes.view(torch.uint8).long()
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    sizes = torch.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10).double(), mantissa * 2.0**-9)
+    return torch.where(bits > 127, -sizes, sizes)
+
+
+def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
+    """fp64, twice as many columns: the low half of a byte comes first."""
+    bits = codes.view(torch.uint8).long()
+    both = torch.stack((bits & 15, bits >> 4), dim=-1).flatten(-2)
+    return torch.where(both > 7, -1.0, 1.0) * _E2M1[both & 7]
+
+
+def spread(scales: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+    """One scale to each weight, of one to each block."""
+    rows, columns = (torch.arange(size) // of_block for size, of_block in zip(shape, block))
+    return scales.double()[rows][:, columns]
+
+
+def amax(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    rows = [part.abs() for part in weight.split(block[0])]
+    return torch.stack([torch.stack([part.max() for part in one.split(block[1], dim=1)]) for one in rows])
+
+
+def in_fp8(
+    weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales, and the weights that they stand for; in fp32."""
+    scales = amax(weight.double(), block) / 448
+    if scale_dtype == torch.uint8:
+        bits = torch.ceil(torch.log2(scales)) + 127
+        stored, scales = bits.to(torch.uint8), 2.0 ** (bits - 127)
+    else:
+        stored = scales.to(scale_dtype)
+        scales = stored.double()
+    of_weights = spread(scales, weight.shape, block)
+    codes = (weight.double() / of_weights).clamp(-448, 448).float().to(E4M3)
+    return codes, stored, (e4m3_values(codes) * of_weights).float()
+
+
+def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes `(out, in / 2)`, scales as bytes `(out, in / 32)`, and the weights that they stand for."""
+    exponent = torch.floor(torch.log2(amax(weight.double(), (1, 32)))) - 2
+    of_weights = spread(2.0**exponent, weight.shape, (1, 32))
+    ratios = weight.double() / of_weights
+    near = (ratios.abs()[..., None] - _E2M1).abs().argmin(dim=-1) | (ratios < 0).long() << 3
+    codes = (near[:, ::2] | near[:, 1::2] << 4).to(torch.uint8)
+    return codes, (exponent + 127).to(torch.uint8), (e2m1_values(codes) * of_weights).float()
+
+
+Packed = tuple[Tensors, torch.Tensor]
+"""What a weight becomes, by key, and what it then is."""
+
+
+def fp8(name: str, weight: torch.Tensor, block=(128, 128), dtype=torch.float32, suffix="weight_scale_inv") -> Packed:
+    codes, scales, values = in_fp8(weight, block, dtype)
+    return {f"{name}.weight": codes, f"{name}.{suffix}": scales}, values
+
+
+def _per_tensor(name: str, weight: torch.Tensor) -> Packed:
+    codes, scales, values = in_fp8(weight, tuple(weight.shape))
+    of_inputs = {f"{name}.activation_scale": torch.tensor(0.01)}
+    return {f"{name}.weight": codes, f"{name}.weight_scale_inv": scales.view(()), **of_inputs}, values
+
+
+def _per_channel(name: str, weight: torch.Tensor) -> Packed:
+    return fp8(name, weight, (1, weight.shape[1]), torch.bfloat16, "weight_scale")
+
+
+def _ct_tensor(name: str, weight: torch.Tensor) -> Packed:
+    codes, scales, values = in_fp8(weight, tuple(weight.shape))
+    tensors = {f"{name}.weight": codes, f"{name}.weight_scale": scales.view(1), f"{name}.input_scale": torch.ones(1)}
+    return tensors, values
+
+
+def _e8m0(name: str, weight: torch.Tensor) -> Packed:
+    codes, scales, values = in_fp8(weight, (128, 128), torch.uint8)
+    return {f"{name}.weight": codes, f"{name}.scale": scales.view(E8M0)}, values
+
+
+def _dsv4(name: str, weight: torch.Tensor) -> Packed:
+    if ".experts." not in name:
+        return _e8m0(name, weight)
+    codes, scales, values = in_mxfp4(weight)
+    return {f"{name}.weight": codes.view(torch.int8), f"{name}.scale": scales.view(E8M0)}, values
+
+
+def _ct_mxfp4(name: str, weight: torch.Tensor) -> Packed:
+    codes, scales, values = in_mxfp4(weight)
+    return {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales}, values
+
+
+def _compressed(layout: str, **weights) -> dict:
+    weights = {"type": "float", "num_bits": 8, "symmetric": True, "dynamic": False, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+STATIC = {**FP8, "activation_scheme": "static", "weight_block_size": None}
+MX = {**FP8, "quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A layout of one set of tensors per expert.
+
+    Args:
+        config: the `quantization_config`.
+        pack: name without `.weight` and weight -> its tensors.
+        experts, linear: names of the formats that these are read as.
+    """
+
+    config: dict
+    pack: Callable[[str, torch.Tensor], Packed]
+    experts: str
+    linear: str = field(default="")
+
+
+PER_EXPERT = {
+    "fp8": Published(FP8, fp8, "fp8/128x128"),
+    "fp8, bf16 scales": Published(
+        FP8, lambda n, w: fp8(n, w, dtype=torch.bfloat16), "fp8/128x128+bf16", "fp8/128x128+bf16"
+    ),
+    "fp8, fp16 scales, blocks of 64 x 32": Published(
+        {**FP8, "weight_block_size": [64, 32]}, lambda n, w: fp8(n, w, (64, 32), torch.float16), "fp8/64x32+fp16"
+    ),
+    "fp8, powers of two": Published({**FP8, "scale_fmt": "ue8m0"}, _e8m0, "fp8/128x128+e8m0"),
+    "fp8 per tensor": Published(STATIC, _per_tensor, "fp8/tensor"),
+    "mxfp8": Published(MX, lambda n, w: fp8(n, w, (1, 32), torch.uint8), "fp8/1x32+e8m0"),
+    "compressed, channel": Published(
+        _compressed("float-quantized", strategy="channel"), _per_channel, "fp8/channel+bf16"
+    ),
+    "compressed, tensor": Published(_compressed("float-quantized", strategy="tensor"), _ct_tensor, "fp8/tensor"),
+    "compressed, block": Published(
+        _compressed("float-quantized", strategy="block", block_structure=[128, 128]),
+        lambda n, w: fp8(n, w, suffix="weight_scale"),
+        "fp8/128x128",
+    ),
+    "mxfp4 experts beside fp8": Published(
+        {**FP8, "scale_fmt": "ue8m0", "expert_dtype": "fp4"}, _dsv4, "mxfp4", "fp8/128x128+e8m0"
+    ),
+    "compressed, mxfp4": Published(
+        _compressed("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32), _ct_mxfp4, "mxfp4"
+    ),
+}
+
+
+def is_packed(key: str) -> bool:
+    return re.search(r"(_proj|\.w[123])\.weight$", key) is not None
+
+
+def set_config(directory: Path, config: dict) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
+
+
+def publish(
+    model: torch.nn.Module,
+    directory: Path,
+    layout: Published,
+    num_shards: int = 1,
+    is_packed: Callable[[str], bool] = is_packed,
+) -> Tensors:
+    """Saves a model, its experts and linear layers quantized; gives the true weights by the keys of 16 bits."""
+    model.save_pretrained(directory)
+    stored, true = {}, {}
+    for key, tensor in cut(read_tensors(directory)).items():
+        if is_packed(key):
+            tensors, true[key] = layout.pack(key.removesuffix(".weight"), tensor.float())
+            stored |= tensors
+        else:
+            stored[key] = true[key] = tensor
+    write_tensors(directory, stored, num_shards)
+    set_config(directory, layout.config)
+    return true
+
+
+def cut(tensors: Tensors) -> Tensors:
+    """Stacks as one weight `(out, in)` for each expert and projection; those of Llama 4 are `(in, out)`."""
+    found = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(".")
+        if not path.endswith("experts") or tensor.dim() != 3:
+            found[key] = tensor
+            continue
+        names = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+        for expert, weight in enumerate(tensor):
+            weight = weight.T if "feed_forward" in path else weight
+            parts = zip(names, weight.chunk(len(names)))
+            found |= {f"{path}.{expert}.{part}.weight": one.contiguous() for part, one in parts}
+    return found
+
+
+def joined(tensors: Tensors) -> Tensors:
+    """What `cut` was given."""
+    found, experts = {}, {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)_proj\.weight", key)
+        if match is None:
+            found[key] = tensor
+        else:
+            name = "down_proj" if match[3] == "down" else "gate_up_proj"
+            experts.setdefault(f"{match[1]}.{name}", {}).setdefault(int(match[2]), []).append(tensor)
+    for key, parts in experts.items():
+        stack = torch.stack([torch.cat(parts[expert]) for expert in sorted(parts)])
+        found[key] = stack.transpose(1, 2) if "feed_forward" in key else stack
+    return found
+
+
+def publish_fused(
+    model: torch.nn.Module, directory: Path, config: dict, pack: Callable[[str, torch.Tensor], Packed]
+) -> Tensors:
+    """The same, of stacks that are one tensor, under the names of the model; gives the true state of the model."""
+    model.save_pretrained(directory, save_original_format=False)
+    stored, true = {}, {}
+    for key, tensor in read_tensors(directory).items():
+        if re.search(r"experts\.(gate_up_proj|down_proj)$", key):
+            tensors, true[key] = pack(key, tensor.float())
+            stored |= tensors
+        else:
+            stored[key] = true[key] = tensor
+    write_tensors(directory, stored)
+    set_config(directory, config)
+    return true
+
+
+def fused_fp8(block: tuple[int, int] | None, scales_of_gate_up: int = 1) -> Callable[[str, torch.Tensor], Packed]:
+    """Stacks `(E, out, in)` with scales in blocks, gate and up apart, or per expert: one, or one for each half."""
+
+    def pack(key: str, stack: torch.Tensor) -> Packed:
+        found = []
+        for weight in stack:
+            is_cut = key.endswith("gate_up_proj") and (block is not None or scales_of_gate_up == 2)
+            parts = weight.chunk(2) if is_cut else (weight,)
+            one = [in_fp8(part, block or tuple(part.shape)) for part in parts]
+            found.append([torch.cat(tensors) for tensors in zip(*one)])
+        codes, scales, values = (torch.stack(tensors) for tensors in zip(*found))
+        return {key: codes, f"{key}_scale_inv": scales, f"{key}_activation_scale": torch.ones(len(stack))}, values
+
+    return pack
+
+
+def gpt_oss(key: str, stack: torch.Tensor) -> Packed:
+    """`(E, in, out)` in the class, `(E, out, in)` in the file, blocks along the inputs."""
+    found = [in_mxfp4(weight.T.contiguous()) for weight in stack]
+    codes, scales, values = (torch.stack(tensors) for tensors in zip(*found))
+    tensors = {f"{key}_blocks": codes.unflatten(-1, (-1, 16)), f"{key}_scales": scales}
+    return tensors, values.transpose(1, 2).contiguous()

@@ -1,0 +1,234 @@
+"""What every format has to do, whatever it stores; and a made-up one, of which the package knows nothing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from made_up_format import SixBits
+from peft import PeftModel, get_peft_model
+from tiny_models import assert_same_bytes, logits, packed_bytes, randomize_adapter, tiny_model, token_ids
+
+import peft_moe_qlora
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized, quantize_experts
+from peft_moe_qlora.merge.checkpoint import merge_checkpoint
+from peft_moe_qlora.quantization import Format, FourBitFormat, QuantizedStack, parse_format
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
+
+GRIDS = [
+    Fp8Format(),
+    Fp8Format((16, 32), "bf16"),
+    Fp8Format((24, 48), "fp16"),
+    Fp8Format((1, 0)),
+    Fp8Format((0, 0), "bf16"),
+    Fp8Format((1, 32), "e8m0"),
+    Mxfp4Format(),
+    SixBits(),
+]
+FORMATS = [FourBitFormat(), FourBitFormat("fp4", 128, double_quant=True), *GRIDS]
+
+
+def stack_of(storage: Format, shape=(3, 96, 160), parts: int = 2) -> QuantizedStack:
+    generator = torch.Generator().manual_seed(0)
+    return QuantizedStack.from_dense(torch.randn(shape, generator=generator), False, storage, parts)
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=str)
+def test_a_name_is_read_as_the_format_that_wrote_it(storage):
+    assert parse_format(str(storage)) == storage
+    assert MoeQLoraConfig(storage=str(storage)).format == storage
+    assert MoeQuantizationConfig(storage=str(storage)).format == storage
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fp8", "fp8/128", "fp8/-1x2", "fp8/128x128+fp64", "mxfp5", "nf4/64+qd", "nf5/64"]
+)
+def test_other_names_are_refused(text):
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        parse_format(text)
+    with pytest.raises(ValueError, match="storage"):
+        MoeQLoraConfig(storage=text)
+
+
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_are_values_times_scales(storage, parts):
+    """By the definition, one weight at a time, in fp64."""
+    stack = stack_of(storage, (1, 40, 64), parts)
+    bits = {name: tensor[0] for name, tensor in stack.tensors_of(slice(0, 1)).items()}
+    values = storage.values(storage.codes_of_bytes(bits["codes"])).double()
+    grid = stack.scales(slice(0, 1))[0].view(*bits["block_scales"].shape).double()
+    block_rows, block_columns = storage.block_of(40, 64, parts)
+    part_rows = 40 // parts
+    rows_of_part = -(-part_rows // block_rows)
+    expected = torch.empty(40, 64, dtype=torch.float64)
+    for row in range(40):
+        part, inside = divmod(row, part_rows)
+        for column in range(64):
+            scale = grid[part * rows_of_part + inside // block_rows, column // block_columns]
+            expected[row, column] = values[row, column] * scale
+    torch.testing.assert_close(stack.decode(torch.float64)[0], expected.float().double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=str)
+def test_what_can_be_stored_is_stored_without_error(storage):
+    stack = stack_of(storage)
+    again = stack.merged(lambda expert: torch.zeros(96, 160))
+    assert_same_bytes(dict(again.named_parameters()), dict(stack.named_parameters()))
+
+
+ERRORS = {"fp8": 0.0275, "mxfp4": 0.12, "six": 0.04, "nf4": 0.1, "fp4": 0.14}
+"""A little above what Gaussian weights have: 0.026, 0.112, 0.035, 0.096, 0.13."""
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=str)
+def test_the_error_is_that_of_the_format(storage):
+    stack = stack_of(storage)
+    weight = torch.randn(3, 96, 160, generator=torch.Generator().manual_seed(0))
+    error = (stack.decode(torch.float32) - weight).norm() / weight.norm()
+    assert error < ERRORS[str(storage).partition("/")[0]]
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=str)
+def test_all_is_integers_which_no_cast_reaches(storage):
+    stack = stack_of(storage)
+    before = {name: tensor.clone() for name, tensor in stack.named_parameters()}
+    assert not any(tensor.is_floating_point() for tensor in before.values())
+    stack.to(torch.bfloat16).half().float()
+    assert_same_bytes(dict(stack.named_parameters()), before)
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=str)
+def test_zeros_are_stored_as_zeros(storage):
+    stack = QuantizedStack.from_dense(torch.zeros(2, 64, 64), False, storage, 2)
+    assert not stack.decode(torch.float32).any()
+    assert torch.isfinite(stack.scales(slice(None))).all()
+
+
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+def test_a_small_delta_does_not_move_all_weights(storage):
+    """Where scales were not made from the largest weight, fresh ones would round every weight anew."""
+    stack = stack_of(storage, (1, 64, 64), 1)
+    for name, tensor in storage.store_scales(2 * stack.scales(slice(0, 1))[0], 64, 64).items():
+        stack.get_parameter(name).data[0] = tensor
+    delta = torch.zeros(64, 64)
+    delta[3, 5] = 1e-4 * stack.decode(torch.float32).abs().max()
+    merged = stack.merged(lambda _: delta)
+    moved = (merged.decode(torch.float32) != stack.decode(torch.float32)).sum()
+    assert moved <= 1
+
+
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+def test_the_stack_of_a_transposed_class_is_stored_out_in(storage):
+    weight = torch.randn(2, 64, 32)
+    stack = QuantizedStack.from_dense(weight, True, storage)
+    assert not stack.is_transposed
+    plain = QuantizedStack.from_dense(weight.transpose(1, 2).contiguous(), False, storage)
+    assert torch.equal(stack.decode(torch.float32), plain.decode(torch.float32))
+
+
+def stored_in(model) -> dict[str, torch.Tensor]:
+    return {name.replace(".base_layer", ""): tensor for name, tensor in packed_bytes(model).items()}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+def test_a_model_trains_and_merges(storage, model_type, tmp_path):
+    """Loss and all gradients are those of the decoded weights; saving, reloading and merging too."""
+    model = tiny_model(model_type)
+    quantize_experts(model, storage=str(storage), progressbar=False)
+    model.save_pretrained(tmp_path / "base")
+    twin = copy.deepcopy(model).dequantize()
+    stored = packed_bytes(model)
+    ids = token_ids()
+
+    adapted = get_peft_model(model, MoeQLoraConfig(r=4, target_modules=["experts", "q_proj"]))
+    assert adapted.peft_config["default"].storage == str(storage)
+    of_twin = get_peft_model(twin, MoeQLoraConfig(r=4, target_modules=["experts", "q_proj"], quant_type=None))
+    losses = []
+    for one in (adapted, of_twin):
+        randomize_adapter(one)
+        loss = one(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    gradients = {name: tensor.grad for name, tensor in of_twin.named_parameters() if tensor.requires_grad}
+    assert gradients
+    for name, tensor in adapted.named_parameters():
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, gradients[name], rtol=1e-4, atol=1e-7)
+    assert_same_bytes(stored_in(adapted.get_base_model()), stored)
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted.eval(), ids)
+    reloaded = load_quantized(str(tmp_path / "base"), dtype=torch.float32)
+    assert_same_bytes(packed_bytes(reloaded), stored)
+    reloaded = PeftModel.from_pretrained(reloaded, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(reloaded, ids), expected, rtol=0, atol=0)
+
+    reloaded.merge_adapter()
+    reloaded.unmerge_adapter()
+    assert_same_bytes(stored_in(reloaded.get_base_model()), stored)
+    merged = reloaded.merge_and_unload(dtype=torch.float32, progressbar=False)
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", [SixBits(), Fp8Format((16, 32))], ids=str)
+def test_merging_on_disk_is_onto_what_was_trained(storage, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    quantize_experts(model, storage=str(storage), progressbar=False)
+    adapted = get_peft_model(model, MoeQLoraConfig(r=4, storage=str(storage)))
+    randomize_adapter(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted.eval(), token_ids())
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progressbar=False)
+    merged = type(tiny_model()).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+def test_second_order_rounding_beats_the_nearest(storage):
+    """By half, in the squares that divergences go by; a delta of the size that training makes."""
+    from peft_moe_qlora.merge.second_order import MergedExpert, quantize_second_order
+
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(1, 64, 96, generator=generator)
+    stack = QuantizedStack.from_dense(weight, False, storage)
+    directions = torch.randn(96, 96, generator=generator) * torch.logspace(0, -2, 96)
+    inputs = torch.randn(512, 96, generator=generator) @ directions.T
+    A, B = (torch.randn(shape, generator=generator) for shape in ((4, 96), (64, 4)))
+    delta = B @ A
+    delta *= 0.05 * weight.norm() / delta.norm()
+    exact = stack.decode_expert(0, torch.float32) + delta
+    moment = inputs.T @ inputs / len(inputs)
+
+    def error(found: QuantizedStack) -> torch.Tensor:
+        return (inputs @ (found.decode_expert(0, torch.float32) - exact).T).square().sum()
+
+    core = torch.linalg.qr(delta).R
+    second = quantize_second_order(stack, lambda _: MergedExpert(exact, moment, core), moment)
+    assert error(second) < 0.5 * error(stack.merged(lambda _: delta))
+
+
+PACKAGE = Path(peft_moe_qlora.__file__).parent
+HOMES = ("quantization/formats/", "ops/kernels/", "loading/disk/", "loading/checkpoint.py", "layouts/engines.py")
+"""Where a format may be named: its own file, its kernel decode, its layouts on disk; dtypes of files, and what engines
+read."""
+
+
+@pytest.mark.parametrize("name", ["fp8", "e4m3", "e2m1", "mxfp4", "six"])
+def test_nothing_else_names_a_format(name):
+    """A new format is a file of its own; what has to be changed elsewhere would be missed."""
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).as_posix().startswith(HOMES):
+            continue
+        code = re.sub(r'""".*?"""', "", file.read_text(encoding="utf-8"), flags=re.DOTALL)  # examples may name one
+        code = re.sub(r"\"[^\"\n]*'[^\"\n]*'[^\"\n]*\"", "", code)  # and so may errors and help, in quotation marks
+        if re.search(rf"(?<![a-z]){name}", code, flags=re.IGNORECASE):
+            found.append(file.relative_to(PACKAGE).as_posix())
+    assert not found
