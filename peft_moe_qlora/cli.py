@@ -56,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", help="directory to be written to; an interrupted merge is taken up")
     merge.add_argument("--onto", choices=ONTO, default="quantized", help="weights as trained on, or the checkpoint's")
     merge.add_argument("--dtype", choices=_DTYPES, help="of the result; the checkpoint's unless given")
-    merge.add_argument("--quantize", choices=QUANT_TYPES, help="experts in 4 bits; loads the model into memory")
-    merge.add_argument("--layout", choices=LAYOUTS, default="native", help="of a quantized result")
+    merge.add_argument(
+        "--quantize", metavar="FORMAT", help="keep experts as trained, such as nf4; loads the model into memory"
+    )
+    merge.add_argument(
+        "--layout", choices=LAYOUTS, help="of a quantized result; the base's, if others have quantized it, else native"
+    )
     merge.add_argument("--rounding", choices=ROUNDINGS, default="second-order", help="of a quantized result")
     merge.add_argument("--calibration", metavar="TEXT", help="file that the rounding is good for; else random tokens")
     merge.add_argument("--verify", metavar="TEXT", help="file on which live adapter and result are compared")
@@ -130,7 +134,7 @@ def _merge(args: argparse.Namespace) -> None:
         plan = plan_unmerged(args.base, args.adapter)
         read_windows(args.verify, args.base, plan.revision)
     if args.quantize is None:
-        _check_unused(args, "--quantize", layout="native", rounding="second-order", calibration=None)
+        _check_unused(args, "--quantize", layout=None, rounding="second-order", calibration=None)
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         report = merge_checkpoint(
             args.base,

@@ -7,7 +7,7 @@ import torch
 from peft_moe_qlora.ops import Gate
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack, Stack
-from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format, Mxfp4Format
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-5  # relative L2 error, fp32 against fp32
@@ -21,6 +21,8 @@ GRIDS = [
     Fp8Format((1, 32), "e8m0"),
     Fp8Format(),
     Mxfp4Format(),
+    Int8Format(),
+    Int8Format((24, 32), "bf16"),
 ]
 """Formats whose scales lie on a grid."""
 GATES = [

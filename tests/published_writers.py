@@ -80,6 +80,16 @@ def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return codes, (exponent + 127).to(torch.uint8), (e2m1_values(codes) * of_weights).float()
 
 
+def in_integers(
+    weight: torch.Tensor, num_bits: int, block: tuple[int, int], scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of all values that the bits have, as compressed-tensors does, scales, and what they stand for."""
+    scales = (amax(weight.double(), block) / (2 ** (num_bits - 1) - 0.5)).to(scale_dtype)
+    of_weights = spread(scales, weight.shape, block)
+    codes = (weight.double() / of_weights).round().clamp(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+    return codes.to(torch.int8), scales, (codes * of_weights).float()
+
+
 Packed = tuple[Tensors, torch.Tensor]
 """What a weight becomes, by key, and what it then is."""
 
@@ -120,6 +130,20 @@ def _dsv4(name: str, weight: torch.Tensor) -> Packed:
 def _ct_mxfp4(name: str, weight: torch.Tensor) -> Packed:
     codes, scales, values = in_mxfp4(weight)
     return {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales}, values
+
+
+def _ct_int8(block: tuple[int, int] | None, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Packed]:
+    def pack(name: str, weight: torch.Tensor) -> Packed:
+        codes, scales, values = in_integers(weight, 8, block or tuple(weight.shape), dtype)
+        tensors = {f"{name}.weight": codes, f"{name}.weight_scale": scales if block else scales.view(1)}
+        return tensors, values
+
+    return pack
+
+
+def _int8_channel(name: str, weight: torch.Tensor) -> Packed:
+    tensors, values = _ct_int8((1, weight.shape[1]))(name, weight)
+    return {**tensors, f"{name}.input_scale": torch.ones(1)}, values
 
 
 def _compressed(layout: str, **weights) -> dict:
@@ -174,6 +198,22 @@ PER_EXPERT = {
     ),
     "compressed, mxfp4": Published(
         _compressed("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32), _ct_mxfp4, "mxfp4"
+    ),
+    "int8": Published(
+        _compressed("int-quantized", type="int", strategy="channel"), _int8_channel, "int8/channel+bf16"
+    ),
+    "int8 per tensor": Published(
+        _compressed("int-quantized", type="int", strategy="tensor"), _ct_int8(None, torch.float32), "int8/tensor"
+    ),
+    "int8 in groups": Published(
+        _compressed("int-quantized", type="int", strategy="group", group_size=64),
+        _ct_int8((1, 64), torch.float16),
+        "int8/1x64+fp16",
+    ),
+    "int8 in blocks": Published(
+        _compressed("int-quantized", type="int", strategy="block", block_structure=[128, 128]),
+        _ct_int8((128, 128)),
+        "int8/128x128+bf16",
     ),
 }
 

@@ -16,7 +16,7 @@ import peft_moe_qlora
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized, quantize_experts
 from peft_moe_qlora.merge.checkpoint import merge_checkpoint
 from peft_moe_qlora.quantization import Format, FourBitFormat, QuantizedStack, parse_format
-from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format, Mxfp4Format
 
 GRIDS = [
     Fp8Format(),
@@ -26,6 +26,9 @@ GRIDS = [
     Fp8Format((0, 0), "bf16"),
     Fp8Format((1, 32), "e8m0"),
     Mxfp4Format(),
+    Int8Format(),
+    Int8Format((1, 32), "bf16"),
+    Int8Format((0, 0), "fp16"),
     SixBits(),
 ]
 FORMATS = [FourBitFormat(), FourBitFormat("fp4", 128, double_quant=True), *GRIDS]
@@ -44,7 +47,7 @@ def test_a_name_is_read_as_the_format_that_wrote_it(storage):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fp8", "fp8/128", "fp8/-1x2", "fp8/128x128+fp64", "mxfp5", "nf4/64+qd", "nf5/64"]
+    "text", ["", "fp8", "fp8/128", "fp8/-1x2", "fp8/128x128+fp64", "mxfp5", "int8", "int8/128", "int8/1x128+e9m0", "nf4/64+qd", "nf5/64"]
 )
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
@@ -80,8 +83,8 @@ def test_what_can_be_stored_is_stored_without_error(storage):
     assert_same_bytes(dict(again.named_parameters()), dict(stack.named_parameters()))
 
 
-ERRORS = {"fp8": 0.0275, "mxfp4": 0.12, "six": 0.04, "nf4": 0.1, "fp4": 0.14}
-"""A little above what Gaussian weights have: 0.026, 0.112, 0.035, 0.096, 0.13."""
+ERRORS = {"fp8": 0.0275, "mxfp4": 0.12, "int8": 0.01, "six": 0.04, "nf4": 0.1, "fp4": 0.14}
+"""A little above what Gaussian weights have: 0.026, 0.112, 0.009, 0.035, 0.096, 0.13."""
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
@@ -220,7 +223,7 @@ HOMES = ("quantization/formats/", "ops/kernels/", "loading/disk/", "loading/chec
 read."""
 
 
-@pytest.mark.parametrize("name", ["fp8", "e4m3", "e2m1", "mxfp4", "six"])
+@pytest.mark.parametrize("name", ["fp8", "e4m3", "e2m1", "mxfp4", "six", "int8format"])
 def test_nothing_else_names_a_format(name):
     """A new format is a file of its own; what has to be changed elsewhere would be missed."""
     found = []

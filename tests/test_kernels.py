@@ -14,7 +14,7 @@ from gate_formulas import gated
 
 from peft_moe_qlora.ops import Gate, packed_weight, why_not_read
 from peft_moe_qlora.quantization import Format, FourBitFormat, QuantizedStack
-from peft_moe_qlora.quantization.formats import Fp8Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -91,18 +91,19 @@ def test_decoding_of_a_grid_is_bit_for_bit_that_of_the_stack(
     assert torch.equal(decode(packed_weight(stack), 0, shape[0], dtype), stack.decode(dtype))
 
 
+@pytest.mark.parametrize("storage", [Fp8Format((1, 0)), Int8Format()], ids=str)
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],  # the interpreter cuts bf16
     ids=str,
 )
-def test_every_code_of_fp8(dtype: torch.dtype) -> None:
-    """Subnormal ones too, whose bits are subnormal in 16 bits; scales of 1, so that values are exact."""
+def test_every_code_of_8_bits(dtype: torch.dtype, storage: Format) -> None:
+    """Of FP8 subnormal ones too, whose bits are subnormal in 16 bits; scales of 1, so that values are exact."""
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 1, 256)
-    codes[0, 0, [0x7F, 0xFF]] = 0
-    stack = QuantizedStack(torch.Size((1, 1, 256)), torch.float32, False, Fp8Format((1, 0)), DEVICE)
+    codes[storage.values(codes).isnan()] = 0
+    stack = QuantizedStack(torch.Size((1, 1, 256)), torch.float32, False, storage, DEVICE)
     stack.set_tensors(0, {"codes": codes[0], "block_scales": torch.ones(1, 1, device=DEVICE).view(torch.int32)})
-    expected = codes.view(torch.float8_e4m3fn).float()
+    expected = storage.values(codes)
     assert torch.equal(decode(packed_weight(stack), 0, 1, dtype).float(), expected)
     eye = torch.eye(256, device=DEVICE, dtype=dtype)
     rows = sort_pairs(torch.zeros(256, 1, dtype=torch.long, device=DEVICE), 1)

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from ..experts import ExpertsLayout
 from ..loading.load import class_of, quantization_of, read_config
-from ..loading.quantization_config import quant_method
+from ..loading.quantization_config import QUANT_METHOD, quant_method
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts, parents
 
@@ -97,6 +97,11 @@ class BaseModel:
         """By what the checkpoint is quantized, as its config says."""
         found = quantization_of(self.config)
         return None if found is None else quant_method(found)
+
+    @property
+    def is_of_others(self) -> bool:
+        """Whether the checkpoint is quantized by others than bitsandbytes and this package."""
+        return self.quantization not in (None, "bitsandbytes", QUANT_METHOD)
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
         """What the parts of a stack are called in the checkpoint, expert by expert, gate before up, without `.weight`.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..quantization import Format
 from .paths import is_plain_name, leads_out
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -265,6 +266,10 @@ class Checkpoint:
     def directory(self) -> Path:
         """Where its config.json is."""
         return self.files[0].parent
+
+    def storage_of(self, key: str) -> Format | None:
+        """In which a weight is stored that is given decoded; None for one that is given as it is."""
+        return None
 
     def position(self, key: str) -> tuple[int, int]:
         """Sorts keys as they stand on the disk, file by file."""

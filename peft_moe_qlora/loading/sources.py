@@ -275,6 +275,10 @@ class DenseSource(Source):
             for number, of_part in places.items()
         ]
 
+    def keys_of_expert(self, expert: int) -> list[str]:
+        """The tensors that an expert's matrix is made of."""
+        return [key for keys in self.lists.values() for key in self._keys_of(self.first_expert + expert, keys)]
+
     def find_places(self, checkpoint: Checkpoint) -> Places:
         """Where the tensors of an expert are in its matrix, the same for all experts.
 

@@ -24,15 +24,18 @@ from ..layouts.base_model import BaseModel
 from ..layouts.foreign import ReadOptions
 from ..layouts.read import read_adapter, read_config
 from ..loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
+from ..loading.decoded import DecodedCheckpoint, without_quantization
 from ..loading.load import readable_quantization
 from ..quantization import Fidelity
-from .beside import copy_beside, names_beside
+from .beside import QUANTIZATION_NAME, copy_beside, names_beside
 from .edits import ONTO, Edit, MergePlan, plan_merge
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
 from .partial_directory import PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPE_OF_DECODED = torch.bfloat16
+"""That weights get which others had quantized."""
 
 
 def merge_checkpoint(
@@ -52,13 +55,15 @@ def merge_checkpoint(
     taken up by the same call.
 
     Args:
-        base: directory of the base's checkpoint, in floating point, or its name on the hub.
+        base: directory of the base's checkpoint, or its name on the hub: in floating point, or quantized by others
+            than bitsandbytes, which is decoded.
         adapter: directory of the adapter, of this package or of others.
         directory: to be written to; must be empty or not there.
         onto: `"quantized"`: onto the weights as the training has seen them, that is, quantized and dequantized. The
             adapter has learnt to make up for their errors as well. `"base"`: onto the checkpoint's own. What was not
             in 4 bits keeps the precision of the checkpoint either way.
-        dtype: of the floating-point tensors. Default: what each has in the checkpoint.
+        dtype: of the floating-point tensors. Default: what each has in the checkpoint, and bfloat16 for what others
+            have quantized.
         dry_run: settle everything, write nothing.
         progressbar: show one.
         options: what the adapter files of others don't say. Their experts are taken to have been in floating point
@@ -69,8 +74,8 @@ def merge_checkpoint(
         What was done, which also stands in `merge_report.json`.
 
     Raises:
-        ValueError: see `read_adapter`, `refuse_quantized`, `plan_merge` and `PartialDirectory`; or the base has this
-            adapter in it already, or not every tensor that the adapter changes came out changed.
+        ValueError: see `read_adapter`, `open_in_floating_point`, `plan_merge` and `PartialDirectory`; or the base has
+            this adapter in it already, or not every tensor that the adapter changes came out changed.
         CheckpointError: see `Checkpoint` and `names_beside`.
         OSError: the disk is full; what is finished is kept.
     """
@@ -84,13 +89,15 @@ def merge_checkpoint(
     digest = adapter_digest(adapter)
     merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
-    refuse_quantized(model)
-    checkpoint = Checkpoint.open(base)
+    checkpoint = open_in_floating_point(model)
     plan = plan_merge(model, checkpoint, found, onto)
     config = config_for_all(json.loads((base / "config.json").read_text(encoding="utf-8")), dtype)
+    if model.quantization is not None:
+        config = without_quantization(config)
     task = _task(checkpoint, config, adapter, digest, onto, dtype, options)
     output = PartialDirectory(directory, task)
-    beside = names_beside(base, output)
+    is_left_out = {QUANTIZATION_NAME} if model.quantization is not None else set()
+    beside = [name for name in names_beside(base, output) if name not in is_left_out]
     planned = MergeReport(
         base=str(base.resolve()),
         adapter=str(adapter.resolve()),
@@ -162,6 +169,8 @@ class _Merge:
 
     def dtype_of(self, info: TensorInfo) -> torch.dtype | None:
         """What a tensor is cast to; None if it isn't."""
+        if self.checkpoint.storage_of(info.key) is not None:
+            return self.dtype or DTYPE_OF_DECODED
         if self.dtype is None or info.dtype not in (*DTYPES, torch.float64):
             return None
         return None if info.key in self.plan.kept_in_fp32 else self.dtype
@@ -357,18 +366,24 @@ def _notes(adapter: AdapterFile, onto: str, plan: MergePlan) -> tuple[str, ...]:
     return notes
 
 
-def refuse_quantized(base: BaseModel) -> None:
-    """Refuses a base that isn't in floating point.
+def open_in_floating_point(base: BaseModel) -> Checkpoint:
+    """The checkpoint of a base, decoded if others have quantized it.
 
     Raises:
-        ValueError: it is quantized; see also `readable_quantization`.
+        ValueError: it is quantized by bitsandbytes or this package; see also `readable_quantization`.
+        CheckpointError: see `DecodedCheckpoint`.
     """
-    if readable_quantization(base.config, base.directory) is not None:
-        raise ValueError(
-            f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was "
-            "expected. Name the unquantized base, or merge into 4 bits (--quantize), or in memory with "
-            "merge_and_unload."
-        )
+    readable_quantization(base.config, base.directory)
+    checkpoint = Checkpoint.open(base.directory)
+    if base.quantization is None:
+        return checkpoint
+    if base.is_of_others:
+        return DecodedCheckpoint(base.model, checkpoint)
+    raise ValueError(
+        f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was expected, or one "
+        "that others have quantized. Name the unquantized base, or merge into 4 bits (--quantize), or in memory with "
+        "merge_and_unload."
+    )
 
 
 def config_for_all(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

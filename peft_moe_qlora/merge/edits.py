@@ -17,6 +17,7 @@ from ..layouts.adapter_file import AdapterFile, ExpertFactors, linear_scaling
 from ..layouts.base_model import BaseModel
 from ..layouts.non_expert import Pair, adapted_weights, beside_factors, factor_pairs, name_in_model
 from ..loading.checkpoint import Checkpoint, CheckpointError
+from ..loading.decoded import DecodedCheckpoint
 from ..loading.finder import SourceFinder
 from ..loading.sources import DenseSource, ExpertPart, Places, Source, each_source
 from ..quantization import Format, QuantizedStack
@@ -176,6 +177,8 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
     for name, source in sources.items():
         is_dense = identity is not None and name in identity.dense_stacks
         storage = adapter.config.format if trained and not is_dense else None
+        if storage is not None and storage == checkpoint.storage_of(source.keys[0]):
+            storage = None  # the checkpoint gives what the training has seen
         edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
         if edit.factors is None and storage is None:
             continue
@@ -230,6 +233,9 @@ def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, so
         if not isinstance(sources[name], DenseSource):
             continue
         target = sources[name].target
+        if storage is not None and storage == checkpoint.storage_of(sources[name].keys[0]):
+            found[name] = _sample_of_stored(sources[name], checkpoint, len(identity.samples[name]))
+            continue
         matrix = sources[name].read_expert(0, checkpoint)
         if identity.dtype:
             matrix = matrix.to(getattr(torch, identity.dtype))
@@ -244,6 +250,12 @@ def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, so
             "its own base; if it has been merged already, there is nothing left to do. If it was trained on a "
             "checkpoint in 4 bits, merge into that (--quantize, or in memory)."
         )
+
+
+def _sample_of_stored(source: DenseSource, checkpoint: DecodedCheckpoint, count: int) -> list[float]:
+    """As `sample`, of a stack whose first expert is stored in one or several tensors, under each other."""
+    scales = [checkpoint.scales_of(key, 0) for key in source.keys_of_expert(0)]
+    return torch.cat(scales)[:count].tolist()
 
 
 def _plan_tensors(
@@ -282,6 +294,8 @@ def _plan_tensors(
 
     def stored(module: str) -> dict:
         storage = identity.linear_storage(module) if identity is not None else None
+        if storage is not None and storage == checkpoint.storage_of(keys.get(f"{module}.weight", "")):
+            storage = None
         return {} if storage is None else {"storage": storage, "dtype": getattr(torch, identity.dtype)}
 
     in_full = _differing(beside_factors(adapter.non_expert), base, checkpoint, keys)

@@ -27,17 +27,19 @@ from ..loading.finder import SourceFinder
 from ..loading.load import readable_quantization, saved_config
 from ..loading.quantizer import quantized_stacks
 from ..loading.sources import Source, each_source
+from ..quantization import Stack
 from .beside import copy_beside, names_beside
 from .calibration import random_token_ids
 from .check import take_reference
 from .checkpoint import config_for_all
 from .edits import check_base, check_not_tied
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
+from .own_layout import write_in_own_layout
 from .partial_directory import PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 from .unmerged import load_unmerged, plan_unmerged, read_windows
 
-LAYOUTS = ("native", "bitsandbytes")
+LAYOUTS = ("native", "bitsandbytes", "base")
 
 
 def merge_quantized(
@@ -45,7 +47,7 @@ def merge_quantized(
     adapter: str | Path,
     directory: str | Path,
     quant_type: str = "nf4",
-    layout: str = "native",
+    layout: str | None = None,
     rounding: str = "second-order",
     calibration: str | Path | None = None,
     device: str = "cpu",
@@ -53,14 +55,17 @@ def merge_quantized(
     progressbar: bool = True,
     allow_unchanged: bool = False,
 ) -> MergeReport:
-    """Writes base and adapter as one checkpoint with its experts in 4 bits.
+    """Writes base and adapter as one checkpoint with its experts quantized.
 
     Args:
-        base: directory of the base's checkpoint, or its name on the hub, in floating point, or in 4 bits as trained.
+        base: directory of the base's checkpoint, or its name on the hub, in floating point, or quantized as trained.
         adapter: directory of the adapter.
         directory: to be written to; must be empty or not there.
-        quant_type: of the experts; has to be what the adapter was trained on.
-        layout: `"native"`, which this package loads, or `"bitsandbytes"`, one set of keys per expert.
+        quant_type: format of the experts by its name, such as `"nf4"` or `"nf4/64"`; has to be what the adapter was
+            trained on.
+        layout: `"native"`, which this package loads; `"bitsandbytes"`, one set of keys per expert; or `"base"`, as the
+            base's checkpoint is, which others have quantized: what the adapter doesn't change is copied. Default:
+            `"base"` for such a base, else `"native"`.
         rounding: of experts, as in `MoeQLoraModel.merge_and_unload`.
         calibration: file of plain text that the rounding is good for. Default: random tokens.
         device: where the model is put.
@@ -77,20 +82,31 @@ def merge_quantized(
             are tied, or a stack or layer is the same after the merge as before.
         CheckpointError: see `readable_quantization`, `Checkpoint`, `SourceFinder` and `names_beside`.
     """
-    if layout not in LAYOUTS:
+    if layout not in (None, *LAYOUTS):
         raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
     adapter = Path(adapter)
     base = checkpoint_directory(base, adapter)
     found = read_adapter(adapter, base)
-    if found.config.quant_type != quant_type:
+    name = str(found.config.format or "16 bits")
+    if quant_type not in (name, name.partition("/")[0]):
         raise ValueError(
-            f"The adapter was trained on experts in {found.config.format or '16 bits'}, not {quant_type}. Merge it "
-            "without quantizing, then load the result with MoeQuantizationConfig and save it."
+            f"The adapter was trained on experts in {name}, not {quant_type}. Merge it without quantizing, then load "
+            "the result with MoeQuantizationConfig and save it."
         )
     digest = adapter_digest(adapter)
     merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
-    notes = _check_checkpoint(found, model)
+    layout = layout or ("base" if model.is_of_others else "native")
+    if layout == "base" and not model.is_of_others:
+        raise ValueError(
+            f"{base} is not quantized by others, so that there is no layout of theirs to write. Choose the layout "
+            "'native' or 'bitsandbytes'."
+        )
+    finder = _finder(model)
+    sources = {source.target.name: source for source in each_source(finder.find())}
+    notes = _check_checkpoint(found, model, finder, sources)
+    if layout == "base":
+        notes = ()  # nothing is left out
     plan = plan_unmerged(base, adapter)
     tokens = None if calibration is None else read_windows(calibration, base)
     task = {
@@ -132,7 +148,12 @@ def merge_quantized(
         check = tuner.merge_check if reference is None else reference.check(merged)
         unchanged = _unchanged(merged, before, allow_unchanged)
         _check_trained_in_full(merged, in_full)
-        config = _save(merged, layout, output.partial)
+        if layout == "base":
+            changed = _changed_names(merged, before, found)
+            write_in_own_layout(merged, finder, sources, changed, output, progressbar)
+            config = None
+        else:
+            config = _save(merged, layout, output.partial)
         of_stacks = {name: stack for name, _, stack in quantized_stacks(merged)}
         notes += tuple(f"{name}: {note}" for name, stack in of_stacks.items() for note in stack.merge_notes)
         notes += (note_of_lost("stacks and layers", unchanged),) if unchanged else ()
@@ -147,24 +168,39 @@ def merge_quantized(
             notes=notes,
             check=check,
         )
-        copy_beside(base, beside, output, {"config.json": config, REPORT_NAME: done.to_dict()})
+        new = {REPORT_NAME: done.to_dict()} if config is None else {"config.json": config, REPORT_NAME: done.to_dict()}
+        copy_beside(base, beside, output, new)
         output.finish()
     return done
 
 
-def _check_checkpoint(adapter: AdapterFile, base: BaseModel) -> tuple[str, ...]:
+def _finder(base: BaseModel) -> SourceFinder:
+    readable_quantization(base.config, base.directory)
+    storage = saved_config(base.directory)
+    return SourceFinder(base.model, Checkpoint.open(base.directory), (storage and storage.flipped_stacks) or ())
+
+
+def _changed_names(merged: nn.Module, before: dict[str, int], adapter: AdapterFile) -> list[str]:
+    """The stacks and parameters of a merged model that an adapter has changed."""
+    found = []
+    for path in (name.rpartition(".")[0] for name in before):
+        found.append(path if isinstance(merged.get_submodule(path), Stack) else f"{path}.weight")
+    for key in beside_factors(adapter.non_expert):
+        tokens = next((ending for ending in TOKENS if key.endswith(ending)), None)
+        found.append(name_in_model(key) if tokens is None else f"{key.removesuffix(tokens)}.weight")
+    return list(dict.fromkeys(found))
+
+
+def _check_checkpoint(
+    adapter: AdapterFile, base: BaseModel, finder: SourceFinder, sources: dict[str, Source]
+) -> tuple[str, ...]:
     """Holds the adapter against the tensors of its base; gives what is to be noted.
 
     Raises:
         ValueError: the base is another, or changes would be lost because tensors share their weights.
         CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
     """
-    readable_quantization(base.config, base.directory)
-    checkpoint = Checkpoint.open(base.directory)
-    storage = saved_config(base.directory)
-    finder = SourceFinder(base.model, checkpoint, (storage and storage.flipped_stacks) or ())
-    sources = {source.target.name: source for source in each_source(finder.find())}
-    check_base(adapter, base, checkpoint, sources)
+    check_base(adapter, base, finder.checkpoint, sources)
     check_not_tied(adapted_weights(adapter.non_expert), base, finder.plain_tensors())
     tied = getattr(base.model, "all_tied_weights_keys", None) or {}
     shared = [name for name in adapter.stacks if name in tied or name in tied.values()]

@@ -75,6 +75,9 @@ def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | No
     identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if found.quantization is not None else _quantization(found, config, identity)
+    if found.is_of_others and isinstance(config.format, FourBitFormat):
+        # it was decoded, and quantized anew while it was read
+        quantization = MoeQuantizationConfig(storage=str(config.format), quantize_linear=False)
     is_quantized = config.format is not None or quantization is not None
     return UnmergedPlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
 

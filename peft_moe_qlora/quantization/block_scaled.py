@@ -7,6 +7,7 @@ each has a grid of its own, and R counts the rows of all.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,6 +34,23 @@ WHOLE_ROW = 2**30
 """Columns of a block that has all of a row, whose number may be no power of two."""
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {(1, 0): "channel", (0, 0): "tensor"}
+
+
+def grid_text(block: tuple[int, int], scale: str) -> str:
+    """Block and kind of scale as they stand in the name of a format: `"128x128"`, `"channel+bf16"`, `"tensor"`."""
+    name = _NAMES.get(block) or "x".join(map(str, block))
+    return name + ("" if scale == "fp32" else f"+{scale}")
+
+
+def parse_grid(text: str) -> tuple[tuple[int, int], str] | None:
+    """Reads what `grid_text` writes; None if it is something else."""
+    match = re.fullmatch(rf"(channel|tensor|\d+x\d+)(?:\+({'|'.join(SCALE_DTYPES)}))?", text)
+    if match is None:
+        return None
+    named = {name: block for block, name in _NAMES.items()}
+    block = named.get(match[1]) or tuple(int(size) for size in match[1].split("x"))
+    return block, match[2] or "fp32"
 
 
 def scale_values(bits: torch.Tensor, kind: str) -> torch.Tensor:
@@ -115,7 +133,7 @@ class BlockScaled(Format):
         """Tries the scales of before too: fresh ones would move every weight, wherever others had been chosen."""
         rows, columns = matrix.shape
         old = self.scales({name: tensor[None] for name, tensor in before.items()})[0]
-        stored = self.store_scales(choose_scales(matrix, old, self, parts), rows, columns, parts)
+        stored = self.store_scales_anew(choose_scales(matrix, old, self, parts), before, rows, columns, parts)
         # codes are those of the scales as stored, which may be rounded
         scales = self.scales({name: tensor[None] for name, tensor in stored.items()})[0]
         return {

@@ -135,6 +135,20 @@ class Format(ABC):
     def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:
         """`(num_blocks,)` fp32 scales as they are stored, which may round them."""
 
+    def store_scales_anew(
+        self, scales: torch.Tensor, before: Tensors, rows: int, columns: int, parts: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """The same for a matrix that is rounded anew: what the scales have in common may stay what it was.
+
+        Args:
+            scales: the new ones.
+            before: what was stored of the matrix, by name.
+            rows: of the matrix.
+            columns: likewise.
+            parts: likewise.
+        """
+        return self.store_scales(scales, rows, columns, parts)
+
 
 _FORMATS: list[type[Format]] = []
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from .decode_op import dequantize
 from .fidelity import Fidelity
 from .format import Format
 
@@ -295,7 +296,7 @@ class QuantizedStack(Stack):
         return stack
 
     def _decode_slice(self, experts: slice, dtype: torch.dtype) -> torch.Tensor:
-        return self.storage.dequantize(self.tensors_of(experts), *self.shape[1:], dtype, self.parts)
+        return dequantize(self.storage, self.tensors_of(experts), *self.shape[1:], dtype, self.parts)
 
     def compute_dtype(self, activation_dtype: torch.dtype) -> torch.dtype:
         return activation_dtype

@@ -8,9 +8,10 @@ from .base import DiskLayout, PackedTensor, quant_method, weight_schemes
 from .bitsandbytes import BitsAndBytesLayout
 from .fp8 import Fp8Layout
 from .index import PackedIndex
+from .integers import Int8Layout
 from .mxfp4 import Mxfp4Layout
 
-LAYOUTS: list[type[DiskLayout]] = [BitsAndBytesLayout, Fp8Layout, Mxfp4Layout]
+LAYOUTS: list[type[DiskLayout]] = [BitsAndBytesLayout, Fp8Layout, Int8Layout, Mxfp4Layout]
 """In the order in which they are asked."""
 
 

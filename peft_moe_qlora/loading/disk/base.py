@@ -82,6 +82,11 @@ class PackedTensor(ABC):
     """Whether another storage may be asked for, into which it is decoded."""
 
     @property
+    def num_parts(self) -> int:
+        """Matrices under each other that one is made of."""
+        return 1
+
+    @property
     def description(self) -> str:
         """How the weight is stored, for people."""
         return f"{self.storage}, {'one tensor per expert' if len(self.shape) == 2 else 'fused'}"

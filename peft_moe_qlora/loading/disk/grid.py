@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ...quantization.block_scaled import SCALE_LIMIT, BlockScaled, scale_values
+from ...quantization.block_scaled import SCALE_LIMIT, BlockScaled
 from ..checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .base import Group, PackedTensor
 
@@ -43,6 +43,15 @@ class GridTensor(PackedTensor):
     scales: TensorInfo
     parts: int = 1
 
+    @property
+    def num_parts(self) -> int:
+        return self.parts
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """What the file has, in the order of the format's tensors."""
+        return self.codes, self.scales
+
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
         """Codes and scales, bit by bit.
 
@@ -51,15 +60,14 @@ class GridTensor(PackedTensor):
         """
         rows, columns = self.shape[-2:]
         found = {}
-        for (name, spec), info in zip(
-            self.storage.tensors(rows, columns, self.parts).items(), (self.codes, self.scales)
-        ):
+        for (name, spec), info in zip(self.storage.tensors(rows, columns, self.parts).items(), self.stored):
             tensor = checkpoint.read(info.key) if expert is None else checkpoint.read_slice(info.key, expert)[0]
             bits = tensor.contiguous().view(spec.dtype)
             # one scale may be for all parts
             found[name] = bits.expand(spec.shape).contiguous() if bits.numel() == 1 else bits.reshape(spec.shape)
         self._check_codes(found["codes"], expert)
-        scales = scale_values(found["block_scales"], self.storage.scale)
+        scales = self.storage.scales({name: bits[None] for name, bits in found.items()})
+        scales = scales.view(found["block_scales"].shape)
         self._check_scales(found["codes"], scales, expert)
         self._check_magnitude(found["codes"], scales, expert)
         return found
@@ -71,16 +79,17 @@ class GridTensor(PackedTensor):
             CheckpointError: the file has one scale for all parts, which now have several.
         """
         found = {}
-        for bits, info in zip(tensors.values(), (self.codes, self.scales)):
+        for bits, info in zip(tensors.values(), self.stored):
             shape = info.shape[len(self.shape) - 2 :]
             flat = bits.contiguous().flatten()
-            numel = math.prod(shape)
+            dtype = info.dtype or torch.uint8
+            numel = math.prod(shape) * dtype.itemsize // flat.itemsize
             if numel < flat.numel() and (flat != flat[0]).any():
                 raise CheckpointError(
                     f"{info} has one scale for gate and up projection, but their merged weights need two. Merge into "
                     "16 bits."
                 )
-            found[info.key] = flat[:numel].view(info.dtype or torch.uint8).view(shape)
+            found[info.key] = flat[:numel].view(dtype).view(shape)
         return found
 
     def _check_codes(self, codes: torch.Tensor, expert: int | None) -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from ...quantization import dynamic_map
 from ...quantization.formats.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
-from . import code_tables, e4m3  # noqa: F401 - they register what decodes
+from . import code_tables, e4m3, int8  # noqa: F401 - they register what decodes
 from .codec import Codec, codec_of
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate

@@ -2,6 +2,7 @@
 
 from .four_bit import FourBitFormat
 from .fp8 import Fp8Format
+from .int8 import Int8Format
 from .mxfp4 import Mxfp4Format
 
-__all__ = ["FourBitFormat", "Fp8Format", "Mxfp4Format"]
+__all__ = ["FourBitFormat", "Fp8Format", "Int8Format", "Mxfp4Format"]

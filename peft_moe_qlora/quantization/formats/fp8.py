@@ -7,16 +7,13 @@ are those of OCP FP8 E4M3 (arXiv:2209.05433), which has no infinity: 0x7f and 0x
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..block_scaled import SCALE_DTYPES, BlockScaled
+from ..block_scaled import BlockScaled, grid_text, parse_grid
 from ..format import register_format
-
-_NAMES = {(1, 0): "channel", (0, 0): "tensor"}
 
 
 @register_format
@@ -33,17 +30,13 @@ class Fp8Format(BlockScaled):
     largest_value: ClassVar[float] = 448.0
 
     def __str__(self) -> str:
-        block = _NAMES.get(self.block) or "x".join(map(str, self.block))
-        return f"fp8/{block}" + ("" if self.scale == "fp32" else f"+{self.scale}")
+        return f"fp8/{grid_text(self.block, self.scale)}"
 
     @classmethod
     def from_text(cls, text: str) -> Fp8Format | None:
-        match = re.fullmatch(rf"fp8/(channel|tensor|\d+x\d+)(?:\+({'|'.join(SCALE_DTYPES)}))?", text)
-        if match is None:
-            return None
-        named = {name: block for block, name in _NAMES.items()}
-        block = named.get(match[1]) or tuple(int(size) for size in match[1].split("x"))
-        return cls(block, match[2] or "fp32")
+        name, _, grid = text.partition("/")
+        found = parse_grid(grid) if name == "fp8" else None
+        return None if found is None else cls(*found)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.view(torch.float8_e4m3fn).float()

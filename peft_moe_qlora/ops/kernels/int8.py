@@ -1,0 +1,109 @@
+"""int8 codes to numbers, which 16 bits hold exactly.
+
+The PTX puts a code into the mantissa of a number whose exponent makes the last bit of it a 1, and subtracts what is
+too much. The 7 bits of bf16's mantissa are one too few: there the upper bit becomes a number of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .codec import Decoder, as_pairs, register_decoder, split_pairs
+
+
+@triton.jit
+def look_up_int8(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Pairs of codes to the values of their first and of their second ones."""
+    ASSEMBLY: tl.constexpr = CODEC.assembly
+    if ASSEMBLY == "":
+        # shifts to the right keep the sign
+        first = ((codes.to(tl.int32) << 24) >> 24).to(tl.float32).to(DTYPE)
+        second = (codes.to(tl.int32) >> 8).to(tl.float32).to(DTYPE)
+    elif tl.float32 == DTYPE:
+        first, second = tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.float32, tl.float32), is_pure=True, pack=2
+        )
+    else:
+        pairs = tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=2)
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second
+
+
+@triton.jit
+def decode_int8(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """The values times `scale`, in fp32 of the shape of the codes or one that broadcasts to it, rounded once."""
+    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
+    if ASSEMBLY == "":
+        first, second = look_up_int8(codes, CODEC, DTYPE)
+        first = (first.to(tl.float32) * scale).to(DTYPE)
+        second = (second.to(tl.float32) * scale).to(DTYPE)
+    else:
+        coarse = scale.to(DTYPE)
+        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
+        pairs = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,=r,r,r,r,r,r",
+            [codes, as_pairs(coarse), as_pairs(fine)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second
+
+
+@register_decoder("int8")
+def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
+    if not on_nvidia:
+        assembly, scaled = "", ""
+    elif dtype == torch.float32:
+        assembly, scaled = _assembly_of_fp32(), ""
+    else:
+        assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
+    return Decoder(look_up_int8, decode_int8, assembly=assembly, scaled_assembly=scaled)
+
+
+def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
+    """PTX for four codes, operand 2, to two pairs of 16-bit numbers, results 0 and 1.
+
+    If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands
+    3 and 4 are pairs of the coarse scale, 5 and 6 of the fine one.
+    """
+    if dtype == torch.bfloat16:
+        # 128 + lower bits, less 128, or less 256 for a negative code: the upper bit is the lowest of an exponent
+        packed_type, codes, magic, names = "bf16x2", "$2", "0x43434343", "placed, over, minus_one"
+        lines = ["mov.b32 minus_one, 0xbf80bf80;"]
+        value = [
+            "and.b32 over, placed, 0xff80ff80;",
+            "and.b32 placed, placed, 0xff7fff7f;",
+            "fma.rn.bf16x2 placed, over, minus_one, placed;",
+        ]
+    else:
+        # 1024 + 128 + code
+        packed_type, codes, magic, names = "f16x2", "shifted", "0x64646464", "placed, shifted, too_much"
+        lines = ["xor.b32 shifted, $2, 0x80808080;", "mov.b32 too_much, 0x64806480;"]
+        value = ["sub.rn.f16x2 placed, placed, too_much;"]
+    for pair, selector in enumerate(("0x4140", "0x4342")):
+        lines += [f"prmt.b32 placed, {codes}, {magic}, {selector};", *value]
+        if is_scaled:
+            lines.append(f"fma.rn.{packed_type} rest, placed, ${5 + pair}, minus_zero;")
+            lines.append(f"fma.rn.{packed_type} ${pair}, placed, ${3 + pair}, rest;")
+        else:
+            lines.append(f"mov.b32 ${pair}, placed;")
+    return f"{{ .reg .b32 {names}, rest, minus_zero; mov.b32 minus_zero, 0x80008000; " + " ".join(lines) + " }"
+
+
+def _assembly_of_fp32() -> str:
+    """PTX for four codes, operand 4, to four fp32 numbers: results 0 and 1 are the first of each pair."""
+    lines = ["xor.b32 shifted, $4, 0x80808080;"]
+    for byte in range(4):
+        lines += [
+            # 2^23 + 128 + code
+            f"prmt.b32 placed, shifted, 0x4b000000, 0x754{byte};",
+            "mov.b32 value, placed;",
+            "sub.rn.f32 value, value, 0f4b000080;",
+            f"mov.b32 ${byte // 2 + 2 * (byte % 2)}, value;",
+        ]
+    return "{ .reg .b32 placed, shifted; .reg .f32 value; " + " ".join(lines) + " }"

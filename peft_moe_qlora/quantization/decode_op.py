@@ -1,0 +1,41 @@
+"""Decoding as one operator of torch, for `torch.compile`.
+
+Traced, it is compiled into code that on a CPU gives wrong values where blocks are cut short (Inductor of torch 2.11 and
+2.14), and all that lies between codes and weights is kept for the backward.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from .format import Format, Tensors, parse_format
+
+
+@cache
+def _format(storage: str) -> Format:
+    return parse_format(storage)
+
+
+@torch.library.custom_op("peft_moe_qlora::dequantize", mutates_args=())
+def _dequantize_op(
+    tensors: list[torch.Tensor], storage: str, rows: int, columns: int, dtype: torch.dtype, parts: int
+) -> torch.Tensor:
+    found = _format(storage)
+    names = found.tensors(rows, columns, parts)
+    return found.dequantize(dict(zip(names, tensors)), rows, columns, dtype, parts)
+
+
+@_dequantize_op.register_fake
+def _(tensors, storage, rows, columns, dtype, parts):
+    return tensors[0].new_empty((tensors[0].shape[0], rows, columns), dtype=dtype)
+
+
+def dequantize(
+    storage: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype, parts: int
+) -> torch.Tensor:
+    """`storage.dequantize`, which a compiler doesn't look into."""
+    if torch.compiler.is_compiling():
+        return _dequantize_op(list(tensors.values()), str(storage), rows, columns, dtype, parts)
+    return storage.dequantize(tensors, rows, columns, dtype, parts)
