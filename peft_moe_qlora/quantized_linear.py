@@ -148,8 +148,11 @@ class QuantizedLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self._storage = storage
+        self.storage_name = str(storage)  # torch.compile can't put numbers into text
         self._dtype = dtype or torch.get_default_dtype()
-        for name, spec in storage.tensors(out_features, in_features).items():
+        specs = storage.tensors(out_features, in_features)
+        self._names = tuple(specs)
+        for name, spec in specs.items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         values = torch.empty(out_features, dtype=self._dtype, device=device) if bias else None
@@ -197,7 +200,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored of the weight, by the format's names."""
-        return {name: self._parameters[name] for name in self.storage.tensors(*self._shape)}
+        return {name: self._parameters[name] for name in self._names}
 
     @torch.no_grad()
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -243,14 +246,14 @@ class QuantizedLinear(nn.Linear):
         if self.device.type == "meta":
             return torch.empty(self._shape, dtype=dtype, device="meta")
         if torch.compiler.is_compiling():
-            return _decode_op(list(self.tensors.values()), str(self.storage), self._shape, dtype)
+            return _decode_op(list(self.tensors.values()), self.storage_name, self._shape, dtype)
         return _decode(self.tensors.values(), self.storage, self._shape, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         inputs = input.to(_compute_dtype(input))
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         if torch.compiler.is_compiling():
-            return _linear_op(inputs, bias, list(self.tensors.values()), str(self.storage), self._shape, False)
+            return _linear_op(inputs, bias, list(self.tensors.values()), self.storage_name, self._shape, False)
         return _StoredLinear.apply(inputs, bias, self)
 
     def restore(self, dtype: torch.dtype | None = None) -> nn.Linear:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..quantization import Format
+from ..quantization import Format, dynamic_map
 from .dispatch import why_no_kernels
 from .operands import PackedWeight, as_kernels_read, why_not_read_as
 
@@ -23,14 +23,28 @@ def decode_matrix(
         columns: of the matrix.
         dtype: of the result.
     """
-    tensors = [tensor[None] for tensor in tensors]
     device = tensors[0].device
     if why_no_kernels(device, dtype) is None and why_not_read_as(storage, rows, columns) is None:
-        from .kernels.decode import decode  # needs Triton
-        from .kernels.launch import device_of
-
-        with device_of(tensors[0]):
-            weight = PackedWeight(as_kernels_read(tensors, storage), rows, columns, False, storage)
-            return decode(weight, 0, 1, dtype)[0]
+        return _by_kernels(tensors, storage, rows, columns, dtype)
     names = storage.tensors(rows, columns)
-    return storage.dequantize(dict(zip(names, tensors)), rows, columns, dtype)[0]
+    stored = {name: tensor[None] for name, tensor in zip(names, tensors)}
+    return storage.dequantize(stored, rows, columns, dtype)[0]
+
+
+def _by_kernels(
+    tensors: Sequence[torch.Tensor], storage: Format, rows: int, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same; linear layers are so many that the launches are recorded once for each size."""
+    from .kernels.decode import decode  # needs Triton
+    from .kernels.launch import device_of
+    from .kernels.launch_recorder import recorded
+
+    def run() -> tuple[list[torch.Tensor], None]:
+        stored = as_kernels_read([tensor[None] for tensor in tensors], storage)
+        return [decode(PackedWeight(stored, rows, columns, False, storage), 0, 1, dtype)], None
+
+    device = tensors[0].device
+    inputs = [*tensors, dynamic_map(device)] if len(tensors) > 2 else tensors
+    with device_of(tensors[0]):
+        (out,), _ = recorded(("decode", storage, rows, columns, dtype, device), inputs, run)
+    return out[0]

@@ -21,6 +21,7 @@ class PackedWeight(NamedTuple):
         is_transposed: stored `(in, out)`.
         storage: the format; None where the weight is not packed.
         parts: matrices under each other that make up one.
+        storage_name: of the format, written before: torch.compile can't put numbers into text.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -29,6 +30,7 @@ class PackedWeight(NamedTuple):
     is_transposed: bool
     storage: Format | None
     parts: int = 1
+    storage_name: str = ""
 
     @property
     def num_experts(self) -> int:
@@ -79,7 +81,9 @@ def packed_weight(stack: Stack) -> PackedWeight:
     if not isinstance(stack, QuantizedStack):
         raise TypeError(f"the kernels read DenseStack and QuantizedStack, not {type(stack).__name__}.")
     tensors = as_kernels_read(stack._parameters.values(), stack.storage)
-    return PackedWeight(tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts)
+    return PackedWeight(
+        tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts, stack.storage_name
+    )
 
 
 def as_kernels_read(tensors: Iterable[torch.Tensor], storage: Format) -> tuple[torch.Tensor, ...]:

@@ -33,9 +33,9 @@ def _(tensors, storage, rows, columns, dtype, parts):
 
 
 def dequantize(
-    storage: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype, parts: int
+    storage: Format, name: str, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype, parts: int
 ) -> torch.Tensor:
-    """`storage.dequantize`, which a compiler doesn't look into."""
+    """`storage.dequantize`, which a compiler doesn't look into; `name` is `str(storage)`."""
     if torch.compiler.is_compiling():
-        return _dequantize_op(list(tensors.values()), str(storage), rows, columns, dtype, parts)
+        return _dequantize_op(list(tensors.values()), name, rows, columns, dtype, parts)
     return storage.dequantize(tensors, rows, columns, dtype, parts)

@@ -15,7 +15,7 @@ from torch import nn
 
 from .decode_op import dequantize
 from .fidelity import Fidelity
-from .format import Format
+from .format import Format, Tensors
 
 Delta = Callable[[int], torch.Tensor]
 
@@ -214,6 +214,7 @@ class QuantizedStack(Stack):
             raise ValueError(f"{storage} stores matrices as (out, in); a stack of {tuple(shape)} is (in, out).")
         self._dtype = dtype
         self._storage = storage
+        self.storage_name = str(storage)
         self.parts = parts
         for name, spec in storage.tensors(*self.shape[1:], parts).items():
             tensor = torch.empty(self.num_experts, *spec.shape, dtype=spec.dtype, device=device)
@@ -263,9 +264,18 @@ class QuantizedStack(Stack):
         _check_finite(matrix, expert)
         self.set_tensors(expert, self.storage.quantize(matrix.detach().contiguous(), self.parts))
 
-    def set_scales(self, expert: int, scales: torch.Tensor) -> None:
-        """Stores `(num_blocks,)` fp32 scales, which the format may round."""
-        self.set_tensors(expert, self.storage.store_scales(scales, *self.shape[1:], self.parts))
+    def set_scales(self, expert: int, scales: torch.Tensor, before: Tensors | None = None) -> None:
+        """Stores `(num_blocks,)` fp32 scales, which the format may round.
+
+        Args:
+            expert: of which they are.
+            scales: in the order of the format's blocks.
+            before: what was stored of the matrix, by name, where it is rounded anew.
+        """
+        if before is None:
+            self.set_tensors(expert, self.storage.store_scales(scales, *self.shape[1:], self.parts))
+        else:
+            self.set_tensors(expert, self.storage.store_scales_anew(scales, before, *self.shape[1:], self.parts))
 
     def set_codes(self, expert: int, codes: torch.Tensor) -> None:
         """Stores `(rows, columns)` uint8 codes, one to a byte."""
@@ -296,7 +306,9 @@ class QuantizedStack(Stack):
         return stack
 
     def _decode_slice(self, experts: slice, dtype: torch.dtype) -> torch.Tensor:
-        return dequantize(self.storage, self.tensors_of(experts), *self.shape[1:], dtype, self.parts)
+        return dequantize(
+            self.storage, self.storage_name, self.tensors_of(experts), *self.shape[1:], dtype, self.parts
+        )
 
     def compute_dtype(self, activation_dtype: torch.dtype) -> torch.dtype:
         return activation_dtype

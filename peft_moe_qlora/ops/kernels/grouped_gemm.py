@@ -156,11 +156,13 @@ def _tile(
             acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scale[None, :]
         else:
             if ALONG_COLUMNS:
-                w = weight_tile(W, SCALES, weight_expert, n, step, N, K, TILE_N, TILE_K, MASK_N, MASK_K, CODEC, DTYPE)
+                w = weight_tile(
+                    W, SCALES, weight_expert, tile_n, step, N, K, TILE_N, TILE_K, MASK_N, MASK_K, CODEC, DTYPE
+                )
                 w_left = w
             else:
                 w = weight_tile(
-                    W, SCALES, weight_expert, first_k + k, tile_n, K, N, TILE_K, TILE_N, MASK_K, MASK_N, CODEC, DTYPE
+                    W, SCALES, weight_expert, step, tile_n, K, N, TILE_K, TILE_N, MASK_K, MASK_N, CODEC, DTYPE
                 )
                 w_left = tl.trans(w)
             if WEIGHT_LEFT:
