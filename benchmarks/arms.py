@@ -198,7 +198,10 @@ ARMS: dict[str, Callable[[Shape, torch.device, int], Layer]] = {
     "ours-nf4": partial(build_ours, storage="nf4/64"),
     "ours-nf4-nested": partial(build_ours, storage="nf4/64+dq"),
     "ours-fp8": partial(build_ours, storage="fp8/128x128"),
+    "ours-int8": partial(build_ours, storage="int8/channel"),
     "ours-mxfp4": partial(build_ours, storage="mxfp4"),
+    "ours-int4": partial(build_ours, storage="int4/32+bf16"),
+    "ours-nvfp4": partial(build_ours, storage="nvfp4"),
 }
 """Name -> `(shape, device, seed)` -> layer."""
 
@@ -209,5 +212,8 @@ DESCRIPTIONS = {
     "ours-nf4": f"this package, rank {RANK}, weights in NF4",
     "ours-nf4-nested": f"this package, rank {RANK}, weights in NF4 with 8-bit scales",
     "ours-fp8": f"this package, rank {RANK}, weights in FP8, blocks of 128 x 128",
+    "ours-int8": f"this package, rank {RANK}, weights in int8, a scale for each row",
     "ours-mxfp4": f"this package, rank {RANK}, weights in MXFP4",
+    "ours-int4": f"this package, rank {RANK}, weights in int4, groups of 32",
+    "ours-nvfp4": f"this package, rank {RANK}, weights in NVFP4",
 }

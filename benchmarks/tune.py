@@ -248,6 +248,7 @@ def main() -> None:
         "layer": {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "top_k": TOP_K, "rank": RANK},
         "most_pairs_without_sorting": kept.get("most_pairs_without_sorting")
         or most_pairs_without_sorting(arguments.repeats),
+        "like": kept.get("like", {}),
         "entries": kept["entries"] + with_bounds(measure(arguments.weights, arguments.repeats)),
     }
     arguments.output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

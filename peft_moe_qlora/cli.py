@@ -13,6 +13,7 @@ import torch
 from .layouts import LORA_B_ORDERS, QUANT_TYPE_NAMES, TARGETS, ReadOptions, convert_adapter
 from .loading import inspect_checkpoint
 from .merge import (
+    ENGINE_LAYOUTS,
     LAYOUTS,
     ONTO,
     ROUNDINGS,
@@ -56,8 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", help="directory to be written to; an interrupted merge is taken up")
     merge.add_argument("--onto", choices=ONTO, default="quantized", help="weights as trained on, or the checkpoint's")
     merge.add_argument("--dtype", choices=_DTYPES, help="of the result; the checkpoint's unless given")
-    merge.add_argument(
+    kinds = merge.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--quantize", metavar="FORMAT", help="keep experts as trained, such as nf4; loads the model into memory"
+    )
+    kinds.add_argument(
+        "--serve-as",
+        metavar="FORMAT",
+        choices=ENGINE_LAYOUTS,
+        help="quantize for serving, rounding to the nearest, as vLLM and SGLang read it: one of %(choices)s",
     )
     merge.add_argument(
         "--layout", choices=LAYOUTS, help="of a quantized result; the base's, if others have quantized it, else native"
@@ -145,6 +153,7 @@ def _merge(args: argparse.Namespace) -> None:
             args.dry_run,
             options=_read_options(args),
             allow_unchanged=args.allow_unchanged,
+            serve_as=args.serve_as,
         )
     else:
         reading = {"quant_type": None, "written_by": None, "lora_b_order": None, "partial": False}

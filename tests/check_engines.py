@@ -3,6 +3,8 @@
 `python tests/check_engines.py CACHE` downloads pinned wheels into CACHE (375 MB, once), loads the few files of them
 that read adapters, and compares what lies in their buffers with what the live adapter adds to the weights; the figures
 are the largest differences, for an adapter with one rank, one with rslora and patterns, and one of one projection.
+Likewise what lies there of the experts of a checkpoint that was merged for serving (`--serve-as fp8`), against the
+exact weights rounded by the definition of the format, and which linear layers the engines take for quantized.
 `--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits; PYTHON is
 an interpreter that has mlx-lm, or llama-cpp-python beside torch and transformers, and SOURCES the directory of
 llama.cpp with its converters.
@@ -17,11 +19,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from checkpoint_writers import read_tensors
 from engine_logits import llama_cpp_difference, mlx_difference
+from engine_served import ServedBySglang, ServedByVllm, decoded
 from engine_sglang import Sglang
 from engine_sources import NotToBeHad
 from engine_vllm import Vllm
+from published_writers import in_fp8
 from saved_adapters import saved_deltas
+from test_merge_to_format import config_of, exact, merge, quantized, save_trained, shrunken, wide
 
 from peft_moe_qlora.experts import ExpertsLayout
 from peft_moe_qlora.layouts import convert_adapter
@@ -71,6 +77,15 @@ IN_SGLANG = (
     "qwen3_vl_moe",
 )
 ATOL = 1e-6
+NAMES = ("gate_proj", "down_proj", "up_proj")
+SERVED = {
+    "qwen3_moe": (wide, NAMES),
+    "mixtral": (lambda: wide("mixtral"), ("w1", "w2", "w3")),
+    "deepseek_v3": (lambda: wide("deepseek_v3"), NAMES),
+    "qwen3_5_moe": (lambda: shrunken("qwen3_5_moe", hidden_size=128, moe_intermediate_size=256), NAMES),
+}
+"""Model type -> what makes a model of widths that engines take, and what they call gate, down and up projection."""
+FUSED_IN_16_BITS = ("qwen3_5_moe",)
 
 
 def main() -> int:
@@ -80,7 +95,11 @@ def main() -> int:
     parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "SOURCES"), help="see above")
     args = parser.parse_args()
     errors: list[float] = []
-    for engine_class, target, model_types in ((Vllm, "vllm", IN_VLLM), (Sglang, "sglang", IN_SGLANG)):
+    engines = (
+        (Vllm, ServedByVllm, "vllm", IN_VLLM),
+        (Sglang, ServedBySglang, "sglang", IN_SGLANG),
+    )
+    for engine_class, served_class, target, model_types in engines:
         try:
             engine = engine_class(args.cache)
         except NotToBeHad as error:
@@ -90,6 +109,11 @@ def main() -> int:
             found = [_error(engine, target, model_type, options) for options in OPTIONS.values()]
             print(f"{engine.name} {model_type}: " + ", ".join(f"{error:.1e}" for error in found), flush=True)
             errors += found
+        served = served_class(engine.directory)
+        for model_type in SERVED:
+            error = _error_of_served(served, model_type)
+            print(f"{engine.name} serves {model_type} in fp8: {error:.1e}", flush=True)
+            errors.append(error)
     failed = any(error > ATOL for error in errors)
     if args.mlx:
         failed |= mlx_difference(args.mlx)
@@ -117,6 +141,37 @@ def _error(engine: Vllm | Sglang, target: str, model_type: str, options: dict) -
         gate_up = deltas[f"{path}.{layout.up_name}"]
         assert deltas[f"{path}.down_proj"].any(), "the adapter has to do something"
         errors += [(w13 - gate_up).abs().max().item(), (w2 - deltas[f"{path}.down_proj"]).abs().max().item()]
+    return max(errors)
+
+
+def _error_of_served(engine: ServedByVllm | ServedBySglang, model_type: str) -> float:
+    """The largest difference of an element of the experts' weights; infinite if a layer is taken for another kind."""
+    make, names = SERVED[model_type]
+    is_fused = model_type in FUSED_IN_16_BITS
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        save_trained(directory, make(), target_modules=["experts"], save_original_format=not is_fused)
+        merge(directory)
+        tensors, true = read_tensors(directory / "merged"), exact(directory)
+        declared = config_of(directory / "merged")["quantization_config"]
+        sizes = _sizes(BaseModel.open(directory / "base"))
+    for key, tensor in tensors.items():
+        if key.endswith("proj.weight") and tensor.dim() == 2 and ".experts." not in key:
+            is_skipped = engine.skips(declared, key.removesuffix(".weight"))
+            if is_skipped == (key in quantized(tensors)):
+                return float("inf")
+    errors = []
+    for path in sorted({key.partition(".experts.")[0] + ".experts" for key in tensors if ".experts." in key}):
+        buffers = engine.buffers(tensors, path, names, sizes)
+        for expert in range(sizes["experts"]):
+            if is_fused:
+                gate, up = true[f"{path}.gate_up_proj"][expert].chunk(2)
+                down = true[f"{path}.down_proj"][expert]
+            else:
+                gate, down, up = (true[f"{path}.{expert}.{one}.weight"] for one in names)
+            gate_up = torch.cat([in_fp8(one, (128, 128))[2] for one in (gate, up)])
+            errors.append((decoded(buffers, "w13")[expert] - gate_up).abs().max().item())
+            errors.append((decoded(buffers, "w2")[expert] - in_fp8(down, (128, 128))[2]).abs().max().item())
     return max(errors)
 
 

@@ -16,6 +16,9 @@ from transformers import AutoConfig
 
 REQUIREMENT = "sglang==0.5.23"
 _WANTED = (
+    "sglang.srt.layers.quantization.base_config",
+    "sglang.srt.layers.quantization.fp8",
+    "sglang.srt.layers.quantization.utils",
     "sglang.srt.layers.utils.common",
     "sglang.srt.lora.eviction_policy",
     "sglang.srt.lora.layers",
@@ -24,6 +27,7 @@ _WANTED = (
     "sglang.srt.lora.mem_pool",
     "sglang.srt.lora.utils",
 )
+_FILES = (*(f"{name.replace('.', '/')}.py" for name in _WANTED), "sglang/srt/layers/moe/fused_moe_triton/layer.py")
 MAX_RANK = 16
 
 
@@ -47,7 +51,7 @@ class Sglang:
     name = REQUIREMENT
 
     def __init__(self, cache: Path):
-        directory = unpacked(REQUIREMENT, tuple(f"{name.replace('.', '/')}.py" for name in _WANTED), cache)
+        self.directory = directory = unpacked(REQUIREMENT, _FILES, cache)
         alone = {f"{kind}_{what}": value for kind in ("tp", "attn_tp", "moe_ep", "moe_tp") for what, value in _ONE}
         given = {
             "sglang.srt.runtime_context": {"get_parallel": lambda: SimpleNamespace(**alone)},

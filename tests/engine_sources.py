@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import shutil
 import subprocess
 import sys
 import types
@@ -32,7 +33,7 @@ def unpacked(requirement: str, prefixes: tuple[str, ...], cache: Path) -> Path:
         NotToBeHad: the package index has no such wheel, or there is none.
     """
     directory = cache / requirement.replace("==", "-")
-    if not directory.is_dir():
+    if not all((directory / prefix).exists() for prefix in prefixes):
         cache.mkdir(parents=True, exist_ok=True)
         project = requirement.partition("==")[0]
         if not list(cache.glob(f"{directory.name}-*.whl")):
@@ -44,6 +45,7 @@ def unpacked(requirement: str, prefixes: tuple[str, ...], cache: Path) -> Path:
             names = [name for name in wheel.namelist() if name.startswith(prefixes) and name.endswith(".py")]
             # into place at once, so that what was cut off isn't taken for whole
             wheel.extractall(cache / f"{project}.part", names)
+        shutil.rmtree(directory, ignore_errors=True)  # with fewer files, of another version of these checks
         (cache / f"{project}.part").rename(directory)
     return directory
 

@@ -23,6 +23,9 @@ _WANTED = (
     "vllm.lora.peft_helper",
     "vllm.lora.utils",
     "vllm.model_executor.layers.fused_moe.routed_experts",
+    "vllm.model_executor.layers.quantization.base_config",
+    "vllm.model_executor.layers.quantization.fp8",
+    "vllm.model_executor.layers.quantization.utils.quant_utils",
     "vllm.model_executor.models.utils",
 )
 _FILES = tuple(f"{name.replace('.', '/')}.py" for name in _WANTED)
@@ -71,7 +74,7 @@ class Vllm:
 
     def __init__(self, cache: Path):
         directory = unpacked(REQUIREMENT, (*_FILES, _MODELS), cache)
-        self.models = directory / _MODELS
+        self.directory, self.models = directory, directory / _MODELS
         numbered = SimpleNamespace(build_initial_global_physical_to_logical_map=lambda n, _: list(range(n)))
         given = {
             "vllm.utils.torch_utils": {"PIN_MEMORY": False},

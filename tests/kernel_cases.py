@@ -7,7 +7,7 @@ import torch
 from peft_moe_qlora.ops import Gate
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack, Stack
-from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Mxfp4Format, Nvfp4Format
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-5  # relative L2 error, fp32 against fp32
@@ -23,6 +23,10 @@ GRIDS = [
     Mxfp4Format(),
     Int8Format(),
     Int8Format((24, 32), "bf16"),
+    Int4Format((1, 32), "bf16"),
+    Int4Format((1, 128)),
+    Nvfp4Format(),
+    Nvfp4Format(is_inverse=True),
 ]
 """Formats whose scales lie on a grid."""
 GATES = [

@@ -80,6 +80,23 @@ def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return codes, (exponent + 127).to(torch.uint8), (e2m1_values(codes) * of_weights).float()
 
 
+def in_nvfp4(weight: torch.Tensor, is_inverse: bool) -> tuple[torch.Tensor, ...]:
+    """Codes `(out, in / 2)`, scales `(out, in / 16)`, the second scale, and the weights that they stand for.
+
+    Each pair of scales is one in fp32, as engines have it.
+    """
+    sizes = amax(weight.double(), (1, 16))
+    whole = (sizes.max() / (6 * 448)).float()
+    whole = (1 / whole) if is_inverse else whole
+    factor = 1 / whole.double() if is_inverse else whole.double()
+    scales = (sizes / 6 / factor).clamp(max=448).float().to(E4M3)
+    both = (e4m3_values(scales) / whole.double() if is_inverse else e4m3_values(scales) * whole.double()).float()
+    of_weights = spread(both, weight.shape, (1, 16))
+    near = (weight.double() / of_weights).abs()[..., None].sub(_E2M1).abs().argmin(dim=-1) | (weight < 0).long() << 3
+    codes = (near[:, ::2] | near[:, 1::2] << 4).to(torch.uint8)
+    return codes, scales, whole, (e2m1_values(codes) * of_weights).float()
+
+
 def in_integers(
     weight: torch.Tensor, num_bits: int, block: tuple[int, int], scale_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,6 +149,19 @@ def _ct_mxfp4(name: str, weight: torch.Tensor) -> Packed:
     return {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales}, values
 
 
+def _ct_nvfp4(name: str, weight: torch.Tensor) -> Packed:
+    codes, scales, whole, values = in_nvfp4(weight, True)
+    tensors = {"weight_packed": codes, "weight_scale": scales, "weight_global_scale": whole.view(1)}
+    tensors["input_global_scale"] = torch.tensor([100.0])
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, values
+
+
+def _modelopt(name: str, weight: torch.Tensor) -> Packed:
+    codes, scales, whole, values = in_nvfp4(weight, False)
+    tensors = {"weight": codes, "weight_scale": scales, "weight_scale_2": whole, "input_scale": torch.tensor(0.01)}
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, values
+
+
 def _ct_int8(block: tuple[int, int] | None, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Packed]:
     def pack(name: str, weight: torch.Tensor) -> Packed:
         codes, scales, values = in_integers(weight, 8, block or tuple(weight.shape), dtype)
@@ -146,6 +176,25 @@ def _int8_channel(name: str, weight: torch.Tensor) -> Packed:
     return {**tensors, f"{name}.input_scale": torch.ones(1)}, values
 
 
+def _packed_integers(num_bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Packed]:
+    """The first column in the lowest bits of 32; half of the range is added."""
+
+    def pack(name: str, weight: torch.Tensor) -> Packed:
+        codes, scales, values = in_integers(weight, num_bits, (1, group or weight.shape[1]), dtype)
+        unsigned = (codes.long() + 2 ** (num_bits - 1)).unflatten(1, (-1, 32 // num_bits))
+        words = (unsigned << torch.arange(0, 32, num_bits)).sum(dim=-1)
+        packed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        shape = torch.tensor(weight.shape, dtype=torch.int64 if group else torch.int32)
+        tensors = {"weight_packed": packed, "weight_scale": scales, "weight_shape": shape}
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}, values
+
+    return pack
+
+
+def _int4_beside_fp8(name: str, weight: torch.Tensor) -> Packed:
+    return _packed_integers(4, 32)(name, weight) if ".experts." in name else _per_channel(name, weight)
+
+
 def _compressed(layout: str, **weights) -> dict:
     weights = {"type": "float", "num_bits": 8, "symmetric": True, "dynamic": False, **weights}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
@@ -154,7 +203,24 @@ def _compressed(layout: str, **weights) -> dict:
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 STATIC = {**FP8, "activation_scheme": "static", "weight_block_size": None}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.*.mlp.gate"]}
 MX = {**FP8, "quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+
+
+def _mixed(*configs: dict) -> dict:
+    """Groups of several layouts, each of which says its own."""
+    groups = [{**config["config_groups"]["group_0"], "format": config["format"]} for config in configs]
+    return {
+        **configs[0],
+        "format": "mixed-precision",
+        "config_groups": {f"group_{n}": g for n, g in enumerate(groups)},
+    }
+
+
+_MIXED = _mixed(
+    _compressed("pack-quantized", type="int", num_bits=4, strategy="group", group_size=32),
+    _compressed("float-quantized", strategy="channel"),
+)
 
 
 @dataclass(frozen=True)
@@ -165,12 +231,14 @@ class Published:
         config: the `quantization_config`.
         pack: name without `.weight` and weight -> its tensors.
         experts, linear: names of the formats that these are read as.
+        turn: bits in which a byte of codes differs from what is read.
     """
 
     config: dict
     pack: Callable[[str, torch.Tensor], Packed]
     experts: str
     linear: str = field(default="")
+    turn: int = 0
 
 
 PER_EXPERT = {
@@ -210,6 +278,34 @@ PER_EXPERT = {
         _ct_int8((1, 64), torch.float16),
         "int8/1x64+fp16",
     ),
+    "nvfp4": Published(MODELOPT, _modelopt, "nvfp4"),
+    "compressed, nvfp4": Published(
+        _compressed("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16),
+        _ct_nvfp4,
+        "nvfp4/inverse",
+    ),
+    "int4": Published(
+        _compressed("pack-quantized", type="int", num_bits=4, strategy="group", group_size=32),
+        _packed_integers(4, 32),
+        "int4/32+bf16",
+    ),
+    "int4 in groups of 64, fp16 scales": Published(
+        _compressed("pack-quantized", type="int", num_bits=4, strategy="group", group_size=64, actorder="weight"),
+        _packed_integers(4, 64, torch.float16),
+        "int4/64+fp16",
+    ),
+    "int4 per channel": Published(
+        _compressed("pack-quantized", type="int", num_bits=4, strategy="channel"),
+        _packed_integers(4, 0, torch.float32),
+        "int4/channel",
+    ),
+    "int8, packed": Published(
+        _compressed("pack-quantized", type="int", strategy="channel"),
+        _packed_integers(8, 0),
+        "int8/channel+bf16",
+        turn=128,
+    ),
+    "int4 experts beside fp8": Published(_MIXED, _int4_beside_fp8, "int4/32+bf16", "fp8/channel+bf16"),
     "int8 in blocks": Published(
         _compressed("int-quantized", type="int", strategy="block", block_structure=[128, 128]),
         _ct_int8((128, 128)),

@@ -15,7 +15,18 @@ import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SHAPES = ["tiny", "tiny-gpt-oss"]
-ARMS = ["transformers", "peft", "ours-bf16", "ours-nf4", "ours-nf4-nested", "ours-fp8", "ours-mxfp4"]
+ARMS = [
+    "transformers",
+    "peft",
+    "ours-bf16",
+    "ours-nf4",
+    "ours-nf4-nested",
+    "ours-fp8",
+    "ours-int8",
+    "ours-mxfp4",
+    "ours-int4",
+    "ours-nvfp4",
+]
 TOKENS = [1, 9]
 MODES = ["fwd", "fwd+bwd", "fwd+bwd+ckpt"]
 

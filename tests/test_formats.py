@@ -16,7 +16,7 @@ import peft_moe_qlora
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized, quantize_experts
 from peft_moe_qlora.merge.checkpoint import merge_checkpoint
 from peft_moe_qlora.quantization import Format, FourBitFormat, QuantizedStack, parse_format
-from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Mxfp4Format, Nvfp4Format
 
 GRIDS = [
     Fp8Format(),
@@ -29,6 +29,11 @@ GRIDS = [
     Int8Format(),
     Int8Format((1, 32), "bf16"),
     Int8Format((0, 0), "fp16"),
+    Int4Format(),
+    Int4Format((1, 128), "bf16"),
+    Int4Format((1, 0), "fp16"),
+    Nvfp4Format(),
+    Nvfp4Format(is_inverse=True),
     SixBits(),
 ]
 FORMATS = [FourBitFormat(), FourBitFormat("fp4", 128, double_quant=True), *GRIDS]
@@ -47,7 +52,25 @@ def test_a_name_is_read_as_the_format_that_wrote_it(storage):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fp8", "fp8/128", "fp8/-1x2", "fp8/128x128+fp64", "mxfp5", "int8", "int8/128", "int8/1x128+e9m0", "nf4/64+qd", "nf5/64"]
+    "text",
+    [
+        "",
+        "fp8",
+        "fp8/128",
+        "fp8/-1x2",
+        "fp8/128x128+fp64",
+        "mxfp5",
+        "int8",
+        "int8/128",
+        "int8/1x128+e9m0",
+        "int4",
+        "int4/0",
+        "int4/1x32",
+        "int4/32+e8m0",
+        "nvfp4/16",
+        "nf4/64+qd",
+        "nf5/64",
+    ],
 )
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
@@ -83,8 +106,8 @@ def test_what_can_be_stored_is_stored_without_error(storage):
     assert_same_bytes(dict(again.named_parameters()), dict(stack.named_parameters()))
 
 
-ERRORS = {"fp8": 0.0275, "mxfp4": 0.12, "int8": 0.01, "six": 0.04, "nf4": 0.1, "fp4": 0.14}
-"""A little above what Gaussian weights have: 0.026, 0.112, 0.009, 0.035, 0.096, 0.13."""
+ERRORS = {"fp8": 0.0275, "mxfp4": 0.12, "int8": 0.01, "nvfp4": 0.1, "int4": 0.13, "six": 0.04, "nf4": 0.1, "fp4": 0.14}
+"""A little above what Gaussian weights have: 0.026, 0.112, 0.009, 0.08 to 0.12, 0.095, 0.035, 0.096, 0.13."""
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
@@ -167,7 +190,7 @@ def test_a_model_trains_and_merges(storage, model_type, tmp_path):
 
     adapted.save_pretrained(tmp_path / "adapter")
     expected = logits(adapted.eval(), ids)
-    reloaded = load_quantized(str(tmp_path / "base"), dtype=torch.float32)
+    reloaded = load_quantized(str(tmp_path / "base"), dtype=torch.float32, device_map="cpu")
     assert_same_bytes(packed_bytes(reloaded), stored)
     reloaded = PeftModel.from_pretrained(reloaded, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(reloaded, ids), expected, rtol=0, atol=0)
@@ -193,9 +216,15 @@ def test_merging_on_disk_is_onto_what_was_trained(storage, tmp_path):
     torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=1e-4, atol=1e-4)
 
 
+COARSE = ("int4/128+bf16", "int4/channel+fp16")
+
+
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
 def test_second_order_rounding_beats_the_nearest(storage):
-    """By half, in the squares that divergences go by; a delta of the size that training makes."""
+    """By half, in the squares that divergences go by; a delta of the size that training makes.
+
+    Of a coarse grid's steps, such as those of 16 even ones over many weights, it is an eighth: less can be had.
+    """
     from peft_moe_qlora.merge.second_order import MergedExpert, quantize_second_order
 
     generator = torch.Generator().manual_seed(1)
@@ -214,7 +243,48 @@ def test_second_order_rounding_beats_the_nearest(storage):
 
     core = torch.linalg.qr(delta).R
     second = quantize_second_order(stack, lambda _: MergedExpert(exact, moment, core), moment)
-    assert error(second) < 0.5 * error(stack.merged(lambda _: delta))
+    limit = 0.65 if str(storage) in COARSE else 0.5
+    assert error(second) < limit * error(stack.merged(lambda _: delta))
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+@pytest.mark.parametrize("rounding", ["nearest", "second order"])
+def test_a_second_level_of_scales_is_kept(is_inverse, rounding):
+    """A new one would round the scales of all blocks; and engines use one for gate and up."""
+    from peft_moe_qlora.merge.second_order import MergedExpert, quantize_second_order
+
+    storage = Nvfp4Format(is_inverse=is_inverse)
+    stack = stack_of(storage, (1, 64, 64), 2)
+    before = stack.decode_expert(0, torch.float32)
+    first, second = stack.global_scales[0].view(torch.float32)
+    assert first == second
+
+    def merged(row: int, column: int, factor: float) -> QuantizedStack:
+        """One weight times a factor."""
+        delta = torch.zeros(64, 64)
+        delta[row, column] = (factor - 1) * before[row, column]
+        if rounding == "nearest":
+            return stack.merged(lambda _: delta)
+        eye = torch.eye(64)
+        return quantize_second_order(stack, lambda _: MergedExpert(before + delta, eye, torch.linalg.qr(delta).R), eye)
+
+    # of the lower part, where the scales of blocks are least and largest
+    sizes = before[32:].abs().unflatten(1, (-1, 16)).amax(2)
+    (low_row, low_block), (row, block) = (divmod(int(found), 4) for found in (sizes.argmin(), sizes.argmax()))
+
+    def largest(row: int, block: int) -> tuple[int, int]:
+        return 32 + row, 16 * block + int(before[32 + row, 16 * block : 16 * block + 16].abs().argmax())
+
+    of_small = merged(*largest(low_row, low_block), 1.5)
+    assert torch.equal(of_small.global_scales, stack.global_scales)
+    assert (of_small.block_scales != stack.block_scales).sum() == 1
+    of_large = merged(*largest(row, block), 5.0)
+    ratio = of_large.global_scales[0].view(torch.float32) / first
+    assert ratio[0] == ratio[1]
+    assert (ratio[0] < 1) == is_inverse
+    assert ratio[0].log2() == ratio[0].log2().round()
+    moved = (of_large.decode(torch.float32) != stack.decode(torch.float32))[0]
+    assert moved[32 + row, 16 * block : 16 * block + 16].sum() == moved.sum() > 0
 
 
 PACKAGE = Path(peft_moe_qlora.__file__).parent
@@ -223,7 +293,7 @@ HOMES = ("quantization/formats/", "ops/kernels/", "loading/disk/", "loading/chec
 read."""
 
 
-@pytest.mark.parametrize("name", ["fp8", "e4m3", "e2m1", "mxfp4", "six", "int8format"])
+@pytest.mark.parametrize("name", ["fp8", "e4m3", "e2m1", "mxfp4", "six", "int8format", "int4", "nvfp4"])
 def test_nothing_else_names_a_format(name):
     """A new format is a file of its own; what has to be changed elsewhere would be missed."""
     found = []

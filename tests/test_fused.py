@@ -16,7 +16,7 @@ from gate_formulas import gated
 
 from peft_moe_qlora.ops import Factors, Gate, LowRank, packed_weight, reference
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack, Stack
-from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Mxfp4Format, Nvfp4Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -94,6 +94,9 @@ CASES = {
     "a scale for each row": (5, 2, 72, 40, 3, False, Fp8Format((1, 0), "bf16"), GATES[1], 2, False),
     "int8": (5, 2, 72, 96, 3, False, Int8Format(), Gate("silu"), 2, True),
     "int8 in groups": (5, 2, 64, 96, 3, True, Int8Format((1, 32), "bf16"), GATES[1], 2, False),
+    "int4": (5, 2, 64, 96, 3, False, Int4Format((1, 32), "bf16"), Gate("silu"), 2, True),
+    "two levels of scales": (5, 2, 64, 96, 3, False, Nvfp4Format(), Gate("silu"), 2, True),
+    "two levels, rows in turn": (5, 2, 64, 40, 3, True, Nvfp4Format(is_inverse=True), GATES[1], 2, False),
     "16-bit": (7, 2, 40, 24, 3, True, None, GATES[3], 3, True),
     "unaligned blocks": (7, 2, 40, 24, 3, False, NF4, GATES[1], 3, False),
     "one of each": (1, 1, 40, 24, 1, False, None, Gate("silu"), 1, False),

@@ -14,7 +14,7 @@ from gate_formulas import gated
 
 from peft_moe_qlora.ops import Gate, packed_weight, why_not_read
 from peft_moe_qlora.quantization import Format, FourBitFormat, QuantizedStack
-from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Nvfp4Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -114,7 +114,7 @@ def test_every_code_of_8_bits(dtype: torch.dtype, storage: Format) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64)], ids=str)
+@pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64), Int4Format((1, 64)), Nvfp4Format()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("height", [16, 64], ids=["scales on sums", "scales on weights"])
 def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dtype: torch.dtype, height: int) -> None:

@@ -139,9 +139,11 @@ def test_fused_checkpoints(model_type, tmp_path):
     different = {key for key in before if not torch.equal(bits(before[key]), bits(after[key]))}
     assert different
     assert all("experts" in key for key in different)
-    live = PeftModel.from_pretrained(load_quantized(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+    live = PeftModel.from_pretrained(
+        load_quantized(tmp_path / "base", dtype=torch.float32, device_map="cpu"), tmp_path / "adapter"
+    )
     expected = live.merge_and_unload(progressbar=False).state_dict()
-    found = load_quantized(tmp_path / "merged", dtype=torch.float32).state_dict()
+    found = load_quantized(tmp_path / "merged", dtype=torch.float32, device_map="cpu").state_dict()
     assert not [key for key in expected if not torch.equal(found[key], expected[key])]
 
 
@@ -162,7 +164,7 @@ def test_an_adapter_that_was_trained_on_another_storage_of_the_base(tmp_path):
     """The base in FP8, read into NF4: merged onto what the training has seen."""
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
     config = MoeQuantizationConfig(quantize_linear=False)
-    model = load_quantized(tmp_path / "base", config, dtype=torch.float32)
+    model = load_quantized(tmp_path / "base", config, dtype=torch.float32, device_map="cpu")
     model = get_peft_model(model, MoeQLoraConfig(r=4))
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")

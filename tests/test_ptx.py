@@ -13,11 +13,11 @@ from ptx_in_numpy import bits_of, numbers, run
 import peft_moe_qlora.ops.kernels.decode  # noqa: F401 - it registers what decodes
 from peft_moe_qlora.ops.kernels.codec import decoder_of
 from peft_moe_qlora.quantization import Format, FourBitFormat
-from peft_moe_qlora.quantization.formats import Fp8Format, Int8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Mxfp4Format
 
 BYTES = [Fp8Format(), Int8Format()]
 """Formats of a byte to a code."""
-NIBBLES = [Mxfp4Format(), FourBitFormat("nf4"), FourBitFormat("fp4")]
+NIBBLES = [Mxfp4Format(), Int4Format(), FourBitFormat("nf4"), FourBitFormat("fp4")]
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 

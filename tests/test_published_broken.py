@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from broken_checkpoints import change, load, places, put, refuses_headers, refuses_values, write
 from checkpoint_writers import Tensors, read_tensors, write_tensors
 from published_writers import (
     FP8,
@@ -29,10 +29,6 @@ from peft_moe_qlora import CheckpointError, MoeQuantizationConfig, load_quantize
 from peft_moe_qlora.loading import inspect_checkpoint
 
 
-def load(directory: Path) -> torch.nn.Module:
-    return load_quantized(directory, dtype=torch.float32, device_map="cpu")
-
-
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory) -> dict[str, tuple[dict, Tensors, dict]]:
     """Layout -> config.json and tensors of a checkpoint that is to be broken; widths of many blocks of 32."""
@@ -46,19 +42,6 @@ def fine(tmp_path_factory) -> dict[str, tuple[dict, Tensors, dict]]:
         publish(qwen(), directory, layout)
         found[name] = json.loads((directory / "config.json").read_text()), read_tensors(directory)
     return found
-
-
-def change(tensors: Tensors, key: str, do) -> None:
-    tensor = tensors[key].clone()
-    found = do(tensor)
-    tensors[key] = tensor if found is None else found
-
-
-def put(value, *index):
-    def do(tensor: torch.Tensor) -> None:
-        tensor.view(torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype)[index] = value
-
-    return do
 
 
 SCALES = "weight_scale_inv"
@@ -141,6 +124,7 @@ BY_VALUES = {
     ),
     "scales of 1": ("fp8", SCALES, put(1.0, ...), "a scale of exactly 1 for each of its .* blocks"),
     "reciprocals": ("fp8", SCALES, lambda s: 1 / s, "decodes to weights of .* in the middle.*reciprocals"),
+    "a scale that is too large": ("fp8", SCALES, put(1000.0, 1, 1), "scales up to 1000; less than 256 was expected"),
     "scales of another model": ("fp8", SCALES, lambda s: s * 1e-6, "1e-05 to 10 was expected"),
     "a byte that is NaN": ("mxfp4 experts beside fp8", "scale", put(255, 1, 1), r"scale \(F8_E8M0 .*NaN or infinite"),
     "bytes of 1": ("mxfp4 experts beside fp8", "scale", put(127, ...), "a scale of exactly 1"),
@@ -149,44 +133,16 @@ BY_VALUES = {
 }
 
 
-def write(directory: Path, config: dict, tensors: Tensors) -> None:
-    (directory / "config.json").write_text(json.dumps(config))
-    write_tensors(directory, tensors)
-
-
-def places(kinds: dict) -> dict[str, tuple]:
-    """Each kind of defect in an expert, and in a linear layer if that is stored likewise."""
-    names = {"an expert": GATE, "a linear layer": QUERY}
-    return {
-        f"{kind}, in {place}": (*defect, name)
-        for kind, defect in kinds.items()
-        for place, name in names.items()
-        if name == GATE or not defect[0].startswith("mxfp4")
-    }
-
-
 @pytest.mark.parametrize(("layout", "do", "message", "name"), places(BY_HEADERS).values(), ids=places(BY_HEADERS))
 def test_broken_headers(layout, do, message, name, fine, tmp_path):
-    """Seen before anything is read: `inspect` doesn't."""
-    config, tensors = copy.deepcopy(fine[layout])
-    do(tensors, name)
-    write(tmp_path, config, tensors)
-    for read in (inspect_checkpoint, load):
-        with pytest.raises(CheckpointError, match=message):
-            read(tmp_path)
+    refuses_headers(*fine[layout], do, name, message, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("layout", "part", "do", "message", "name"), places(BY_VALUES).values(), ids=places(BY_VALUES)
 )
 def test_broken_values(layout, part, do, message, name, fine, tmp_path):
-    config, tensors = copy.deepcopy(fine[layout])
-    change(tensors, f"{name}.{part}", do)
-    write(tmp_path, config, tensors)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load(tmp_path)
-    assert name in str(caught.value)
-    assert "model.safetensors" in str(caught.value)
+    refuses_values(*fine[layout], part, do, name, message, tmp_path)
 
 
 def test_what_is_odd_but_fine(fine, tmp_path):

@@ -39,6 +39,8 @@ from peft_moe_qlora import (
     save_bitsandbytes,
 )
 from peft_moe_qlora.loading import inspect_checkpoint
+from peft_moe_qlora.loading.checkpoint import Checkpoint
+from peft_moe_qlora.loading.disk import PackedIndex, layouts_of
 from peft_moe_qlora.quantization import DenseStack, QuantizedStack
 from peft_moe_qlora.quantized_linear import QuantizedLinear
 
@@ -69,7 +71,7 @@ def codes_of(tensors: Tensors, name: str) -> torch.Tensor:
 
 
 def stored(model: torch.nn.Module) -> Tensors:
-    names = (".codes", ".block_scales")
+    names = (".codes", ".block_scales", ".global_scales")
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(names)}
 
 
@@ -88,6 +90,10 @@ def published(request, tmp_path_factory) -> tuple[Published, Path, Tensors]:
 def test_every_bit_is_read(published):
     layout, directory, true = published
     tensors, model = read_tensors(directory), load(directory)
+
+    def codes(tensors: Tensors, name: str) -> torch.Tensor:
+        return bits(codes_of(tensors, name)) ^ layout.turn
+
     for layer in range(2):
         experts = model.model.layers[layer].mlp.experts
         for stack, projections in (
@@ -97,7 +103,7 @@ def test_every_bit_is_read(published):
             assert str(stack.storage) == layout.experts
             for expert in range(4):
                 names = [f"model.layers.{layer}.mlp.experts.{expert}.{name}" for name in projections]
-                for found, read in ((stack.codes, codes_of), (stack.block_scales, scale_of)):
+                for found, read in ((stack.codes, codes), (stack.block_scales, scale_of)):
                     assert torch.equal(bits(found[expert]), torch.cat([bits(read(tensors, name)) for name in names]))
                 expected = torch.cat([true[f"{name}.weight"] for name in names])
                 assert torch.equal(stack.decode_expert(expert, torch.float32), expected)
@@ -106,13 +112,28 @@ def test_every_bit_is_read(published):
             linear, key = getattr(model.model.layers[layer].self_attn, name), f"model.layers.{layer}.self_attn.{name}"
             assert isinstance(linear, QuantizedLinear)
             assert str(linear.storage) == (layout.linear or layout.experts)
-            assert torch.equal(bits(linear.codes), bits(codes_of(tensors, key)))
+            assert torch.equal(bits(linear.codes), codes(tensors, key))
             assert torch.equal(bits(linear.block_scales), bits(scale_of(tensors, key)))
             assert torch.equal(linear.decode(torch.float32), true[f"{key}.weight"])
             assert not linear.codes.requires_grad
     config = model.config.quantization_config
     assert (str(config.format), config.linear_storage) == (layout.experts, layout.linear or layout.experts)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_writing_is_reading_the_other_way_round(published):
+    layout, directory, _ = published
+    checkpoint = Checkpoint.open(directory)
+    index = PackedIndex(checkpoint, layouts_of(layout.config))
+    assert index.weights()
+    for key in index.weights():
+        packed = index.packed_tensor(key)
+        written = packed.write(packed.read(checkpoint))
+        expected = {key: checkpoint.read(key) for key in packed.keys if "input" not in key and "activation" not in key}
+        assert {key: (t.shape, t.dtype) for key, t in written.items()} == {
+            key: (t.shape, t.dtype) for key, t in expected.items()
+        }
+        assert_same(written, expected)
 
 
 def test_the_model_is_the_one_of_the_true_weights(published, tmp_path):
@@ -188,6 +209,47 @@ def test_decoded_into_another_storage(published):
     query = model.get_submodule(QUERY)
     assert str(query.storage) == model.config.quantization_config.linear_storage == (layout.linear or layout.experts)
     assert config.linear_storage is None
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "compressed, nvfp4"])
+def test_second_scales(name, tmp_path):
+    """One for gate, up and down projection each, whatever they are."""
+    publish(qwen(), tmp_path, PER_EXPERT[name])
+    tensors, model = read_tensors(tmp_path), load(tmp_path)
+    ending = "weight_scale_2" if name == "nvfp4" else "weight_global_scale"
+
+    def of(path: str) -> torch.Tensor:
+        return tensors[f"{path}.{ending}"].view(1)
+
+    experts = model.model.layers[1].mlp.experts
+    for expert in range(4):
+        gate, up, down = (of(f"model.layers.1.mlp.experts.{expert}.{name}_proj") for name in ("gate", "up", "down"))
+        assert torch.equal(experts.gate_up_proj.global_scales[expert].view(torch.float32), torch.cat((gate, up)))
+        assert torch.equal(experts.down_proj.global_scales[expert].view(torch.float32), down)
+    assert torch.equal(model.get_submodule(QUERY).global_scales.view(torch.float32), of(QUERY))
+
+
+def test_what_only_a_file_beside_the_config_says(tmp_path):
+    """ModelOpt's checkpoints once had nothing in config.json."""
+    publish(qwen(), tmp_path, PER_EXPERT["nvfp4"])
+    expected = load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    quantization = {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": None,
+        "group_size": 16,
+        "exclude_modules": ["lm_head"],
+    }
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": quantization}))
+    assert_same(stored(load(tmp_path)), stored(expected))
+    assert {group.found for group in inspect_checkpoint(tmp_path).stacks} == {"nvfp4, one tensor per expert"}
+    beside.write_text(json.dumps({"quantization": {**quantization, "group_size": 32}}))
+    for read in (inspect_checkpoint, load):
+        with pytest.raises(CheckpointError, match="is quantized by 'modelopt', whose experts are not read"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("choice", ["16 bits", "4 bits"])
@@ -390,7 +452,7 @@ def test_by_from_pretrained(tmp_path):
 def test_by_from_pretrained_where_transformers_does_not_know_the_method(tmp_path):
     """It warns, and leaves the checkpoint to the configuration that it is given."""
     publish(qwen(), tmp_path, PER_EXPERT["fp8"])
-    set_config(tmp_path, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    set_config(tmp_path, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"})
     with pytest.raises(CheckpointError, match="is quantized by 'modelopt', whose experts are not read"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MoeQuantizationConfig())
 

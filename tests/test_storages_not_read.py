@@ -16,11 +16,11 @@ from peft_moe_qlora import CheckpointError, load_experts, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.loading.quantization_config import quant_method
 
-NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-INT4 = {
+AWQ = {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}
+INT3 = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
-    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}},
+    "config_groups": {"group_0": {"weights": {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 32}}},
 }
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
 OLD_INT8 = {"load_in_8bit": True}
@@ -40,7 +40,7 @@ def quantize(directory: Path, config: dict) -> None:
     before = {key: tensors.pop(key) for key in list(tensors) if ".experts." in key and not key.endswith("_bias")}
     for key, tensor in before.items():
         num_experts, rows, columns = tensor.shape
-        if config is NVFP4:
+        if config is AWQ:
             tensors[key] = torch.zeros(num_experts, columns, rows // 2, dtype=torch.uint8)
             tensors[f"{key}_scale"] = torch.zeros(num_experts, columns, rows // 16).to(torch.float8_e4m3fn)
             tensors[f"{key}_scale_2"] = torch.ones(num_experts)
@@ -57,8 +57,8 @@ def quantize(directory: Path, config: dict) -> None:
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (NVFP4, "'modelopt'"),
-        (INT4, "'compressed-tensors'"),
+        (AWQ, "'modelopt'"),
+        (INT3, "'compressed-tensors'"),
         (INT8, "'bitsandbytes' in 8 bits"),
         (OLD_INT8, "'bitsandbytes' in 8 bits"),
         ({"bits": 4}, "'a method without a name'"),

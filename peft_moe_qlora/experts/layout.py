@@ -156,8 +156,8 @@ def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype
         if parameter.dtype not in dtypes:
             raise ValueError(
                 f"{path}.{name} has dtype {parameter.dtype}; unquantized weights in one of "
-                f"{', '.join(map(str, dtypes))} were expected. Load the model without a quantization config for its "
-                "experts, or dequantized (dtype=torch.bfloat16)."
+                f"{', '.join(map(str, dtypes))} were expected. Load the checkpoint with load_quantized, which keeps "
+                "quantized experts as they are, or in 16 bits."
             )
 
 

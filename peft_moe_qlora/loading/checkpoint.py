@@ -19,6 +19,7 @@ from .paths import is_plain_name, leads_out
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+QUANTIZATION_NAME = "hf_quant_config.json"
 
 # https://huggingface.co/docs/safetensors: the names of dtypes in headers
 _DTYPES = {
@@ -106,6 +107,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def stored_quantization(directory: Path) -> dict[str, Any] | None:
     """The `quantization_config` in config.json, of the model or of its text model; None if there is none.
 
+    ModelOpt once said the same in a file of its own, and nothing in config.json.
+
     Raises:
         CheckpointError: config.json is no JSON, or its `quantization_config` no object.
     """
@@ -117,6 +120,11 @@ def stored_quantization(directory: Path) -> dict[str, Any] | None:
     found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(f"{file}: quantization_config={found!r:.200}; an object was expected.")
+    beside = directory / QUANTIZATION_NAME
+    if found is None and beside.is_file():
+        declared = read_object(beside.read_bytes(), str(beside), can_repeat=True).get("quantization")
+        if isinstance(declared, dict) and declared.get("quant_algo") is not None:
+            return {"quant_method": "modelopt", **declared}
     return found
 
 

@@ -46,7 +46,7 @@ class StackGroup:
         layout: orientation, gate and bias, in words.
         found: how the checkpoint has them.
         dense_nbytes: of all in 16 bits.
-        packed_nbytes: of all in 4 bits; what the checkpoint has packed stays as it is.
+        packed_nbytes: of all as they would be stored; what the checkpoint has packed stays as it is.
         adapter_parameters: of all, at the rank asked for.
     """
 
@@ -114,7 +114,7 @@ class Inspection:
         return asdict(self) | {"memory_total": self.memory.total}
 
     def __str__(self) -> str:
-        header = ("experts", "modules", "class", "shape", "layout", "in the checkpoint", "16-bit GiB", "4-bit GiB")
+        header = ("experts", "modules", "class", "shape", "layout", "in the checkpoint", "16-bit GiB", "stored GiB")
         rows = [
             (
                 group.path,
@@ -235,7 +235,10 @@ def inspect_checkpoint(
     trained = linear_adapter + sum(group.adapter_parameters for group in stacks)
     weights = (
         sum(group.packed_nbytes for group in stacks)
-        + int((linear_weights - num_stored) * (0.5 + _scale_bytes(storage.double_quant)))
+        + int(
+            (linear_weights - num_stored)
+            * (0.5 + _scale_bytes(isinstance(storage, FourBitFormat) and storage.double_quant))
+        )
         + sum(_nbytes(shape, of_layer) for shape, of_layer in of_checkpoint)
         + 2 * other_weights
     )

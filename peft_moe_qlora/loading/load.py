@@ -81,6 +81,7 @@ def load_quantized(
         kwargs |= of_hub
     else:
         config = copy.deepcopy(config)
+    _declare_stored(config, directory)
     found = readable_quantization(config, model_id)
     if found is not None and quantization_config is not None:
         if quant_method(found) in ("bitsandbytes", QUANT_METHOD):
@@ -123,6 +124,12 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
+def _declare_stored(config: PreTrainedConfig, directory: Path) -> None:
+    """Says in the config of a model what only a file beside its config.json says."""
+    if quantization_of(config) is None and (found := stored_quantization(directory)) is not None:
+        _set_quantization(config, found)
+
+
 def _set_quantization(config: PreTrainedConfig, found: dict[str, Any] | None) -> None:
     """Says in the config of a model, instead of all that its parts say, by what it is quantized; None for nothing."""
     for part in (config, config.get_text_config(decoder=True)):
@@ -140,7 +147,9 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
         OSError: there is none.
     """
     stored_quantization(Path(directory))
-    return AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory)
+    _declare_stored(config, Path(directory))
+    return config
 
 
 def saved_config(directory: Path) -> MoeQuantizationConfig | None:

@@ -1,5 +1,6 @@
 """Merging adapters into the weights: in memory, on disk, and whether the result is what the adapter was."""
 
+from ..loading.disk.for_engines import ENGINE_LAYOUTS
 from .check import MergeCheck
 from .checkpoint import merge_checkpoint
 from .edits import ONTO
@@ -10,6 +11,7 @@ from .unmerged import kl_divergence, next_token_logits, plan_unmerged, read_wind
 from .verify import verify_merge
 
 __all__ = [
+    "ENGINE_LAYOUTS",
     "LAYOUTS",
     "ONTO",
     "ROUNDINGS",

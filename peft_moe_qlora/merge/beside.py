@@ -15,8 +15,6 @@ PICKLED = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 """Ends of names of weights in other formats than safetensors."""
 
 _WEIGHTS = (".safetensors", ".index.json", *PICKLED)
-QUANTIZATION_NAME = "hf_quant_config.json"
-"""Of a file that says the same as quantization_config."""
 
 
 def names_beside(base: Path, output: PartialDirectory) -> list[str]:

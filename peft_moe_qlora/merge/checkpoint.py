@@ -23,12 +23,14 @@ from ..layouts.adapter_file import AdapterFile
 from ..layouts.base_model import BaseModel
 from ..layouts.foreign import ReadOptions
 from ..layouts.read import read_adapter, read_config
-from ..loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
+from ..loading.checkpoint import INDEX_NAME, QUANTIZATION_NAME, SINGLE_NAME, Checkpoint, TensorInfo
 from ..loading.decoded import DecodedCheckpoint, without_quantization
+from ..loading.disk.for_engines import Stored, engine_layout
 from ..loading.load import readable_quantization
 from ..quantization import Fidelity
-from .beside import QUANTIZATION_NAME, copy_beside, names_beside
-from .edits import ONTO, Edit, MergePlan, plan_merge
+from .beside import copy_beside, names_beside
+from .edits import ONTO, Edit, MergePlan, TensorEdit, plan_merge
+from .for_engines import Encoding, plan_encoding
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
 from .partial_directory import PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
@@ -48,6 +50,7 @@ def merge_checkpoint(
     progressbar: bool = True,
     options: ReadOptions | None = None,
     allow_unchanged: bool = False,
+    serve_as: str | None = None,
 ) -> MergeReport:
     """Writes the checkpoint that a base and an adapter are together.
 
@@ -69,13 +72,16 @@ def merge_checkpoint(
         options: what the adapter files of others don't say. Their experts are taken to have been in floating point
             unless it says otherwise.
         allow_unchanged: go on where a delta is too small for the dtype; the report then names the tensors.
+        serve_as: quantize what engines serve quantized, to the nearest and as vLLM and SGLang read it: `"fp8"`,
+            experts and linear layers in blocks of 128 x 128; `"mxfp4"`, experts of gpt-oss. Default: nothing.
 
     Returns:
         What was done, which also stands in `merge_report.json`.
 
     Raises:
-        ValueError: see `read_adapter`, `open_in_floating_point`, `plan_merge` and `PartialDirectory`; or the base has
-            this adapter in it already, or not every tensor that the adapter changes came out changed.
+        ValueError: see `read_adapter`, `open_in_floating_point`, `plan_merge`, `plan_encoding` and `PartialDirectory`;
+            `serve_as` is unknown; or the base has this adapter in it already, or not every tensor that the adapter
+            changes came out changed.
         CheckpointError: see `Checkpoint` and `names_beside`.
         OSError: the disk is full; what is finished is kept.
     """
@@ -83,6 +89,7 @@ def merge_checkpoint(
         raise ValueError(f"onto={onto!r} is unknown; choose one of {ONTO}.")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
+    layout = None if serve_as is None else engine_layout(serve_as)
     adapter = Path(adapter)
     base = checkpoint_directory(base, adapter)
     found = read_adapter(adapter, base, options, usual_quant_type="none")
@@ -90,27 +97,30 @@ def merge_checkpoint(
     merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
     checkpoint = open_in_floating_point(model)
-    plan = plan_merge(model, checkpoint, found, onto)
+    plan = plan_merge(model, checkpoint, found, onto, every_stack=layout is not None)
+    encoding = None if layout is None else plan_encoding(layout, model, checkpoint, plan)
     config = config_for_all(json.loads((base / "config.json").read_text(encoding="utf-8")), dtype)
     if model.quantization is not None:
         config = without_quantization(config)
+    if encoding is not None:
+        config["quantization_config"] = encoding.config
     task = _task(checkpoint, config, adapter, digest, onto, dtype, options)
     output = PartialDirectory(directory, task)
-    is_left_out = {QUANTIZATION_NAME} if model.quantization is not None else set()
+    is_left_out = {QUANTIZATION_NAME} if model.quantization is not None or encoding is not None else set()
     beside = [name for name in names_beside(base, output) if name not in is_left_out]
     planned = MergeReport(
         base=str(base.resolve()),
         adapter=str(adapter.resolve()),
         adapter_sha256=digest,
         onto=onto,
-        storage=str(dtype or "the checkpoint's dtypes").removeprefix("torch."),
+        storage=str((layout and layout.storage) or dtype or "the checkpoint's dtypes").removeprefix("torch."),
         tensors_expected=len(plan.changed),
         tensors_changed=0,
         tensors_written=0,
         merged_before=merged_before,
-        notes=_notes(found, onto, plan),
+        notes=_notes(found, onto, plan) + (encoding.notes if encoding is not None else ()),
     )
-    merge = _Merge(checkpoint, plan, model, dtype, output)
+    merge = _Merge(checkpoint, plan, encoding, model, dtype, output)
     merge.check_space()
     if dry_run:
         return planned
@@ -145,12 +155,15 @@ class _Merge:
         self,
         checkpoint: Checkpoint,
         plan: MergePlan,
+        encoding: Encoding | None,
         model: BaseModel,
         dtype: torch.dtype | None,
         output: PartialDirectory,
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
+        self.encoders = {} if encoding is None else encoding.encoders
+        self.names_of_encoded = {} if encoding is None else encoding.names
         self.dtype = dtype
         self.output = output
         self.names = {file: file.relative_to(model.directory).as_posix() for file in checkpoint.files}
@@ -175,9 +188,16 @@ class _Merge:
             return None
         return None if info.key in self.plan.kept_in_fp32 else self.dtype
 
+    def stored(self, info: TensorInfo) -> dict[str, Stored]:
+        """Key -> tensor of the file, of what a tensor becomes."""
+        if info.key in self.encoders:
+            return self.encoders[info.key].stored()
+        return {info.key: Stored(info.shape, self.dtype_of(info) or info.dtype)}
+
     def _nbytes(self, info: TensorInfo) -> int:
-        dtype = self.dtype_of(info)
-        return info.nbytes if dtype is None else info.numel * dtype.itemsize
+        if info.key not in self.encoders and self.dtype_of(info) is None:
+            return info.nbytes
+        return sum(stored.nbytes for stored in self.stored(info).values())
 
     def run(self, progressbar: bool) -> None:
         """Writes all files that aren't written yet."""
@@ -221,10 +241,13 @@ class _Merge:
         """
         unchanged = sorted(self.plan.changed - self.changed())
         if unchanged and not allow_unchanged:
+            remedy = "into float32 (dtype=torch.float32, --dtype float32)"
+            if not self.encoders.keys().isdisjoint(unchanged):
+                remedy = "into 16 bits (without serve_as, --serve-as)"
             raise ValueError(
                 f"{len(unchanged)} of {len(self.plan.changed)} tensors that the adapter changes came out "
-                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge into float32 "
-                "(dtype=torch.float32, --dtype float32), or allow it (allow_unchanged=True, --allow-unchanged)."
+                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge {remedy}, or allow it "
+                "(allow_unchanged=True, --allow-unchanged)."
             )
         return unchanged
 
@@ -235,9 +258,12 @@ class _Merge:
             ValueError: a tensor is missing, too many, or of another shape.
         """
         written = Checkpoint([self.output.place(name) for name in self.names.values()])
-        for key in self.checkpoint.tensors.keys() | written.tensors.keys():
-            before, after = self.checkpoint.tensors.get(key), written.tensors.get(key)
-            if before is None or after is None or before.shape != after.shape:
+        infos = self.checkpoint.tensors.values()
+        expected = {key: (info, stored) for info in infos for key, stored in self.stored(info).items()}
+        for key in expected.keys() | written.tensors.keys():
+            before, stored = expected.get(key, (None, None))
+            after = written.tensors.get(key)
+            if stored is None or after is None or stored.shape != after.shape:
                 raise ValueError(f"{before or 'Nothing'} in the base came out as {after or 'nothing'}.")
         return len(written.tensors)
 
@@ -255,7 +281,7 @@ class _Merge:
         if names == [SINGLE_NAME]:
             return
         infos = sorted(self.checkpoint.tensors.values(), key=lambda info: info.key)
-        weight_map = {info.key: self.names[info.file] for info in infos}
+        weight_map = {key: self.names[info.file] for info in infos for key in self.stored(info)}
         size = sum(self._nbytes(info) for info in infos)
         self.output.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
@@ -270,28 +296,35 @@ class _Shard:
         infos = [self.checkpoint.tensors[key] for key in keys]
         # all at once: what is freed between them would leave gaps as large as themselves
         self.tensors = {
-            info.key: torch.empty(info.shape, dtype=merge.dtype_of(info) or info.dtype)
+            key: torch.empty(stored.shape, dtype=stored.dtype)
             for info in infos
-            if info.key in plan.of_tensors or info.key in plan.of_experts or merge.dtype_of(info)
+            if info.key in plan.of_tensors or info.key in plan.of_experts or self._is_made(info)
+            for key, stored in merge.stored(info).items()
         }
+        self.keys = set(keys)
         self.done: set[str] = set()
         self.changed: set[str] = set()
         self.fidelity: dict[str, Fidelity] = defaultdict(Fidelity)
+
+    def _is_made(self, info: TensorInfo) -> bool:
+        """Whether a tensor is written otherwise than as it is, with or without an edit."""
+        return info.key in self.merge.encoders or self.merge.dtype_of(info) is not None
 
     def add(self, key: str) -> None:
         """One tensor, and those of the same expert that are in this file too."""
         plan = self.merge.plan
         if key in plan.of_tensors:
             edit = plan.of_tensors[key]
-            self._put(key, self.tensors[key], edit.name, edit.edit(self.checkpoint.read(key)))
+            self._put(key, None, edit.name, edit.edit(self.checkpoint.read(key)))
         elif key in plan.of_experts:
             for stack, expert in plan.of_experts[key]:
                 places = plan.places(stack.source, self.checkpoint)
                 for part, edit in stack.edits(expert, self.checkpoint, places):
-                    if part.key in self.tensors:
-                        whole = self.tensors[part.key]
-                        place = whole[expert : expert + 1] if part.is_stack else whole
-                        self._put(part.key, place, stack.name, edit)
+                    if part.key in self.keys:
+                        self._put(part.key, expert if part.is_stack else None, stack.name, edit)
+        elif key in self.merge.encoders:
+            name = self.merge.names_of_encoded[key]
+            self._put(key, None, name, TensorEdit(name).edit(self.checkpoint.read(key)))
         elif key in self.tensors:
             tensor = self.checkpoint.read(key)
             self.tensors[key].copy_(tensor)
@@ -300,16 +333,34 @@ class _Shard:
             self.tensors[key] = self.checkpoint.read(key)
         self.done.add(key)
 
-    def _put(self, key: str, place: torch.Tensor, name: str, edit: Edit) -> None:
-        """Rounds new values and puts them in their place."""
+    def _put(self, key: str, expert: int | None, name: str, edit: Edit) -> None:
+        """Rounds new values and puts them in their place, which is the slice of an expert if one is given."""
         if not torch.isfinite(edit.exact).all():  # of the base all are, so are the factors
             raise ValueError(f"{name} with the delta is beyond the range of float32. The adapter seems to be broken.")
-        place.copy_(edit.exact)
-        _check_range(key, edit.exact, place)
-        self.fidelity[name].add(edit.before, edit.exact, place)
-        if not torch.equal(place, edit.before.to(place.dtype)):
+        put = self._put_encoded if key in self.merge.encoders else self._put_rounded
+        stored, is_changed = put(key, expert, edit)
+        self.fidelity[name].add(edit.before, edit.exact, stored)
+        if is_changed:
             self.changed.add(key)
         self.done.add(key)
+
+    def _put_rounded(self, key: str, expert: int | None, edit: Edit) -> tuple[torch.Tensor, bool]:
+        """What is written, and whether it is another without the delta."""
+        whole = self.tensors[key]
+        place = whole if expert is None else whole[expert : expert + 1]
+        place.copy_(edit.exact)
+        _check_range(key, edit.exact, place)
+        return place, not torch.equal(place, edit.before.to(place.dtype))
+
+    def _put_encoded(self, key: str, expert: int | None, edit: Edit) -> tuple[torch.Tensor, bool]:
+        """What the tensors that are written stand for, and whether others would be written without the delta."""
+        encoder = self.merge.encoders[key]
+        written, decoded = encoder.encode(edit.exact, expert)
+        for stored_key, place, tensor in written:
+            whole = self.tensors[stored_key]
+            (whole if place is None else whole[place]).copy_(tensor)
+        is_known = key in self.changed or key not in self.merge.plan.changed
+        return decoded, not is_known and encoder.differ(edit.exact, edit.before)
 
     def result(self) -> dict[str, Any]:
         return {

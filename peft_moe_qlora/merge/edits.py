@@ -86,7 +86,8 @@ class StackEdit:
             delta = self.factors.scaling * (B @ A)
             exact = before + (delta.T if is_transposed else delta)
         for part in self.source.parts_of_expert(expert, checkpoint, places):
-            yield part, Edit(part.of(before), part.of(exact))
+            of_before = part.of(before)
+            yield part, Edit(of_before, of_before if exact is before else part.of(exact))
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ class MergePlan:
         return list({id(edit): edit for edits in self.of_experts.values() for edit, _ in edits}.values())
 
 
-def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, onto: str) -> MergePlan:
+def plan_merge(
+    base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, onto: str, every_stack: bool = False
+) -> MergePlan:
     """Settles what an adapter changes in the checkpoint of its base.
 
     Args:
@@ -154,6 +157,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
         checkpoint: its weights, in floating point.
         adapter: what is to be merged.
         onto: `"quantized"`: onto the weights that the training has seen; `"base"`: onto those of the checkpoint.
+        every_stack: plan an edit of stacks too that come out as they are.
 
     Raises:
         ValueError: the adapter belongs to another base, lacks what its config promises, or changes something that is
@@ -180,7 +184,7 @@ def plan_merge(base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, on
         if storage is not None and storage == checkpoint.storage_of(source.keys[0]):
             storage = None  # the checkpoint gives what the training has seen
         edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
-        if edit.factors is None and storage is None:
+        if edit.factors is None and storage is None and not every_stack:
             continue
         places = plan.places(source, checkpoint)
         features = [edit.features_of(of_part) for of_part in places.values()]

@@ -104,7 +104,9 @@ def _round(
     scales = []
     for expert, one in found.items():
         stored = one.weight.T if stack.is_transposed else one.weight
-        result.set_scales(expert, choose_scales(stored, stack.scales(_only(expert))[0], stack.storage, stack.parts))
+        before = {name: of[0] for name, of in stack.tensors_of(_only(expert)).items()}
+        scales_before = stack.scales(_only(expert))[0]
+        result.set_scales(expert, choose_scales(stored, scales_before, stack.storage, stack.parts), before)
         of_weights = result.scale_of_weights(expert)
         scales.append(of_weights.T if stack.is_transposed else of_weights)
     hessians = torch.stack([_hessian(one, moment_of_all) for one in found.values()])

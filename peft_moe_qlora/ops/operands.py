@@ -81,9 +81,7 @@ def packed_weight(stack: Stack) -> PackedWeight:
     if not isinstance(stack, QuantizedStack):
         raise TypeError(f"the kernels read DenseStack and QuantizedStack, not {type(stack).__name__}.")
     tensors = as_kernels_read(stack._parameters.values(), stack.storage)
-    return PackedWeight(
-        tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts, stack.storage_name
-    )
+    return PackedWeight(tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts, stack.storage_name)
 
 
 def as_kernels_read(tensors: Iterable[torch.Tensor], storage: Format) -> tuple[torch.Tensor, ...]:

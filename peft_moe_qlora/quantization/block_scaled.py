@@ -221,10 +221,18 @@ class BlockScaled(Format):
             return {"codes": codes}
         return {"codes": codes[:, ::2] | codes[:, 1::2] << 4}
 
-    def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:
+    def check_scales(self, scales: torch.Tensor) -> None:
+        """Makes sure that the kernels can decode by scales.
+
+        Raises:
+            ValueError: one is too large.
+        """
         if (scales >= SCALE_LIMIT).any():
             raise ValueError(
                 f"a block of a matrix has the scale {float(scales.max()):.3g}; less than {SCALE_LIMIT:g} was expected "
                 f"for {self}. Weights beyond {SCALE_LIMIT * self.largest_value:.3g} seem to be broken."
             )
+
+    def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:
+        self.check_scales(scales)
         return {"block_scales": scale_bits(scales, self.scale).view(self.grid(rows, columns, parts))}

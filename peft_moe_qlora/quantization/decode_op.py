@@ -1,7 +1,7 @@
 """Decoding as one operator of torch, for `torch.compile`.
 
-Traced, it is compiled into code that on a CPU gives wrong values where blocks are cut short (Inductor of torch 2.11 and
-2.14), and all that lies between codes and weights is kept for the backward.
+Traced, it is compiled into code that on a CPU gives wrong values where blocks are cut short (Inductor of torch 2.11
+and 2.14), and all that lies between codes and weights is kept for the backward.
 """
 
 from __future__ import annotations

@@ -82,6 +82,11 @@ class Format(ABC):
     scale_kind: ClassVar[str] = "fp32"
     """What the integers of the second tensor are the bits of; fp32 where scales take two steps to decode."""
 
+    second_level: ClassVar[str] = ""
+    """How scales of two steps are decoded, where there are more than two tensors. "map": the second tensor holds
+    numbers of a map, times the third for each 256, plus the fourth. "times" and "over": it holds FP8, to be multiplied
+    or divided by the third, which has one number for each part."""
+
     codes_per_byte: ClassVar[int] = 2
     """In the first tensor."""
 
@@ -157,6 +162,11 @@ def register_format(cls: type[Format]) -> type[Format]:
     """Lets `parse_format` find a format; a class decorator."""
     _FORMATS.append(cls)
     return cls
+
+
+def registered_formats() -> tuple[type[Format], ...]:
+    """All formats, in the order in which they were registered."""
+    return tuple(_FORMATS)
 
 
 def parse_format(text: str) -> Format:

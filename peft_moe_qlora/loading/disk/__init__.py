@@ -8,10 +8,18 @@ from .base import DiskLayout, PackedTensor, quant_method, weight_schemes
 from .bitsandbytes import BitsAndBytesLayout
 from .fp8 import Fp8Layout
 from .index import PackedIndex
-from .integers import Int8Layout
+from .integers import Int8Layout, PackedIntegersLayout
 from .mxfp4 import Mxfp4Layout
+from .nvfp4 import Nvfp4Layout
 
-LAYOUTS: list[type[DiskLayout]] = [BitsAndBytesLayout, Fp8Layout, Int8Layout, Mxfp4Layout]
+LAYOUTS: list[type[DiskLayout]] = [
+    BitsAndBytesLayout,
+    Fp8Layout,
+    Int8Layout,
+    PackedIntegersLayout,
+    Nvfp4Layout,
+    Mxfp4Layout,
+]
 """In the order in which they are asked."""
 
 

@@ -8,11 +8,15 @@ of 128, though they could be two of 96. Scales of inputs (`activation_scale`, `i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
+
+import torch
 
 from ...quantization.formats import Fp8Format
 from ..checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .base import DiskLayout, Group, Scheme
+from .for_engines import EngineLayout, Stored, register_engine_layout
 from .grid import GridTensor, check_matrix, only_scale, scale_kind
 
 TENSOR, CHANNEL, MX = (0, 0), (1, 0), (1, 32)
@@ -87,6 +91,66 @@ class Fp8Layout(DiskLayout):
             f"{' or '.join(str(list(shape)) for shape in expected)} was expected. Download the checkpoint again, or "
             "correct config.json."
         )
+
+
+@register_engine_layout
+class Fp8ForEngines(EngineLayout):
+    """As DeepSeek-V3 was published: blocks of 128 x 128 with scales in fp32, one expert and projection to a weight.
+
+    vLLM 0.33 and SGLang 0.5.23 read experts so, and all linear layers that `modules_to_not_convert` doesn't name. They
+    refuse experts whose width is no whole number of blocks, quantize inputs in runs of 128 columns, and put the layers
+    of a group under each other, of which only the last may end within a block.
+    """
+
+    name: ClassVar[str] = "fp8"
+    storage: ClassVar[Fp8Format] = Fp8Format()
+    linear: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("q_proj", "k_proj", "v_proj"),
+        ("o_proj",),
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+        ("q_b_proj",),
+        ("kv_b_proj",),
+        ("gate_proj", "up_proj"),
+        ("down_proj",),
+        ("w1", "w3"),
+        ("w2",),
+    )
+
+    def stored(self, key: str, rows: int, columns: int) -> dict[str, tuple[str, Stored]]:
+        return {
+            "codes": (key, Stored((rows, columns), torch.float8_e4m3fn)),
+            "block_scales": (f"{key}_scale_inv", Stored(self.storage.grid(rows, columns), torch.float32)),
+        }
+
+    def keys_of_stack(self, class_name: str, key: str, parts: int) -> list[str] | None:
+        path, _, name = key.rpartition(".")
+        if class_name not in _FUSED_IN_16_BITS:
+            return None
+        if name == "gate_up_proj" and parts == 2:
+            return [f"{path}.{{}}.gate_proj.weight", f"{path}.{{}}.up_proj.weight"]
+        return [f"{path}.{{}}.down_proj.weight"] if name == "down_proj" else None
+
+    def why_not(self, rows: int, columns: int) -> str | None:
+        misfits = [size for size, of_block in zip((rows, columns), self.storage.block) if size % of_block]
+        return f"{misfits[0]} is not a multiple of {self.storage.block[0]}" if misfits else None
+
+    def takes_linear(self, name: str, rows: int, columns: int) -> bool:
+        if name == "kv_a_proj_with_mqa":  # the last under each other
+            rows = self.storage.block[0]
+        return super().takes_linear(name, rows, columns)
+
+    def config(self, kept: Iterable[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(self.storage.block),
+            "modules_to_not_convert": list(kept),
+        }
+
+
+_FUSED_IN_16_BITS = frozenset({"Qwen3_5MoeExperts", "Qwen3VLMoeTextExperts"})
+"""Experts that are one tensor in checkpoints of 16 bits, and in those of FP8 that their makers publish one by one."""
 
 
 def _shapes_of_scales(weight: TensorInfo, storage: Fp8Format, parts: int) -> list[tuple[int, ...]]:

@@ -52,6 +52,10 @@ class GridTensor(PackedTensor):
         """What the file has, in the order of the format's tensors."""
         return self.codes, self.scales
 
+    def turned(self, codes: torch.Tensor) -> torch.Tensor:
+        """The file's codes as the format has them, and the other way round."""
+        return codes
+
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
         """Codes and scales, bit by bit.
 
@@ -63,6 +67,7 @@ class GridTensor(PackedTensor):
         for (name, spec), info in zip(self.storage.tensors(rows, columns, self.parts).items(), self.stored):
             tensor = checkpoint.read(info.key) if expert is None else checkpoint.read_slice(info.key, expert)[0]
             bits = tensor.contiguous().view(spec.dtype)
+            bits = self.turned(bits) if info is self.codes else bits
             # one scale may be for all parts
             found[name] = bits.expand(spec.shape).contiguous() if bits.numel() == 1 else bits.reshape(spec.shape)
         self._check_codes(found["codes"], expert)
@@ -70,6 +75,11 @@ class GridTensor(PackedTensor):
         scales = scales.view(found["block_scales"].shape)
         self._check_scales(found["codes"], scales, expert)
         self._check_magnitude(found["codes"], scales, expert)
+        if (scales >= SCALE_LIMIT).any():
+            raise CheckpointError(
+                f"{self.scales}{_of(expert)} has scales up to {float(scales.max()):.4g}; less than {SCALE_LIMIT:g} "
+                "was expected. Download the checkpoint again, or use the one in 16 bits."
+            )
         return found
 
     def write(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,7 +91,7 @@ class GridTensor(PackedTensor):
         found = {}
         for bits, info in zip(tensors.values(), self.stored):
             shape = info.shape[len(self.shape) - 2 :]
-            flat = bits.contiguous().flatten()
+            flat = (self.turned(bits) if info is self.codes else bits).contiguous().flatten()
             dtype = info.dtype or torch.uint8
             numel = math.prod(shape) * dtype.itemsize // flat.itemsize
             if numel < flat.numel() and (flat != flat[0]).any():
@@ -110,10 +120,6 @@ class GridTensor(PackedTensor):
             )
         if (scales < 0).any():
             raise CheckpointError(f"{where} has negative scales; positive ones were expected. {again}")
-        if (scales >= SCALE_LIMIT).any():
-            raise CheckpointError(
-                f"{where} has scales up to {float(scales.max()):.4g}; less than {SCALE_LIMIT:g} was expected. {again}"
-            )
         rows, columns = self.shape[-2:]
         if (scales == 0).any():
             of_weights = self.storage.scale_of_weights(scales, rows, columns, self.parts)

@@ -1,16 +1,23 @@
-"""Whole numbers as compressed-tensors publishes them: `int-quantized`, a byte each.
+"""Whole numbers as compressed-tensors publishes them: a byte each, or several to an integer of 32 bits.
 
-`NAME.weight` I8 `(out, in)`, `NAME.weight_scale` `(out, 1)` per channel, `(1,)` per tensor, or one for each group of
-columns or each block. A weight is code times scale; scales of inputs (`input_scale`) are not of weights. Zero points
-are not read: a format here is symmetric.
+- `int-quantized`: `NAME.weight` I8 `(out, in)`.
+- `pack-quantized`: `NAME.weight_packed` I32 `(out, in / 8)` of 4 bits, `(out, in / 4)` of 8, the first column in the
+  lowest; half of the range is added to each number, so that none is negative. `NAME.weight_shape` is `(out, in)`.
+
+`NAME.weight_scale` is `(out, 1)` per channel, `(1,)` per tensor, or one for each group of columns or each block. A
+weight is number times scale; scales of inputs (`input_scale`) are not of weights. Zero points and columns in another
+order are not read: a format here is symmetric, and its groups are of columns that follow each other.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from ...quantization.block_scaled import BlockScaled
-from ...quantization.formats import Int8Format
+from ...quantization.formats import Int4Format, Int8Format
 from ..checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .base import DiskLayout, Group, Scheme
 from .grid import GridTensor, only_scale, scale_kind
@@ -24,6 +31,8 @@ _BESIDE = {
     ".input_scale": ".weight",
     ".input_zero_point": ".weight",
     ".weight_scale": ".weight",
+    ".weight_shape": ".weight",
+    ".weight_packed": ".weight",
 }
 _REFUSED = {
     ".weight_zero_point": "zero points of weights, which stand for values that are not symmetric around 0",
@@ -61,9 +70,105 @@ class Int8Layout(DiskLayout):
         if len(weight.shape) != 2 or weight.numel == 0:
             raise CheckpointError(f"{weight}: one matrix (out, in) was expected.")
         scales, kind = _scales_of(weight, group, self.describing)
-        storages = [Int8Format(block, kind) for block in self.blocks]
-        storage = _fitting(weight, weight.shape, scales, storages, parts)
+        shapes = {Int8Format(block, kind): weight.shape for block in self.blocks}
+        storage = _fitting(weight, shapes, scales, parts)
         return GridTensor(group.key, weight.shape, storage, group.keys, weight, scales, parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedIntegers(GridTensor):
+    """A weight of several numbers to an integer of 32 bits.
+
+    Args:
+        shape_info: the tensor that says how many rows and columns there are.
+        num_bits: of a number.
+    """
+
+    shape_info: TensorInfo
+    num_bits: int
+
+    def turned(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes ^ 128 if self.num_bits == 8 else codes  # 128 more, or two's complement
+
+    def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
+        """Codes and scales.
+
+        Raises:
+            CheckpointError: likewise, or the weight is said to be of another shape.
+        """
+        found = checkpoint.read(self.shape_info.key).tolist()
+        if found != list(self.shape):
+            raise CheckpointError(
+                f"{self.shape_info} says that {self.codes} is of {found}; {list(self.shape)} was expected, by "
+                f"{32 // self.num_bits} columns to an integer. Rows that end within one are not read. {_INSTEAD}"
+            )
+        return super().read(checkpoint, expert)
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            **super().write(tensors),
+            self.shape_info.key: torch.tensor(self.shape, dtype=self.shape_info.dtype),
+        }
+
+
+class PackedIntegersLayout(DiskLayout):
+    """int4 and int8 by compressed-tensors, packed into integers of 32 bits.
+
+    Args:
+        schemes: likewise.
+
+    Raises:
+        CheckpointError: a scheme has zero points, columns in another order, or blocks of no size.
+    """
+
+    endings: ClassVar[dict[str, str]] = _BESIDE
+    describing: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight_shape")
+
+    def __init__(self, schemes: list[Scheme]) -> None:
+        super().__init__(schemes)
+        _blocks(schemes)
+        self.blocks = list(dict.fromkeys((scheme["num_bits"], _block(scheme)) for scheme in schemes))
+
+    @classmethod
+    def reads(cls, scheme: Scheme) -> bool:
+        if _is_of(scheme, 4, "pack-quantized"):
+            return scheme["strategy"] in ("channel", "group")
+        return _is_of(scheme, 8, "pack-quantized")
+
+    def codes_of(self, group: Group) -> str | None:
+        info = group.tensors.get(".weight_packed")
+        return info.key if info is not None and info.dtype_name == "I32" else None
+
+    def packed_tensor(self, checkpoint: Checkpoint, group: Group, parts: int = 1) -> PackedIntegers:
+        weight = group.tensors[".weight_packed"]
+        if "" in group.tensors:
+            raise CheckpointError(
+                f"{weight} and {group.tensors['']} are both the weight {group.key}; one was expected. The checkpoint "
+                "is a mixture of two; download it again."
+            )
+        if len(weight.shape) != 2 or weight.numel == 0:
+            raise CheckpointError(f"{weight}: one matrix (out, integers of a row) was expected.")
+        scales, kind = _scales_of(weight, group, (".weight_scale",))
+        shape_info = group.tensors.get(".weight_shape")
+        if shape_info is None or shape_info.shape != (2,) or shape_info.dtype not in (torch.int32, torch.int64):
+            raise CheckpointError(
+                f"{weight} has {'no shape' if shape_info is None else shape_info} beside it; I32 or I64 [2] was "
+                f"expected as {group.key.removesuffix('.weight')}.weight_shape. The checkpoint is incomplete; "
+                "download it again, or use the one in 16 bits."
+            )
+        rows, integers = weight.shape
+        storages = {
+            Int4Format(block, kind) if num_bits == 4 else Int8Format(block, kind): num_bits
+            for num_bits, block in self.blocks
+        }
+        storage = _fitting(
+            weight, {one: (rows, integers * 32 // bits) for one, bits in storages.items()}, scales, parts
+        )
+        num_bits = storages[storage]
+        return PackedIntegers(
+            group.key, (rows, integers * 32 // num_bits), storage, group.keys, weight, scales, parts,
+            shape_info=shape_info, num_bits=num_bits,
+        )  # fmt: skip
 
 
 def _is_of(scheme: Scheme, num_bits: int, layout: str) -> bool:
@@ -100,7 +205,9 @@ def _block(scheme: Scheme) -> tuple[int, int]:
     sizes = [1, found] if strategy == "group" else found
     is_pair = isinstance(sizes, (list, tuple)) and len(sizes) == 2
     if not is_pair or not all(type(size) is int and 0 < size <= _LARGEST for size in sizes):
-        expected = "columns of a group, such as 128," if strategy == "group" else "rows and columns, such as [128, 128],"
+        expected = (
+            "columns of a group, such as 128," if strategy == "group" else "rows and columns, such as [128, 128],"
+        )
         raise CheckpointError(
             f"quantization_config has {name}={found!r:.200}; {expected} were expected. Correct config.json, as the "
             "model card has it."
@@ -131,22 +238,27 @@ def _scales_of(weight: TensorInfo, group: Group, endings: tuple[str, ...]) -> tu
 
 
 def _fitting(
-    weight: TensorInfo, shape: tuple[int, ...], scales: TensorInfo, storages: list[BlockScaled], parts: int
+    weight: TensorInfo, found: dict[BlockScaled, tuple[int, int]], scales: TensorInfo, parts: int
 ) -> BlockScaled:
-    """The storage whose grid the scales of a `(rows, columns)` matrix are.
+    """The storage on whose grid the scales are.
+
+    Args:
+        weight: the tensor of codes.
+        found: storage -> rows and columns that the weight then has.
+        scales: of the weight.
+        parts: of the weight.
 
     Raises:
         CheckpointError: there is none.
     """
     expected: list[tuple[int, ...]] = []
-    for storage in storages:
+    for storage, shape in found.items():
         shapes = [(), (1,)] if storage.block == _SIZES["tensor"] else [storage.grid(*shape, parts)]
         if scales.shape in shapes:
             return storage
         expected += shapes
-    blocks = " or ".join(str(storage) for storage in storages)
     raise CheckpointError(
-        f"{scales} doesn't fit {weight}: with the blocks that quantization_config declares ({blocks}), "
-        f"{' or '.join(str(list(one)) for one in expected)} was expected. Download the checkpoint again, or correct "
-        "config.json."
+        f"{scales} doesn't fit {weight}: with the blocks that quantization_config declares "
+        f"({' or '.join(map(str, found))}), {' or '.join(str(list(one)) for one in expected)} was expected. Download "
+        "the checkpoint again, or correct config.json."
     )

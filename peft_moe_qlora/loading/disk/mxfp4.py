@@ -10,11 +10,15 @@ Codes are e2m1, two to a byte with the even column in the low half; scales are b
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
 
 from ...quantization.formats import Mxfp4Format
 from ..checkpoint import Checkpoint, CheckpointError
 from .base import DiskLayout, Group, Scheme
+from .for_engines import EngineLayout, Stored, register_engine_layout
 from .grid import GridTensor, check_matrix, only_scale, scale_kind
 
 _STORAGE = Mxfp4Format()
@@ -94,3 +98,30 @@ class Mxfp4Layout(DiskLayout):
                 f"of two for {_BLOCK} columns. Download the checkpoint again, or use the one in 16 bits."
             )
         return GridTensor(group.key, (*leading, columns), _STORAGE, group.keys, weight, scales, parts)
+
+
+@register_engine_layout
+class Mxfp4ForEngines(EngineLayout):
+    """As gpt-oss was published, the only class whose experts engines read so; nothing else of it is quantized."""
+
+    name: ClassVar[str] = "mxfp4"
+    storage: ClassVar[Mxfp4Format] = _STORAGE
+
+    def stored(self, key: str, rows: int, columns: int) -> dict[str, tuple[str, Stored]]:
+        num_blocks = columns // _BLOCK
+        return {
+            "codes": (f"{key}_blocks", Stored((rows, num_blocks, _BLOCK // 2), torch.uint8)),
+            "block_scales": (f"{key}_scales", Stored((rows, num_blocks), torch.uint8)),
+        }
+
+    def keys_of_stack(self, class_name: str, key: str, parts: int) -> list[str] | None:
+        return [key] if class_name == "GptOssExperts" else None
+
+    def takes_single_experts(self, class_name: str) -> bool:
+        return False
+
+    def why_not(self, rows: int, columns: int) -> str | None:
+        return f"{columns} is not a multiple of {_BLOCK}" if columns % _BLOCK else None
+
+    def config(self, kept: Iterable[str]) -> dict[str, Any]:
+        return {"quant_method": "mxfp4", "modules_to_not_convert": list(kept)}

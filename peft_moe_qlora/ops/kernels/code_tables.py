@@ -83,13 +83,16 @@ def decode_codes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
     return first, second
 
 
-@register_decoder("nf4", "fp4", "e2m1")
+_LOW_FIRST = {"e2m1": e2m1_values(torch.device("cpu")), "int4": torch.arange(-8, 8, dtype=torch.float32)}
+"""Values of the codes of which the first of two is in the low half of a byte."""
+
+
+@register_decoder(*QUANT_TYPES, *_LOW_FIRST)
 def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
     """The table of a format in a dtype."""
     unit = _UNITS.get((codes, dtype), 1.0)
-    is_high_first = codes in QUANT_TYPES
-    cpu = torch.device("cpu")
-    exact = code_values(codes, cpu) if is_high_first else e2m1_values(cpu)
+    is_high_first = codes not in _LOW_FIRST
+    exact = code_values(codes, torch.device("cpu")) if is_high_first else _LOW_FIRST[codes]
     values = (exact.double() * unit).to(dtype)
     if not on_nvidia:
         assembly, scaled = "", ""

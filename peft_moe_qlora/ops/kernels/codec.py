@@ -28,6 +28,7 @@ class Codec:
         block: rows and columns that share a scale, the columns a power of two.
         part_rows: rows that are blocked apart.
         scale: kind of the scales, fp32 as it is or by its bits.
+        second_level: how scales of two steps are decoded, as `Format` has it.
         values: that 16 codes stand for, for the portable way: a chain of selects.
         assembly: PTX of `look_up`; "" for the portable way.
         scaled_assembly: PTX of `decode`.
@@ -43,6 +44,7 @@ class Codec:
     block: tuple[int, int] = (1, 1)
     part_rows: int = 0
     scale: str = "fp32"
+    second_level: str = ""
     values: tuple[float, ...] = ()
     assembly: str = ""
     scaled_assembly: str = ""
@@ -59,7 +61,8 @@ class Codec:
 
     def __repr__(self) -> str:
         # a part of the names of compiled functions
-        return f"{self.name}_{self.block[0]}x{self.block[1]}_{self.part_rows}_{self.scale}".replace(" ", "_")
+        scale = f"{self.scale}{self.second_level}"
+        return f"{self.name}_{self.block[0]}x{self.block[1]}_{self.part_rows}_{scale}".replace(" ", "_")
 
     @property
     def cache_key(self) -> str:
@@ -125,6 +128,7 @@ def codec_for(
         part_rows=rows // parts,
         # scales that take two steps come as fp32
         scale="fp32" if is_nested else storage.scale_kind,
+        second_level=storage.second_level if is_nested else "",
         **decoder._asdict(),
     )
 

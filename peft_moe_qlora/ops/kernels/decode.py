@@ -11,10 +11,13 @@ from ...quantization.formats.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
 from . import code_tables, e4m3, int8  # noqa: F401 - they register what decodes
 from .codec import Codec, codec_of
+from .e4m3 import e4m3_value
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
+_ONE = tl.constexpr(0x3F800000)
+"""The bits of 1 in fp32."""
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def weight_tile(
     W,
     SCALES,
     expert,
-    row,
+    row_tile,
     column_tile,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -69,6 +72,7 @@ def weight_tile(
         W: `(E, ROWS, COLUMNS / 2)` pairs of codes, or `(E, ROWS, COLUMNS)` in 16 bits.
         SCALES: `(E, rows of the grid, columns of the grid)`.
     """
+    row = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     is_row = (row < ROWS)[:, None]
     if not CODEC.is_packed:
         column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -95,12 +99,19 @@ def weight_tile(
         else:
             codes = tl.load(place)
         GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+        BLOCK_ROWS: tl.constexpr = CODEC.block_rows
+        PART_ROWS: tl.constexpr = CODEC.part_rows
         place = SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC)
-        place = place + _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
-        if MASK_ROWS or MASK_COLUMNS:
-            scale = tl.load(place, mask=is_row & (block < GRID_COLUMNS)[None, :], other=0)
+        if BLOCK_ROWS % TILE_ROWS == 0 and PART_ROWS % BLOCK_ROWS == 0 and TILE_COLUMNS <= BLOCK:
+            # one scale for the whole tile
+            place += row_tile // (BLOCK_ROWS // TILE_ROWS) * GRID_COLUMNS + column_tile // (BLOCK // TILE_COLUMNS)
+            scale = tl.load(place + tl.zeros((1, 1), tl.int32))
         else:
-            scale = tl.load(place)
+            place = place + _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
+            if MASK_ROWS or MASK_COLUMNS:
+                scale = tl.load(place, mask=is_row & (block < GRID_COLUMNS)[None, :], other=0)
+            else:
+                scale = tl.load(place)
         UNIT: tl.constexpr = CODEC.unit
         KIND: tl.constexpr = CODEC.scale
         scale = as_scale(scale, KIND) * (1 / UNIT)
@@ -182,6 +193,14 @@ def load_scales(
 
 
 @triton.jit
+def with_second_level(bits, whole, LEVEL: tl.constexpr):
+    """fp32 scales of blocks, of their bits in FP8 and the bits of the fp32 scale that all of a part have."""
+    scale = e4m3_value(bits.to(tl.int32), tl.float32)
+    whole = as_scale(whole, "fp32")
+    return scale * whole if LEVEL == "times" else tl.div_rn(scale, whole)
+
+
+@triton.jit
 def block_scales(
     SCALES,
     NESTED,
@@ -200,10 +219,16 @@ def block_scales(
     GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     is_block = (row < ROWS)[:, None] & (block < GRID_COLUMNS)[None, :]
     place = _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
-    if IS_NESTED:
+    LEVEL: tl.constexpr = CODEC.second_level
+    if LEVEL == "map":
         return load_scales(
             SCALES, NESTED, OFFSET, MAP, expert, place, is_block, _grid_size(ROWS, COLUMNS, CODEC), IS_NESTED
         )
+    elif IS_NESTED:
+        PART: tl.constexpr = CODEC.part_rows
+        bits = tl.load(SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
+        whole = tl.load(NESTED + expert * (ROWS // PART) + row // PART, mask=row < ROWS, other=_ONE)
+        return with_second_level(bits, whole[:, None], LEVEL)
     else:
         bits = tl.load(SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
         KIND: tl.constexpr = CODEC.scale
@@ -258,10 +283,10 @@ def _decode_grid_kernel(
     """
     TILES: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     expert = first_expert + tl.program_id(1)
-    row = tl.program_id(0) // TILES * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column_tile = tl.program_id(0) % TILES
+    row_tile, column_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    row = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     tile = weight_tile(
-        CODES, SCALES, expert, row, column_tile, ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS,
+        CODES, SCALES, expert, row_tile, column_tile, ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS,
         ROWS % TILE_ROWS != 0, COLUMNS % TILE_COLUMNS != 0, CODEC, tl.float32,
     )  # fmt: skip
     column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -273,17 +298,21 @@ DECODE_BYTES = 4096
 
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
-    """Codes, absmax, nested absmax, offset and dynamic map of a packed weight; the codes stand for what is absent."""
+    """Codes, scales, what these need, and dynamic map of a packed weight; the codes stand for what is absent."""
     first = weight.tensors[0]
-    if weight.is_nested:
+    if _has_map(weight):
         return (*weight.tensors, dynamic_map(first.device))
     return (*weight.tensors, *[first] * (5 - len(weight.tensors)))
+
+
+def _has_map(weight: PackedWeight) -> bool:
+    return weight.is_nested and weight.storage.second_level == "map"
 
 
 def frozen_tensors(*weights: PackedWeight) -> tuple[torch.Tensor, ...]:
     """Every tensor that kernels read of these weights."""
     tensors = tuple(tensor for weight in weights for tensor in weight.tensors)
-    if any(weight.is_nested for weight in weights):
+    if any(_has_map(weight) for weight in weights):
         tensors += (dynamic_map(tensors[0].device),)
     return tensors
 
@@ -296,22 +325,48 @@ def _plain_scales_kernel(ABSMAX, NESTED, OFFSET, MAP, OUT, NUM_BLOCKS: tl.conste
     tl.store(OUT + expert.to(tl.int64) * NUM_BLOCKS + block, scale, mask=block < NUM_BLOCKS)
 
 
+@triton.jit
+def _plain_scales_of_parts_kernel(
+    SCALES,
+    WHOLE,
+    OUT,
+    NUM_BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEVEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = expert.to(tl.int64) * NUM_BLOCKS + block
+    bits = tl.load(SCALES + place, mask=block < NUM_BLOCKS, other=0)
+    part = block // (NUM_BLOCKS // PARTS)
+    whole = tl.load(WHOLE + expert * PARTS + part, mask=block < NUM_BLOCKS, other=_ONE)
+    tl.store(OUT + place, with_second_level(bits, whole, LEVEL), mask=block < NUM_BLOCKS)
+
+
 def with_plain_scales(weight: PackedWeight) -> PackedWeight:
     """The same weight with fp32 scales, which a product can load ahead of time; nested ones take two steps."""
     if not weight.is_nested:
         return weight
-    codes, absmax = weight.tensors[:2]
-    plain = allocate(absmax.shape, torch.float32, absmax.device)
-    num_blocks = absmax.shape[1]
-    launch(
-        _plain_scales_kernel,
-        (cdiv(num_blocks, 1024), weight.num_experts),
-        (*kernel_tensors(weight)[1:], plain),
-        (),
-        enable_fp_fusion=False,
-        NUM_BLOCKS=num_blocks,
-        BLOCK=1024,
-    )
+    codes, scales = weight.tensors[:2]
+    plain = allocate(scales.shape, torch.float32, scales.device)
+    num_blocks = scales[0].numel()
+    grid = (cdiv(num_blocks, 1024), weight.num_experts)
+    if _has_map(weight):
+        tensors = (*kernel_tensors(weight)[1:], plain)
+        launch(_plain_scales_kernel, grid, tensors, (), enable_fp_fusion=False, NUM_BLOCKS=num_blocks, BLOCK=1024)
+    else:
+        launch(
+            _plain_scales_of_parts_kernel,
+            grid,
+            (*weight.tensors[1:], plain),
+            (),
+            enable_fp_fusion=False,
+            NUM_BLOCKS=num_blocks,
+            PARTS=weight.parts,
+            LEVEL=weight.storage.second_level,
+            BLOCK=1024,
+        )
     return weight._replace(tensors=(codes, plain))
 
 

@@ -15,7 +15,7 @@ from .codec import Decoder, as_pairs, register_decoder, split_pairs
 
 
 @triton.jit
-def _by_parts(code, DTYPE: tl.constexpr):
+def e4m3_value(code, DTYPE: tl.constexpr):
     """The portable way: from exponent and mantissa. Normal numbers only, which no mode of a device flushes."""
     exponent, mantissa = (code >> 3) & 15, code & 7
     significand = tl.where(exponent > 0, mantissa + 8, mantissa).to(tl.float32)
@@ -30,8 +30,8 @@ def look_up_e4m3(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
     """Pairs of codes to the values of their first and of their second ones, which 16 bits hold exactly."""
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
-        first = _by_parts(codes.to(tl.int32) & 255, DTYPE)
-        second = _by_parts((codes.to(tl.int32) >> 8) & 255, DTYPE)
+        first = e4m3_value(codes.to(tl.int32) & 255, DTYPE)
+        second = e4m3_value((codes.to(tl.int32) >> 8) & 255, DTYPE)
     elif tl.float32 == DTYPE:
         first, second = tl.inline_asm_elementwise(
             ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.float32, tl.float32), is_pure=True, pack=2

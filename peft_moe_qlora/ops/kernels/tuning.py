@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,15 +56,18 @@ class TuningTable:
         entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is a format's `kernel_codes`,
             `packed` for those that have no entries of their own, or `dense`, and along says whether the contraction
             runs along the stored `columns` or `rows`.
+        like: `kernel_codes` that take the entries of others, which are of the same size.
     """
 
     device: str
     most_pairs_without_sorting: int
     entries: tuple[tuple[str, str, float, GemmTiles], ...]
+    like: Mapping[str, str]
 
     def choose(self, codes: str | None, along_columns: bool, rows_per_expert: float) -> GemmTiles:
         """The tiles for weights of some `kernel_codes`, None for weights in 16 bits."""
         measured = {weight for weight, *_ in self.entries}
+        codes = self.like.get(codes, codes)
         weight = "dense" if codes is None else codes if codes in measured else "packed"
         wanted = (weight, "columns" if along_columns else "rows")
         return next(
@@ -85,7 +89,7 @@ def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
         most_rows = entry["rows_per_expert"]
         tiles = GemmTiles(**{**entry["tiles"], "heights": tuple(entry["tiles"]["heights"])})
         entries.append((entry["weight"], entry["along"], float("inf") if most_rows is None else most_rows, tiles))
-    return TuningTable(data["device"], data["most_pairs_without_sorting"], tuple(entries))
+    return TuningTable(data["device"], data["most_pairs_without_sorting"], tuple(entries), data.get("like", {}))
 
 
 @cache

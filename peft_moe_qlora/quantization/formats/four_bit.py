@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from bitsandbytes import functional as bnb
@@ -49,6 +50,8 @@ class FourBitFormat(Format):
     quant_type: str = "nf4"
     blocksize: int = 64
     double_quant: bool = False
+
+    second_level: ClassVar[str] = "map"
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
