@@ -36,7 +36,7 @@ class BaseIdentity:
     Args:
         model_type: of transformers.
         dtype: that weights were cast to before they were quantized, such as `"bfloat16"`.
-        dense_stacks: experts that were left in `dtype` although the others are in 4 bits.
+        dense_stacks: experts that were left in `dtype` although the others are quantized.
         linear: format, such as `"nf4/64+dq"` -> linear layers stored in it; `*` stands for any number.
         samples: name of a stack -> scales of the first blocks of expert 0, or its first weights.
     """

@@ -66,7 +66,7 @@ def _reach(config: MoeQLoraConfig) -> tuple[Any, ...]:
 
 @dataclass
 class MoeQLoraConfig(LoraConfig):
-    """LoRA on the fused experts of a MoE model, stored in 4 bits, and on any of its linear layers.
+    """LoRA on the fused experts of a MoE model, stored in 4 bits or another format, and on any of its linear layers.
 
     Every option of `LoraConfig` either holds for experts as it does for linear layers, or is refused.
 

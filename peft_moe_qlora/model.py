@@ -21,7 +21,7 @@ from .factor_shapes import check_factor_shapes, check_stored_layers, check_store
 from .layer import BASE, ExpertsLora
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge import MergeCheck, in_memory
-from .quantization import Stack
+from .quantization import FourBitFormat, Stack
 from .quantized_linear import QuantizedLinear
 from .quantized_linear_lora import QuantizedLinearLora
 from .report import ExpertsReport, experts_report
@@ -98,6 +98,7 @@ class MoeQLoraModel(LoraModel):
         settle_base(peft_config, recorded, identify_base(model, stacks))
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
+        _adopt_format(config, self.model)  # before it is compared with that of the other adapters
         super()._check_new_adapter_config(config)
         for name, other in self.peft_config.items():
             if other.format != config.format:
@@ -311,7 +312,7 @@ class MoeQLoraModel(LoraModel):
                 with dequantized and merged stacks, and the model as `from_pretrained(dtype=dtype)` would, ready for
                 `save_pretrained`. Linear layers of bitsandbytes stay in 4 bits; a `QuantizedLinear` becomes an
                 `nn.Linear`.
-            rounding: of experts in 4 bits, `"second-order"` or `"nearest"`, which needs no forward.
+            rounding: of quantized experts, `"second-order"` or `"nearest"`, which needs no forward.
             calibration: `(N, L)` token ids for the forward. Default: `random_token_ids`.
 
         Returns:
@@ -362,13 +363,14 @@ class MoeQLoraModel(LoraModel):
 
 
 def _adopt_format(config: MoeQLoraConfig, model: nn.Module) -> None:
-    """Lets a new config that names no format ask for the one that a model was loaded in.
+    """Lets a new config ask for the format that a model was loaded in, if it asks for none itself; changes the config.
 
-    Where `quant_type` could name that, it has to, as ever: its default may be meant.
+    Where `quant_type` could name the format, it has to, as ever: its default may be meant.
     """
     found = stored_format(model)
-    if config.storage is None and not config.is_read and found is not None:
-        asked = copy.copy(config)
-        asked.set_format(found)
-        if asked.storage is not None:
-            config.set_format(found)
+    if config.is_read or config.format != FourBitFormat() or found is None:
+        return
+    asked = copy.copy(config)
+    asked.set_format(found)
+    if asked.storage is not None:
+        config.set_format(found)

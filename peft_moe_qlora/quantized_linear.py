@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from .ops import decode_matrix
 from .quantization import Fidelity, Format, parse_format
+from .quantization.stack import check_names
 
 
 class DecodedWeight(torch.Tensor):
@@ -151,6 +152,8 @@ class QuantizedLinear(nn.Linear):
         self.storage_name = str(storage)  # torch.compile can't put numbers into text
         self._dtype = dtype or torch.get_default_dtype()
         specs = storage.tensors(out_features, in_features)
+        check_names(specs, self, storage)
+        storage.check_shape(out_features, in_features)
         self._names = tuple(specs)
         for name, spec in specs.items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
@@ -184,7 +187,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        return self._parameters["codes"].device
+        return self._parameters[self._names[0]].device
 
     @property
     def _shape(self) -> list[int]:

@@ -25,7 +25,7 @@ FORMATS = {
         "e4m3 with a scale for each block of rows and columns, row or matrix; the last is MXFP8",
     ),
     "Mxfp4Format": ("`mxfp4`", "e2m1 with a power of two for 32 columns (OCP MX)"),
-    "Int8Format": ("`int8/channel`, `int8/1x128`", "whole numbers from -127 to 127"),
+    "Int8Format": ("`int8/channel`, `int8/1x128`", "whole numbers from -128 to 127"),
     "Int4Format": ("`int4/32`, `int4/128`", "whole numbers from -8 to 7 in groups of columns"),
     "Nvfp4Format": ("`nvfp4`", "e2m1 with an e4m3 scale for 16 columns and an fp32 scale for the matrix"),
 }

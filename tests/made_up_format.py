@@ -13,7 +13,7 @@ from peft_moe_qlora.quantization.block_scaled import BlockScaled
 @register_format
 @dataclass(frozen=True)
 class SixBits(BlockScaled):
-    """Whole numbers from -31 to 31."""
+    """Whole numbers from -32 to 31."""
 
     block: tuple[int, int] = (16, 16)
     scale: str = "bf16"
@@ -33,7 +33,7 @@ class SixBits(BlockScaled):
         return codes.float() - 32
 
     def nearest_values(self, ratios: torch.Tensor) -> torch.Tensor:
-        return (ratios.round().clamp(-31, 31) + 32).to(torch.uint8)
+        return (ratios.round().clamp(-32, 31) + 32).to(torch.uint8)
 
     def store_codes(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         a, b, c, d = codes.unflatten(1, (-1, 4)).unbind(2)

@@ -305,3 +305,52 @@ def test_nothing_else_names_a_format(name):
         if re.search(rf"(?<![a-z]){name}", code, flags=re.IGNORECASE):
             found.append(file.relative_to(PACKAGE).as_posix())
     assert not found
+
+
+@pytest.mark.parametrize("storage", GRIDS, ids=str)
+def test_weights_that_stay_keep_their_codes(storage):
+    """All codes, those that no fresh scale asks for too."""
+    rows, columns = 32, 256
+    stack = QuantizedStack.from_dense(torch.randn(1, rows, columns), False, storage)
+    codes = torch.arange(rows * columns).view(rows, columns) % (256 if storage.codes_per_byte == 1 else 16)
+    codes = codes % 64 if isinstance(storage, SixBits) else codes
+    values = storage.values(codes.to(torch.uint8))
+    stack.set_codes(0, torch.where(values.isfinite(), codes, 0).to(torch.uint8))
+    stored = {name: tensor[0] for name, tensor in stack.tensors.items()}
+    exact = stack.decode_expert(0, torch.float32)
+    again = stack.like_this()
+    again.set_tensors(0, storage.requantize(exact, stored))
+    assert torch.equal(again.decode_expert(0, torch.float32), exact)
+
+
+def test_parts_are_of_what_goes_out():
+    """Rows of a transposed stack are inputs, of which there may be an odd number."""
+    stack = QuantizedStack.from_dense(torch.randn(2, 65, 128), True, FourBitFormat(), 2)
+    assert stack.parts == 1
+
+
+def test_a_tensor_may_not_be_called_like_something_of_the_module():
+    class Taken(SixBits):
+        def tensors(self, rows: int, columns: int, parts: int = 1) -> dict:
+            return {"scales": super().tensors(rows, columns, parts)["codes"]}
+
+    with pytest.raises(ValueError, match="calls a tensor 'scales'"):
+        QuantizedStack(torch.Size((1, 32, 32)), torch.float32, False, Taken())
+
+
+def test_two_requests_for_a_format():
+    with pytest.raises(ValueError, match="ask for two formats"):
+        MoeQLoraConfig(storage="fp8/128x128", quant_type="fp4")
+    with pytest.raises(ValueError, match="ask for two formats"):
+        MoeQuantizationConfig("fp4", storage="fp8/128x128")
+
+
+def test_a_second_adapter_takes_the_format_of_the_model():
+    model = tiny_model()
+    quantize_experts(model, storage="fp8/16x32", progressbar=False)
+    model = get_peft_model(model, MoeQLoraConfig(r=4))
+    model.add_adapter("second", MoeQLoraConfig(r=2))
+    assert model.peft_config["second"].storage == "fp8/16x32"
+    for asked in (MoeQLoraConfig(quant_type="fp4"), MoeQLoraConfig(quant_type=None)):
+        with pytest.raises(ValueError, match="share its experts"):
+            model.add_adapter("third", asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.merge.checkpoint import merge_checkpoint
 from peft_moe_qlora.merge.quantized import merge_quantized
+from peft_moe_qlora.merge.unmerged import load_unmerged, plan_unmerged
 
 TARGETS = ["experts", "q_proj", "o_proj"]
 
@@ -58,7 +60,8 @@ class TestInto16Bits:
         assert not [key for key in tensors if "scale" in key or "packed" in key]
         packed = [key for key in tensors if "proj" in key and key.endswith("weight")]
         assert packed
-        assert {tensors[key].dtype for key in packed} == {torch.bfloat16}
+        config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+        assert {tensors[key].dtype for key in packed} == {getattr(torch, config["dtype"])}
         index = json.loads((merged / "model.safetensors.index.json").read_text(encoding="utf-8"))
         assert index["weight_map"].keys() == tensors.keys()
 
@@ -187,3 +190,85 @@ def test_another_base_is_refused(tmp_path):
     for merge in (merge_checkpoint, lambda *where: merge_quantized(*where, "fp8")):
         with pytest.raises(ValueError, match="other weights"):
             merge(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged")
+
+
+def trained(base: Path, adapter: Path, config: MoeQuantizationConfig | None = None, **options) -> torch.Tensor:
+    model = load_quantized(base, config, dtype=torch.float32, device_map="cpu")
+    model = get_peft_model(model, MoeQLoraConfig(r=4, **options))
+    randomize_adapter(model)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.25)
+    model.save_pretrained(adapter)
+    return logits(model.eval(), token_ids())
+
+
+def test_what_was_decoded_in_the_model_is_rounded_again_not_cast(tmp_path):
+    """A router in FP8 that is trained in full: its codes have the key that the weight has."""
+    is_packed = re.compile(r"(_proj|mlp\.gate)\.weight$").search
+    publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"], 1, lambda key: is_packed(key) is not None)
+    expected = trained(tmp_path / "base", tmp_path / "adapter", modules_to_save=["gate"], target_modules=["experts"])
+    merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", "fp8", progressbar=False)
+    merged = load_quantized(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
+    base = load_quantized(tmp_path / "base", dtype=torch.float32, device_map="cpu")
+    gate = merged.model.layers[0].mlp.gate.weight
+    torch.testing.assert_close(gate, 1.25 * base.model.layers[0].mlp.gate.weight, rtol=0.07, atol=1e-3)
+    assert (logits(merged, token_ids()) - expected).abs().mean() < 0.5 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("layout", ["fp8", "int4 in groups of 64, fp16 scales", "nvfp4", "compressed, mxfp4"])
+def test_the_layout_of_the_base_is_not_written_for_experts_in_another_format(layout, tmp_path):
+    publish(qwen(), tmp_path / "base", PER_EXPERT[layout])
+    trained(tmp_path / "base", tmp_path / "adapter", MoeQuantizationConfig(quantize_linear=False))
+    places = tmp_path / "base", tmp_path / "adapter"
+    with pytest.raises(ValueError, match="not quantized by others in nf4/64"):
+        merge_quantized(*places, tmp_path / "merged", "nf4", layout="base", progressbar=False)
+    merge_quantized(*places, tmp_path / "merged", "nf4", progressbar=False)
+    merged = load_quantized(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
+    assert str(merged.model.layers[0].mlp.experts.down_proj.storage) == "nf4/64"
+
+
+LOADED = {
+    "as stored": None,
+    "linear layers decoded": MoeQuantizationConfig(
+        storage="as stored", quantize_linear=False, packed_linear="16 bits"
+    ),
+    "linear layers in 4 bits": MoeQuantizationConfig(storage="as stored", packed_linear="4 bits"),
+    "experts in 4 bits": MoeQuantizationConfig(quantize_linear=False),
+    "experts in int8": MoeQuantizationConfig(storage="int8/channel", quantize_linear=False),
+}
+
+
+@pytest.mark.parametrize("config", LOADED.values(), ids=LOADED.keys())
+def test_the_base_is_loaded_again_as_it_was_trained(config, tmp_path):
+    """By what runs the live adapter beside the merge."""
+    publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
+    expected = trained(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        config,
+        target_modules=["experts", "q_proj"],
+        storage=config and config.storage if config and config.storage != "as stored" else None,
+    )
+    model = load_unmerged(plan_unmerged(tmp_path / "base", tmp_path / "adapter", torch.float32), "cpu")
+    torch.testing.assert_close(logits(model, token_ids()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_that_were_packed_are_not_made_of_a_base_in_16_bits(tmp_path):
+    publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
+    trained(tmp_path / "base", tmp_path / "adapter", target_modules=["experts", "q_proj"])
+    qwen().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="fp8/128x128"):
+        plan_unmerged(tmp_path / "dense", tmp_path / "adapter")
+
+
+def test_a_packed_head_is_adapted_and_merged(tmp_path):
+    """PEFT saves its codes beside the factors."""
+    is_packed = re.compile(r"(_proj|lm_head)\.weight$").search
+    publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"], 1, lambda key: is_packed(key) is not None)
+    expected = trained(tmp_path / "base", tmp_path / "adapter", target_modules=["experts", "lm_head"])
+    merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32, progressbar=False
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=1e-4, atol=1e-4)

@@ -73,7 +73,7 @@ def test_the_method_is_named_with_what_to_do(config, name, saved, tmp_path, caps
     quantize(tmp_path / "base", config)
     expected = (
         f"{base} is quantized by {name}, whose experts are not read. Use the model's checkpoint in 16 bits, or one "
-        "that bitsandbytes or this package has quantized to 4 bits."
+        "in a layout of docs/formats.md."
     )
     for command in (
         ["inspect", base],

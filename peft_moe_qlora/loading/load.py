@@ -195,7 +195,7 @@ def load_experts(
     skip_modules: list[str] | None = None,
     progressbar: bool = True,
 ) -> None:
-    """Fills the experts of a model on the meta device from a checkpoint, in 4 bits; the other layers stay as they are.
+    """Fills the experts of a model on the meta device from a checkpoint, quantized; the other layers stay as they are.
 
     For whoever builds models without `from_pretrained`: `accelerate.load_checkpoint_and_dispatch` can do the rest, but
     not fused experts.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quantization import Format, QuantizedStack
 from ..quantized_linear import QuantizedLinear
@@ -37,7 +38,7 @@ class PackedWeight(NamedTuple):
 
 
 def attach_packed_weights(
-    model: nn.Module, found: Mapping[str, PackedTensor], keeps_codes: bool
+    model: nn.Module, found: Mapping[str, PackedTensor], keeps_codes: bool, skip_modules: list[str] | None = None
 ) -> list[PackedWeight]:
     """Makes room for quantized weights in a model on the meta device, under names that transformers finds nothing for.
 
@@ -46,6 +47,7 @@ def attach_packed_weights(
             modules the parameter is hidden until `fill_packed_weights`.
         found: name of the parameter -> weight.
         keeps_codes: whether the codes stay as they are.
+        skip_modules: modules to be decoded, whatever `keeps_codes` says.
 
     Raises:
         CheckpointError: a weight is of another shape than its parameter; the model is of no use then.
@@ -61,7 +63,8 @@ def attach_packed_weights(
                 f"{list(parameter.shape)}. Checkpoint and config don't belong together."
             )
         # a subclass may compute with its weight in a way of its own
-        is_kept = keeps_codes and type(module) is nn.Linear and parameter_name == "weight"
+        is_skipped = not should_convert_module(path, skip_modules)
+        is_kept = keeps_codes and not is_skipped and type(module) is nn.Linear and parameter_name == "weight"
         if is_kept:
             out_features, in_features = packed.shape
             layer = QuantizedLinear(

@@ -41,13 +41,13 @@ def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
     bits = " in 8 bits" if method == "bitsandbytes" else ""
     raise CheckpointError(
         f"{place} is quantized by {method!r}{bits}, whose experts are not read. Use the model's checkpoint in 16 "
-        "bits, or one that bitsandbytes or this package has quantized to 4 bits."
+        "bits, or one in a layout of docs/formats.md."
     )
 
 
 @register_quantization_config(QUANT_METHOD)
 class MoeQuantizationConfig(QuantizationConfigMixin):
-    """Experts in 4 bits, and the linear layers too, from the moment they are read.
+    """Experts quantized, in 4 bits or another format, and the linear layers too, from the moment they are read.
 
     For `from_pretrained(..., quantization_config=MoeQuantizationConfig())`. A model that was saved with it reloads
     with it, once this package is imported.

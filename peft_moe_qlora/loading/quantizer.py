@@ -89,7 +89,7 @@ class MoeQuantizer(ExpertsQuantizer):
             devices = {str(device) for device in device_map.values()}
             if "disk" in devices or ("cpu" in devices and len(devices) > 1):
                 raise ValueError(
-                    "device_map puts modules on the CPU or the disk beside an accelerator, but experts in 4 bits "
+                    "device_map puts modules on the CPU or the disk beside an accelerator, but quantized experts "
                     "can't be offloaded. Give all of them devices that they fit on, or use device_map='cpu'."
                 )
         if self.inner is not None:
@@ -132,11 +132,19 @@ class MoeQuantizer(ExpertsQuantizer):
         if not self.pre_quantized and config.storage != AS_STORED:
             sources = requantized(sources, config.format)
         settle_storage(config, sources)
+        is_packed = finder.packed_beside or any(not isinstance(one, DenseSource) for one in each_source(sources))
+        if not self.pre_quantized and config.format is None and self.inner is None and not is_packed:
+            raise ValueError(
+                f"{directory} has no quantized weights, so that storage={config.storage!r} and quantize_linear=False "
+                "leave nothing to quantize. Load it without a quantization_config."
+            )
         routers = _routers(model)
         attach_empty_experts(model, sources, self._storage_of, checkpoint)
         weights = []
         if config.packed_linear != "4 bits":
-            weights = attach_packed_weights(model, finder.packed_beside, config.packed_linear != "16 bits")
+            weights = attach_packed_weights(
+                model, finder.packed_beside, config.packed_linear != "16 bits", config.skip_modules
+            )
         if config.linear_storage is not None:
             attach_saved_linear(model, finder, parse_format(config.linear_storage))
         elif weights:
@@ -281,7 +289,7 @@ class MoeQuantizer(ExpertsQuantizer):
         for name, _, stack in quantized_stacks(model):
             if any(parameter.is_meta for parameter in stack.parameters()):
                 raise ValueError(
-                    f"{name} is to be offloaded to the CPU or the disk, which experts in 4 bits can't be. Give the "
+                    f"{name} is to be offloaded to the CPU or the disk, which quantized experts can't be. Give the "
                     "model more memory (device_map, max_memory), or use device_map='cpu'."
                 )
             stack.requires_grad_(False)

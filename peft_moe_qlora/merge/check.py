@@ -65,9 +65,9 @@ class MergeCheck:
             )
         if self.error > max(SMALLEST_ERROR, LARGEST_SHARE * self.effect):
             return (
-                f"The merged model is far from the live adapter: {self}. Either a layer was merged wrongly, or 4 bits "
-                "can't hold so small a delta. Don't use it before you have compared the two on a text; merging into "
-                "16 bits (dtype=torch.bfloat16, or without --quantize) keeps the delta."
+                f"The merged model is far from the live adapter: {self}. Either a layer was merged wrongly, or the "
+                "format can't hold so small a delta. Don't use it before you have compared the two on a text; merging "
+                "into 16 bits (dtype=torch.bfloat16, or without --quantize) keeps the delta."
             )
         return None
 

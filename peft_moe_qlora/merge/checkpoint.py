@@ -37,7 +37,7 @@ from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPE_OF_DECODED = torch.bfloat16
-"""That weights get which others had quantized."""
+"""That weights get which others had quantized, unless the config of the model has another one."""
 
 
 def merge_checkpoint(
@@ -64,9 +64,9 @@ def merge_checkpoint(
         directory: to be written to; must be empty or not there.
         onto: `"quantized"`: onto the weights as the training has seen them, that is, quantized and dequantized. The
             adapter has learnt to make up for their errors as well. `"base"`: onto the checkpoint's own. What was not
-            in 4 bits keeps the precision of the checkpoint either way.
-        dtype: of the floating-point tensors. Default: what each has in the checkpoint, and bfloat16 for what others
-            have quantized.
+            quantized keeps the precision of the checkpoint either way.
+        dtype: of the floating-point tensors. Default: what each has in the checkpoint, and for what others have
+            quantized the dtype in config.json.
         dry_run: settle everything, write nothing.
         progressbar: show one.
         options: what the adapter files of others don't say. Their experts are taken to have been in floating point
@@ -168,6 +168,8 @@ class _Merge:
         self.output = output
         self.names = {file: file.relative_to(model.directory).as_posix() for file in checkpoint.files}
         self.results: list[dict[str, Any]] = []
+        of_model = getattr(model.config, "dtype", None)
+        self.dtype_of_decoded = of_model if of_model in DTYPES else DTYPE_OF_DECODED
 
     def check_space(self) -> None:
         """Refuses to begin what the disk can't hold."""
@@ -183,7 +185,7 @@ class _Merge:
     def dtype_of(self, info: TensorInfo) -> torch.dtype | None:
         """What a tensor is cast to; None if it isn't."""
         if self.checkpoint.storage_of(info.key) is not None:
-            return self.dtype or DTYPE_OF_DECODED
+            return self.dtype or self.dtype_of_decoded
         if self.dtype is None or info.dtype not in (*DTYPES, torch.float64):
             return None
         return None if info.key in self.plan.kept_in_fp32 else self.dtype

@@ -46,7 +46,7 @@ def write_in_own_layout(
 
     Raises:
         CheckpointError: a layout has no place for merged weights.
-        ValueError: something that was merged has no tensor of its own in the checkpoint.
+        ValueError: something that was merged has no tensor of its own in the checkpoint, or is stored otherwise there.
     """
     checkpoint = finder.checkpoint
     new = _new_tensors(merged, finder, sources, changed)
@@ -81,6 +81,10 @@ def _new_tensors(
         elif isinstance(layer, QuantizedLinear) and parameter == "weight":
             packed = finder.packed_beside[name]
             new |= {key: partial(_of_layer, layer, packed, key) for key in packed.write(_on_cpu(layer.tensors))}
+        elif name in finder.packed_beside:
+            packed = finder.packed_beside[name]
+            matrix = partial(_of_parameter, merged, name, torch.float32)
+            new |= {key: partial(_requantized, matrix, packed, finder.checkpoint, key) for key in packed.keys}
         elif name in keys:
             new[keys[name]] = partial(_of_parameter, merged, name, finder.checkpoint.tensors[keys[name]].dtype)
         else:
@@ -91,8 +95,46 @@ def _new_tensors(
     return new
 
 
+def _has_other_second_scale(layer: QuantizedLinear, packed: PackedTensor, checkpoint: Checkpoint) -> bool:
+    before = packed.read(checkpoint)
+    second = list(_on_cpu(layer.tensors).items())[2:]
+    return any(not torch.equal(tensor, before[name]) for name, tensor in second)
+
+
+def notes_of_second_scales(merged: PreTrainedModel, finder: SourceFinder, changed: Collection[str]) -> tuple[str, ...]:
+    """What to know of layers whose second-level scale had to grow, as engines have one for layers that they join.
+
+    Args:
+        merged: as in `write_in_own_layout`.
+        finder: likewise.
+        changed: likewise.
+    """
+    found = []
+    for name in changed:
+        layer = merged.get_submodule(name.rpartition(".")[0])
+        packed = finder.packed_beside.get(name) if isinstance(layer, QuantizedLinear) else None
+        if packed is not None and _has_other_second_scale(layer, packed, finder.checkpoint):
+            found.append(name)
+    if not found:
+        return ()
+    return (
+        f"{len(found)} linear layers have another second-level scale than before, {found[0]} first: their deltas are "
+        "too large for that of the base. Engines that join layers, such as q, k and v, take one scale for all of them "
+        "and misread the others. Merge into 16 bits (without --quantize) to serve them.",
+    )
+
+
 def _of_layer(layer: QuantizedLinear, packed: PackedTensor, key: str) -> torch.Tensor:
     return packed.write(_on_cpu(layer.tensors))[key]
+
+
+def _requantized(
+    matrix: Callable[[], torch.Tensor], packed: PackedTensor, checkpoint: Checkpoint, key: str
+) -> torch.Tensor:
+    """Of a weight that is decoded in the model; what isn't of its codes and scales stays."""
+    stored = packed.storage.requantize(matrix(), packed.read(checkpoint), packed.num_parts)
+    written = packed.write(stored)
+    return written[key] if key in written else checkpoint.read(key)
 
 
 def _of_parameter(merged: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -100,7 +142,12 @@ def _of_parameter(merged: nn.Module, name: str, dtype: torch.dtype) -> torch.Ten
 
 
 def _of_stack(stack: Stack, source: Source, checkpoint: Checkpoint) -> Tensors:
-    if isinstance(source, PackedSource) and isinstance(stack, QuantizedStack):
+    if isinstance(source, PackedSource):
+        if stack.storage != source.storage:
+            raise ValueError(
+                f"{source.target.name} was trained in {stack.storage or '16 bits'}, but the base has it in "
+                f"{source.storage}, so that its layout can't be written. Choose layout='native' (--layout native)."
+            )
         if source.is_fused:
             packed = source.lists[0][0]
             keys = packed.write(_tensors_of(stack, 0))

@@ -1,4 +1,4 @@
-"""Merging an adapter into a checkpoint in 4 bits.
+"""Merging an adapter into a checkpoint whose experts are quantized.
 
 The model is in memory as it was in training: what rounding costs least depends on what the layers get to see.
 """
@@ -25,16 +25,17 @@ from ..layouts.read import read_adapter
 from ..loading import Checkpoint, save_bitsandbytes
 from ..loading.finder import SourceFinder
 from ..loading.load import readable_quantization, saved_config
+from ..loading.packed_sources import PackedSource
 from ..loading.quantizer import quantized_stacks
 from ..loading.sources import Source, each_source
-from ..quantization import Stack
+from ..quantization import Stack, parse_format
 from .beside import copy_beside, names_beside
 from .calibration import random_token_ids
 from .check import take_reference
 from .checkpoint import config_for_all
 from .edits import check_base, check_not_tied
 from .inputs import adapter_digest, checkpoint_directory, digests_merged_before
-from .own_layout import write_in_own_layout
+from .own_layout import notes_of_second_scales, write_in_own_layout
 from .partial_directory import PartialDirectory
 from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 from .unmerged import load_unmerged, plan_unmerged, read_windows
@@ -96,14 +97,16 @@ def merge_quantized(
     digest = adapter_digest(adapter)
     merged_before = digests_merged_before(base, digest)
     model = BaseModel.open(base, found.stacks)
-    layout = layout or ("base" if model.is_of_others else "native")
-    if layout == "base" and not model.is_of_others:
-        raise ValueError(
-            f"{base} is not quantized by others, so that there is no layout of theirs to write. Choose the layout "
-            "'native' or 'bitsandbytes'."
-        )
     finder = _finder(model)
     sources = {source.target.name: source for source in each_source(finder.find())}
+    stored = {source.storage for source in sources.values() if isinstance(source, PackedSource)}
+    can_be_base = model.is_of_others and stored == {found.config.format}
+    layout = layout or ("base" if can_be_base else "native")
+    if layout == "base" and not can_be_base:
+        raise ValueError(
+            f"{base} is not quantized by others in {name}, so that there is no layout of theirs to write. Choose the "
+            "layout 'native' or 'bitsandbytes'."
+        )
     notes = _check_checkpoint(found, model, finder, sources)
     if layout == "base":
         notes = ()  # nothing is left out
@@ -150,6 +153,7 @@ def merge_quantized(
         _check_trained_in_full(merged, in_full)
         if layout == "base":
             changed = _changed_names(merged, before, found)
+            notes += notes_of_second_scales(merged, finder, changed)
             write_in_own_layout(merged, finder, sources, changed, output, progressbar)
             config = None
         else:
@@ -209,7 +213,7 @@ def _check_checkpoint(
             f"{shared[0]} is shared by two modules of the base, which would load one for both again. Merge into 16 "
             "bits in memory: load base and adapter, and call merge_and_unload(dtype=...)."
         )
-    dropped = sorted(_dropped(finder, sources))
+    dropped = sorted(_dropped(base, finder, sources))
     if not dropped:
         return ()
     return (f"{len(dropped)} tensors that the model doesn't load are left out, {dropped[0]} first.",)
@@ -262,10 +266,14 @@ def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) 
             raise ValueError(f"The adapter's {key} didn't come to stand in the merged model. Merge in memory.")
 
 
-def _dropped(finder: SourceFinder, sources: dict[str, Source]) -> set[str]:
+def _dropped(base: BaseModel, finder: SourceFinder, sources: dict[str, Source]) -> set[str]:
     """Keys that the model has no place for, such as those of layers for speculative decoding."""
     used = {key for source in sources.values() for key in source.keys}
     used |= {*finder.beside_stacks.values(), *finder.known_keys()}
+    saved = saved_config(finder.checkpoint.directory)
+    if saved is not None and saved.linear_storage is not None:
+        linear = finder.saved_linear(base.model, parse_format(saved.linear_storage))
+        used |= {key for keys in linear.values() for key in keys.values()}
     return finder.checkpoint.tensors.keys() - used
 
 

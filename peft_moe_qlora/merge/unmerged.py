@@ -18,8 +18,11 @@ from ..config import MoeQLoraConfig, MoeQLoraPeftType
 from ..layouts.adapter_file import PREFIX
 from ..layouts.base_model import BaseModel, revision_of_base
 from ..layouts.read import read_config
-from ..loading import MoeQuantizationConfig, load_quantized
-from ..quantization import FourBitFormat
+from ..loading import Checkpoint, MoeQuantizationConfig, load_quantized
+from ..loading.finder import SourceFinder
+from ..loading.packed_sources import PackedSource
+from ..loading.sources import each_source
+from ..quantization import FourBitFormat, parse_format
 
 _WINDOW, _MOST_WINDOWS = 512, 16
 _POSITIONS_AT_A_TIME = 64
@@ -75,10 +78,9 @@ def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | No
     identity = BaseIdentity.of(config.base)
     dtype = dtype or (getattr(torch, identity.dtype) if identity is not None and identity.dtype else "auto")
     quantization = None if found.quantization is not None else _quantization(found, config, identity)
-    if found.is_of_others and isinstance(config.format, FourBitFormat):
-        # it was decoded, and quantized anew while it was read
-        quantization = MoeQuantizationConfig(storage=str(config.format), quantize_linear=False)
-    is_quantized = config.format is not None or quantization is not None
+    if found.is_of_others:
+        quantization = _of_quantized(found, config, identity)
+    is_quantized = config.format is not None or quantization is not None or found.is_of_others
     return UnmergedPlan(base, adapter, found.model_class, dtype, quantization, is_quantized, revision)
 
 
@@ -107,6 +109,35 @@ def load_unmerged(plan: UnmergedPlan, device: str) -> PeftModel:
             raise ValueError(f"{plan.base} is not the base of {plan.adapter}: {error}") from error
 
 
+def _of_quantized(
+    base: BaseModel, config: MoeQLoraConfig, identity: BaseIdentity | None
+) -> MoeQuantizationConfig | None:
+    """How a base that others have quantized was loaded for the training; None for as it is stored.
+
+    Raises:
+        ValueError: no configuration says it.
+    """
+    finder = SourceFinder(base.model, Checkpoint.open(base.directory))
+    stored = {source.storage for source in each_source(finder.find()) if isinstance(source, PackedSource)}
+    linear = list(identity.linear) if identity is not None else []
+    in_4_bits = [name for name in linear if isinstance(parse_format(name), FourBitFormat)]
+    are_kept = identity is None or len(linear) > len(in_4_bits)
+    if config.format in stored and not in_4_bits and (are_kept or not finder.packed_beside):
+        return None
+    if config.format is None and not in_4_bits:
+        raise ValueError(
+            f"{base.directory} is quantized, but the adapter was trained on experts in 16 bits, which can't be loaded "
+            "by one configuration. Load the model as it was, and call merge_and_unload."
+        )
+    return MoeQuantizationConfig(
+        None,
+        storage="as stored" if config.format in stored else config.format and str(config.format),
+        double_quant=any(name.endswith("+dq") for name in in_4_bits),
+        quantize_linear=bool(in_4_bits),
+        packed_linear=None if are_kept else "4 bits" if in_4_bits else "16 bits",
+    )
+
+
 def _quantization(
     base: BaseModel, config: MoeQLoraConfig, identity: BaseIdentity | None
 ) -> MoeQuantizationConfig | None:
@@ -117,7 +148,8 @@ def _quantization(
     experts = config.format
     is_spelled = isinstance(experts, FourBitFormat)
     expected = [str(replace(experts, blocksize=64))] if is_spelled else linear[:1]
-    if linear and linear != expected:
+    are_known = all(isinstance(parse_format(name), FourBitFormat) for name in linear)
+    if linear and (linear != expected or not are_known):
         raise ValueError(
             f"The adapter was trained with linear layers in {', '.join(linear)} beside experts in {experts}, which "
             "can't be loaded by one configuration. Load the model as it was, and call merge_and_unload."

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..quantization import Format, dynamic_map
+from ..quantization import Format
 from .dispatch import why_no_kernels
-from .operands import PackedWeight, as_kernels_read, why_not_read_as
+from .operands import PackedWeight, why_not_read_as
 
 
 def decode_matrix(
@@ -35,16 +35,16 @@ def _by_kernels(
     tensors: Sequence[torch.Tensor], storage: Format, rows: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The same; linear layers are so many that the launches are recorded once for each size."""
-    from .kernels.decode import decode  # needs Triton
+    from .kernels.decode import decode, frozen_tensors  # needs Triton
     from .kernels.launch import device_of
     from .kernels.launch_recorder import recorded
 
     def run() -> tuple[list[torch.Tensor], None]:
-        stored = as_kernels_read([tensor[None] for tensor in tensors], storage)
-        return [decode(PackedWeight(stored, rows, columns, False, storage), 0, 1, dtype)], None
+        return [decode(weight, 0, 1, dtype)], None
 
     device = tensors[0].device
-    inputs = [*tensors, dynamic_map(device)] if len(tensors) > 2 else tensors
+    weight = PackedWeight(tuple([tensor[None] for tensor in tensors]), rows, columns, False, storage)
+    inputs = frozen_tensors(weight)
     with device_of(tensors[0]):
         (out,), _ = recorded(("decode", storage, rows, columns, dtype, device), inputs, run)
     return out[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -61,7 +60,7 @@ class PackedWeight(NamedTuple):
     @property
     def is_nested(self) -> bool:
         """Whether scales take two steps to decode."""
-        return len(self.tensors) > 2
+        return self.is_packed and self.storage.second_level != ""
 
     @property
     def tile_block(self) -> tuple[int, int] | None:
@@ -80,14 +79,8 @@ def packed_weight(stack: Stack) -> PackedWeight:
         return PackedWeight((stack.weight,), rows, columns, stack.is_transposed, None)
     if not isinstance(stack, QuantizedStack):
         raise TypeError(f"the kernels read DenseStack and QuantizedStack, not {type(stack).__name__}.")
-    tensors = as_kernels_read(stack._parameters.values(), stack.storage)
+    tensors = tuple(stack.tensors.values())
     return PackedWeight(tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts, stack.storage_name)
-
-
-def as_kernels_read(tensors: Iterable[torch.Tensor], storage: Format) -> tuple[torch.Tensor, ...]:
-    """The tensors of a format in its order, codes of a byte each as 16-bit integers: two are read at a time."""
-    codes, *scales = tensors
-    return (codes.view(torch.int16) if storage.codes_per_byte == 1 else codes, *scales)
 
 
 def why_not_read(stack: Stack) -> str | None:
@@ -98,6 +91,8 @@ def why_not_read(stack: Stack) -> str | None:
 @cache
 def why_not_read_as(storage: Format, rows: int, columns: int, parts: int = 1) -> str | None:
     """The same for matrices of a format."""
+    if rows * columns >= 2**31:
+        return "the kernels count the weights of a matrix in 32 bits"
     if storage.kernel_codes is None:
         return f"the kernels have no decoder for {storage}"
     if storage.flat_blocksize is None and (storage.tile_block(rows, columns, parts) is None or columns % 2):

@@ -27,7 +27,7 @@ SCALE_DTYPES = {
 }
 """Kind of scale -> integers that hold its bits. e8m0 is a power of two, 2^(bits - 127) (OCP MX 1.0, section 5.4.1)."""
 
-SCALE_LIMIT = 2.0**8
+SCALE_LIMIT = 2.0**7
 """Scales are below it: the kernels' decoding needs the room above. No weights of a model need more."""
 
 WHOLE_ROW = 2**30
@@ -45,7 +45,7 @@ def grid_text(block: tuple[int, int], scale: str) -> str:
 
 def parse_grid(text: str) -> tuple[tuple[int, int], str] | None:
     """Reads what `grid_text` writes; None if it is something else."""
-    match = re.fullmatch(rf"(channel|tensor|\d+x\d+)(?:\+({'|'.join(SCALE_DTYPES)}))?", text)
+    match = re.fullmatch(rf"(channel|tensor|[0-9]+x[0-9]+)(?:\+({'|'.join(SCALE_DTYPES)}))?", text)
     if match is None:
         return None
     named = {name: block for block, name in _NAMES.items()}
@@ -112,7 +112,7 @@ class BlockScaled(Format):
 
     def block_of(self, rows: int, columns: int, parts: int = 1) -> tuple[int, int]:
         """Rows and columns of a block of a matrix, none 0."""
-        return self.block[0] or rows // parts, self.block[1] or columns
+        return min(self.block[0] or rows, rows // parts), min(self.block[1] or columns, columns)
 
     def tensors(self, rows: int, columns: int, parts: int = 1) -> dict[str, Spec]:
         return {
@@ -234,5 +234,6 @@ class BlockScaled(Format):
             )
 
     def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:
-        self.check_scales(scales)
-        return {"block_scales": scale_bits(scales, self.scale).view(self.grid(rows, columns, parts))}
+        bits = scale_bits(scales, self.scale)
+        self.check_scales(scale_values(bits, self.scale))
+        return {"block_scales": bits.view(self.grid(rows, columns, parts))}

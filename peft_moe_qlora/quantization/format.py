@@ -30,6 +30,9 @@ class Format(ABC):
     of equal size, of which no block spans two.
     """
 
+    example: ClassVar[str] = ""
+    """A name of the format, for errors."""
+
     is_out_in: ClassVar[bool] = False
     """Whether matrices are stored `(out, in)`, whatever the class has: blocks then run along the inputs."""
 
@@ -47,7 +50,15 @@ class Format(ABC):
 
     @abstractmethod
     def tensors(self, rows: int, columns: int, parts: int = 1) -> dict[str, Spec]:
-        """What is stored of one matrix, by the names under which it is saved."""
+        """What is stored of one matrix, by the names under which it is saved; the codes come first."""
+
+    def check_shape(self, rows: int, columns: int, parts: int = 1) -> None:
+        """Makes sure that a matrix can be stored.
+
+        Raises:
+            ValueError: it can't.
+        """
+        return
 
     @abstractmethod
     def quantize(self, matrix: torch.Tensor, parts: int = 1) -> dict[str, torch.Tensor]:
@@ -160,7 +171,8 @@ _FORMATS: list[type[Format]] = []
 
 def register_format(cls: type[Format]) -> type[Format]:
     """Lets `parse_format` find a format; a class decorator."""
-    _FORMATS.append(cls)
+    if cls not in _FORMATS:
+        _FORMATS.append(cls)
     return cls
 
 
@@ -183,4 +195,4 @@ def parse_format(text: str) -> Format:
 
 
 def _examples() -> str:
-    return ", ".join(repr(str(cls())) for cls in _FORMATS)
+    return ", ".join(repr(cls.example) for cls in _FORMATS if cls.example)

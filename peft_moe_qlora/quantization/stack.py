@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -27,6 +27,20 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 def _check_finite(matrix: torch.Tensor, expert: int) -> None:
     if not torch.isfinite(matrix).all():
         raise ValueError(f"NaNs detected in the weights of expert {expert}, or values out of range.")
+
+
+def check_names(names: Iterable[str], module: nn.Module, storage: Format) -> None:
+    """Refuses a format whose tensors are called like something that a module has.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    taken = [name for name in names if hasattr(type(module), name) or name in (*vars(module), "bias")]
+    if taken:
+        raise ValueError(
+            f"{storage} calls a tensor {taken[0]!r}, which {type(module).__name__} has already. Give it another name, "
+            f"such as block_{taken[0]}."
+        )
 
 
 class Stack(nn.Module, ABC):
@@ -197,7 +211,8 @@ class QuantizedStack(Stack):
         parts: matrices of equal size under each other that make up one, of which no block spans two.
 
     Raises:
-        ValueError: the format stores `(out, in)` only.
+        ValueError: the format stores `(out, in)` only, can't store matrices of this shape, or has a tensor of a name
+            that the module needs.
     """
 
     def __init__(
@@ -210,13 +225,19 @@ class QuantizedStack(Stack):
         parts: int = 1,
     ) -> None:
         super().__init__(shape, is_transposed)
+        # parts are of what goes out; formats of (in, out) matrices have no blocks of rows
+        parts = 1 if is_transposed else parts
+        storage.check_shape(*self.shape[1:], parts)
         if is_transposed and storage.is_out_in:
             raise ValueError(f"{storage} stores matrices as (out, in); a stack of {tuple(shape)} is (in, out).")
         self._dtype = dtype
         self._storage = storage
         self.storage_name = str(storage)
         self.parts = parts
-        for name, spec in storage.tensors(*self.shape[1:], parts).items():
+        specs = storage.tensors(*self.shape[1:], parts)
+        check_names(specs, self, storage)
+        self._names = tuple(specs)
+        for name, spec in specs.items():
             tensor = torch.empty(self.num_experts, *spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, _frozen(tensor))
 
@@ -249,9 +270,14 @@ class QuantizedStack(Stack):
         """An empty stack of the same kind."""
         return QuantizedStack(self.shape, self.dtype, self.is_transposed, self.storage, self.device, self.parts)
 
+    @property
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What is stored, by the format's names and in its order."""
+        return {name: self._parameters[name] for name in self._names}
+
     def tensors_of(self, experts: slice) -> dict[str, torch.Tensor]:
-        """What is stored of some experts: name -> `(number of experts, ...)`."""
-        return {name: tensor[experts] for name, tensor in self._parameters.items()}
+        """The same of some experts: name -> `(number of experts, ...)`."""
+        return {name: tensor[experts] for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def set_tensors(self, expert: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -83,7 +83,7 @@ def decode_codes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
     return first, second
 
 
-_LOW_FIRST = {"e2m1": e2m1_values(torch.device("cpu")), "int4": torch.arange(-8, 8, dtype=torch.float32)}
+_LOW_FIRST = {"e2m1": e2m1_values(torch.device("cpu")), "int4": torch.arange(-8, 8, dtype=torch.float32, device="cpu")}
 """Values of the codes of which the first of two is in the low half of a byte."""
 
 

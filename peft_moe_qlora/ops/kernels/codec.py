@@ -68,9 +68,8 @@ class Codec:
     def cache_key(self) -> str:
         """By which Triton finds what it has compiled on the disk."""
         functions = [getattr(one, "cache_key", "") for one in (self.look_up, self.decode)]
-        return "-".join(
-            [repr(self), *functions, str(self.values), self.assembly, self.scaled_assembly, str(self.unit)]
-        )
+        numbers = (self.values, self.unit, self.power, self.first_shift)
+        return "-".join([repr(self), *functions, str(numbers), self.assembly, self.scaled_assembly])
 
 
 DENSE = Codec(is_packed=False)

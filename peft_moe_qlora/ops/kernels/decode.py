@@ -299,10 +299,19 @@ DECODE_BYTES = 4096
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
     """Codes, scales, what these need, and dynamic map of a packed weight; the codes stand for what is absent."""
-    first = weight.tensors[0]
+    first, tensors = _pairs_of_codes(weight), weight.tensors[1:]
     if _has_map(weight):
-        return (*weight.tensors, dynamic_map(first.device))
-    return (*weight.tensors, *[first] * (5 - len(weight.tensors)))
+        return (first, *tensors, dynamic_map(first.device))
+    return (first, *tensors, *[first] * (4 - len(tensors)))
+
+
+def _pairs_of_codes(weight: PackedWeight) -> torch.Tensor:
+    """Codes as kernels read them, two at a time: a byte, or of codes of a byte each a 16-bit integer.
+
+    Made where it is handed over: a view that is kept would hold memory that engines have moved or freed.
+    """
+    codes = weight.tensors[0]
+    return codes.view(torch.int16) if weight.is_packed and weight.storage.codes_per_byte == 1 else codes
 
 
 def _has_map(weight: PackedWeight) -> bool:
@@ -345,10 +354,11 @@ def _plain_scales_of_parts_kernel(
 
 
 def with_plain_scales(weight: PackedWeight) -> PackedWeight:
-    """The same weight with fp32 scales, which a product can load ahead of time; nested ones take two steps."""
+    """The same weight as products read it: pairs of codes, and of nested scales, which take two steps, fp32 ones."""
+    codes = _pairs_of_codes(weight)
     if not weight.is_nested:
-        return weight
-    codes, scales = weight.tensors[:2]
+        return weight._replace(tensors=(codes, *weight.tensors[1:]))
+    scales = weight.tensors[1]
     plain = allocate(scales.shape, torch.float32, scales.device)
     num_blocks = scales[0].numel()
     grid = (cdiv(num_blocks, 1024), weight.num_experts)

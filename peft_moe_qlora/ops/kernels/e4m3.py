@@ -78,7 +78,7 @@ def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
 
 
 _POWERS = {torch.float32: 1.0, torch.bfloat16: 2.0**120, torch.float16: 2.0**8}
-"""What bits have to be multiplied by. Scales bring it along; below 2^8 there is room for that (`SCALE_LIMIT`)."""
+"""What bits have to be multiplied by. Scales bring it along; below 2^7 there is room for that (`SCALE_LIMIT`)."""
 
 
 def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:

@@ -40,6 +40,7 @@ def decode_int8(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
         first = (first.to(tl.float32) * scale).to(DTYPE)
         second = (second.to(tl.float32) * scale).to(DTYPE)
     else:
+        scale = scale * CODEC.power
         coarse = scale.to(DTYPE)
         fine = (scale - coarse.to(tl.float32)).to(DTYPE)
         pairs = tl.inline_asm_elementwise(
@@ -62,7 +63,9 @@ def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
         assembly, scaled = _assembly_of_fp32(), ""
     else:
         assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
-    return Decoder(look_up_int8, decode_int8, assembly=assembly, scaled_assembly=scaled)
+    # small scales are subnormal in fp16: values are a 256th for that, and scales 256 times as large
+    power = 2.0**8 if dtype == torch.float16 else 1.0
+    return Decoder(look_up_int8, decode_int8, assembly=assembly, scaled_assembly=scaled, power=power)
 
 
 def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
@@ -81,9 +84,10 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
             "fma.rn.bf16x2 placed, over, minus_one, placed;",
         ]
     else:
-        # 1024 + 128 + code
-        packed_type, codes, magic, names = "f16x2", "shifted", "0x64646464", "placed, shifted, too_much"
-        lines = ["xor.b32 shifted, $2, 0x80808080;", "mov.b32 too_much, 0x64806480;"]
+        # 1024 + 128 + code; if scaled, a 256th of that
+        packed_type, codes, names = "f16x2", "shifted", "placed, shifted, too_much"
+        magic, too_much = ("0x44444444", "0x44804480") if is_scaled else ("0x64646464", "0x64806480")
+        lines = ["xor.b32 shifted, $2, 0x80808080;", f"mov.b32 too_much, {too_much};"]
         value = ["sub.rn.f16x2 placed, placed, too_much;"]
     for pair, selector in enumerate(("0x4140", "0x4342")):
         lines += [f"prmt.b32 placed, {codes}, {magic}, {selector};", *value]

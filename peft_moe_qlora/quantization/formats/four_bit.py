@@ -51,7 +51,7 @@ class FourBitFormat(Format):
     blocksize: int = 64
     double_quant: bool = False
 
-    second_level: ClassVar[str] = "map"
+    example: ClassVar[str] = "nf4/64"
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
@@ -72,9 +72,13 @@ class FourBitFormat(Format):
     def flat_blocksize(self) -> int:
         return self.blocksize
 
+    @property
+    def second_level(self) -> str:
+        return "map" if self.double_quant else ""
+
     @classmethod
     def from_text(cls, text: str) -> FourBitFormat | None:
-        match = re.fullmatch(rf"({'|'.join(QUANT_TYPES)})/(\d+)(\+dq)?", text)
+        match = re.fullmatch(rf"({'|'.join(QUANT_TYPES)})/([0-9]+)(\+dq)?", text)
         return None if match is None else cls(match[1], int(match[2]), match[3] is not None)
 
     def tensors(self, rows: int, columns: int, parts: int = 1) -> dict[str, Spec]:
@@ -157,10 +161,17 @@ def format_of(storage: str | None, quant_type: str | None, blocksize: int, doubl
     """The format that a config asks for, by its name or by the familiar options of 4 bits; None for 16 bits.
 
     Raises:
-        ValueError: the name is of no format, or an option has no such value.
+        ValueError: the name is of no format, an option has no such value, or they ask for another one than the name.
     """
     if storage is not None:
-        return parse_format(storage)
+        found = parse_format(storage)
+        asked = (quant_type, blocksize)
+        if asked not in (("nf4", 64), (None, 64), spelled(found)[1:3]):
+            raise ValueError(
+                f"storage={storage!r} and quant_type={quant_type!r}, blocksize={blocksize} ask for two formats. Leave "
+                "out one of them."
+            )
+        return found
     return None if quant_type is None else FourBitFormat(quant_type, blocksize, double_quant)
 
 

@@ -26,6 +26,7 @@ class Fp8Format(BlockScaled):
         scale: likewise.
     """
 
+    example: ClassVar[str] = "fp8/128x128"
     kernel_codes: ClassVar[str] = "e4m3"
     largest_value: ClassVar[float] = 448.0
 

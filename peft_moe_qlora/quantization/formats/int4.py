@@ -39,6 +39,7 @@ class Int4Format(BlockScaled):
     block: tuple[int, int] = (1, 32)
 
     codes_per_byte: ClassVar[int] = 2
+    example: ClassVar[str] = "int4/32"
     kernel_codes: ClassVar[str] = "int4"
     largest_value: ClassVar[float] = 7.0
 
@@ -55,7 +56,7 @@ class Int4Format(BlockScaled):
 
     @classmethod
     def from_text(cls, text: str) -> Int4Format | None:
-        match = re.fullmatch(rf"int4/(channel|[1-9]\d*)(?:\+({'|'.join(_SCALES)}))?", text)
+        match = re.fullmatch(rf"int4/(channel|[1-9][0-9]*)(?:\+({'|'.join(_SCALES)}))?", text)
         if match is None:
             return None
         return cls((1, 0 if match[1] == "channel" else int(match[1])), match[2] or "fp32")

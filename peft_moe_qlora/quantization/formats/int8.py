@@ -17,9 +17,10 @@ from ..format import register_format
 @register_format
 @dataclass(frozen=True)
 class Int8Format(BlockScaled):
-    """-127 to 127 in blocks: `"int8/channel"` for rows, `"int8/1x128"`, `"int8/tensor"`; -128 is read, not written.
+    """-128 to 127 in blocks: `"int8/channel"` for rows, `"int8/1x128"`, `"int8/tensor"`.
 
-    The range is symmetric, so that the largest weight of a block is never clipped, whichever its sign.
+    Fresh scales make the largest weight a 127 or -127, so that it is never clipped, whichever its sign. Scales of
+    others may need -128 (compressed-tensors divides by 127.5), which a weight that stays keeps.
 
     Args:
         block: as in `BlockScaled`.
@@ -28,6 +29,7 @@ class Int8Format(BlockScaled):
 
     block: tuple[int, int] = (1, 0)
 
+    example: ClassVar[str] = "int8/channel"
     kernel_codes: ClassVar[str] = "int8"
     largest_value: ClassVar[float] = 127.0
 
@@ -44,5 +46,5 @@ class Int8Format(BlockScaled):
         return codes.view(torch.int8).float()
 
     def nearest_values(self, ratios: torch.Tensor) -> torch.Tensor:
-        clamped = ratios.round().clamp(-self.largest_value, self.largest_value)
+        clamped = ratios.round().clamp(-128, self.largest_value)
         return clamped.to(torch.int8).view(torch.uint8)

@@ -28,7 +28,7 @@ def nearest_e2m1(ratios: torch.Tensor) -> torch.Tensor:
     middles, sizes = (positive[1:] + positive[:-1]) / 2, ratios.abs().contiguous()
     low, high = torch.bucketize(sizes, middles), torch.bucketize(sizes, middles, right=True)
     codes = torch.where(low % 2 == 0, low, high).to(torch.uint8)
-    return codes | (ratios < 0).to(torch.uint8) << 3
+    return codes | torch.signbit(ratios).to(torch.uint8) << 3
 
 
 @register_format
@@ -48,6 +48,7 @@ class Mxfp4Format(BlockScaled):
     scale: str = "e8m0"
 
     codes_per_byte: ClassVar[int] = 2
+    example: ClassVar[str] = "mxfp4"
     kernel_codes: ClassVar[str] = "e2m1"
     largest_value: ClassVar[float] = 6.0
 

@@ -47,6 +47,7 @@ class Nvfp4Format(BlockScaled):
     is_inverse: bool = False
 
     codes_per_byte: ClassVar[int] = 2
+    example: ClassVar[str] = "nvfp4"
     kernel_codes: ClassVar[str] = "e2m1"
     largest_value: ClassVar[float] = 6.0
 
