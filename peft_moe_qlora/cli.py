@@ -24,7 +24,7 @@ from .merge import (
     read_windows,
     verify_merge,
 )
-from .quantization import BLOCKSIZES, QUANT_TYPES, FourBitFormat
+from .quantization import BLOCKSIZES, QUANT_TYPES, format_of
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("checkpoint", help="directory with config.json and safetensors")
     inspect.add_argument("--quant-type", choices=QUANT_TYPES, default="nf4", help="storage of experts in 16 bits")
+    inspect.add_argument("--storage", metavar="FORMAT", help="the same by the name of a format, such as 'mxfp4'")
     inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64, help="weights that share a scale")
     inspect.add_argument("--double-quant", action="store_true", help="scales in 8 bits")
     inspect.add_argument("--r", type=_positive, default=16, help="rank on linear layers")
@@ -126,7 +127,7 @@ def _positive(text: str) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    storage = FourBitFormat(args.quant_type, args.blocksize, args.double_quant)
+    storage = format_of(args.storage, args.quant_type, args.blocksize, args.double_quant)
     found = inspect_checkpoint(args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch)
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
 

@@ -110,3 +110,13 @@ def test_options_that_make_no_sense(option, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), option])
     assert option.split("=")[0] in capsys.readouterr().err
+
+
+def test_another_format_by_its_name(tmp_path, capsys):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    found = inspected(capsys, tmp_path, "--storage", "fp8/16x32")
+    config = MoeQuantizationConfig(storage="fp8/16x32", quantize_linear=False)
+    model = load_quantized(tmp_path, config, device_map="cpu")
+    assert sum(group["packed_nbytes"] for group in found["stacks"]) == experts_report(model).nbytes
+    assert main(["inspect", str(tmp_path), "--storage", "fp9"]) == 1
+    assert "'fp9' is no format" in capsys.readouterr().err

@@ -80,6 +80,14 @@ def test_decoding_is_bit_for_bit_that_of_the_stack(
     assert torch.equal(decode(packed_weight(stack), shape[0] - 1, 1, dtype), stack.decode(dtype)[-1:])
 
 
+@pytest.mark.parametrize("storage", [NF4, FourBitFormat("nf4", 64, True), *GRIDS], ids=str)
+def test_kernels_are_given_parameters_not_views(storage: Format) -> None:
+    """What shards parameters moves them between forward and backward; a view would keep memory that was freed."""
+    stack = random_stack((2, 64, 64), False, storage)
+    parameters = list(stack.parameters())
+    assert all(one is other for one, other in zip(packed_weight(stack).tensors, parameters, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 70, 192), (2, 96, 72), (1, 2, 10)], ids=str)
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

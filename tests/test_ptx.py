@@ -65,14 +65,21 @@ def test_values_in_16_bits(storage, dtype):
     np.testing.assert_array_equal(found[is_number], expected[is_number])
 
 
-@pytest.mark.parametrize("storage", [*BYTES, *NIBBLES], ids=str)
+@pytest.mark.parametrize(
+    ("storage", "size"),
+    [
+        *((storage, size) for storage in BYTES for size in (1e-2, 1e-4, 1e-6)),
+        *((storage, 1e-2) for storage in NIBBLES),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_values_times_scales(storage, dtype):
-    """Rounded once, from a scale of twice the digits."""
+def test_values_times_scales(storage, size, dtype):
+    """Rounded once, from a scale of twice the digits; small ones would be subnormal in fp16."""
     packed, codes = codes_in(storage)
     num_results = codes.shape[1] // 2
     decoder = decoder_of(storage.kernel_codes, dtype, True)
-    scale = np.random.default_rng(1).uniform(0.01, 0.02, num_results) * decoder.power
+    scale = np.random.default_rng(1).uniform(size, 2 * size, num_results) * decoder.power
     coarse = bits_of(scale, NAMES[dtype])
     fine = bits_of(scale - numbers(coarse, NAMES[dtype]), NAMES[dtype])
     operands = {num_results: packed}

@@ -58,6 +58,17 @@ def stack_targets(model: nn.Module) -> list[Target]:
     return targets
 
 
+def ignored_keys(model: nn.Module) -> list[re.Pattern]:
+    """Of tensors that a model does without: what its class says, and layers for speculative decoding."""
+    patterns = list(model._keys_to_ignore_on_load_unexpected or ())
+    config = model.config.get_text_config(decoder=True)
+    last, more = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
+    if isinstance(last, int) and isinstance(more, int):
+        # classes list the numbers that these layers have in the models that were published
+        patterns += [rf"\blayers\.{number}\." for number in range(last, last + more)]
+    return [re.compile(pattern) for pattern in patterns]
+
+
 class SourceFinder:
     """Assigns the tensors of a checkpoint to the stacks of a model.
 
@@ -77,7 +88,7 @@ class SourceFinder:
         self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         self.prefix = getattr(model, "base_model_prefix", "")
-        self.ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        self.ignored = ignored_keys(model)
         # what stands behind the name of a stack: of a format's tensors, whichever that is
         stored = {found[1] for key in checkpoint.tensors if (found := _OF_STACK.search(key))}
         native = [f"{name}.{parameter}" for name in self.targets for parameter in sorted(stored | {"weight"})]

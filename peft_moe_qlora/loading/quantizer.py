@@ -30,7 +30,7 @@ from ..quantization import Format, Stack, parse_format
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError, stored_quantization
 from .disk import quant_method
-from .finder import SourceFinder, conversions_of, without_stacks
+from .finder import SourceFinder, conversions_of, ignored_keys, without_stacks
 from .linear import asked_for_dtype, keep_linear_as_stored
 from .packed_linear import (
     PackedWeight,
@@ -269,7 +269,7 @@ class MoeQuantizer(ExpertsQuantizer):
             known.update(weight.packed.keys)
             of_layers.update(pattern_of(key) for key in weight.packed.keys)
             missing.update(map(_any_number, weight.tensor_names))
-        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
+        ignored = ignored_keys(model)
         for key in checkpoint.tensors.keys() - known:
             name, is_ignored = name_of(key), any(pattern.search(key) for pattern in ignored)
             pattern = _any_number(name)
