@@ -124,7 +124,7 @@ BY_VALUES = {
     ),
     "scales of 1": ("fp8", SCALES, put(1.0, ...), "a scale of exactly 1 for each of its .* blocks"),
     "reciprocals": ("fp8", SCALES, lambda s: 1 / s, "decodes to weights of .* in the middle.*reciprocals"),
-    "a scale that is too large": ("fp8", SCALES, put(1000.0, 1, 1), "scales up to 1000; less than 256 was expected"),
+    "a scale that is too large": ("fp8", SCALES, put(1000.0, 1, 1), "scales up to 1000; less than 128 was expected"),
     "scales of another model": ("fp8", SCALES, lambda s: s * 1e-6, "1e-05 to 10 was expected"),
     "a byte that is NaN": ("mxfp4 experts beside fp8", "scale", put(255, 1, 1), r"scale \(F8_E8M0 .*NaN or infinite"),
     "bytes of 1": ("mxfp4 experts beside fp8", "scale", put(127, ...), "a scale of exactly 1"),

@@ -131,8 +131,12 @@ def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
-    # PEFT's copy of a frozen head or embedding, which may be quantized
-    tensors = {key: one for key, one in tensors.items() if one.is_floating_point() or ".base_layer." not in key}
+    # without PEFT's copy of a frozen head or embedding that is quantized
+    tensors = {
+        key: one
+        for key, one in tensors.items()
+        if one.is_floating_point() or ".base_layer." not in key or ".lora_" in key
+    }
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(

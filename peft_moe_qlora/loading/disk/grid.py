@@ -18,8 +18,8 @@ KIND_OF_SCALE = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E8M0": "e8m0"
 PLACEHOLDER_BLOCKS = 8
 """A quantizer that finds a scale of exactly 1 for more blocks than this has not looked at the weights."""
 
-_LIKELY = (1e-8, 10.0)
-"""Between which the median magnitude of the weights of any model is, of an expert that is hardly used too."""
+_LIKELY = (1e-5, 10.0)
+"""Between which the median magnitude of the weights of any model is."""
 _SAMPLED = (64, 256)
 """Rows and columns that the median is taken from."""
 
