@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -71,14 +70,9 @@ class _StoredLinear(torch.autograd.Function):
 # The same for torch.compile, as operators: it would trace the decoding, and save the weight for the backward
 
 
-@cache
-def _format(storage: str) -> Format:
-    return parse_format(storage)
-
-
 @torch.library.custom_op("peft_moe_qlora::decode_matrix", mutates_args=())
 def _decode_op(tensors: list[torch.Tensor], storage: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    return _decode(tensors, _format(storage), shape, dtype)
+    return _decode(tensors, parse_format(storage), shape, dtype)
 
 
 @_decode_op.register_fake
@@ -95,7 +89,7 @@ def _linear_op(
     shape: list[int],
     for_input_gradient: bool,
 ) -> torch.Tensor:
-    weight = _decode(tensors, _format(storage), shape, inputs.dtype)
+    weight = _decode(tensors, parse_format(storage), shape, inputs.dtype)
     return _product(inputs, bias, weight, for_input_gradient).contiguous()
 
 

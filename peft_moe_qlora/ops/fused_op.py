@@ -5,13 +5,12 @@ Operators take flat arguments; the named tuples are put together again on the in
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quantization import Format, parse_format
+from ..quantization import parse_format
 from .fused_steps import Planner, Saved, experts_backward, experts_forward, experts_forward_gemv
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
@@ -20,12 +19,9 @@ from .operands import Factors, Gate, PackedWeight, as_factors
 
 def _weight(tensors: list[Tensor], shape: list[int], storage: str) -> PackedWeight:
     rows, columns, is_transposed, parts = shape
-    return PackedWeight(tuple(tensors), rows, columns, bool(is_transposed), _format(storage), parts)
-
-
-@cache
-def _format(storage: str) -> Format | None:
-    return parse_format(storage) if storage else None
+    return PackedWeight(
+        tuple(tensors), rows, columns, bool(is_transposed), parse_format(storage) if storage else None, parts
+    )
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

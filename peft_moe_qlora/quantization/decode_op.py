@@ -6,23 +6,16 @@ and 2.14), and all that lies between codes and weights is kept for the backward.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from .format import Format, Tensors, parse_format
-
-
-@cache
-def _format(storage: str) -> Format:
-    return parse_format(storage)
 
 
 @torch.library.custom_op("peft_moe_qlora::dequantize", mutates_args=())
 def _dequantize_op(
     tensors: list[torch.Tensor], storage: str, rows: int, columns: int, dtype: torch.dtype, parts: int
 ) -> torch.Tensor:
-    found = _format(storage)
+    found = parse_format(storage)
     names = found.tensors(rows, columns, parts)
     return found.dequantize(dict(zip(names, tensors)), rows, columns, dtype, parts)
 

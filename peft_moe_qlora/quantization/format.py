@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -181,6 +182,7 @@ def registered_formats() -> tuple[type[Format], ...]:
     return tuple(_FORMATS)
 
 
+@cache
 def parse_format(text: str) -> Format:
     """The format that a name stands for, such as `"nf4/64"`.
 

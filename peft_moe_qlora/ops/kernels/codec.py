@@ -159,3 +159,27 @@ def as_pairs(x):
     """16-bit numbers twice in 32 bits."""
     bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return bits | (bits << 16)
+
+
+@triton.jit
+def decode_bytes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Pairs of codes of a byte each: their values times `scale`, in fp32 and broadcast, rounded once."""
+    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
+    if ASSEMBLY == "":
+        first, second = CODEC.look_up(codes, CODEC, DTYPE)
+        first = (first.to(tl.float32) * scale).to(DTYPE)
+        second = (second.to(tl.float32) * scale).to(DTYPE)
+    else:
+        scale = scale * CODEC.power
+        coarse = scale.to(DTYPE)
+        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
+        pairs = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,=r,r,r,r,r,r",
+            [codes, as_pairs(coarse), as_pairs(fine)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+        first, second = split_pairs(pairs, DTYPE)
+    return first, second

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .codec import Decoder, as_pairs, register_decoder, split_pairs
+from .codec import Decoder, decode_bytes, register_decoder, split_pairs
 
 
 @triton.jit
@@ -42,30 +42,6 @@ def look_up_e4m3(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
     return first, second
 
 
-@triton.jit
-def decode_e4m3(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """The values times `scale`, in fp32 of the shape of the codes or one that broadcasts to it, rounded once."""
-    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
-    if ASSEMBLY == "":
-        first, second = look_up_e4m3(codes, CODEC, DTYPE)
-        first = (first.to(tl.float32) * scale).to(DTYPE)
-        second = (second.to(tl.float32) * scale).to(DTYPE)
-    else:
-        scale = scale * CODEC.power
-        coarse = scale.to(DTYPE)
-        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
-        pairs = tl.inline_asm_elementwise(
-            ASSEMBLY,
-            "=r,=r,r,r,r,r,r",
-            [codes, as_pairs(coarse), as_pairs(fine)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=2,
-        )
-        first, second = split_pairs(pairs, DTYPE)
-    return first, second
-
-
 @register_decoder("e4m3")
 def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
     if not on_nvidia:
@@ -74,7 +50,7 @@ def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
         assembly, scaled = _assembly_of_fp32(), ""
     else:
         assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
-    return Decoder(look_up_e4m3, decode_e4m3, assembly=assembly, scaled_assembly=scaled, power=_POWERS[dtype])
+    return Decoder(look_up_e4m3, decode_bytes, assembly=assembly, scaled_assembly=scaled, power=_POWERS[dtype])
 
 
 _POWERS = {torch.float32: 1.0, torch.bfloat16: 2.0**120, torch.float16: 2.0**8}

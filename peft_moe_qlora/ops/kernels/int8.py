@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .codec import Decoder, as_pairs, register_decoder, split_pairs
+from .codec import Decoder, decode_bytes, register_decoder, split_pairs
 
 
 @triton.jit
@@ -31,30 +31,6 @@ def look_up_int8(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
     return first, second
 
 
-@triton.jit
-def decode_int8(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """The values times `scale`, in fp32 of the shape of the codes or one that broadcasts to it, rounded once."""
-    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
-    if ASSEMBLY == "":
-        first, second = look_up_int8(codes, CODEC, DTYPE)
-        first = (first.to(tl.float32) * scale).to(DTYPE)
-        second = (second.to(tl.float32) * scale).to(DTYPE)
-    else:
-        scale = scale * CODEC.power
-        coarse = scale.to(DTYPE)
-        fine = (scale - coarse.to(tl.float32)).to(DTYPE)
-        pairs = tl.inline_asm_elementwise(
-            ASSEMBLY,
-            "=r,=r,r,r,r,r,r",
-            [codes, as_pairs(coarse), as_pairs(fine)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=2,
-        )
-        first, second = split_pairs(pairs, DTYPE)
-    return first, second
-
-
 @register_decoder("int8")
 def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
     if not on_nvidia:
@@ -65,7 +41,7 @@ def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
         assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
     # small scales are subnormal in fp16: values are a 256th for that, and scales 256 times as large
     power = 2.0**8 if dtype == torch.float16 else 1.0
-    return Decoder(look_up_int8, decode_int8, assembly=assembly, scaled_assembly=scaled, power=power)
+    return Decoder(look_up_int8, decode_bytes, assembly=assembly, scaled_assembly=scaled, power=power)
 
 
 def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
