@@ -19,13 +19,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
+from models import MODELS, model_config
 from safetensors.torch import save_file
 from tabulate import tabulate
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from peft_moe_qlora import MoeQuantizationConfig, load_quantized
@@ -34,76 +34,6 @@ from peft_moe_qlora.loading import Checkpoint
 GB = 10**9
 SHARD_BYTES = 4 * GB
 CHUNK_BYTES = 16 * 2**20
-
-# the sizes that these models publish in their config.json
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "vocab_size": 151936,
-        "tie_word_embeddings": False,
-    },
-    "gemma-4-26b-a4b": {
-        "model_type": "gemma4_text",
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "moe_intermediate_size": 704,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_global_key_value_heads": 2,
-        "head_dim": 256,
-        "global_head_dim": 512,
-        "attention_k_eq_v": True,
-        "enable_moe_block": True,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "hidden_size_per_layer_input": 0,
-        "vocab_size": 262144,
-        "tie_word_embeddings": True,
-    },
-    # one tensor per expert, and one per stack: to try it out
-    "small": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 1024,
-        "intermediate_size": 256,
-        "moe_intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_experts": 32,
-        "num_experts_per_tok": 2,
-        "vocab_size": 256,
-    },
-    "small-fused": {
-        "model_type": "gpt_oss",
-        "hidden_size": 1024,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 2,
-        "vocab_size": 256,
-    },
-}
-
-
-def shape_config(name: str, layers: int | None) -> PreTrainedConfig:
-    values = dict(SHAPES[name])
-    if layers is not None:
-        values["num_hidden_layers"] = layers
-    return AutoConfig.for_model(values.pop("model_type"), **values, dtype="bfloat16")
 
 
 def write_checkpoint(config: PreTrainedConfig, directory: Path) -> None:
@@ -215,7 +145,7 @@ def measure_loading(directory: Path, device: str, config: MoeQuantizationConfig)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=MODELS, default="small")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--directory", type=Path, required=True, help="of the checkpoint")
     parser.add_argument("--device", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
@@ -230,7 +160,7 @@ def main() -> None:
         print(json.dumps(measure_loading(args.directory, args.device[0], config)))
         return
     if not list(args.directory.glob("*.safetensors")):
-        write_checkpoint(shape_config(args.shape, args.layers), args.directory)
+        write_checkpoint(model_config(args.shape, args.layers), args.directory)
     checkpoint = Checkpoint.open(args.directory)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     drop_from_cache(args.directory)

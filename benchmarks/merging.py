@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from loading import GB, SHAPES, AnonymousMemory, shape_config, write_checkpoint
+from loading import GB, AnonymousMemory, write_checkpoint
+from models import MODELS, model_config
 from peft import get_peft_model
 from tabulate import tabulate
 
@@ -62,7 +63,7 @@ def measure(kind: str, directory: Path, device: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=MODELS, default="small")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--directory", type=Path, required=True, help="of base, adapter and results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +75,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.directory, args.device)))
         return
     if not (args.directory / "base").is_dir():
-        write_checkpoint(shape_config(args.shape, args.layers), args.directory / "base")
+        write_checkpoint(model_config(args.shape, args.layers), args.directory / "base")
     if not (args.directory / "adapter").is_dir():
         write_adapter(args.directory, args.device)
     size = sum(file.stat().st_size for file in (args.directory / "base").glob("*.safetensors"))

@@ -1,8 +1,12 @@
-"""Draws results of layer.py: time and peak memory against the number of tokens, a row of panels for each shape."""
+"""Draws results of layer.py: time and peak memory against the number of tokens, a row of panels for each shape.
+
+Results of step.py are drawn too: where the time of a training step goes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +94,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     parser.add_argument("--mode", choices=MODE_NAMES, default="fwd+bwd", help="default: %(default)s")
     args = parser.parse_args()
+    if all("steps" in json.loads(path.read_text(encoding="utf-8")) for path in args.results):
+        from step_plot import plot_steps
+        from step_results import load_steps
+
+        steps = load_steps(args.results)
+        plot_steps(steps, args.output, "; ".join(dict.fromkeys(row.device for row in steps if row.device)))
+        return
     rows = load_rows(args.results)
     plot(rows, args.output, args.mode, "; ".join(dict.fromkeys(row.device for row in rows if row.device)))
 

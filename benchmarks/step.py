@@ -1,199 +1,386 @@
 """Times the whole training step of a MoE model with random weights: forward, loss, backward and optimizer.
 
-    python benchmarks/step.py --storages nf4/64 fp8/128x128 --tokens 4096
+    python benchmarks/step.py --arms ours ours+compile+graphs+liger attention peft --tokens 4096 --picture step.png
+    python benchmarks/step.py --arms ours+graphs+liger --check 50
+    python benchmarks/step.py --arms ours --shapes gpt-oss-20b --card 16 --tokens 1024 --expert-rank 4
+    python benchmarks/step.py --optimizers adamw-fused adamw8bit paged-adamw8bit
+    python benchmarks/step.py --generate 32 --batches 1 16 64 --adapters on off --caches dynamic static
+    python benchmarks/step.py --device cpu --shapes tiny --tokens 16 --arms ours attention peft  # to try it out
 
-Experts are in the storage named, the linear layers of attention too, or in NF4 where experts are in 4 bits of
-bitsandbytes. LoRA is on experts and attention, with gradient checkpointing by layer and 8-bit AdamW. Resident memory
-is that of weights and factors before the first step; the peak is that of all steps.
+LoRA is on attention, and on experts but in the arm `attention`. What each column means is in benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import statistics
+import itertools
 import sys
 import time
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-import bitsandbytes
 import torch
-from peft import get_peft_model
-from tabulate import tabulate
-from torch import nn
+import transformers
+from layer import device_name, versions
+from models import MODELS
+from peft import PeftModel
+from step_generation import ADAPTERS, CACHES, adapter_state, time_generation
+from step_models import build, factors
+from step_optimizers import OPTIMIZERS, make_optimizer, optimizer_cost
+from step_results import LossRow, StepResults, StepRow, load_steps, report
+from step_settings import ARMS, SETTINGS, Arm, Plan, in_order, parse_arm
+from step_times import GIB, Training, host_calls, split_step, time_steps
 from tqdm.auto import tqdm
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training, quantize_experts
-from peft_moe_qlora.quantization import Format, FourBitFormat, parse_format
-from peft_moe_qlora.quantized_linear import QuantizedLinear
+from peft_moe_qlora.training import graphs_report
 
-SHAPES = {
-    "qwen3-30b-a3b": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "vocab_size": 151936,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "vocab_size": 128,
-    },
-}
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-DTYPE = torch.bfloat16
+T = TypeVar("T")
+
+SHAPES = [name for name, config in MODELS.items() if not config["model_type"].startswith("gemma")]
+RESERVED_GIB = 1.5
+"""Of a card, for the context, the display and what does not come from torch's allocator."""
+NOISE = {"bfloat16": 2**-9, "float32": 2**-24}
+"""Half a unit in the last place: what rounding a value once does to it."""
+PLAIN = "the plain path"
+NOISE_ARM = "the plain path, factors rounded once more"
+CHECK_BATCHES = 4
 
 
-@dataclass(frozen=True)
-class Step:
-    """What was measured.
+class Benchmark:
+    """Builds one model at a time, measures it, and fills `results`.
 
     Args:
-        storage: of the experts.
-        tokens: of a step.
-        milliseconds: median of a step, on the wall.
-        tokens_per_second: by that.
-        resident_gib: on the GPU before the first step; 0 without one.
-        peak_gib: of all steps.
-        trained_parameters: in the factors.
+        args: options of the command.
+        results: what was found; written to `args.json` after every row, so that a run that is cut off leaves them.
     """
 
-    storage: str
-    tokens: int
-    milliseconds: float
-    tokens_per_second: float
-    resident_gib: float
-    peak_gib: float
-    trained_parameters: int
+    def __init__(self, args: argparse.Namespace, results: StepResults) -> None:
+        self.args = args
+        self.results = results
+        self.failures = 0
 
+    def save(self) -> None:
+        if self.args.json:
+            self.results.save(self.args.json)
 
-def build(shape: str, storage: Format | None, rank: int, device: str) -> nn.Module:
-    """The model with its adapter, in training mode."""
-    config = Qwen3MoeConfig(decoder_sparse_step=1, norm_topk_prob=True, use_cache=False, **SHAPES[shape])
-    torch.manual_seed(0)
-    torch.set_default_dtype(DTYPE)
-    try:
-        with torch.device(device):
-            model = Qwen3MoeForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    if storage is not None:
-        quantize_experts(model, storage=str(storage), progressbar=False)
-        _store_attention(model, storage)
-    prepare_model_for_training(model)
-    options = {"storage": str(storage)} if storage is not None else {"quant_type": None}
-    targets = ["experts", *ATTENTION]
-    return get_peft_model(
-        model, MoeQLoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **options)
-    ).train()
+    def attempt(self, action: Callable[[], T]) -> tuple[T | None, str]:
+        """What an action gives, or None and why: one that fails must not take the others' figures with it."""
+        try:
+            return action(), ""
+        except torch.OutOfMemoryError:
+            return None, "out of memory"
+        except ImportError as error:
+            return None, str(error)
+        except Exception as error:
+            traceback.print_exc()
+            self.failures += 1
+            return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
+    def plan(self, shape: str, arm: Arm, expert_rank: int | None = None) -> Plan:
+        args = self.args
+        return Plan(
+            shape=shape,
+            arm=arm,
+            rank=args.rank,
+            expert_rank=expert_rank or args.expert_rank[0],
+            layers=args.layers,
+            dtype=args.dtype,
+            device=args.device,
+            attention=args.attention,
+            seed=args.seed,
+        )
 
-def _store_attention(model: nn.Module, storage: Format) -> None:
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if name in ATTENTION and type(layer) is nn.Linear:
-                is_4_bit = isinstance(storage, FourBitFormat)
-                setattr(parent, name, _in_4_bits(layer) if is_4_bit else QuantizedLinear.from_linear(layer, storage))
+    def plans(self) -> Iterator[Plan]:
+        """All, those last that change classes for the rest of the process."""
+        arms = list(
+            dict.fromkeys(parse_arm(text, storage) for text in self.args.arms for storage in self.args.storages)
+        )
+        for arm, shape, rank in itertools.product(in_order(arms), self.args.shapes, self.args.expert_rank):
+            yield self.plan(shape, arm, rank)
 
+    # ---- steps
 
-def _in_4_bits(layer: nn.Linear) -> bitsandbytes.nn.Linear4bit:
-    stored = bitsandbytes.nn.Linear4bit(
-        layer.in_features, layer.out_features, bias=False, compute_dtype=DTYPE, quant_type="nf4", device="meta"
-    )
-    weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=stored)
-    stored.weight = weight.to(layer.weight.device)
-    return stored
+    def run_steps(self) -> None:
+        """Times the steps of all; the best of several rounds counts."""
+        args = self.args
+        best: dict[tuple, StepRow] = {}
+        plans = sorted([*self.plans()] * args.rounds, key=lambda plan: plan.arm.changes_classes)
+        bar = tqdm(total=len(plans) * len(args.tokens) * len(args.optimizer), unit="row", file=sys.stderr)
+        with bar:
+            for plan in plans:
+                for settings in self._shared(plan.arm):
+                    for row in self._rows_of_a_model(plan, settings):
+                        key = (row.shape, row.what, row.expert_rank, row.tokens, row.optimizer)
+                        known = best.get(key)
+                        if known is None or (row.milliseconds or float("inf")) < (known.milliseconds or float("inf")):
+                            best[key] = row
+                        self.results.steps = list(best.values())
+                        self.save()
+                        bar.update()
 
+    def _shared(self, arm: Arm) -> list[list[tuple[int, str]]]:
+        """Numbers of tokens and optimizers, together where one model is as good as a fresh one."""
+        settings = list(itertools.product(self.args.tokens, self.args.optimizer))
+        return [[one] for one in settings] if arm.is_made_for_one_length or self.args.card else [settings]
 
-def measure(args: argparse.Namespace, name: str) -> Step:
-    """Times the steps of one storage; "16 bits" leaves all weights in bf16."""
-    storage = None if name == "16 bits" else parse_format(name)
-    model = build(args.shape, storage, args.rank, args.device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_gpu = args.device.startswith("cuda")
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    resident = torch.cuda.memory_allocated() if on_gpu else 0
-    optimizer = (bitsandbytes.optim.AdamW8bit if on_gpu else torch.optim.AdamW)(trained, lr=1e-5)
-    vocabulary = SHAPES[args.shape]["vocab_size"]
-
-    def step() -> None:
-        ids = torch.randint(0, vocabulary, (1, args.tokens), device=args.device)
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    for _ in range(args.warmup):
-        step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(args.steps):
+    def _rows_of_a_model(self, plan: Plan, settings: list[tuple[int, str]]) -> Iterator[StepRow]:
+        rows = [self._row(plan, tokens, optimizer) for tokens, optimizer in settings]
         start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times)
-    return Step(
-        storage=name,
-        tokens=args.tokens,
-        milliseconds=round(1e3 * median, 1),
-        tokens_per_second=round(args.tokens / median, 1),
-        resident_gib=round(resident / 2**30, 2),
-        peak_gib=round(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, 2),
-        trained_parameters=sum(parameter.numel() for parameter in trained),
+        model, failure = self.attempt(partial(build, plan))
+        seconds = time.perf_counter() - start
+        for row in rows:
+            row.build_seconds = seconds
+            if model is None:
+                row.note = f"not built: {failure}"
+            else:
+                row.layers = model.get_base_model().config.num_hidden_layers
+                _, row.note = self.attempt(partial(self._fill, row, plan, model))
+            yield row
+            free_memory()
+        del model
+        forget_models()
+
+    def _row(self, plan: Plan, tokens: int, optimizer: str) -> StepRow:
+        return StepRow(
+            shape=plan.shape,
+            arm=str(plan.arm),
+            storage=plan.arm.storage,
+            batch=self.args.batch,
+            tokens=tokens,
+            rank=plan.rank,
+            expert_rank=plan.expert_rank,
+            optimizer=optimizer,
+            layers=plan.layers,
+        )
+
+    def _fill(self, row: StepRow, plan: Plan, model: PeftModel) -> None:
+        args = self.args
+        trained = [parameter for _, parameter in factors(model)]
+        row.trained_parameters = sum(parameter.numel() for parameter in trained)
+        free_memory()
+        row.resident_gib = torch.cuda.memory_allocated() / GIB if args.on_gpu else 0.0
+        training = Training(model, make_optimizer(row.optimizer, trained, args.lr), args.batch, row.tokens)
+        try:
+            for name, value in asdict(time_steps(training, args.steps, args.warmup)).items():
+                setattr(row, name, value)
+            row.tokens_per_second = 1e3 * row.batch * row.tokens / row.milliseconds
+            if plan.arm.has("graphs"):
+                row.graphs = graphs_report(model.get_base_model())
+            # the head alone may need what a small card lacks
+            if args.on_gpu and not (args.no_split or args.card):
+                split = split_step(training)
+                row.device_milliseconds, row.split, row.other = split.milliseconds, split.by_category, split.other
+                row.kernels, row.launches = split.kernels, split.launches
+            if args.host:
+                row.host_calls = host_calls(training, args.host)
+        finally:
+            training.optimizer.zero_grad(set_to_none=True)
+
+    # ---- losses
+
+    def run_check(self) -> None:
+        """Trains with each arm on the same batches, and compares the losses with the plain path's."""
+        plans = list(self.plans())
+        # the plain paths before Liger is let in
+        first = list(dict.fromkeys(replace(plan, arm=plan.arm.plain) for plan in plans))
+        noisy = [replace(plan, noise=NOISE[self.args.dtype]) for plan in first]
+        expected: dict[Plan, list[float]] = {}
+        todo = list(dict.fromkeys([*first, *noisy, *plans]))
+        for plan in tqdm(todo, unit="arm", file=sys.stderr):
+            name = str(plan.arm)
+            if plan in first:
+                name = f"{name}: {PLAIN}"
+            elif plan.noise:
+                name = f"{name}: {NOISE_ARM}"
+            row = LossRow(plan.shape, name, plan.arm.storage)
+            losses, row.note = self.attempt(partial(self._losses, plan))
+            row.losses = losses or []
+            plain_plan = replace(plan, arm=plan.arm.plain, noise=0.0)
+            if plan in first:
+                expected[plan] = row.losses
+            elif losses and expected.get(plain_plan):
+                pairs = zip(losses, expected[plain_plan], strict=True)
+                row.largest_difference = max(abs(one - other) for one, other in pairs)
+            self.results.losses.append(row)
+            self.save()
+            forget_models()
+
+    def _losses(self, plan: Plan) -> list[float]:
+        args = self.args
+        model = build(plan)
+        optimizer = make_optimizer(args.optimizer[0], [parameter for _, parameter in factors(model)], args.lr)
+        training = Training(model, optimizer, args.batch, args.tokens[0], CHECK_BATCHES, args.seed)
+        return torch.stack([training.step() for _ in range(args.check)]).tolist()
+
+    # ---- optimizers and generation
+
+    def run_optimizers(self) -> None:
+        """Times optimizers on factors like those of the first arm's model, of which one layer is built."""
+        args = self.args
+        layers = args.layers or MODELS[args.shapes[0]]["num_hidden_layers"]
+        plan = replace(next(self.plans()), layers=1)
+        shapes = [tuple(parameter.shape) for _, parameter in factors(build(plan))] * layers
+        free_memory()
+        dtype = getattr(torch, args.dtype) if plan.arm.has("bf16-factors") else torch.float32
+        for name in tqdm(args.optimizers, unit="optimizer", file=sys.stderr):
+            action = partial(optimizer_cost, name, shapes, dtype, torch.device(args.device), args.steps)
+            cost, failure = self.attempt(action)
+            if cost is None:
+                self.results.notes.append(f"{name}: {failure}")
+            else:
+                self.results.optimizers.append(cost)
+            self.save()
+            free_memory()
+
+    def run_generation(self) -> None:
+        args = self.args
+        for plan in tqdm(list(self.plans()), unit="arm", file=sys.stderr):
+            model, failure = self.attempt(partial(build, plan))
+            if model is None:
+                self.results.notes.append(f"{plan.arm}: not built: {failure}")
+                continue
+            for adapter in args.adapters:
+                _, failure = self.attempt(partial(self._generate, plan, model, adapter))
+                if failure:
+                    self.results.notes.append(f"{plan.arm}, adapter {adapter}: {failure}")
+            del model
+            forget_models()
+
+    def _generate(self, plan: Plan, model: PeftModel, adapter: str) -> None:
+        args = self.args
+        with adapter_state(model, adapter):
+            for cache, batch in itertools.product(args.caches, args.batches):
+                call = partial(time_generation, model, plan.shape, str(plan.arm), adapter, cache, batch)
+                found, failure = self.attempt(partial(call, args.prompt, args.generate))
+                if found is None:
+                    self.results.notes.append(f"{plan.arm}, adapter {adapter}, {cache} cache, {batch}: {failure}")
+                else:
+                    self.results.generation.append(found)
+                self.save()
+                free_memory()
+
+
+def forget_models() -> None:
+    """Frees models that are out of use, to which what was compiled still refers."""
+    torch.compiler.reset()
+    free_memory()
+
+
+def free_memory() -> None:
+    """Frees what refers to itself, which only the collector does, and gives what is free back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def limit_memory(card: float, device: torch.device) -> float:
+    """Lets torch allocate no more than a card of so many GiB would; returns how much that is.
+
+    Raises:
+        ValueError: the GPU has less.
+    """
+    allowed = card - RESERVED_GIB
+    size = torch.cuda.get_device_properties(device).total_memory / GIB
+    if allowed > size:
+        raise ValueError(f"--card {card:g}: this GPU has {size:.1f} GiB, and {allowed:g} are to be allowed.")
+    torch.cuda.set_per_process_memory_fraction(allowed / size, device)
+    return allowed
+
+
+def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
+    names = {"arms": ARMS, "settings of arms, after a + each": SETTINGS}
+    epilog = [
+        f"{title}:\n" + "\n".join(f"  {name}: {text}" for name, text in of.items()) for title, of in names.items()
+    ]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="\n\n".join(epilog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+
+    def add(name: str, text: str, **options) -> None:
+        parser.add_argument(name, help=f"{text} (default: %(default)s)" if "default" in options else text, **options)
+
+    on_gpu = torch.cuda.is_available()
+    add("--arms", "what computes the step, see below", nargs="+", default=["ours"])
+    add("--storages", "of the experts of ours", nargs="+", default=["nf4/64+dq"])
+    add("--shapes", "of the model", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
+    add("--layers", "how many instead of the model's own number", type=int)
+    add("--tokens", "in each sequence", nargs="+", type=int, default=[4096])
+    add("--batch", "sequences", type=int, default=1)
+    add("--rank", "of LoRA on attention", type=int, default=16)
+    add("--expert-rank", "of LoRA on experts; default: as --rank", nargs="+", type=int)
+    add("--optimizer", "of the step", nargs="+", choices=OPTIMIZERS, default=["adamw8bit" if on_gpu else "adamw"])
+    add("--lr", "of the optimizer", type=float, default=1e-5)
+    add("--attention", "implementation of attention; default: transformers' choice")
+    add("--steps", "timed steps of which the median is taken", type=int, default=8)
+    add("--warmup", "untimed steps before", type=int, default=3)
+    add("--rounds", "times that the arms take turns; the best counts", type=int, default=1)
+    add("--no-split", "do not profile where the device's time goes", action="store_true")
+    add("--host", "show so many functions in which the host is most", nargs="?", type=int, const=25)
+    add("--card", "GiB of the card to be like: 24 or 16", type=float)
+    add("--check", "compare the losses of so many steps instead", nargs="?", type=int, const=50)
+    add("--optimizers", "time the step of these alone instead", nargs="+", choices=OPTIMIZERS)
+    add("--generate", "time the generation of so many tokens instead", type=int)
+    add("--prompt", "tokens before those generated", type=int, default=128)
+    add("--batches", "of generation", nargs="+", type=int, default=[1, 16, 64])
+    add("--adapters", "for generation", nargs="+", choices=ADAPTERS, default=["on"])
+    add("--caches", "of keys and values", nargs="+", choices=CACHES, default=list(CACHES))
+    add("--dtype", "of what is not packed", choices=NOISE, default="bfloat16")
+    add("--device", "where", default="cuda" if on_gpu else "cpu")
+    add("--seed", "of weights, factors and tokens", type=int, default=0)
+    add("--json", "file for all results", type=Path)
+    add("--picture", "PNG file: where the time goes", type=Path)
+    add("--beside", "results of earlier runs, to be shown beside", nargs="+", type=Path, default=[])
+    args = parser.parse_args(given)
+    args.expert_rank = args.expert_rank or [args.rank]
+    args.on_gpu = torch.device(args.device).type == "cuda"
+    if args.card and not args.on_gpu:
+        parser.error("--card needs a GPU: a part of its memory is what is tried.")
+    try:
+        in_order([parse_arm(text) for text in args.arms])
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--storages", nargs="+", default=["nf4/64", "fp8/128x128", "mxfp4"], help="of the experts")
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
-    parser.add_argument("--tokens", type=int, default=4096, help="in the one sequence of a step")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of which the median is taken")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before")
-    parser.add_argument("--rounds", type=int, default=1, help="times that the storages take turns; the best counts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    args = parser.parse_args()
-    best: dict[str, Step] = {}
-    for _ in range(args.rounds):
-        for name in tqdm(args.storages, unit="storage", file=sys.stderr):
-            found = measure(args, name)
-            if name not in best or found.milliseconds < best[name].milliseconds:
-                best[name] = found
-            gc.collect()
-    results = {
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-        "torch": torch.__version__,
-        "shape": args.shape,
-        "rank": args.rank,
-        "steps": [asdict(one) for one in best.values()],
+    args = parse_arguments()
+    # before the work, so that a bad file or a missing matplotlib shows at once
+    beside = load_steps(args.beside)
+    if args.picture:
+        from step_plot import plot_steps
+    transformers.logging.set_verbosity_error()
+    for path in filter(None, (args.json, args.picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # what is loaded by now stays; collecting the rest takes no time
+    gc.freeze()
+    allowed = limit_memory(args.card, torch.device(args.device)) if args.card else None
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "picture", "beside")}
+    results = StepResults(device_name(torch.device(args.device)), versions(), settings)
+    benchmark = Benchmark(args, results)
+    modes = {
+        "check": benchmark.run_check,
+        "optimizers": benchmark.run_optimizers,
+        "generate": benchmark.run_generation,
     }
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{results['device']}, {args.shape}, rank {args.rank}")
-    headers = ("experts in", "tokens", "ms", "tokens/s", "resident GiB", "peak GiB", "trained")
-    print(tabulate([tuple(asdict(one).values()) for one in best.values()], headers, intfmt=","))
+    chosen = [run for name, run in modes.items() if getattr(args, name)] or [benchmark.run_steps]
+    try:
+        for run in chosen:
+            run()
+    finally:
+        benchmark.save()
+        rows = [*beside, *results.steps]
+        print(report(results, rows, allowed))
+    if args.picture:
+        plot_steps(rows, args.picture, results.device)
+    sys.exit(1 if benchmark.failures else 0)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ Its rooms, each of which uses those above it only:
     quantized_linear    a linear layer whose weight is stored in a format
     options             of an adapter's config, in one table
     saved_adapter       the files of an adapter
-    config, layer, quantized_linear_lora
-                        the configuration, LoRA on one stack, and on one linear layer that is stored in a format
+    config, layer, linear_lora, quantized_linear_lora
+                        the configuration; LoRA on one stack, on a linear layer, and on one that is stored in a format
     factor_shapes, unadaptable, targets, base_identity, base_names, report
                         what a config asks for in a model, what is refused, what the model was, and has become
     loading             checkpoints into models and back

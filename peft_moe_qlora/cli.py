@@ -12,6 +12,7 @@ import torch
 
 from .layouts import LORA_B_ORDERS, QUANT_TYPE_NAMES, TARGETS, ReadOptions, convert_adapter
 from .loading import inspect_checkpoint
+from .loading.expert_shapes import read_expert_shapes
 from .merge import (
     ENGINE_LAYOUTS,
     LAYOUTS,
@@ -24,7 +25,8 @@ from .merge import (
     read_windows,
     verify_merge,
 )
-from .quantization import BLOCKSIZES, QUANT_TYPES, format_of
+from .ops.layer_shape import LayerShape
+from .quantization import BLOCKSIZES, QUANT_TYPES, format_of, parse_format
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--expert-r", type=_positive, help="rank on experts; that of --r unless given")
     inspect.add_argument("--seq", type=_positive, default=2048, help="tokens in a sequence")
     inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step")
+    inspect.add_argument("--keep-experts", action="store_true", help='with use_gradient_checkpointing="keep-experts"')
     inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
     inspect.set_defaults(run=_inspect)
     merge = commands.add_parser(
@@ -91,7 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
     _add_read_options(convert, "experts' storage of an adapter of others; nf4 unless given")
     convert.set_defaults(run=_convert)
+    _add_tune(commands)
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure on this GPU which tiles are fastest for a model, and keep them in the user's cache directory",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tune.add_argument("model", nargs="?", help="directory or name of a model, of which the config is read")
+    tune.add_argument("--hidden", type=_positive, help="instead of a model: features that go into experts")
+    tune.add_argument("--intermediate", type=_positive, help="of experts, behind the gate")
+    tune.add_argument("--experts", type=_positive, help="in a layer")
+    tune.add_argument("--top-k", type=_positive, help="experts for each token")
+    tune.add_argument("--storage", metavar="FORMAT", default="nf4/64", help="of experts; '16-bit' for bf16 and fp16")
+    tune.add_argument("--rank", type=_positive, default=16, help="on experts")
+    tune.add_argument("--rows", type=_positive, nargs="+", help="mean rows per expert; by default those of 4 lengths")
+    tune.add_argument("--workers", type=_positive, help="processes that compile; up to 8 unless given")
+    tune.set_defaults(run=_tune)
 
 
 def _add_verify_options(parser: argparse.ArgumentParser, use_of_device: str) -> None:
@@ -128,7 +150,9 @@ def _positive(text: str) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     storage = format_of(args.storage, args.quant_type, args.blocksize, args.double_quant)
-    found = inspect_checkpoint(args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch)
+    found = inspect_checkpoint(
+        args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch, args.keep_experts
+    )
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
 
 
@@ -197,6 +221,54 @@ def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None
 def _convert(args: argparse.Namespace) -> None:
     found = convert_adapter(args.adapter, args.out, args.to, args.base, _read_options(args))
     print(f"{len(found.experts)} stacks and {len(found.non_expert)} other tensors written to {args.out} as {args.to}")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError("tiles are measured on a GPU, and torch finds none here. Run it where the model is trained.")
+    from .ops.kernels.tuning import forget_tables, gpu_of, tiles_origin
+    from .ops.kernels.user_table import read_user_table, write_user_table
+    from .ops.tune import measure_layer, today  # needs Triton
+
+    shapes = _layer_shapes(args)
+    storage = None if args.storage == "16-bit" else parse_format(args.storage)
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = gpu_of(device)
+    read_user_table(gpu)  # a broken one is refused before the work
+    for shape in shapes:
+        entries = measure_layer(shape, storage, args.rank, args.rows or (), args.workers)
+        path = write_user_table(gpu, entries, today())
+        for entry in entries:
+            product = f"{entry['weight']} {entry['n']}x{entry['k']} along {entry['along']}"
+            print(f"{product}, {entry['measured_at']:g} rows per expert: {entry['milliseconds']} ms, {entry['tiles']}")
+    forget_tables()
+    print(f"{path}\n{tiles_origin(device, torch.bfloat16)}")
+
+
+def _layer_shapes(args: argparse.Namespace) -> list[LayerShape]:
+    sizes = {"hidden": args.hidden, "intermediate": args.intermediate, "experts": args.experts, "top_k": args.top_k}
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in sizes)
+    if args.model is None:
+        if None in sizes.values():
+            raise ValueError(f"name a model, or give all of {options}.")
+        return [LayerShape(**sizes)]
+    given = {name: None for name in sizes if name != "top_k"}
+    _check_unused(args, "a shape instead of a model", **given)
+    layouts, top_k = read_expert_shapes(args.model)
+    top_k = args.top_k or top_k
+    if top_k is None:
+        raise ValueError(f"the config of {args.model} does not say how many experts a token has. Give --top-k.")
+    return [
+        LayerShape(
+            layout.num_experts,
+            layout.hidden_size,
+            layout.intermediate_size,
+            top_k,
+            layout.is_transposed,
+            layout.has_gate,
+        )
+        for layout in layouts
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

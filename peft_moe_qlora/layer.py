@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -158,7 +159,11 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def _tokens_of(self, adapter_name: str, adapter_names: Sequence[str], num_tokens: int) -> torch.Tensor:
         """`(T,)` bool: the tokens of samples that an adapter applies to."""
-        of_sample = torch.tensor([name == adapter_name for name in adapter_names], device=self.get_base_layer().device)
+        device = self.get_base_layer().device
+        if torch.compiler.is_compiling():
+            of_sample = torch.tensor([name == adapter_name for name in adapter_names], device=device)
+        else:
+            of_sample = _is_of_sample(adapter_name, tuple(adapter_names), device)
         return of_sample.repeat_interleave(num_tokens // len(adapter_names))
 
     def expert_factors(self, adapter_names: Iterable[str], expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,3 +263,10 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "moe_qlora." + super().__repr__()
+
+
+@lru_cache(maxsize=64)
+def _is_of_sample(adapter_name: str, adapter_names: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    """`(number of samples,)` bool; copied to the device once, not in every layer of every step."""
+    with torch.inference_mode(False):  # a tensor made in it could not be used outside of it
+        return torch.tensor([name == adapter_name for name in adapter_names], device=device)

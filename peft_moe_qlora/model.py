@@ -19,6 +19,7 @@ from .config import ALL_EXPERTS, MoeQLoraConfig
 from .experts import QuantizedExperts, check_convertible, stored_format
 from .factor_shapes import check_factor_shapes, check_stored_layers, check_stored_shapes
 from .layer import BASE, ExpertsLora
+from .linear_lora import with_fast_forward
 from .loading import cast_as_loaded, restore_experts, store_experts
 from .merge import MergeCheck, in_memory
 from .quantization import FourBitFormat, Stack
@@ -36,7 +37,7 @@ from .targets import (
     resolve_targets,
     trained_expert_biases,
 )
-from .training import refuse_optimizers_of_matrices, watch_gradients
+from .training import refuse_liger_head, refuse_optimizers_of_matrices, watch_gradients
 from .unadaptable import check_adaptable
 from .weighted_adapter import Combination
 
@@ -65,6 +66,11 @@ class MoeQLoraModel(LoraModel):
         # dtype that they have, which for a 16-bit model would round those of a file
         if isinstance(peft_config, MoeQLoraConfig):
             self._cast_adapter_dtype(adapter_name)
+
+    def train(self, mode: bool = True) -> MoeQLoraModel:
+        if mode:  # a Trainer calls this between Liger's patches and the first forward
+            refuse_liger_head(self.model)
+        return super().train(mode)
 
     def _prepare_adapter_config(self, peft_config: MoeQLoraConfig, model_config: dict) -> MoeQLoraConfig:
         if peft_config.target_modules is None:
@@ -139,7 +145,7 @@ class MoeQLoraModel(LoraModel):
             return ExpertsLora(target, adapter_name, lora_config, **kwargs)
         if isinstance(target, QuantizedLinear):
             return QuantizedLinearLora(target, adapter_name, lora_config, **kwargs)
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return with_fast_forward(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, QuantizedLinearLora):
@@ -212,11 +218,17 @@ class MoeQLoraModel(LoraModel):
         handles = [
             module.register_forward_pre_hook(add_names, with_kwargs=True)
             for module in self.modules()
-            if isinstance(module, (LoraLayer, QuantizedExperts, AuxiliaryTrainingWrapper))
+            if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
         ]
+        # a compiled model doesn't look at hooks again, but at attributes, and is then compiled with these hooks
+        experts = [module for module in self.modules() if isinstance(module, QuantizedExperts)]
+        for module in experts:
+            module.adapter_names = tuple(per_sequence)
         try:
             yield
         finally:
+            for module in experts:
+                module.adapter_names = None
             for handle in handles:
                 handle.remove()
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from .ops import decode_matrix
+from .ops import StoredMatrix, bias_gradient, decode_matrix, linear_dtype
 from .quantization import Fidelity, Format, parse_format
 from .quantization.stack import check_names
 
@@ -47,10 +47,6 @@ def _product(
     return inputs @ weight if for_input_gradient else linear(inputs, weight, bias)
 
 
-def _bias_gradient(grad_out: torch.Tensor) -> torch.Tensor:
-    return grad_out.reshape(-1, grad_out.shape[-1]).sum(dim=0)
-
-
 class _StoredLinear(torch.autograd.Function):
     """`nn.functional.linear` with the weight of a layer, which is decoded again for the gradient."""
 
@@ -64,7 +60,7 @@ class _StoredLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         of_inputs, of_bias, _ = ctx.needs_input_grad
         grad_inputs = _product(grad_out, None, ctx.layer.decode(grad_out.dtype), True) if of_inputs else None
-        return grad_inputs, _bias_gradient(grad_out) if of_bias else None, None
+        return grad_inputs, bias_gradient(grad_out) if of_bias else None, None
 
 
 # The same for torch.compile, as operators: it would trace the decoding, and save the weight for the backward
@@ -109,7 +105,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple:
     if of_inputs:
         back = not ctx.for_input_gradient
         grad_inputs = _linear_op(grad_out, None, ctx.tensors, ctx.storage, ctx.shape, back)
-    return grad_inputs, _bias_gradient(grad_out) if of_bias else None, [None] * len(ctx.tensors), None, None, None
+    return grad_inputs, bias_gradient(grad_out) if of_bias else None, [None] * len(ctx.tensors), None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -199,6 +195,11 @@ class QuantizedLinear(nn.Linear):
         """What is stored of the weight, by the format's names."""
         return {name: self._parameters[name] for name in self._names}
 
+    @property
+    def stored_matrix(self) -> StoredMatrix:
+        """The same with all that is needed to decode it."""
+        return StoredMatrix(tuple(self.tensors.values()), *self._shape, self.storage, self.storage_name)
+
     @torch.no_grad()
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies tensors into those of the weight.
@@ -247,7 +248,7 @@ class QuantizedLinear(nn.Linear):
         return _decode(self.tensors.values(), self.storage, self._shape, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        inputs = input.to(_compute_dtype(input))
+        inputs = input.to(linear_dtype(input))
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         if torch.compiler.is_compiling():
             return _linear_op(inputs, bias, list(self.tensors.values()), self.storage_name, self._shape, False)
@@ -314,14 +315,6 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.storage}, {self.dtype}"
-
-
-def _compute_dtype(inputs: torch.Tensor) -> torch.dtype:
-    """As nn.Linear has it under autocast, which leaves fp64 alone; elsewhere that of the inputs."""
-    device_type = inputs.device.type
-    if torch.is_autocast_enabled(device_type) and inputs.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return inputs.dtype
 
 
 def _check_finite(weight: torch.Tensor) -> None:

@@ -1,9 +1,10 @@
-"""LoRA on a linear layer whose weight is kept in a `Format`: PEFT's, but for merging."""
+"""LoRA on a linear layer whose weight is kept in a `Format`: PEFT's, but for merging and the forward."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from torch import nn
 
 from .config import MoeQLoraConfig
 from .experts import move_hook
+from .linear_lora import Base, FastForward, is_plain
+from .ops import StoredMatrix, linear_dtype
 from .quantized_linear import QuantizedLinear
 
 
-class QuantizedLinearLora(Linear):
+class QuantizedLinearLora(FastForward, Linear):
     """PEFT's `lora.Linear` on a `QuantizedLinear`.
 
-    Factors, their keys and the forward are PEFT's. Its merging is not: that writes to a weight that isn't there.
+    Factors and their keys are PEFT's. Its merging is not: that writes to a weight that isn't there.
 
     Args:
         base_layer: the layer.
@@ -31,6 +34,13 @@ class QuantizedLinearLora(Linear):
     def __init__(self, base_layer: QuantizedLinear, adapter_name: str, config: MoeQLoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self._unmerged: list[QuantizedLinear] = []  # at most one; a list, since a module would be registered
+
+    def base(self, x: torch.Tensor) -> Base | None:
+        layer = self.base_layer
+        if not is_plain(layer, _QUANTIZED_LINEAR) or layer.device.type == "meta":
+            return None
+        dtype = linear_dtype(x)
+        return Base(_matrix_of(layer), partial(_matrix_of, layer), dtype, dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -107,5 +117,9 @@ class QuantizedLinearLora(Linear):
     def _get_base_layer_device_and_dtype(self, base_layer: QuantizedLinear) -> tuple[torch.device, torch.dtype]:
         return base_layer.device, base_layer.dtype
 
-    def __repr__(self) -> str:
-        return "moe_qlora." + nn.Module.__repr__(self)
+
+_QUANTIZED_LINEAR = (QuantizedLinear,)
+
+
+def _matrix_of(layer: QuantizedLinear) -> StoredMatrix:
+    return layer.stored_matrix

@@ -353,7 +353,8 @@ def _padded(side: Side, directory: Path) -> None:
     try:
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
     finally:
-        assert torch.equal(logits(model, token_ids()), before)
+        # scalings of linear layers are tensors by then, which multiply in another order
+        torch.testing.assert_close(logits(model, token_ids()), before, rtol=1e-5, atol=1e-5)
 
 
 def _hotswap(side: Side, directory: Path) -> None:

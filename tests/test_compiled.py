@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels for compute capability 9.0, which it compiles for without a GPU."""
+"""What Triton makes of the kernels for GPUs that are not there, which it compiles for all the same."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 formats = {"packed": FourBitFormat(), "e4m3": Fp8Format(), "e2m1": Mxfp4Format()}
 entries = tuning_table((9, 0)).entries
-tried = dict.fromkeys((weight, along, tiles) for weight, along, _, tiles in entries if weight in formats)
+tried = dict.fromkeys((entry.weight, entry.along, entry.tiles) for entry in entries if entry.weight in formats)
 for weight, along, tiles in tried:
     if tiles.decode_first or not tiles.weight_left:
         continue
     codec = codec_for(formats[weight], 512, 512, 1, False, torch.bfloat16, True)
     constants = dict(
-        STRIDE_FE=1, STRIDE_FN=1, STRIDE_FR=1, HEIGHTS=tiles.heights, N=512, K=512, TOP_K=8, GATHER=True,
-        ALONG_COLUMNS=along == "columns", CODEC=codec, RANK=0, RANKS=16, HAS_BIAS=False, TILE_N=tiles.tile_n,
-        TILE_K=tiles.tile_k, WEIGHT_LEFT=True, LOOPS=False,
+        STRIDE_FE=1, STRIDE_FN=1, STRIDE_FR=1, HEIGHTS=tiles.heights, N=512, WIDTH=512, K=512, TOP_K=8,
+        GATHER=True, ALONG_COLUMNS=along == "columns", CODEC=codec, RANK=0, RANKS=16, HAS_BIAS=False,
+        TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, WEIGHT_LEFT=True, LOOPS=False,
     )
     codes, scales = ("i16" if weight == "e4m3" else "u8"), ("u8" if weight == "e2m1" else "fp32")
     types = f"bf16 i32 {codes} {scales} bf16 fp32 bf16 bf16 i32 i32 i32".split()
@@ -52,16 +52,81 @@ for weight, along, tiles in tried:
 """
 
 
+FITS = """
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import peft_moe_qlora.ops.kernels.decode  # registers what decodes
+from peft_moe_qlora.ops.dispatch import LARGEST_RANK
+from peft_moe_qlora.ops.kernels.codec import DENSE, codec_for
+from peft_moe_qlora.ops.kernels.grouped_gemm import _grouped_gemm_kernel
+from peft_moe_qlora.ops.kernels.tuning import tuning_table
+from peft_moe_qlora.quantization import FourBitFormat
+from peft_moe_qlora.quantization.formats import Fp8Format
+
+formats = {"packed": FourBitFormat(), "e4m3": Fp8Format()}
+tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+entries = tuning_table((8, 6)).entries
+tried = {("dense" if one.tiles.decode_first else one.weight, one.along, one.tiles) for one in entries}
+for weight, along, tiles in sorted(tried, key=str):
+    is_dense = weight == "dense"
+    codec = DENSE if is_dense else codec_for(formats[weight], 512, 512, 1, False, torch.bfloat16, True)
+    constants = dict(
+        STRIDE_FE=1, STRIDE_FN=LARGEST_RANK, STRIDE_FR=1, HEIGHTS=tiles.heights, N=512, WIDTH=512, K=512, TOP_K=8,
+        GATHER=True, ALONG_COLUMNS=along == "columns", CODEC=codec, RANK=LARGEST_RANK, RANKS=LARGEST_RANK,
+        HAS_BIAS=False, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, WEIGHT_LEFT=tiles.weight_left, LOOPS=is_dense,
+    )
+    codes, scales = {"dense": "bf16", "packed": "u8", "e4m3": "i16"}[weight], "bf16" if is_dense else "fp32"
+    types = f"bf16 i32 {codes} {scales} bf16 fp32 bf16 bf16 i32 i32 i32".split()
+    signature = dict(zip(_grouped_gemm_kernel.arg_names, ["*" + kind for kind in types] + ["i32"] * 3))
+    source = ASTSource(
+        _grouped_gemm_kernel,
+        {**signature, **dict.fromkeys(constants, "constexpr")},
+        constants,
+        {(place,): [["tt.divisibility", 16]] for place in range(len(types))},
+    )
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [tools / "ptxas", "-v", "-arch=sm_86", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    print("FITS", compiled.metadata.shared, re.search(r"(\\d+) bytes spill stores", said)[1], tiles)
+"""
+
+
+def run(program: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_tiles_that_nobody_has_measured_fit_on_small_gpus() -> None:
+    """At the largest rank: 99 KiB of shared memory, and all sums in registers."""
+    found = re.findall(r"FITS (\d+) (\d+) (.*)", run(FITS))
+    assert len(found) == 16
+    for shared, spilled, tiles in found:
+        assert int(shared) <= 99 * 1024, tiles
+        assert int(spilled) == 0, tiles
+
+
 def test_no_product_goes_on_reading_registers_of_the_next_step() -> None:
     """Weights decoded in registers were overwritten while the tensor cores still read them: rare, wrong tiles.
 
     A product of registers (`dot_op`) that runs on its own (`isAsync`) has to be waited for, all of it, at once.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("TILES") > 0
-    products = re.findall(r"warp_group_dot (?P<operands>.*isAsync = true.*dot_op.*)\n(?P<following>.*)", result.stdout)
+    printed = run(COMPILE)
+    assert printed.count("TILES") > 0
+    products = re.findall(r"warp_group_dot (?P<operands>.*isAsync = true.*dot_op.*)\n(?P<following>.*)", printed)
     assert products, "the tiles of the table have the weight on the left"
     for _, following in products:
         assert "warp_group_dot_wait" in following

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, experts_report, load_quantized
 from peft_moe_qlora.cli import main
 from peft_moe_qlora.loading import Checkpoint
+from peft_moe_qlora.ops import kept_nbytes
 
 
 def inspected(capsys: pytest.CaptureFixture, *arguments) -> dict:
@@ -54,6 +55,17 @@ def test_layers_that_lora_cant_train_are_not_counted(model_type, tmp_path, capsy
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert found["linear_adapter_parameters"] == trained - model.experts_report().num_adapter_parameters
+
+
+def test_kept_experts_are_counted(tmp_path, capsys):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    plain = inspected(capsys, tmp_path, "--r", 4)["memory"]
+    assert plain["kept_experts"] == 0
+    found = inspected(capsys, tmp_path, "--r", 4, "--keep-experts")
+    # 2 layers, 2048 tokens, hidden 64, two experts of 32 for each
+    assert found["memory"] == plain | {"kept_experts": 2 * kept_nbytes(2048, 2, 64, 2 * 32, 4)}
+    assert main(["inspect", str(tmp_path), "--keep-experts"]) == 0
+    assert "with gradient checkpointing of all but the experts, at least" in capsys.readouterr().out
 
 
 def test_no_weight_is_read(tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ that are no multiples of a tile or of a quantization block.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,14 +20,17 @@ from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Forma
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from kernel_cases import DEVICE, GATES, GRIDS, NF4, TILES, assert_close, random_ids, random_stack
+from test_fused import run_layer
 
+from peft_moe_qlora.ops import fused_steps
 from peft_moe_qlora.ops.kernels.codec import decoder_of
 from peft_moe_qlora.ops.kernels.combine import combine
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.ops.kernels.gate import apply_gate, gate_backward
 from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
-from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
-from peft_moe_qlora.ops.kernels.schedule import cut_tiles, route, sort_pairs
+from peft_moe_qlora.ops.kernels.launch_recorder import allocate, forget_recordings
+from peft_moe_qlora.ops.kernels.low_rank import PARTS_BYTES, factor_gradient, reduce_rows, rows_of_a_run
+from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
 
 
@@ -218,6 +222,44 @@ def test_a_workspace_for_some_experts_at_a_time_gives_the_same(monkeypatch: pyte
     assert torch.equal(at_once[: rows.ends[-1]], in_groups[: rows.ends[-1]])
 
 
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "storage"),
+    [
+        ((3, 600, 64), NF4),
+        ((2, 64, 600), FourBitFormat("nf4", 64, True)),  # blocks that span rows
+        ((2, 600, 520), FourBitFormat("fp4", 32, True)),
+        ((2, 600, 520), Fp8Format((24, 32))),
+        ((2, 520, 600), Nvfp4Format()),
+    ],
+    ids=str,
+)
+def test_a_workspace_for_a_part_of_an_expert_gives_the_same(
+    shape: tuple[int, int, int], storage: Format, for_input_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of Mixtral 8x22B, one of whose matrices has 384 MiB in 16 bits."""
+    weight = packed_weight(random_stack(shape, False, storage))
+    n, k = shape[:0:-1] if for_input_gradient else shape[1:]
+    rows = sort_pairs(random_ids(20, 2, shape[0]) - 1, shape[0])
+    tuned = GemmTiles((32, 16), 64, 32, 4, 2, weight_left=False, decode_first=True)
+    term = LowRankTerm(torch.randn(40, 3, device=DEVICE), torch.randn(shape[0], n, 3, device=DEVICE))
+    arguments = (Rows(torch.randn(40, k, device=DEVICE)), weight, for_input_gradient, rows.ends)
+    arguments += (cut_tiles(rows, tuned.heights), tuned, term, torch.randn(shape[0], n, device=DEVICE))
+    at_once = grouped_gemm(*arguments)
+    bound = (256 if n > 256 else 64) * k * 4
+    sizes = []
+
+    def recorded(wanted: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        sizes.append(math.prod(wanted) * dtype.itemsize)
+        return allocate(wanted, dtype, device)
+
+    monkeypatch.setattr("peft_moe_qlora.ops.kernels.grouped_gemm.WORKSPACE_BYTES", bound)
+    monkeypatch.setattr("peft_moe_qlora.ops.kernels.grouped_gemm.allocate", recorded)
+    in_parts = grouped_gemm(*arguments)
+    assert torch.equal(at_once, in_parts)
+    assert max(sizes[1:]) <= bound, "the first is the result"
+
+
 @pytest.mark.parametrize("rank", [1, 16, 37])
 def test_rows_down_to_the_rank_and_back(rank: int) -> None:
     num_experts, features = 5, 150
@@ -240,6 +282,69 @@ def test_rows_down_to_the_rank_and_back(rank: int) -> None:
     expected = torch.zeros_like(found).index_add_(0, expert, outer)
     assert_close(found, expected)
     assert torch.equal(found[0], torch.zeros_like(found[0])), "an expert without rows has no gradient"
+
+
+@pytest.mark.parametrize("counts", [(0, 33, 1, 0, 129, 32, 64, 5), (200, 0, 0), (0, 0, 97), (31, 32, 33)], ids=str)
+@pytest.mark.parametrize("is_gathered", [False, True])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_gradients_of_factors_in_runs_of_rows(counts: tuple[int, ...], is_gathered: bool, rank: int) -> None:
+    """Ragged experts, one that has all rows, idle ones, and rows of no expert; twice with the same bits."""
+    num_experts, columns = len(counts), 150
+    ids = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)] + [torch.full((9,), -1)])
+    ids = ids[torch.randperm(len(ids))].to(DEVICE)
+    rows = sort_pairs(ids[:, None], num_experts)
+    num_rows, pair = int(rows.ends[-1]), rows.pair_of_row.long()
+    tokens = torch.randn(len(ids), columns, device=DEVICE)
+    weights = torch.rand(len(ids), 1, device=DEVICE)
+    left = Rows(tokens, rows.pair_of_row, 1) if is_gathered else Rows(tokens[pair])
+    reduced = torch.randn(len(ids), rank, device=DEVICE)
+    tokens[ids < 0], reduced[num_rows:] = float("nan"), float("nan")
+    x, scaled = tokens[pair][:num_rows], (reduced * weights[pair])[:num_rows]
+    expected = torch.zeros(num_experts, columns, rank, device=DEVICE)
+    expected.index_add_(0, ids[pair][:num_rows], x[:, :, None] * scaled[:, None, :])
+
+    def gradient(runs: Tiles | None) -> torch.Tensor:
+        found = torch.full((num_experts, rank, columns), float("nan"), device=DEVICE).transpose(1, 2)
+        factor_gradient(left, reduced, rows.ends, found, weights, rows.pair_of_row, runs)
+        return found
+
+    in_one_go = gradient(None)
+    assert_close(in_one_go, expected)
+    for length in (32, 64):
+        in_runs = gradient(cut_tiles(rows, (length,)))
+        assert_close(in_runs, expected)
+        assert torch.equal(in_runs, gradient(cut_tiles(rows, (length,))))
+        is_one_run = torch.tensor(counts, device=DEVICE) <= length
+        assert torch.equal(in_runs[is_one_run], in_one_go[is_one_run])
+
+
+def test_a_layer_sums_gradients_of_factors_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(fused_steps, "rows_of_a_run", lambda *sizes: asked.append(sizes) or 32)
+    forget_recordings()
+    stacks = random_stack((5, 64, 64), False, NF4), random_stack((5, 64, 32), False, NF4)
+    for found, expected in run_layer(90, 4, stacks, Gate("silu"), 4, False, torch.float32):
+        assert_close(found, expected)
+    # rows, experts, features, rank: B and A of down, then of up
+    assert asked == [(360, 5, columns, 4) for columns in (64, 32, 64, 64)]
+    forget_recordings()
+
+
+def test_rows_are_cut_into_runs_where_experts_have_many_or_are_few() -> None:
+    # rows, experts, features, rank
+    assert rows_of_a_run(512 * 8, 128, 2048, 16) is None
+    assert rows_of_a_run(2048 * 8, 128, 2048, 16) == 512
+    assert rows_of_a_run(4096 * 8, 128, 2048, 16) == 512
+    assert rows_of_a_run(16384 * 8, 128, 2048, 16) == 2048, "even routing stays whole"
+    assert rows_of_a_run(4096 * 2, 8, 4096, 16) == 256, "8 experts are too few"
+    assert rows_of_a_run(16, 1, 4096, 16) is None
+    for num_rows, num_experts, columns, rank in itertools.product(
+        (8, 4096, 131072), (1, 8, 128), (64, 7168, 32768), (1, 16, 128)
+    ):
+        length = rows_of_a_run(num_rows, num_experts, columns, rank)
+        if length is not None:
+            assert 2 * (num_rows // length + 1) * columns * rank * 4 <= PARTS_BYTES
+            assert length % 16 == 0
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
@@ -279,8 +384,11 @@ def test_combining_skips_pairs_of_other_ranks(columns: int) -> None:
     assert_close(combine(x, None, rows, 11, 3, torch.float32), by_pair.sum(1))
 
 
-def test_every_measured_table_has_an_answer_for_every_question() -> None:
-    table = tuning_table((9, 0))
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_every_table_has_an_answer_for_every_question(capability: tuple[int, int]) -> None:
+    table = tuning_table(capability)
+    is_measured = capability == (9, 0)
+    assert ("not measured" in table.origin) != is_measured
     for codes in (None, "nf4", "e4m3", "e2m1", "of no entry"):
         for along_columns in (False, True):
             for rows_per_expert in (1 / 512, 1.0, 33.3, 1e9):

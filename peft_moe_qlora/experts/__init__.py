@@ -7,7 +7,6 @@ from .layout import (
     UNSUPPORTED_CLASSES,
     ExpertsLayout,
     read_layout,
-    refuse_liger,
     refuse_unsupported,
 )
 from .quantized import QuantizedExperts, bias_name
@@ -24,7 +23,6 @@ __all__ = [
     "find_experts",
     "move_hook",
     "read_layout",
-    "refuse_liger",
     "refuse_unsupported",
     "revert_experts",
     "stored_format",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .architectures import declaration
+from .architectures import architecture_of, declaration
+from .liger import WITHOUT_LIGER
 
 _DECLARATIONS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 
@@ -74,9 +75,6 @@ class ExpertsLayout:
             return self.intermediate_size, self.hidden_size
         return self.hidden_size, self.intermediate_size * (2 if self.has_gate else 1)
 
-
-WITHOUT_LIGER = "liger_kernel_config={'swiglu': False}"
-"""What to give to a Trainer beside `use_liger_kernel`."""
 
 SHARD_LATER = (
     "experts are quantized and adapted whole. Load the model without distributed_config, and shard it when it has "
@@ -161,23 +159,6 @@ def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype
             )
 
 
-def refuse_liger(experts: nn.Module, class_name: str) -> None:
-    """Refuses experts whose `forward` Liger has replaced on the instance, as it does when a Trainer is made.
-
-    Args:
-        experts: a module that has its own `forward`.
-        class_name: of the experts, for the error.
-
-    Raises:
-        ValueError: names the class and what to do.
-    """
-    if getattr(experts.__dict__.get("forward"), "__qualname__", "").startswith("Liger"):
-        raise ValueError(
-            f"Liger has replaced the forward of {class_name} by its own, which knows neither 4-bit weights nor "
-            f"adapters. Load the model in a new process, and keep Liger off the experts: {WITHOUT_LIGER}."
-        )
-
-
 def check_not_sharded(experts: nn.Module, path: str) -> None:
     """Refuses experts of which this process has but a part.
 
@@ -197,10 +178,11 @@ def refuse_unsupported(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         name = type(module).__name__
-        if name.startswith("Liger") and name.endswith("Experts"):
+        if name.startswith("Liger") and name.endswith("Experts") and architecture_of(module) is None:
             raise ValueError(
-                f"{path} is of class {name}: Liger has replaced the class of these experts, for as long as this "
-                f"process runs. Start a new one, and keep Liger off the experts: {WITHOUT_LIGER}."
+                f"{path} is of class {name}, which Liger has put in the place of the model's own for as long as this "
+                f"process runs, and whose layout is not known. Start a new process, and keep Liger off the experts: "
+                f"{WITHOUT_LIGER}."
             )
         if name in UNSUPPORTED_CLASSES and name not in ALWAYS_ON_CLASSES:
             raise ValueError(

@@ -29,7 +29,8 @@ from ..ops import (
 from ..quantization import Stack
 from .architectures import architecture_of
 from .gates import known_gate
-from .layout import ExpertsLayout, refuse_liger
+from .layout import ExpertsLayout
+from .liger import keep_own_forward
 
 Terms = Mapping[str, Sequence[LowRank]]
 """Projection -> what adapters add to it."""
@@ -64,12 +65,20 @@ class QuantizedExperts(nn.Module):
         self.original = original
         self._gate = known_gate(original, layout)
         self._architecture = architecture_of(original)
+        self.adapter_names: tuple[str, ...] | None = None
+        """In a mixed batch, the adapter of each sample; an argument of `forward` goes before it."""
         self.train(original.training)
 
     def train(self, mode: bool = True) -> QuantizedExperts:
-        # a Trainer calls this between Liger's patches and the first forward
-        refuse_liger(self, self.layout.class_name)
+        # a Trainer calls this between Liger's patches and the first forward, which may be a compiled one
+        keep_own_forward(self, self.layout.class_name)
         return super().train(mode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # where Liger was called by hand, and nothing before this
+        if "forward" in self.__dict__ and not torch.compiler.is_compiling():
+            keep_own_forward(self, self.layout.class_name)
+        return super().__call__(*args, **kwargs)
 
     def stack(self, projection: str) -> Stack:
         """The stack of a projection, adapted or not."""
@@ -161,11 +170,13 @@ class QuantizedExperts(nn.Module):
             top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped. Left out, with the
                 weights, by classes that are called in a way of their own (`architectures`).
             top_k_weights: `(T, K)`, the router's weights, in any floating dtype.
-            adapter_names: in a mixed batch, the adapter of each sample. Default: the active ones for all.
+            adapter_names: in a mixed batch, the adapter of each sample. Default: the module's own, or else the active
+                ones for all.
 
         Raises:
             ValueError: a mixed batch in a class that is called with several copies of each token.
         """
+        adapter_names = self.adapter_names if adapter_names is None else adapter_names
         if adapter_names is not None and top_k_index is None:
             raise ValueError(
                 f"adapter_names can't be passed to {self.layout.class_name}, which is called with one copy of all "

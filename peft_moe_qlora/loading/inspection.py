@@ -14,11 +14,13 @@ from tabulate import tabulate
 from torch import nn
 
 from ..experts import read_layout, refuse_unsupported
+from ..ops import kept_nbytes
 from ..quantization import Format, FourBitFormat, parse_format
 from ..targets import expert_layouts, is_router
 from ..unadaptable import why_unadaptable
 from .checkpoint import Checkpoint
 from .disk import quant_method
+from .expert_shapes import top_k_of
 from .finder import SourceFinder
 from .linear import asked_for_dtype
 from .load import class_of, read_config, readable_quantization, saved_config
@@ -69,6 +71,7 @@ class MemoryEstimate:
         weights: quantized, with what stays in 16 bits.
         trained: adapter in fp32, gradients and AdamW's moments.
         checkpoints: the inputs of all layers in 16 bits.
+        kept_experts: activations of all experts, where the recomputation leaves them out.
         one_layer: activations and gradients of the layer that is recomputed, experts' workspace included.
         logits: in 16 bits, in fp32, and their gradient.
     """
@@ -76,6 +79,7 @@ class MemoryEstimate:
     weights: int
     trained: int
     checkpoints: int
+    kept_experts: int
     one_layer: int
     logits: int
 
@@ -140,7 +144,8 @@ class Inspection:
                 f"other layers: {self.linear_weights:,} weights in linear layers, {self.other_weights:,} elsewhere",
                 f"adapter: {of_experts:,} parameters on experts at rank {settings['expert_r']}, "
                 f"{self.linear_adapter_parameters:,} on linear layers at rank {settings['r']}",
-                f"training, {settings['batch']} x {settings['seq']} tokens, with gradient checkpointing, at least:",
+                f"training, {settings['batch']} x {settings['seq']} tokens, with gradient checkpointing "
+                f"{'of all but the experts' if settings['keep_experts'] else 'by layer'}, at least:",
                 tabulate(memory, ("", "GiB"), disable_numparse=True, colalign=("left", "right")),
             ]
         )
@@ -153,6 +158,7 @@ def inspect_checkpoint(
     expert_r: int | None = None,
     seq: int = 2048,
     batch: int = 1,
+    keep_experts: bool = False,
 ) -> Inspection:
     """Looks at a checkpoint without loading a weight.
 
@@ -163,6 +169,7 @@ def inspect_checkpoint(
         expert_r: rank on experts; by default `r`.
         seq: tokens in a sequence.
         batch: sequences in a step.
+        keep_experts: training is with `use_gradient_checkpointing="keep-experts"`.
 
     Raises:
         CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
@@ -183,9 +190,13 @@ def inspect_checkpoint(
     refuse_unexplained(sources, saved, directory)
     if not sources:
         raise ValueError(f"{directory}: {type(model).__name__} has no routed experts.")
+    text_config, tokens, kept_experts = config.get_text_config(decoder=True), seq * batch, 0
     groups: dict[tuple, list[tuple[Source, int, int]]] = defaultdict(list)
     for path, of_module in sources.items():
         layout = read_layout(model.get_submodule(path), path)
+        if keep_experts:
+            hidden, up_features = layout.features(layout.up_name)
+            kept_experts += kept_nbytes(tokens, top_k_of(text_config) or 1, hidden, up_features, expert_r)
         words = [
             "(in, out)" if layout.is_transposed else "(out, in)",
             *(["interleaved"] if not layout.is_concatenated else []),
@@ -250,8 +261,15 @@ def inspect_checkpoint(
         linear_weights=linear_weights,
         other_weights=other_weights,
         linear_adapter_parameters=linear_adapter,
-        memory=_memory(config.get_text_config(decoder=True), stacks, weights, trained, seq * batch),
-        settings={"storage": str(storage), "r": r, "expert_r": expert_r, "seq": seq, "batch": batch},
+        memory=_memory(text_config, stacks, weights, trained, tokens, kept_experts),
+        settings={
+            "storage": str(storage),
+            "r": r,
+            "expert_r": expert_r,
+            "seq": seq,
+            "batch": batch,
+            "keep_experts": keep_experts,
+        },
     )
 
 
@@ -295,9 +313,11 @@ def _scale_bytes(double_quant: bool) -> float:
     return (1 + 4 / 256) / 64 if double_quant else 4 / 64
 
 
-def _memory(config: Any, stacks: tuple[StackGroup, ...], weights: int, trained: int, tokens: int) -> MemoryEstimate:
+def _memory(
+    config: Any, stacks: tuple[StackGroup, ...], weights: int, trained: int, tokens: int, kept: int
+) -> MemoryEstimate:
     hidden, num_layers = config.hidden_size, config.num_hidden_layers
-    top_k = next((getattr(config, n) for n in _NAMES_OF_TOP_K if isinstance(getattr(config, n, None), int)), 1)
+    top_k = top_k_of(config) or 1
     widest = max(sum(group.shape[1:]) for group in stacks)
     # of each routed row: both sides of the projections, forward and backward; of each token: attention, likewise
     one_layer = 2 * 2 * tokens * (top_k * widest + 12 * hidden) + LARGEST_WORKSPACE
@@ -305,9 +325,7 @@ def _memory(config: Any, stacks: tuple[StackGroup, ...], weights: int, trained: 
         weights=weights,
         trained=BYTES_PER_TRAINED_PARAMETER * trained,
         checkpoints=2 * tokens * hidden * num_layers,
+        kept_experts=kept,
         one_layer=one_layer,
         logits=(2 + 4 + 4) * tokens * config.vocab_size,
     )
-
-
-_NAMES_OF_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")

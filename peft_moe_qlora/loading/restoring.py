@@ -30,6 +30,12 @@ class ExpertsQuantizer(HfQuantizer):
     has_loaded_experts = False
     """Whether the model was loaded by this quantizer, so that transformers knows no conversion of its stacks."""
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile decoding with a static cache."""
+        # bitsandbytes decodes 4 bits by operators of torch, though its quantizer doesn't say so
+        return self.inner is None or isinstance(self.inner, Bnb4BitHfQuantizer) or self.inner.is_compileable
+
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Gives the model back in floating point, experts and other layers.
 

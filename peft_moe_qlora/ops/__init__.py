@@ -7,7 +7,9 @@ R rank. Rows are sorted by expert; `offsets (E,)` int32 holds, for each expert, 
 from .decode_matrix import decode_matrix
 from .dispatch import LARGEST_RANK, ComputePath, choose_library_path, choose_path, log_once, why_no_kernels
 from .grouped_linear import LowRank, grouped_linear
+from .kept_activations import keep_experts, kept_nbytes, without_output
 from .kernels.tuning import tiles_origin
+from .linear_lora import StoredMatrix, bias_gradient, linear_dtype, linear_lora, low_rank_term, without_autocast
 from .operands import Factors, Gate, packed_weight, why_not_read
 from .routing import Routing, combine_rows, gather_rows, route
 
@@ -18,16 +20,25 @@ __all__ = [
     "Gate",
     "LowRank",
     "Routing",
+    "StoredMatrix",
+    "bias_gradient",
     "choose_library_path",
     "choose_path",
     "combine_rows",
     "decode_matrix",
     "gather_rows",
     "grouped_linear",
+    "keep_experts",
+    "kept_nbytes",
+    "linear_dtype",
+    "linear_lora",
     "log_once",
+    "low_rank_term",
     "packed_weight",
     "route",
     "tiles_origin",
     "why_no_kernels",
     "why_not_read",
+    "without_autocast",
+    "without_output",
 ]

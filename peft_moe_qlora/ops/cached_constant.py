@@ -20,4 +20,5 @@ def cached_constant(function: Callable[..., T]) -> Callable[..., T]:
     def look_up(*args: Any) -> T:
         return cached(*args)
 
+    look_up.cache_clear = cached.cache_clear
     return look_up

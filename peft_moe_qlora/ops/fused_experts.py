@@ -18,6 +18,7 @@ from .fused_steps import (
     experts_forward_gemv,
     goes_by_gemv,
 )
+from .kept_activations import keep, take_kept, unused_output
 from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
 from .kernels.launch_recorder import recorded
@@ -51,6 +52,7 @@ class _FusedExperts(torch.autograd.Function):
         tensors = (hidden_states, top_k_index.contiguous(), top_k_weights)
         factors = (up_A, up_B, down_A, down_B)
         biases = (up_bias, down_bias)
+        unused = unused_output()
 
         def run() -> tuple[list[Tensor | None], list[tuple[int, ...]]]:
             out, kept = experts_forward(
@@ -61,6 +63,7 @@ class _FusedExperts(torch.autograd.Function):
                 as_factors(down_A, down_B, down_scaling),
                 *biases,
                 gate,
+                needs_output=unused is None,
             )
             planner = kept.planner
             cut = [tiles.whole for tiles in planner.cut.values()]
@@ -68,7 +71,16 @@ class _FusedExperts(torch.autograd.Function):
 
         given = (*tensors, *factors, *biases)
         key = (*_signatures(given), up.signature, down.signature, *static[2:])
-        (out, *kept), heights = recorded(key, (*given, *frozen_tensors(up, down)), run)
+        taken = take_kept()
+        if taken is None:
+            inputs = (*given, *frozen_tensors(up, down))
+            (out, *kept), heights = recorded(("forward", unused is None, *key), inputs, run)
+            keep((out.detach(), kept, heights))  # autograd writes to the tensor that is returned
+        else:
+            kept_out, kept, heights = taken
+            out = kept_out.detach()
+        if unused == "nan":
+            out = torch.full_like(out, float("nan"))
         ctx.static, ctx.key, ctx.heights = static, key, heights
         ctx.save_for_backward(hidden_states, top_k_weights, *factors, down_bias, *kept)
         return out

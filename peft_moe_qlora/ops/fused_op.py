@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization import parse_format
 from .fused_steps import Planner, Saved, experts_backward, experts_forward, experts_forward_gemv
+from .kept_activations import keep, take_kept, unused_output
 from .kernels.launch import device_of
 from .kernels.schedule import routing_size, split_routing
 from .operands import Factors, Gate, PackedWeight, as_factors
-
-
-def _weight(tensors: list[Tensor], shape: list[int], storage: str) -> PackedWeight:
-    rows, columns, is_transposed, parts = shape
-    return PackedWeight(
-        tuple(tensors), rows, columns, bool(is_transposed), parse_format(storage) if storage else None, parts
-    )
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -55,8 +48,8 @@ def _experts_op(
         hidden_states.contiguous(),
         top_k_index.contiguous(),
         top_k_weights.contiguous(),
-        _weight(up, up_shape, up_storage),
-        _weight(down, down_shape, down_storage),
+        PackedWeight.from_flat(up, up_shape, up_storage),
+        PackedWeight.from_flat(down, down_shape, down_storage),
         as_factors(up_A, up_B, scalings[0]),
         as_factors(down_A, down_B, scalings[1]),
         up_bias,
@@ -67,14 +60,16 @@ def _experts_op(
         if by_gemv:
             out = experts_forward_gemv(*arguments)
             return (out, *[out.new_empty(0) for _ in range(3)], out.new_empty(0, dtype=torch.int32))
-        out, saved = experts_forward(*arguments)
-    return (
-        out,
-        saved.gate_input,
-        _or_empty(saved.up_reduced, out),
-        _or_empty(saved.down_reduced, out),
-        saved.planner.rows.whole,
-    )
+        results, unused = take_kept(), unused_output()
+        if results is None:
+            out, saved = experts_forward(*arguments, needs_output=unused is None)
+            reduced = (_or_empty(part, out) for part in (saved.up_reduced, saved.down_reduced))
+            results = (out, saved.gate_input, *reduced, saved.planner.rows.whole)
+            keep(tuple([tensor.detach() for tensor in results]))
+    if unused == "nan":
+        results = (torch.full_like(results[0], float("nan")), *results[1:])
+    # the results of an operator are no tensors that it has given before
+    return tuple([tensor.detach() for tensor in results])
 
 
 @_experts_op.register_fake
@@ -128,8 +123,8 @@ def _experts_backward_op(
             hidden_states.contiguous(),
             top_k_weights.contiguous(),
             Saved(gate_input, up_reduced, down_reduced, Planner(rows, hidden_states.dtype)),
-            _weight(up, up_shape, up_storage),
-            _weight(down, down_shape, down_storage),
+            PackedWeight.from_flat(up, up_shape, up_storage),
+            PackedWeight.from_flat(down, down_shape, down_storage),
             as_factors(up_A, up_B, scalings[0]),
             as_factors(down_A, down_B, scalings[1]),
             down_bias,
@@ -212,8 +207,8 @@ def experts_op(
         down_bias,
         list(up.tensors),
         list(down.tensors),
-        [up.rows, up.columns, int(up.is_transposed), up.parts],
-        [down.rows, down.columns, int(down.is_transposed), down.parts],
+        up.flat_shape,
+        down.flat_shape,
         up.storage_name,
         down.storage_name,
         [up_scaling, down_scaling],

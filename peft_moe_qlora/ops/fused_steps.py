@@ -23,7 +23,7 @@ from .kernels.gemv import combined_pairs, fits_gemv, gated_pairs, reduce_pairs
 from .kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
 from .kernels.launch import device_of
 from .kernels.launch_recorder import allocate
-from .kernels.low_rank import factor_gradient, reduce_rows
+from .kernels.low_rank import factor_gradient, reduce_rows, rows_of_a_run
 from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
 from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
@@ -33,7 +33,8 @@ def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype
     along_columns = weight.contracts_columns(for_input_gradient)
     rows_per_expert = num_pairs / weight.num_experts
     codes = weight.storage.kernel_codes if weight.tile_block is not None else None
-    return choose_tiles(weight.tensors[0].device, dtype, codes, along_columns, rows_per_expert)
+    n, k = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
+    return choose_tiles(weight.tensors[0].device, dtype, codes, along_columns, rows_per_expert, n, k)
 
 
 class Plan(NamedTuple):
@@ -56,6 +57,15 @@ class Planner:
         if tuned.heights not in self.cut:
             self.cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
         return Plan(tuned, self.cut[tuned.heights])
+
+    def runs(self, columns: int, rank: int) -> Tiles | None:
+        """The runs of rows that gradients of factors are summed by, None where each expert is summed in one go."""
+        length = rows_of_a_run(self.rows.pair_of_row.shape[0], self.rows.ends.shape[0], columns, rank)
+        if length is None:
+            return None
+        if (length,) not in self.cut:
+            self.cut[(length,)] = cut_tiles(self.rows, (length,))
+        return self.cut[(length,)]
 
 
 def _product(
@@ -127,8 +137,12 @@ def experts_forward(
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     gate: Gate,
+    needs_output: bool = True,
 ) -> tuple[torch.Tensor, Saved]:
-    """`(T, H)` -> `(T, H)`; all tensors but the factors contiguous, T not 0."""
+    """`(T, H)` -> `(T, H)`; all tensors but the factors contiguous, T not 0.
+
+    Without `needs_output` only what the backward needs is computed, and the output is uninitialized.
+    """
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
     heights = _tuned(up, False, top_k_index.numel(), hidden_states.dtype).heights
@@ -149,6 +163,8 @@ def experts_forward(
         A, B, scaling = down_factors
         lora_x = reduce_rows(Rows(gated), A.transpose(1, 2), scaling, rows.ends, planner.plan(down, False).tiles)
         down_term = LowRankTerm(lora_x, B)
+    if not needs_output:
+        return _like(hidden_states), Saved(gate_input, _reduced(term), _reduced(down_term), planner)
     down_rows = _product(planner, Rows(gated), down, False, down_term, down_bias)
     del gated
     out = combine(down_rows, top_k_weights, rows, num_tokens, top_k, hidden_states.dtype)
@@ -258,7 +274,8 @@ def experts_backward(
     up_A = up_B = down_A = down_B = None
     if down_factors is not None and needs_factors:
         down_A, down_B = _like(A), _like(B)
-        factor_gradient(grad_tokens, saved.down_reduced, rows.ends, down_B, weights=top_k_weights)
+        runs = planner.runs(*down_B.shape[1:])
+        factor_gradient(grad_tokens, saved.down_reduced, rows.ends, down_B, weights=top_k_weights, runs=runs)
         factor_gradient(
             Rows(gated),
             term.reduced,
@@ -266,6 +283,7 @@ def experts_backward(
             down_A.transpose(1, 2),
             weights=top_k_weights,
             pair_of_row=rows.pair_of_row,
+            runs=planner.runs(*down_A.shape[:0:-1]),
         )
     del gated
     up_term = None
@@ -275,9 +293,11 @@ def experts_backward(
         up_term = LowRankTerm(reduced, up_A_factor.transpose(1, 2))
         if needs_factors:
             up_A, up_B = _like(up_A_factor), _like(up_B_factor)
-            factor_gradient(Rows(grad_gate_input), saved.up_reduced, rows.ends, up_B)
+            runs = planner.runs(*up_B.shape[1:])
+            factor_gradient(Rows(grad_gate_input), saved.up_reduced, rows.ends, up_B, runs=runs)
             tokens = Rows(hidden_states, rows.pair_of_row, top_k)
-            factor_gradient(tokens, reduced, rows.ends, up_A.transpose(1, 2))
+            runs = planner.runs(*up_A.shape[:0:-1])
+            factor_gradient(tokens, reduced, rows.ends, up_A.transpose(1, 2), runs=runs)
     if not needs_hidden_states:
         return Gradients(None, grad_weights, up_A, up_B, down_A, down_B)
     grad_rows = _product(planner, Rows(grad_gate_input), up, True, up_term)

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..quantization import Stack
 from .dispatch import choose_library_path, choose_path
 from .grouped_matmul import grouped_matmul, grouped_mm, multiply_groups
-from .operands import packed_weight, why_not_read
+from .operands import PackedWeight, packed_weight, why_not_read
 from .routing import Routing
 
 
@@ -59,23 +59,58 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
     """Rows times the matrices as stored (`as_stored`) or times their transposes."""
     _, stored_rows, stored_columns = stack.shape
     in_features, out_features = (stored_rows, stored_columns) if as_stored else (stored_columns, stored_rows)
-    # a compiler can't look into a launch
-    needs_library = torch.compiler.is_compiling() or why_not_read(stack) is not None
-    choose = choose_library_path if needs_library else choose_path
+    choose = choose_path if why_not_read(stack) is None else choose_library_path
     path = choose(rows.device, rows.dtype, in_features, out_features).name
-    if rows.shape[0] and path == "triton":
-        from .fused_steps import frozen_product
-
-        return frozen_product(rows, packed_weight(stack), offsets, for_input_gradient=as_stored != stack.is_transposed)
     if rows.shape[0] and path == "grouped_mm":
         matrices = stack.decode(rows.dtype)
         return grouped_mm(rows, matrices if as_stored else matrices.transpose(1, 2), offsets)
+    if torch.compiler.is_compiling():
+        # a compiler can't look into a launch, nor see how many rows an expert has
+        weight = packed_weight(stack)
+        tensors, by_kernels = list(weight.tensors), path == "triton"
+        return _frozen_product_op(
+            rows, tensors, offsets, weight.flat_shape, weight.storage_name, as_stored, by_kernels
+        )
+    if rows.shape[0] and path == "triton":
+        return _by_kernels(rows, packed_weight(stack), offsets, as_stored)
+    return _by_expert(rows, stack, offsets, as_stored, out_features)
 
+
+def _by_kernels(rows: torch.Tensor, weight: PackedWeight, offsets: torch.Tensor, as_stored: bool) -> torch.Tensor:
+    from .fused_steps import frozen_product
+
+    return frozen_product(rows, weight, offsets, for_input_gradient=as_stored != weight.is_transposed)
+
+
+def _by_expert(
+    rows: torch.Tensor, weight: Stack | PackedWeight, offsets: torch.Tensor, as_stored: bool, out_features: int
+) -> torch.Tensor:
     def matrix_of(expert: int) -> torch.Tensor:
-        matrix = stack.decode_expert(expert, rows.dtype)
+        matrix = weight.decode_expert(expert, rows.dtype)
         return matrix if as_stored else matrix.T
 
     return multiply_groups(rows, matrix_of, offsets, out_features)
+
+
+@torch.library.custom_op("peft_moe_qlora::frozen_product", mutates_args=())
+def _frozen_product_op(
+    rows: torch.Tensor,
+    tensors: list[torch.Tensor],
+    offsets: torch.Tensor,
+    flat_shape: list[int],
+    storage: str,
+    as_stored: bool,
+    by_kernels: bool,
+) -> torch.Tensor:
+    weight = PackedWeight.from_flat(tensors, flat_shape, storage)
+    if rows.shape[0] and by_kernels:
+        return _by_kernels(rows, weight, offsets, as_stored)
+    return _by_expert(rows, weight, offsets, as_stored, weight.columns if as_stored else weight.rows)
+
+
+@_frozen_product_op.register_fake
+def _(rows, tensors, offsets, flat_shape, storage, as_stored, by_kernels):
+    return rows.new_empty((rows.shape[0], flat_shape[1] if as_stored else flat_shape[0]))
 
 
 def _low_rank_product(rows: torch.Tensor, term: LowRank, routing: Routing) -> torch.Tensor:

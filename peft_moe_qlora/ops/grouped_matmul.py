@@ -71,6 +71,8 @@ def _uses_grouped_mm(rows: torch.Tensor, matrices: torch.Tensor) -> bool:
 def _product(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     if _uses_grouped_mm(rows, matrices):
         return grouped_mm(rows, matrices, offsets)
+    if torch.compiler.is_compiling():
+        return _multiply_groups_op(rows, matrices, offsets)
     return multiply_groups(rows, matrices.__getitem__, offsets, matrices.shape[2])
 
 
@@ -79,10 +81,38 @@ def _outer_product(
 ) -> torch.Tensor:
     if _uses_grouped_mm(rows, matrices):
         return torch.nn.functional.grouped_mm(rows.T, grad_out, offs=offsets)
-    grad = torch.zeros_like(matrices, memory_format=torch.contiguous_format)
+    outer = _outer_product_op if torch.compiler.is_compiling() else _outer_product_of_groups
+    return outer(rows, grad_out, offsets)
+
+
+def _outer_product_of_groups(rows: torch.Tensor, grad_out: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    grad = rows.new_zeros((offsets.shape[0], rows.shape[1], grad_out.shape[1]))
     for expert, start, end in groups(offsets):
         grad[expert] = rows[start:end].T @ grad_out[start:end]
     return grad
+
+
+# how many rows an expert has is known on the host only, where no compiler can follow
+
+
+@torch.library.custom_op("peft_moe_qlora::multiply_groups", mutates_args=())
+def _multiply_groups_op(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return multiply_groups(rows, matrices.__getitem__, offsets, matrices.shape[2])
+
+
+@_multiply_groups_op.register_fake
+def _(rows, matrices, offsets):
+    return rows.new_empty((rows.shape[0], matrices.shape[2]))
+
+
+@torch.library.custom_op("peft_moe_qlora::outer_product_of_groups", mutates_args=())
+def _outer_product_op(rows: torch.Tensor, grad_out: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return _outer_product_of_groups(rows, grad_out, offsets)
+
+
+@_outer_product_op.register_fake
+def _(rows, grad_out, offsets):
+    return rows.new_empty((offsets.shape[0], rows.shape[1], grad_out.shape[1]))
 
 
 def grouped_matmul(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

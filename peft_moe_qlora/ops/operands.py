@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..quantization import DenseStack, Format, QuantizedStack, Stack
+from ..quantization import DenseStack, Format, QuantizedStack, Stack, parse_format
 
 
 class PackedWeight(NamedTuple):
@@ -34,6 +34,26 @@ class PackedWeight(NamedTuple):
     @property
     def num_experts(self) -> int:
         return self.tensors[0].shape[0]
+
+    def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """`(rows, columns)` weights of one expert, by plain torch."""
+        if self.storage is None:
+            return self.tensors[0][expert].to(dtype)
+        names = self.storage.tensors(self.rows, self.columns, self.parts)
+        tensors = {name: tensor[expert : expert + 1] for name, tensor in zip(names, self.tensors)}
+        return self.storage.dequantize(tensors, self.rows, self.columns, dtype, self.parts)[0]
+
+    @property
+    def flat_shape(self) -> list[int]:
+        """The numbers among the fields, for an operator of torch; see `from_flat`."""
+        return [self.rows, self.columns, int(self.is_transposed), self.parts]
+
+    @classmethod
+    def from_flat(cls, tensors: list[torch.Tensor], flat_shape: list[int], storage_name: str) -> PackedWeight:
+        """From the arguments of an operator of torch."""
+        rows, columns, is_transposed, parts = flat_shape
+        storage = parse_format(storage_name) if storage_name else None
+        return cls(tuple(tensors), rows, columns, bool(is_transposed), storage, parts, storage_name)
 
     @property
     def in_features(self) -> int:
@@ -85,7 +105,11 @@ def packed_weight(stack: Stack) -> PackedWeight:
 
 def why_not_read(stack: Stack) -> str | None:
     """Why the kernels can't read a stack; None if they can."""
-    return None if stack.storage is None else why_not_read_as(stack.storage, *stack.shape[1:], stack.parts)
+    if stack.storage is None:
+        return None
+    # torch.compile warns of caches that it sees
+    find = why_not_read_as.__wrapped__ if torch.compiler.is_compiling() else why_not_read_as
+    return find(stack.storage, *stack.shape[1:], stack.parts)
 
 
 @cache

@@ -1,7 +1,21 @@
-"""What a training needs beside the layers: a prepared model, a look at its gradients and at its optimizer."""
+"""What a training needs beside the layers: a prepared model, the way its layers run, and looks at its gradients."""
 
+from ..ops import keep_experts
 from .gradient_watch import watch_gradients
+from .layer_runner import graphs_report, release_graphs
+from .liger_head import refuse_liger_head
 from .optimizer_check import refuse_optimizers_of_matrices
 from .prepare import prepare_model_for_training, quantize_experts
+from .unsynced_adamw import UnsyncedAdamW8bit
 
-__all__ = ["prepare_model_for_training", "quantize_experts", "refuse_optimizers_of_matrices", "watch_gradients"]
+__all__ = [
+    "UnsyncedAdamW8bit",
+    "graphs_report",
+    "keep_experts",
+    "prepare_model_for_training",
+    "quantize_experts",
+    "refuse_liger_head",
+    "refuse_optimizers_of_matrices",
+    "release_graphs",
+    "watch_gradients",
+]

@@ -1,4 +1,4 @@
-"""Refuses PEFT's optimizers that know factors of two dimensions only, before their first step changes anything."""
+"""Refuses optimizers that know factors of two dimensions only, before their first step changes anything."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ _OF_MATRICES = {
     "LoraFAOptimizer": "create_lorafa_optimizer",
     "RiemannianPreconditionedOptimizer": "create_riemannian_optimizer",
 }
+# packages whose optimizers project gradients as matrices, in parameter groups with a rank, and elsewhere are Adam or
+# Adafactor. What they say of a stack is that some shapes don't fit
+_PROJECTING = ("apollo_torch", "galore_torch")
 
 
 def refuse_optimizers_of_matrices(model: nn.Module) -> None:
@@ -34,19 +37,32 @@ class _Check:
         self.model = weakref.ref(model)
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        function = _OF_MATRICES.get(type(optimizer).__name__)
-        model = self.model()
-        if function is None or model is None:
+        kind, model = type(optimizer), self.model()
+        package = kind.__module__.partition(".")[0]
+        if model is None or (kind.__name__ not in _OF_MATRICES and package not in _PROJECTING):
             return
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        groups = [group for group in optimizer.param_groups if kind.__name__ in _OF_MATRICES or "rank" in group]
+        stepped = {id(parameter) for group in groups for parameter in group["params"]}
         for path, factor in _expert_factors(model):
             if id(factor) in stepped:
+                name, remedy = _name_and_remedy(kind, package)
                 raise ValueError(
-                    f"peft.optimizers.{function} is for factors that are matrices, but those of {path} are stacks, "
-                    f"{tuple(factor.shape)}. This step changed nothing. Use an optimizer of single values, such as "
-                    "torch.optim.AdamW or create_loraplus_optimizer, or adapt linear layers only. "
-                    "create_lorafa_optimizer has frozen A: model.set_requires_grad(adapter_name) undoes that."
+                    f"{name} is for factors that are matrices, but those of {path} are stacks, "
+                    f"{tuple(factor.shape)}. This step changed nothing. {remedy}"
                 )
+
+
+def _name_and_remedy(kind: type, package: str) -> tuple[str, str]:
+    if kind.__name__ in _OF_MATRICES:
+        return f"peft.optimizers.{_OF_MATRICES[kind.__name__]}", (
+            "Use an optimizer of single values, such as torch.optim.AdamW or create_loraplus_optimizer, or adapt "
+            "linear layers only. create_lorafa_optimizer has frozen A: model.set_requires_grad(adapter_name) undoes "
+            "that."
+        )
+    return f"{package}'s {kind.__name__}", (
+        "Put the factors of experts into a parameter group without a rank, as a Trainer does, or use an optimizer of "
+        "single values, such as torch.optim.AdamW."
+    )
 
 
 def _expert_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..loading import store_experts
+from ..ops import keep_experts
 from ..quantization import format_of
 from ..report import ExpertsReport, experts_report
+from .layer_runner import RunSettings, run_layers
 
 
 def quantize_experts(
@@ -46,33 +48,61 @@ def quantize_experts(
 
 def prepare_model_for_training(
     model: nn.Module,
-    use_gradient_checkpointing: bool = True,
+    use_gradient_checkpointing: bool | Literal["keep-experts"] = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
 ) -> nn.Module:
-    """Freezes a base model and turns gradient checkpointing on; call it before `get_peft_model`.
+    """Freezes a base model and settles how its layers run in training; call it before `get_peft_model`.
 
     Unlike `peft.prepare_model_for_kbit_training` it casts nothing: that one brings every 16-bit parameter it does not
     know to fp32, experts included.
 
+    With `compile_layers` or `cuda_graphs` layers are checkpointed by this package, and a Trainer's
+    `gradient_checkpointing=True` adds nothing to it.
+
     Args:
         model: a transformers model, its experts quantized or not.
-        use_gradient_checkpointing: recompute activations in the backward.
+        use_gradient_checkpointing: what the backward computes again. True: each decoder layer, from its input.
+            `"keep-experts"`: all of a layer but its experts, whose products take most of the time; what the fused
+            kernels need for that, `(T * K, 2I)` for each layer, is kept. False: nothing.
         gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`. Default: `{"use_reentrant": False}`.
+        compile_layers: compile each decoder layer with `torch.compile`, for training.
+        cuda_graphs: capture forward and backward of each decoder layer in CUDA graphs, for training. A shape of
+            inputs is captured when it comes for the second time, so pad or pack to few lengths. `graphs_report(model)`
+            says what is captured.
 
     Returns:
         The model, changed in place.
 
     Raises:
-        ValueError: the model has an adapter already, which would be frozen too.
+        ValueError: the model has an adapter already, which would be frozen too; the layers have been set up before;
+            or `gradient_checkpointing_kwargs` are given for layers that this package checkpoints.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has an adapter, which would be frozen too. Prepare it before get_peft_model.")
+    if use_gradient_checkpointing not in (True, False, "keep-experts"):
+        raise ValueError(
+            f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not known; it is True, False or "
+            '"keep-experts".'
+        )
+    is_run = compile_layers or cuda_graphs
+    if is_run and gradient_checkpointing_kwargs is not None:
+        raise ValueError(
+            "gradient_checkpointing_kwargs are those of torch's checkpointing, which compile_layers and cuda_graphs "
+            'replace by their own. Leave them out, or say use_gradient_checkpointing="keep-experts".'
+        )
     model.requires_grad_(False)
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
+        if use_gradient_checkpointing == "keep-experts":
+            kwargs = {**kwargs, "context_fn": keep_experts}
         # the name that later versions of transformers know it by, or the one of before
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(kwargs)
         # reentrant checkpointing has gradients only if its input does
         model.enable_input_require_grads()
+    if is_run:
+        keep = {True: "nothing", False: "everything"}.get(use_gradient_checkpointing, "experts")
+        run_layers(model, RunSettings(keep, compile_layers, cuda_graphs))
     return model

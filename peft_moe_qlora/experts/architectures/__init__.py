@@ -6,9 +6,10 @@ from torch import nn
 from transformers.core_model_loading import WeightTransform
 
 from .base import Architecture
+from .liger import LIGER
 from .llama4 import LLAMA4
 
-_BY_CLASS = {architecture.class_name: architecture for architecture in (LLAMA4,)}
+_BY_CLASS = {architecture.class_name: architecture for architecture in (LIGER, LLAMA4)}
 
 __all__ = ["Architecture", "architecture_of", "checkpoint_conversions", "declaration"]
 

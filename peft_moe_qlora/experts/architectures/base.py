@@ -20,12 +20,12 @@ class Architecture:
             `has_bias`, `has_gate`.
         apply_gate: `act_fn(gate) * up`, as a function of the experts module and `(R, 2 * I)` rows -> `(R, I)`.
         route: what the class is called with, `(hidden states, E)` -> `(R, 1)` expert ids, E for rows that need no
-            computing, and `(R, 1)` weights.
+            computing, and `(R, 1)` weights. None: it is called with ids and weights, as declared classes are.
         conversions: how checkpoints with one tensor per expert become its stacks, where transformers doesn't say.
     """
 
     class_name: str
     declarations: Mapping[str, bool]
     apply_gate: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    route: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-    conversions: Callable[[], list[WeightTransform]]
+    route: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    conversions: Callable[[], list[WeightTransform]] = list

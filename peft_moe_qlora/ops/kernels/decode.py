@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -235,7 +237,7 @@ def block_scales(
         return as_scale(bits, KIND)
 
 
-@triton.jit(do_not_specialize=["first_expert"])
+@triton.jit(do_not_specialize=["first_expert", "first_block", "first_column"])
 def _decode_flat_kernel(
     CODES,
     ABSMAX,
@@ -244,57 +246,80 @@ def _decode_flat_kernel(
     MAP,
     OUT,
     first_expert,
+    first_block,
+    first_column,
     NUMEL: tl.constexpr,
+    OUT_NUMEL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     IS_NESTED: tl.constexpr,
     CODEC: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Grid: runs of `BLOCKS` blocks of a flattened matrix, experts. CODES `(E, bytes)`, OUT `(experts, NUMEL)`."""
+    """Grid: runs of `BLOCKS` blocks of a flattened matrix, experts. CODES `(E, bytes)`, OUT `(experts, OUT_NUMEL)`.
+
+    OUT is the matrix from `first_block` on, or its `WIDTH` columns from `first_column` on.
+    """
     NUM_BYTES: tl.constexpr = (NUMEL + 1) // 2
     NUM_BLOCKS: tl.constexpr = (NUMEL + BLOCKSIZE - 1) // BLOCKSIZE
     BLOCK_BYTES: tl.constexpr = BLOCKSIZE // 2
     expert = first_expert + tl.program_id(1)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    block = first_block + tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
     codes = tl.load(CODES + expert.to(tl.int64) * NUM_BYTES + byte, mask=byte < NUM_BYTES, other=0)
     scale = load_scales(ABSMAX, NESTED, OFFSET, MAP, expert, block, block < NUM_BLOCKS, NUM_BLOCKS, IS_NESTED)
     first, second = CODEC.decode(codes, scale[:, None], CODEC, tl.float32)
     weights = tl.interleave(first, second).to(OUT.dtype.element_ty)
     place = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(OUT + tl.program_id(1).to(tl.int64) * NUMEL + place, weights, mask=place < NUMEL)
+    if WIDTH == COLUMNS:
+        place -= first_block * BLOCKSIZE
+        is_out = place < OUT_NUMEL
+    else:
+        column = place % COLUMNS - first_column
+        is_out = (place < NUMEL) & (column >= 0) & (column < WIDTH)
+        place = place // COLUMNS * WIDTH + column
+    tl.store(OUT + tl.program_id(1).to(tl.int64) * OUT_NUMEL + place, weights, mask=is_out)
 
 
-@triton.jit(do_not_specialize=["first_expert"])
+@triton.jit(do_not_specialize=["first_expert", "first_row_tile", "first_column_tile"])
 def _decode_grid_kernel(
     CODES,
     SCALES,
     OUT,
     first_expert,
+    first_row_tile,
+    first_column_tile,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OUT_ROWS: tl.constexpr,
+    OUT_COLUMNS: tl.constexpr,
     CODEC: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
     """Grid: tiles of a matrix, row by row; experts.
 
-    CODES `(E, ROWS, COLUMNS / 2)` pairs, SCALES `(E, R, C)`, OUT `(experts, ROWS, COLUMNS)`.
+    CODES `(E, ROWS, COLUMNS / 2)` pairs, SCALES `(E, R, C)`, OUT `(experts, OUT_ROWS, OUT_COLUMNS)`, which begins at
+    some tile.
     """
-    TILES: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    TILES: tl.constexpr = (OUT_COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     expert = first_expert + tl.program_id(1)
     row_tile, column_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     row = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     tile = weight_tile(
-        CODES, SCALES, expert, row_tile, column_tile, ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS,
-        ROWS % TILE_ROWS != 0, COLUMNS % TILE_COLUMNS != 0, CODEC, tl.float32,
+        CODES, SCALES, expert, first_row_tile + row_tile, first_column_tile + column_tile,
+        ROWS, COLUMNS, TILE_ROWS, TILE_COLUMNS, ROWS % TILE_ROWS != 0, COLUMNS % TILE_COLUMNS != 0, CODEC, tl.float32,
     )  # fmt: skip
     column = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    place = OUT + tl.program_id(1).to(tl.int64) * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column[None, :]
-    tl.store(place, tile.to(OUT.dtype.element_ty), mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :])
+    place = OUT + tl.program_id(1).to(tl.int64) * (OUT_ROWS * OUT_COLUMNS)
+    place += row[:, None] * OUT_COLUMNS + column[None, :]
+    tl.store(place, tile.to(OUT.dtype.element_ty), mask=(row < OUT_ROWS)[:, None] & (column < OUT_COLUMNS)[None, :])
 
 
 DECODE_BYTES = 4096
+PART_GRANULE = 256
+"""Parts of a matrix begin at multiples of this many rows or columns."""
 
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
@@ -380,32 +405,65 @@ def with_plain_scales(weight: PackedWeight) -> PackedWeight:
     return weight._replace(tensors=(codes, plain))
 
 
+class _Part(NamedTuple):
+    """A rectangle of a matrix."""
+
+    first_row: int
+    first_column: int
+    rows: int
+    columns: int
+
+
 def decode(
     weight: PackedWeight, first_expert: int, num_experts: int, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`(num_experts, rows, columns)` weights, bit for bit those of `QuantizedStack.decode`; into `out` if given."""
-    device = weight.tensors[0].device
     if out is None:
-        out = allocate((num_experts, weight.rows, weight.columns), dtype, device)
-    codec = codec_of(weight, torch.float32)
-    if weight.storage.flat_blocksize is None:
-        _decode_grid(weight, codec, first_expert, num_experts, out)
-    else:
-        _decode_flat(weight, codec, first_expert, num_experts, out)
+        out = allocate((num_experts, weight.rows, weight.columns), dtype, weight.tensors[0].device)
+    _decode(weight, first_expert, num_experts, _Part(0, 0, weight.rows, weight.columns), out)
     return out
 
 
-def _decode_flat(weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, out: torch.Tensor) -> None:
+def decode_part(
+    weight: PackedWeight, expert: int, of_rows: bool, first: int, count: int, out: torch.Tensor
+) -> torch.Tensor:
+    """The same of some rows of one expert, `(count, columns)`, or of some columns, `(rows, count)`.
+
+    Args:
+        weight: the stack.
+        expert: which.
+        of_rows: whether rows are counted.
+        first: a multiple of `PART_GRANULE`, and for rows of the blocksize where blocks are runs of the matrix.
+        count: of rows or columns.
+        out: contiguous memory, at least as large.
+    """
+    part = _Part(first, 0, count, weight.columns) if of_rows else _Part(0, first, weight.rows, count)
+    _decode(weight, expert, 1, part, out)
+    return out
+
+
+def _decode(weight: PackedWeight, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor) -> None:
+    codec = codec_of(weight, torch.float32)
+    by = _decode_grid if weight.storage.flat_blocksize is None else _decode_flat
+    by(weight, codec, first_expert, num_experts, part, out)
+
+
+def _decode_flat(
+    weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor
+) -> None:
     """Of formats whose blocks are runs of the flattened matrix."""
     numel, blocksize = weight.rows * weight.columns, weight.storage.flat_blocksize
-    num_blocks = cdiv(numel, blocksize)
+    num_blocks = cdiv(part.rows * weight.columns, blocksize)
     blocks = min(next_power_of_2(num_blocks), max(1, 2 * DECODE_BYTES // blocksize))
     launch(
         _decode_flat_kernel,
         (cdiv(num_blocks, blocks), num_experts),
         (*kernel_tensors(weight), out),
-        (first_expert,),
+        (first_expert, part.first_row * weight.columns // blocksize, part.first_column),
         NUMEL=numel,
+        OUT_NUMEL=part.rows * part.columns,
+        COLUMNS=weight.columns,
+        WIDTH=part.columns,
         BLOCKSIZE=blocksize,
         IS_NESTED=weight.is_nested,
         CODEC=codec,
@@ -414,18 +472,24 @@ def _decode_flat(weight: PackedWeight, codec: Codec, first_expert: int, num_expe
     )
 
 
-def _decode_grid(weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, out: torch.Tensor) -> None:
+def _decode_grid(
+    weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor
+) -> None:
     """Of formats whose blocks are those of a grid."""
     tile_columns = min(next_power_of_2(weight.columns), 256)
     tile_rows = max(1, min(next_power_of_2(weight.rows), 2 * DECODE_BYTES // tile_columns))
+    if part.first_row or part.rows < weight.rows:
+        tile_rows = min(tile_rows, PART_GRANULE)
     weight = with_plain_scales(weight)
     launch(
         _decode_grid_kernel,
-        (cdiv(weight.rows, tile_rows) * cdiv(weight.columns, tile_columns), num_experts),
+        (cdiv(part.rows, tile_rows) * cdiv(part.columns, tile_columns), num_experts),
         (*weight.tensors, out),
-        (first_expert,),
+        (first_expert, part.first_row // tile_rows, part.first_column // tile_columns),
         ROWS=weight.rows,
         COLUMNS=weight.columns,
+        OUT_ROWS=part.rows,
+        OUT_COLUMNS=part.columns,
         CODEC=codec,
         TILE_ROWS=tile_rows,
         TILE_COLUMNS=tile_columns,

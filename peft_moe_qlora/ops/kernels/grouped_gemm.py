@@ -11,14 +11,14 @@ import triton.language as tl
 
 from ..operands import PackedWeight
 from .codec import DENSE, codec_of
-from .decode import decode, weight_block, weight_tile, with_plain_scales
+from .decode import PART_GRANULE, decode, decode_part, weight_block, weight_tile, with_plain_scales
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
 from .schedule import Tiles
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20
-"""At most this much of a stack is held in 16 bits at a time."""
+"""At most this much of a stack is held in 16 bits at a time: some experts, or some columns of a result of one."""
 
 
 class Rows(NamedTuple):
@@ -86,8 +86,9 @@ def _low_rank_operands(
 def _wait_for_product(acc, CODEC: tl.constexpr):
     """The sums as they are, but for the compiler something else that needs them.
 
-    Where the left operand is computed in registers, Triton 3.6 leaves products (wgmma) of one step running while the
-    next step overwrites the registers that they read. On an H200 single tiles came out wrong, now and then.
+    Where the left operand is computed in registers, Triton (3.6, and 3.8 and 3.9, which wait for all products but the
+    last one) leaves products (wgmma) of one step running while the next step overwrites the registers that they read.
+    On an H200 single tiles came out wrong, now and then.
     """
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY != "":
@@ -115,6 +116,7 @@ def _tile(
     STRIDE_FR: tl.constexpr,
     HEIGHT: tl.constexpr,
     N: tl.constexpr,
+    WIDTH: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -127,13 +129,14 @@ def _tile(
     TILE_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
 ):
+    """One tile of a result of `N` columns, of which `W`, `FACTOR`, `BIAS` and `OUT` point to `WIDTH`."""
     row = start + tl.arange(0, HEIGHT)
     is_row = row < end
     # rows that belong to somebody else are computed from the first one, and not stored
     row = tl.where(is_row, row, start)
     source = row_places(row, PAIR_OF_ROW, TOP_K, GATHER)
     DTYPE: tl.constexpr = X.dtype.element_ty
-    MASK_N: tl.constexpr = N % TILE_N != 0
+    MASK_N: tl.constexpr = WIDTH % TILE_N != 0
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
     shape: tl.constexpr = (TILE_N, HEIGHT) if WEIGHT_LEFT else (HEIGHT, TILE_N)
     acc = tl.zeros(shape, tl.float32)
@@ -152,17 +155,17 @@ def _tile(
         else:
             x = tl.load(x_place + first_k)
         if SCALES_SUMS:
-            w, scale = weight_block(W, SCALES, weight_expert, n, step, N, K, STEP_K, MASK_N, MASK_K, CODEC, DTYPE)
+            w, scale = weight_block(W, SCALES, weight_expert, n, step, WIDTH, K, STEP_K, MASK_N, MASK_K, CODEC, DTYPE)
             acc += tl.dot(x, tl.trans(w), input_precision="ieee") * scale[None, :]
         else:
             if ALONG_COLUMNS:
                 w = weight_tile(
-                    W, SCALES, weight_expert, tile_n, step, N, K, TILE_N, TILE_K, MASK_N, MASK_K, CODEC, DTYPE
+                    W, SCALES, weight_expert, tile_n, step, WIDTH, K, TILE_N, TILE_K, MASK_N, MASK_K, CODEC, DTYPE
                 )
                 w_left = w
             else:
                 w = weight_tile(
-                    W, SCALES, weight_expert, step, tile_n, K, N, TILE_K, TILE_N, MASK_K, MASK_N, CODEC, DTYPE
+                    W, SCALES, weight_expert, step, tile_n, K, WIDTH, TILE_K, TILE_N, MASK_K, MASK_N, CODEC, DTYPE
                 )
                 w_left = tl.trans(w)
             if WEIGHT_LEFT:
@@ -173,7 +176,7 @@ def _tile(
                 acc = tl.dot(x, tl.trans(w_left), acc, input_precision="ieee")
     if RANK > 0:
         reduced, factor = _low_rank_operands(
-            REDUCED, FACTOR, expert, row, n, STRIDE_FE, STRIDE_FN, STRIDE_FR, N, RANK, RANKS, DTYPE
+            REDUCED, FACTOR, expert, row, n, STRIDE_FE, STRIDE_FN, STRIDE_FR, WIDTH, RANK, RANKS, DTYPE
         )
         if WEIGHT_LEFT:
             acc = tl.dot(factor, tl.trans(reduced), acc, input_precision="ieee")
@@ -181,9 +184,9 @@ def _tile(
             acc = tl.dot(reduced, tl.trans(factor), acc, input_precision="ieee")
     out = tl.trans(acc) if WEIGHT_LEFT else acc
     if HAS_BIAS:
-        out += tl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        out += tl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
     place = OUT + (start + tl.arange(0, HEIGHT))[:, None].to(tl.int64) * N + n[None, :]
-    is_out = is_row[:, None] & (n < N)[None, :] if MASK_N else is_row[:, None]
+    is_out = is_row[:, None] & (n < WIDTH)[None, :] if MASK_N else is_row[:, None]
     tl.store(place, out.to(OUT.dtype.element_ty), mask=is_out)
 
 
@@ -209,6 +212,7 @@ def _tile_at(
     STRIDE_FR: tl.constexpr,
     HEIGHTS: tl.constexpr,
     N: tl.constexpr,
+    WIDTH: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -223,7 +227,7 @@ def _tile_at(
 ):
     # so many tiles of rows go through the columns together, for a weight that may be larger than the cache
     GROUP: tl.constexpr = 1 if CODEC.is_packed else 8
-    TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
+    TILES_N: tl.constexpr = (WIDTH + TILE_N - 1) // TILE_N
     group = index // (GROUP * TILES_N)
     group_size = tl.minimum(num_tiles - group * GROUP, GROUP)
     place = index % (GROUP * TILES_N)
@@ -239,7 +243,7 @@ def _tile_at(
                 _tile(
                     X, PAIR_OF_ROW, W, SCALES, REDUCED, FACTOR, BIAS, OUT,
                     expert, expert - first_expert, start, end, tile_n, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-                    HEIGHTS[choice], N, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
+                    HEIGHTS[choice], N, WIDTH, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
                     RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
                 )  # fmt: skip
 
@@ -265,6 +269,7 @@ def _grouped_gemm_kernel(
     STRIDE_FR: tl.constexpr,
     HEIGHTS: tl.constexpr,
     N: tl.constexpr,
+    WIDTH: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -279,7 +284,7 @@ def _grouped_gemm_kernel(
     LOOPS: tl.constexpr,
 ):
     if LOOPS:
-        TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
+        TILES_N: tl.constexpr = (WIDTH + TILE_N - 1) // TILE_N
         first_tile = tl.load(TILE_ENDS + first_expert - 1, mask=first_expert > 0, other=0)
         last_tile = tl.load(TILE_ENDS + last_expert)
         num_tiles = last_tile - first_tile
@@ -287,14 +292,14 @@ def _grouped_gemm_kernel(
             _tile_at(index, first_tile, num_tiles,
                 X, PAIR_OF_ROW, W, SCALES, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
                 bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-                HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
+                HEIGHTS, N, WIDTH, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
                 RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
             )  # fmt: skip
     else:
         _tile_at(tl.program_id(0), 0, bound,
             X, PAIR_OF_ROW, W, SCALES, REDUCED, FACTOR, BIAS, OUT, TILES, ENDS,
             bound, first_expert, STRIDE_FE, STRIDE_FN, STRIDE_FR,
-            HEIGHTS, N, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
+            HEIGHTS, N, WIDTH, K, TOP_K, GATHER, ALONG_COLUMNS, CODEC,
             RANK, RANKS, HAS_BIAS, TILE_N, TILE_K, WEIGHT_LEFT,
         )  # fmt: skip
 
@@ -333,14 +338,16 @@ def grouped_gemm(
     # a tile finds its scales only where rows are whole blocks
     decodes_before = weight.is_packed and (tuned.decode_first or weight.tile_block is None)
     codec = DENSE if decodes_before else codec_of(weight, dtype)
-    tiles_n = cdiv(out_features, tuned.tile_n)
     term, factor = (out, out[:, :, None]) if low_rank is None else low_rank
     rank = 0 if low_rank is None else term.shape[1]
     strides = factor.stride()
 
     def multiply(
-        tensors: tuple[torch.Tensor, ...], first_expert: int, num_experts: int, num_programs: int, loops: bool
+        tensors: tuple[torch.Tensor, ...], first_expert: int, num_experts: int, loops: bool, columns: Columns
     ) -> None:
+        num_programs = tiles.bound * cdiv(columns.count, tuned.tile_n)
+        if loops:
+            num_programs = min(num_programs, _resident_programs(device, tuned.num_warps))
         launch(
             _grouped_gemm_kernel,
             (num_programs,),
@@ -350,9 +357,9 @@ def grouped_gemm(
                 tensors[0],
                 tensors[-1],
                 term,
-                factor,
-                out if bias is None else bias,
-                out,
+                factor[:, columns.first :],
+                out if bias is None else bias[:, columns.first :],
+                out[:, columns.first :],
                 tiles.tiles,
                 tiles.tile_ends,
                 ends,
@@ -365,6 +372,7 @@ def grouped_gemm(
             STRIDE_FR=strides[2],
             HEIGHTS=tiles.heights,
             N=out_features,
+            WIDTH=columns.count,
             K=in_features,
             TOP_K=rows.top_k,
             GATHER=rows.pair_of_row is not None,
@@ -379,22 +387,50 @@ def grouped_gemm(
             LOOPS=loops,
         )
 
-    num_programs = tiles.bound * tiles_n
+    everything = Columns(0, out_features)
     if not decodes_before:
-        multiply(with_plain_scales(weight).tensors, 0, weight.num_experts, num_programs, loops=False)
+        multiply(with_plain_scales(weight).tensors, 0, weight.num_experts, False, everything)
         return out
-    num_groups = cdiv(weight.num_experts * weight.rows * weight.columns * dtype.itemsize, WORKSPACE_BYTES)
-    group = cdiv(weight.num_experts, num_groups)
-    # how many tiles a group has is known on the device only: programs that stay and loop, instead of idle ones
-    loops = group < weight.num_experts
-    if loops:
-        num_programs = min(num_programs, _resident_programs(device, tuned.num_warps))
+    of_expert = weight.rows * weight.columns * dtype.itemsize
+    if of_expert > WORKSPACE_BYTES:
+        width = columns_at_a_time(out_features, in_features, dtype, weight)
+        workspace = allocate((width * in_features,), dtype, device)
+        for expert in range(weight.num_experts):
+            for first in range(0, out_features, width):
+                columns = Columns(first, min(width, out_features - first))
+                decode_part(weight, expert, along_columns, *columns, out=workspace)
+                multiply((workspace,), expert, 1, True, columns)
+        return out
+    group = cdiv(weight.num_experts, cdiv(weight.num_experts * of_expert, WORKSPACE_BYTES))
+    group = min(group, WORKSPACE_BYTES // of_expert)
     workspace = allocate((group, weight.rows, weight.columns), dtype, device)
     for first in range(0, weight.num_experts, group):
         count = min(group, weight.num_experts - first)
         decode(weight, first, count, dtype, out=workspace)
-        multiply((workspace,), first, count, num_programs, loops)
+        # how many tiles a group has is known on the device only: programs that stay and loop, instead of idle ones
+        multiply((workspace,), first, count, group < weight.num_experts, everything)
     return out
+
+
+class Columns(NamedTuple):
+    """A run of the columns of a result."""
+
+    first: int
+    count: int
+
+
+def columns_at_a_time(out_features: int, in_features: int, dtype: torch.dtype, weight: PackedWeight) -> int:
+    """How many columns of a result are computed at a time where the workspace can't hold an expert's matrix.
+
+    Args:
+        out_features: of the result.
+        in_features: of the rows.
+        dtype: of the workspace.
+        weight: whose blocks begin where columns do.
+    """
+    granule = max(PART_GRANULE, weight.storage.flat_blocksize or 0)
+    fitting = WORKSPACE_BYTES // (in_features * dtype.itemsize) // granule * granule
+    return min(out_features, max(granule, fitting))
 
 
 @cache

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import Rows, padded_rank, row_places
-from .launch import cdiv, has_much_shared_memory, launch
+from .launch import cdiv, has_much_shared_memory, launch, next_power_of_2
 from .launch_recorder import allocate
 from .schedule import Tiles, part_of_tile
 
@@ -67,7 +67,8 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
     height = tiles.heights[0]
     # rows and features of a step, and loads in flight: measured on an H200
     if height <= 16:
-        part, tile_k, num_stages = height, 256, 3
+        part, num_stages = height, 3
+        tile_k = 256 if rank <= 16 or has_much_shared_memory(out.device) else 128
     elif height == 128:
         part, tile_k, num_stages = height, 64, 3
     elif rows.tensor.dtype.itemsize == 2 and rank <= 32 and has_much_shared_memory(out.device):
@@ -96,7 +97,60 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
     return out
 
 
+ROWS_OF_A_STEP = 32
+COLUMNS_OF_A_PROGRAM = 128
+SERIAL_ROWS = 512
+"""So many rows of one expert take 15 us on an H200, which another two launches take too."""
+ENOUGH_PROGRAMS = 1024
+"""To keep every multiprocessor of a large GPU busy."""
+
+
+PARTS_BYTES = 32 * 2**20
+"""At most so much is taken for sums of runs of rows."""
+
+
+def rows_of_a_run(num_rows: int, num_experts: int, columns: int, rank: int) -> int | None:
+    """Up to how many rows of an expert one program sums when gradients of factors are computed; None for all.
+
+    Chosen from the mean, as the numbers of rows are known on the device only: where experts have many rows, of which
+    a few experts may have most, and where experts are so few that there is nothing else to spread.
+
+    Args:
+        num_rows: S.
+        num_experts: E.
+        columns: features of the rows.
+        rank: of the factors.
+    """
+    mean = cdiv(num_rows, num_experts)
+    programs = num_experts * cdiv(columns, COLUMNS_OF_A_PROGRAM)
+    # what spreads even routing over enough programs
+    length = max(next_power_of_2(mean * programs // ENOUGH_PROGRAMS), 4 * ROWS_OF_A_STEP)
+    if mean < 2 * length:
+        # few rows have no expert with many
+        if num_rows < 16 * SERIAL_ROWS:
+            return None
+        # twice the mean, so that even routing leaves experts whole
+        length = max(next_power_of_2(2 * mean), SERIAL_ROWS)
+    while _num_parts(num_rows, length) * columns * rank * 4 > PARTS_BYTES and length < num_rows:
+        length *= 2
+    return length if length < num_rows else None
+
+
+def _num_parts(num_rows: int, length: int) -> int:
+    return 2 * (num_rows // length + 1)
+
+
 @triton.jit
+def _place_of_part(start, rows, half, LENGTH: tl.constexpr):
+    """Where the sum of a run is kept, of an expert that has several; `half` as many places as there are.
+
+    Whole runs begin at least a length apart. A run that is cut short is behind a whole one, whose place in the other
+    half is its own.
+    """
+    return tl.where(rows == LENGTH, start // LENGTH, half + start // LENGTH - 1)
+
+
+@triton.jit(do_not_specialize=["bound", "half"])
 def _factor_gradient_kernel(
     X,
     PAIR_OF_ROW,
@@ -104,6 +158,10 @@ def _factor_gradient_kernel(
     WEIGHTS,
     OUT,
     ENDS,
+    RUNS,
+    PARTS,
+    bound,
+    half,
     STRIDE_OE: tl.constexpr,
     STRIDE_OC: tl.constexpr,
     STRIDE_OR: tl.constexpr,
@@ -115,30 +173,83 @@ def _factor_gradient_kernel(
     RANKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr,
 ):
-    expert = tl.program_id(1)
+    """Grid: blocks of columns; experts, or runs of up to `LENGTH` rows of one expert.
+
+    The gradient of an expert that is one run goes to `OUT`, those of others to `PARTS (2 * half, COLUMNS, RANK)`.
+    """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    if LENGTH == 0:
+        expert = tl.program_id(1)
+        start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ENDS + expert)
+        is_whole = True
+    else:
+        expert = tl.load(RUNS + tl.program_id(1))
+        start = tl.load(RUNS + bound + tl.program_id(1))
+        first_of_expert = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ENDS + expert, mask=expert >= 0, other=0)
+        is_whole = end - first_of_expert <= LENGTH
+        end = tl.minimum(end, start + LENGTH)
+    if expert >= 0:
+        r = tl.arange(0, RANKS)
+        acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
+        for first in range(start, end, BLOCK_ROWS):
+            row = first + tl.arange(0, BLOCK_ROWS)
+            is_row = row < end
+            source = row_places(tl.where(is_row, row, start), PAIR_OF_ROW, TOP_K, GATHER).to(tl.int64)
+            x = tl.load(X + source[:, None] * COLUMNS + column[None, :], mask=(column < COLUMNS)[None, :], other=0.0)
+            reduced = tl.load(
+                REDUCED + row[:, None].to(tl.int64) * RANK + r[None, :],
+                mask=is_row[:, None] & (r < RANK)[None, :],
+                other=0.0,
+            )
+            if HAS_WEIGHTS:
+                pair = tl.load(PAIR_OF_ROW + row, mask=is_row, other=0)
+                weight = tl.load(WEIGHTS + pair, mask=is_row, other=0.0).to(tl.float32)
+                reduced = (reduced.to(tl.float32) * weight[:, None]).to(X.dtype.element_ty)
+            acc = tl.dot(tl.trans(x), reduced, acc, input_precision="ieee")
+        is_out = (column < COLUMNS)[:, None] & (r < RANK)[None, :]
+        if is_whole:
+            place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
+            tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
+        else:
+            part = _place_of_part(start, end - start, half, LENGTH)
+            place = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
+            tl.store(place, acc, mask=is_out)
+
+
+@triton.jit(do_not_specialize=["half"])
+def _sum_of_runs_kernel(
+    PARTS,
+    ENDS,
+    OUT,
+    half,
+    STRIDE_OE: tl.constexpr,
+    STRIDE_OC: tl.constexpr,
+    STRIDE_OR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Adds the runs of each expert in their order; one that is a single run is done, one without rows gets zeros."""
+    expert = tl.program_id(1)
     start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ENDS + expert)
-    r = tl.arange(0, RANKS)
-    acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
-    for first in range(start, end, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        is_row = row < end
-        source = row_places(tl.where(is_row, row, start), PAIR_OF_ROW, TOP_K, GATHER).to(tl.int64)
-        x = tl.load(X + source[:, None] * COLUMNS + column[None, :], mask=(column < COLUMNS)[None, :], other=0.0)
-        reduced = tl.load(
-            REDUCED + row[:, None].to(tl.int64) * RANK + r[None, :],
-            mask=is_row[:, None] & (r < RANK)[None, :],
-            other=0.0,
-        )
-        if HAS_WEIGHTS:
-            pair = tl.load(PAIR_OF_ROW + row, mask=is_row, other=0)
-            weight = tl.load(WEIGHTS + pair, mask=is_row, other=0.0).to(tl.float32)
-            reduced = (reduced.to(tl.float32) * weight[:, None]).to(X.dtype.element_ty)
-        acc = tl.dot(tl.trans(x), reduced, acc, input_precision="ieee")
-    place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
-    tl.store(place, acc.to(OUT.dtype.element_ty), mask=(column < COLUMNS)[:, None] & (r < RANK)[None, :])
+    if (end == start) | (end - start > LENGTH):
+        column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        r = tl.arange(0, RANKS)
+        is_out = (column < COLUMNS)[:, None] & (r < RANK)[None, :]
+        acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
+        for first in range(start, end, LENGTH):
+            part = _place_of_part(first, tl.minimum(end - first, LENGTH), half, LENGTH)
+            place = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
+            acc += tl.load(place, mask=is_out, other=0.0)
+        place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
+        tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
 
 
 def factor_gradient(
@@ -148,6 +259,7 @@ def factor_gradient(
     out: torch.Tensor,
     weights: torch.Tensor | None = None,
     pair_of_row: torch.Tensor | None = None,
+    runs: Tiles | None = None,
 ) -> None:
     """`out[e] = sum over the rows s of e of outer(rows[s], weight[s] * reduced[s])`.
 
@@ -158,14 +270,24 @@ def factor_gradient(
         out: `(E, C, R)` view to write to, any strides, any floating dtype; experts without rows get zeros.
         weights: `(T, K)` routing weights, contiguous; None for ones.
         pair_of_row: `(S,)` int32; needed with `weights`.
+        runs: the rows cut into runs of one height (`rows_of_a_run`), which are summed apart and then together, in
+            fp32 and always in the same order; None to sum each expert in one go.
     """
     num_experts, columns, rank = out.shape
-    block_columns = 128
     pairs = rows.pair_of_row if rows.pair_of_row is not None else pair_of_row
     strides = out.stride()
+    blocks = cdiv(columns, COLUMNS_OF_A_PROGRAM)
+    if runs is None:
+        parts, tiles, bound, length, half = out, ends, num_experts, 0, 0
+    else:
+        tiles, bound, (length,) = runs.tiles, runs.bound, runs.heights
+        half = _num_parts(rows.num_rows, length) // 2
+        parts = allocate((2 * half, columns, rank), torch.float32, out.device)
+    places = {"STRIDE_OE": strides[0], "STRIDE_OC": strides[1], "STRIDE_OR": strides[2], "COLUMNS": columns}
+    ranks = {"RANK": rank, "RANKS": padded_rank(rank)}
     launch(
         _factor_gradient_kernel,
-        (cdiv(columns, block_columns), num_experts),
+        (blocks, bound),
         (
             rows.tensor,
             reduced if pairs is None else pairs,
@@ -173,18 +295,28 @@ def factor_gradient(
             reduced if weights is None else weights,
             out,
             ends,
+            tiles,
+            parts,
         ),
-        (),
+        (bound, half),
         num_stages=2,
-        STRIDE_OE=strides[0],
-        STRIDE_OC=strides[1],
-        STRIDE_OR=strides[2],
-        COLUMNS=columns,
+        **places,
         TOP_K=rows.top_k,
         GATHER=rows.pair_of_row is not None,
         HAS_WEIGHTS=weights is not None,
-        RANK=rank,
-        RANKS=padded_rank(rank),
-        BLOCK_ROWS=32,
-        BLOCK_COLUMNS=block_columns,
+        **ranks,
+        BLOCK_ROWS=ROWS_OF_A_STEP,
+        BLOCK_COLUMNS=COLUMNS_OF_A_PROGRAM,
+        LENGTH=length,
     )
+    if runs is not None:
+        launch(
+            _sum_of_runs_kernel,
+            (blocks, num_experts),
+            (parts, ends, out),
+            (half,),
+            **places,
+            **ranks,
+            BLOCK_COLUMNS=COLUMNS_OF_A_PROGRAM,
+            LENGTH=length,
+        )

@@ -1,42 +1,19 @@
-"""Which tiles a grouped product is cut into, by what was measured."""
+"""Which tiles a grouped product is cut into, by what was measured: by the user, or for the tables of this package."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from ..cached_constant import cached_constant
+from .launch_recorder import forget_recordings
+from .tile_table import GemmTiles, TuningTable, parse_entries
+from .user_table import Gpu, read_user_table
 
 _TABLES = Path(__file__).parent / "tables"
-
-
-@dataclass(frozen=True)
-class GemmTiles:
-    """Shape of the tiles of a grouped product, and how it gets at a packed weight.
-
-    Args:
-        heights: numbers of rows, powers of two in descending order (`cut_tiles`).
-        tile_n: columns of the result.
-        tile_k: step along the contraction.
-        num_warps: of 32 threads.
-        num_stages: loads in flight.
-        weight_left: compute the transposed product, in which the weight is the left operand.
-        decode_first: decode into a 16-bit workspace and multiply from there, instead of inside the product.
-    """
-
-    heights: tuple[int, ...]
-    tile_n: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-    weight_left: bool
-    decode_first: bool
-
 
 SAFE_TILES = GemmTiles(
     heights=(64, 16), tile_n=64, tile_k=32, num_warps=4, num_stages=2, weight_left=False, decode_first=True
@@ -46,75 +23,73 @@ SAFE_TILES = GemmTiles(
 SAFE_MOST_PAIRS = 16
 
 
-@dataclass(frozen=True)
-class TuningTable:
-    """What was measured on one device.
-
-    Args:
-        device: its name.
-        most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`gemv`).
-        entries: `(weight, along, up to this many rows per expert, tiles)`, where weight is a format's `kernel_codes`,
-            `packed` for those that have no entries of their own, or `dense`, and along says whether the contraction
-            runs along the stored `columns` or `rows`.
-        like: `kernel_codes` that take the entries of others, which are of the same size.
-    """
-
-    device: str
-    most_pairs_without_sorting: int
-    entries: tuple[tuple[str, str, float, GemmTiles], ...]
-    like: Mapping[str, str]
-
-    def choose(self, codes: str | None, along_columns: bool, rows_per_expert: float) -> GemmTiles:
-        """The tiles for weights of some `kernel_codes`, None for weights in 16 bits."""
-        measured = {weight for weight, *_ in self.entries}
-        codes = self.like.get(codes, codes)
-        weight = "dense" if codes is None else codes if codes in measured else "packed"
-        wanted = (weight, "columns" if along_columns else "rows")
-        return next(
-            tiles
-            for weight, along, most_rows, tiles in self.entries
-            if (weight, along) == wanted and rows_per_expert <= most_rows
-        )
-
-
 @cache
 def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
-    """The measurements for a compute capability, None where there are none."""
+    """The measurements for a compute capability that come with the package, None where there are none."""
     path = _TABLES / f"sm{capability[0]}{capability[1]}.json"
     if not path.exists():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    entries = []
-    for entry in data["entries"]:
-        most_rows = entry["rows_per_expert"]
-        tiles = GemmTiles(**{**entry["tiles"], "heights": tuple(entry["tiles"]["heights"])})
-        entries.append((entry["weight"], entry["along"], float("inf") if most_rows is None else most_rows, tiles))
-    return TuningTable(data["device"], data["most_pairs_without_sorting"], tuple(entries), data.get("like", {}))
+    origin = data.get("origin", f"tiles of {data['device']}")
+    entries = parse_entries(data["entries"])
+    return TuningTable(data["device"], data["most_pairs_without_sorting"], entries, data.get("like", {}), origin)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """What tiles depend on: the GPU and the compiler."""
+    import triton  # comes with torch for GPUs only
+
+    return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), triton.__version__)
 
 
 @cache
 def _table_of(device: torch.device, dtype: torch.dtype) -> TuningTable | None:
-    """The measurements for a dtype on a device, None where the safe tiles are used."""
-    is_measured = device.type == "cuda" and dtype.itemsize == 2
-    return tuning_table(torch.cuda.get_device_capability(device)) if is_measured else None
+    """The measurements for a dtype on a device, the user's before the package's; None where there are none."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return None
+    gpu = gpu_of(device)
+    shipped, own = tuning_table(gpu.capability), read_user_table(gpu)
+    if own is None:
+        return shipped
+    if shipped is None:
+        return TuningTable(gpu.device, SAFE_MOST_PAIRS, own.entries, {}, own.origin(gpu.device))
+    origin = f"{own.origin(gpu.device)}; else {shipped.origin}"
+    return TuningTable(
+        gpu.device, shipped.most_pairs_without_sorting, own.entries + shipped.entries, shipped.like, origin
+    )
 
 
 @cached_constant
 def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
     """Where the shapes of the kernels' tiles come from."""
     table = _table_of(device, dtype)
-    return "safe tiles, nobody has measured this GPU and dtype" if table is None else f"tiles of {table.device}"
+    return "safe tiles, nobody has measured this GPU and dtype" if table is None else table.origin
 
 
 @cache
 def choose_tiles(
-    device: torch.device, dtype: torch.dtype, codes: str | None, along_columns: bool, rows_per_expert: float
+    device: torch.device,
+    dtype: torch.dtype,
+    codes: str | None,
+    along_columns: bool,
+    rows_per_expert: float,
+    n: int | None = None,
+    k: int | None = None,
 ) -> GemmTiles:
-    """The tiles for one product; `rows_per_expert` is the mean, all that is known without asking the device."""
+    """The tiles for one product.
+
+    Args:
+        device: where it runs.
+        dtype: of the activations.
+        codes: `kernel_codes` of the weight, None in 16 bits.
+        along_columns: whether the contraction runs along the stored columns.
+        rows_per_expert: the mean, all that is known without asking the device.
+        n: columns of the result.
+        k: length of the contraction.
+    """
     table = _table_of(device, dtype)
-    if table is None:
-        return SAFE_TILES
-    return table.choose(codes, along_columns, rows_per_expert)
+    tiles = None if table is None else table.choose(codes, along_columns, rows_per_expert, n, k)
+    return SAFE_TILES if tiles is None else tiles
 
 
 @cached_constant
@@ -122,3 +97,10 @@ def most_pairs_without_sorting(device: torch.device, dtype: torch.dtype) -> int:
     """Up to how many routed pairs a forward goes pair by pair."""
     table = _table_of(device, dtype)
     return SAFE_MOST_PAIRS if table is None else table.most_pairs_without_sorting
+
+
+def forget_tables() -> None:
+    """Has tables read anew, and launches that were recorded with tiles of the old ones made anew."""
+    for function in (tuning_table, _table_of, tiles_origin, choose_tiles, most_pairs_without_sorting):
+        function.cache_clear()
+    forget_recordings()

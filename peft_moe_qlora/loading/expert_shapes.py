@@ -1,0 +1,40 @@
+"""The sizes of a model's experts layers, from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..experts import ExpertsLayout
+from ..targets import expert_layouts
+from .load import class_of, read_config
+
+NAMES_OF_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
+
+
+def top_k_of(config: PreTrainedConfig) -> int | None:
+    """K, None where the config calls it otherwise."""
+    text = config.get_text_config(decoder=True)
+    return next((getattr(text, name) for name in NAMES_OF_TOP_K if isinstance(getattr(text, name, None), int)), None)
+
+
+def read_expert_shapes(model: str | Path) -> tuple[list[ExpertsLayout], int | None]:
+    """The layouts of a model's experts that differ, and K.
+
+    Args:
+        model: directory of a checkpoint, or a name on the hub; its config is all that is read.
+
+    Raises:
+        CheckpointError: see `read_config`.
+        OSError: there is no config.
+        ValueError: the model has no routed experts.
+    """
+    config = read_config(model) if Path(model).is_dir() else AutoConfig.from_pretrained(str(model))
+    with torch.device("meta"):
+        found = class_of(config)._from_config(config)
+    layouts = list(dict.fromkeys(expert_layouts(found).values()))
+    if not layouts:
+        raise ValueError(f"{model}: {type(found).__name__} has no routed experts.")
+    return layouts, top_k_of(config)

@@ -1,0 +1,95 @@
+"""What the recomputation of a checkpointed region need not compute of its experts.
+
+The fused layer saves its gate's input and the rank-r activations. Where they are kept, a recomputation hands them over
+instead of running the grouped products again; everything else of the region is recomputed as ever. Its backward never
+looks at its output, so that a recomputation whose other operations don't either can leave the second product out.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+_local = threading.local()
+
+Unused = Literal["empty", "nan"]
+"""What stands for an output that is not computed: whatever the memory holds, or nan to find out who reads it."""
+
+
+class _Region:
+    """The calls of experts in one run of a region, in their order."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+
+class _Run(AbstractContextManager):
+    """One run of a region, its forward or its recomputation; may be entered again, one after the other."""
+
+    def __init__(self, region: _Region, is_recomputation: bool) -> None:
+        self.region = region
+        self.is_recomputation = is_recomputation
+
+    def __enter__(self) -> None:
+        self.outer, self.taken = getattr(_local, "run", None), 0
+        if not self.is_recomputation:
+            self.region.kept.clear()
+        _local.run = self
+
+    def __exit__(self, *exception: Any) -> None:
+        _local.run = self.outer
+
+
+def keep_experts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a checkpointed region's forward and of its recomputation, between which experts are kept.
+
+    Meant as `context_fn` of `torch.utils.checkpoint.checkpoint`, so as
+    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_experts}` of a Trainer. Only the fused
+    kernels keep something; other paths are recomputed.
+    """
+    region = _Region()
+    return _Run(region, is_recomputation=False), _Run(region, is_recomputation=True)
+
+
+def keep(what: Any) -> None:
+    """Keeps what a call has computed, if this thread runs the forward of a region."""
+    run = getattr(_local, "run", None)
+    if run is not None and not run.is_recomputation:
+        run.region.kept.append(what)
+
+
+def take_kept() -> Any | None:
+    """What the same call has kept in the forward, if this thread recomputes a region; else None."""
+    run = getattr(_local, "run", None)
+    if run is None or not run.is_recomputation or run.taken == len(run.region.kept):
+        return None
+    run.taken += 1
+    return run.region.kept[run.taken - 1]
+
+
+def kept_nbytes(num_tokens: int, top_k: int, hidden: int, up_features: int, rank: int) -> int:
+    """Bytes that one experts module keeps in 16 bits: its output, its gate's input, rank-r rows, and the routing."""
+    return num_tokens * (2 * hidden + top_k * (2 * up_features + 2 * 2 * rank + 2 * 4))
+
+
+class without_output(AbstractContextManager):
+    """Fused experts that this thread runs don't compute their output, only what their backward needs.
+
+    Args:
+        unused: what they give instead.
+    """
+
+    def __init__(self, unused: Unused = "empty") -> None:
+        self.unused = unused
+
+    def __enter__(self) -> None:
+        self.outer, _local.unused = getattr(_local, "unused", None), self.unused
+
+    def __exit__(self, *exception: Any) -> None:
+        _local.unused = self.outer
+
+
+def unused_output() -> Unused | None:
+    """What stands for the output of experts that this thread runs; None where it is computed."""
+    return getattr(_local, "unused", None)

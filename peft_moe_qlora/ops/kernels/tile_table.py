@@ -1,0 +1,173 @@
+"""Tables of measured tiles: what an entry holds, how a table is read, and which entry answers a question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class GemmTiles:
+    """Shape of the tiles of a grouped product, and how it gets at a packed weight.
+
+    Args:
+        heights: numbers of rows, powers of two in descending order (`cut_tiles`).
+        tile_n: columns of the result.
+        tile_k: step along the contraction.
+        num_warps: of 32 threads.
+        num_stages: loads in flight.
+        weight_left: compute the transposed product, in which the weight is the left operand.
+        decode_first: decode into a 16-bit workspace and multiply from there, instead of inside the product.
+    """
+
+    heights: tuple[int, ...]
+    tile_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    weight_left: bool
+    decode_first: bool
+
+
+class Entry(NamedTuple):
+    """The best tiles for one kind of product.
+
+    Args:
+        weight: a format's `kernel_codes`, `packed` for those that have no entries of their own, or `dense`.
+        along: whether the contraction runs along the stored `columns` or `rows`.
+        most_rows: up to so many rows per expert.
+        tiles: the choice.
+        least_rows: from so many rows on.
+        n: columns of the result that was measured; None for an entry that holds for any shape.
+        k: length of its contraction; None likewise.
+    """
+
+    weight: str
+    along: str
+    most_rows: float
+    tiles: GemmTiles
+    least_rows: float = 0.0
+    n: int | None = None
+    k: int | None = None
+
+    def holds_for(self, rows_per_expert: float) -> bool:
+        return self.least_rows <= rows_per_expert <= self.most_rows
+
+    def distance(self, n: int, k: int) -> float:
+        """How far another shape is from the measured one: the logarithms of both ratios."""
+        return abs(math.log(n / self.n)) + abs(math.log(k / self.k))
+
+
+NEAR = math.log(4)
+"""A shape that is farther away says less than entries that hold for any shape."""
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """What was measured on one device.
+
+    Args:
+        device: its name.
+        most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`gemv`).
+        entries: in the order of their rows; of equally near shapes the first counts.
+        like: `kernel_codes` that take the entries of others, which are of the same size.
+        origin: where the tiles come from, for the report; by default the device.
+    """
+
+    device: str
+    most_pairs_without_sorting: int
+    entries: tuple[Entry, ...]
+    like: Mapping[str, str]
+    origin: str = ""
+
+    def choose(
+        self,
+        codes: str | None,
+        along_columns: bool,
+        rows_per_expert: float,
+        n: int | None = None,
+        k: int | None = None,
+    ) -> GemmTiles | None:
+        """The tiles for weights of some `kernel_codes`, None for weights in 16 bits.
+
+        Of the weight's own kind, else of one that is like it: the entry of the nearest shape that was measured, unless
+        it is far, else one that holds for any shape. If there is neither, the nearest shape however far. None if
+        nothing of these kinds was measured at so many rows.
+        """
+        kinds = ["dense"] if codes is None else dict.fromkeys((codes, self.like.get(codes, codes), "packed"))
+        along = "columns" if along_columns else "rows"
+        far = None
+        for kind in kinds:
+            fitting = [
+                entry
+                for entry in self.entries
+                if (entry.weight, entry.along) == (kind, along) and entry.holds_for(rows_per_expert)
+            ]
+            shaped = [entry for entry in fitting if entry.n is not None]
+            if n is not None and k is not None and shaped:
+                nearest = min(shaped, key=lambda entry: entry.distance(n, k))
+                if nearest.distance(n, k) <= NEAR:
+                    return nearest.tiles
+                far = far or nearest.tiles
+            plain = next((entry.tiles for entry in fitting if entry.n is None), None)
+            if plain is not None:
+                return plain
+        return far
+
+
+def parse_entries(entries: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    """Entries as they are in JSON.
+
+    Raises:
+        ValueError: one is not as the kernels need it; says which.
+    """
+    found = []
+    for number, entry in enumerate(entries):
+        try:
+            found.append(_parse_entry(entry))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"entry {number} is no entry of a table of tiles ({type(error).__name__}: {error})"
+            ) from error
+    return tuple(found)
+
+
+def _parse_entry(entry: dict[str, Any]) -> Entry:
+    most_rows = entry["rows_per_expert"]
+    parsed = Entry(
+        entry["weight"],
+        entry["along"],
+        math.inf if most_rows is None else float(most_rows),
+        _parse_tiles(entry["tiles"]),
+        float(entry.get("from_rows_per_expert", 0)),
+        entry.get("n"),
+        entry.get("k"),
+    )
+    if parsed.along not in ("columns", "rows"):
+        raise ValueError(f"along={parsed.along!r}, not 'columns' or 'rows'")
+    if (parsed.n is None) != (parsed.k is None) or any(
+        size is not None and not _is_count(size) for size in (parsed.n, parsed.k)
+    ):
+        raise ValueError(f"n={parsed.n!r} and k={parsed.k!r} are no numbers of columns")
+    return parsed
+
+
+def _parse_tiles(values: dict[str, Any]) -> GemmTiles:
+    tiles = GemmTiles(**{**values, "heights": tuple(values["heights"])})
+    sizes = (*tiles.heights, tiles.tile_n, tiles.tile_k)
+    if not tiles.heights or not all(_is_count(size) and size >= 16 and size & (size - 1) == 0 for size in sizes):
+        raise ValueError(f"sizes {sizes} are not all powers of two from 16 on")
+    if list(tiles.heights) != sorted(set(tiles.heights), reverse=True):
+        raise ValueError(f"heights {tiles.heights} do not descend")
+    if tiles.num_warps not in (1, 2, 4, 8, 16) or not _is_count(tiles.num_stages):
+        raise ValueError(f"num_warps={tiles.num_warps!r} or num_stages={tiles.num_stages!r}")
+    for field in fields(GemmTiles):
+        if field.type == "bool" and not isinstance(getattr(tiles, field.name), bool):
+            raise ValueError(f"{field.name}={getattr(tiles, field.name)!r}")
+    return tiles
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0

@@ -1,0 +1,126 @@
+"""The tiles that a user has measured with `peft-moe-qlora tune`: files in the user's cache directory.
+
+A file holds for one GPU, its compute capability and one version of Triton; others have files of their own. It is
+replaced as a whole, so that whoever reads meanwhile gets the one or the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .tile_table import Entry, parse_entries
+
+_KIND = "peft-moe-qlora tiles"
+_VERSION = 1
+
+
+class Gpu(NamedTuple):
+    """What measured tiles depend on, besides the product."""
+
+    device: str
+    capability: tuple[int, int]
+    triton: str
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"device": self.device, "capability": list(self.capability), "triton": self.triton}
+
+
+class UserTable(NamedTuple):
+    """What a file holds: entries, those that are newest first, and the day of the last measurement."""
+
+    measured: str
+    entries: tuple[Entry, ...]
+
+    def origin(self, device: str) -> str:
+        """Where the tiles come from, and for which products `(columns x contraction)`."""
+        shapes = dict.fromkeys(f"{entry.n}x{entry.k}" for entry in self.entries)
+        return f"tiles measured on {device} by tune, {self.measured}, for {', '.join(shapes)}"
+
+
+def cache_directory() -> Path:
+    """Where this user's caches of this package belong, by the platform's convention."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        # relative ones are to be ignored, says the convention
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        base = named if os.path.isabs(named) else Path.home() / ".cache"
+    return Path(base) / "peft-moe-qlora"
+
+
+def table_path(gpu: Gpu) -> Path:
+    """The file for a GPU; `re.sub` leaves nothing in it that a file system might not take."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu.device} sm{gpu.capability[0]}{gpu.capability[1]} triton {gpu.triton}")
+    return cache_directory() / "tiles" / f"{name}.json"
+
+
+def read_user_table(gpu: Gpu) -> UserTable | None:
+    """What was measured on a GPU, None if nothing was.
+
+    Raises:
+        ValueError: the file is broken, or not of this GPU.
+    """
+    data = _read(gpu)
+    return None if data is None else UserTable(data["measured"], data["parsed"])
+
+
+def write_user_table(gpu: Gpu, entries: Sequence[dict[str, Any]], measured: str) -> Path:
+    """Adds entries, as in JSON, to those of a GPU; they replace those of the same kind, direction and shape.
+
+    Raises:
+        ValueError: the file that is there is broken.
+    """
+    parse_entries(list(entries))
+    data = _read(gpu)
+    new = {_question(entry) for entry in entries}
+    kept = [] if data is None else [entry for entry in data["entries"] if _question(entry) not in new]
+    path = table_path(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = {"kind": _KIND, "version": _VERSION, **gpu.key, "measured": measured, "entries": [*entries, *kept]}
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    unfinished.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _question(entry: dict[str, Any]) -> tuple:
+    return entry["weight"], entry["along"], entry.get("n"), entry.get("k")
+
+
+def _read(gpu: Gpu) -> dict[str, Any] | None:
+    path = table_path(gpu)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ValueError(_refusal(path, f"it is no text: {error}")) from error
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(_refusal(path, f"it is no JSON: {error}")) from error
+    found = data if isinstance(data, dict) else {}
+    if found.get("kind") != _KIND or found.get("version") != _VERSION:
+        raise ValueError(
+            _refusal(path, f"it is no table of this version, which says kind {_KIND!r}, version {_VERSION}")
+        )
+    for name, expected in gpu.key.items():
+        if found.get(name) != expected:
+            raise ValueError(_refusal(path, f"it is of {name} {found.get(name)!r}, but {expected!r} was expected"))
+    if not isinstance(found.get("measured"), str) or not isinstance(found.get("entries"), list):
+        raise ValueError(_refusal(path, "it has no day of measurement or no list of entries"))
+    try:
+        return {**found, "parsed": parse_entries(found["entries"])}
+    except ValueError as error:
+        raise ValueError(_refusal(path, str(error))) from error
+
+
+def _refusal(path: Path, reason: str) -> str:
+    return f"{path} can't be used: {reason}. Delete the file; `peft-moe-qlora tune` measures anew."

@@ -1,0 +1,347 @@
+"""A frozen linear layer with its low-rank term: decoded once, one product, and the term added into it.
+
+    y = x W^T + bias + scaling * (x A^T) B^T
+
+Factors are read in their own dtype and used in that of the product, where the scaling is a factor of small products.
+The backward decodes again. Letters: T rows, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..quantization import Format, FourBitFormat, dynamic_map, parse_format
+from .decode_matrix import decode_matrix
+
+MOST_ROWS_OF_LIBRARY = 512
+"""bitsandbytes has kernels that decode inside a product of few rows, and for more of them decodes first."""
+
+
+class StoredMatrix(NamedTuple):
+    """The `(rows, columns)` weight of a layer, for the length of one product: whoever shards tensors moves them.
+
+    Args:
+        tensors: those of the format in its order, or the weight alone.
+        rows: of the weight, the layer's `out_features`.
+        columns: of the weight.
+        storage: the format; None where the weight is not packed.
+        storage_name: of the format, written before: torch.compile can't put numbers into text.
+    """
+
+    tensors: tuple[Tensor, ...]
+    rows: int
+    columns: int
+    storage: Format | None = None
+    storage_name: str = ""
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        if self.storage is None:
+            return _cast(self.tensors[0].detach(), dtype)
+        return decode_matrix(self.tensors, self.storage, self.rows, self.columns, dtype)
+
+
+def linear_dtype(inputs: Tensor) -> torch.dtype:
+    """As nn.Linear has it under autocast, which leaves fp64 alone; elsewhere that of the inputs."""
+    device_type = inputs.device.type
+    if torch.is_autocast_enabled(device_type) and inputs.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return inputs.dtype
+
+
+def bias_gradient(grad_out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return grad_out.reshape(-1, grad_out.shape[-1]).sum(dim=0, dtype=dtype)
+
+
+def linear_lora(
+    inputs: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    matrix: StoredMatrix,
+    matrix_of: Callable[[], StoredMatrix],
+    dtype: torch.dtype,
+    term_inputs: Tensor | None = None,
+) -> Tensor:
+    """`(..., in)` -> `(..., out)` in `dtype`, differentiable in all but the weight.
+
+    Args:
+        inputs: of any floating dtype, kept as they are for the backward.
+        bias: `(out,)`.
+        A: `(R, in)`, of any floating dtype, as B is; gradients have the dtype of the factor.
+        B: `(out, R)`.
+        scaling: factor of the term.
+        matrix: the weight.
+        matrix_of: gives it again in the backward, where its tensors may be others.
+        dtype: of the products.
+        term_inputs: what the term has in the place of the inputs, such as these after dropout; None for the inputs.
+    """
+    if torch.compiler.is_compiling():
+        term_inputs = None if term_inputs is None else term_inputs.to(dtype)
+        shape = [matrix.rows, matrix.columns]
+        packed = (list(matrix.tensors), matrix.storage_name, shape)
+        return _linear_lora_op(inputs.to(dtype), term_inputs, bias, A, B, scaling, *packed)[0]
+    if not torch.is_grad_enabled():
+        return _forward(inputs, term_inputs, bias, A, B, scaling, matrix, dtype)[0]
+    return _LinearLora.apply(inputs, term_inputs, bias, A, B, scaling, matrix, matrix_of, dtype)
+
+
+def low_rank_term(inputs: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """What one more adapter adds, in the dtype of the inputs."""
+    return linear(linear(inputs, A.to(inputs.dtype)) * scaling, B.to(inputs.dtype))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products run in the dtype of what they are given."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
+def _forward(
+    inputs: Tensor,
+    term_inputs: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    matrix: StoredMatrix,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The output, and `scaling * x A^T`, `(T, R)`."""
+    with without_autocast(inputs.device):
+        rows = _as_rows(inputs, dtype)
+        out = _product(rows, None if bias is None else _cast(bias, dtype), matrix, inputs.shape[:-1])
+        reduced = _scaled_product(rows if term_inputs is None else _as_rows(term_inputs, dtype), A.t(), scaling)
+        out.view(-1, matrix.rows).addmm_(reduced, _cast(B, dtype).t())
+    return out, reduced
+
+
+def _as_rows(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    return _cast(inputs.reshape(-1, inputs.shape[-1]), dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # a cast that does nothing costs nearly as much as a launch, and there are a dozen in a layer
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _product(rows: Tensor, bias: Tensor | None, matrix: StoredMatrix, shape: torch.Size) -> Tensor:
+    """Allocated with its shape: a view made in here could not be written to by who gets it."""
+    if _goes_by_library(rows, matrix):
+        return _library_product(rows.view(*shape, matrix.columns), bias, matrix)
+    out = rows.new_empty((*shape, matrix.rows))
+    out_rows, weight = out.view(-1, matrix.rows), matrix.decode(rows.dtype).t()
+    if bias is None:
+        torch.mm(rows, weight, out=out_rows)
+    else:
+        torch.addmm(bias, rows, weight, out=out_rows)
+    return out
+
+
+def _goes_by_library(rows: Tensor, matrix: StoredMatrix) -> bool:
+    storage, is_cuda = matrix.storage, rows.is_cuda
+    return (
+        isinstance(storage, FourBitFormat)
+        and 0 < rows.shape[0] <= MOST_ROWS_OF_LIBRARY
+        and (is_cuda or storage.blocksize < 2048)  # it would compile a kernel for these on a CPU
+        and matrix.columns % storage.blocksize == 0
+        and rows.dtype != torch.float64
+    )
+
+
+def _library_product(inputs: Tensor, bias: Tensor | None, matrix: StoredMatrix) -> Tensor:
+    codes, absmax, *nested = matrix.tensors
+    storage, codes = matrix.storage, codes.view(-1, 1)
+    rest = (storage.blocksize, storage.quant_type, bias)
+    product = torch.ops.bitsandbytes.gemm_4bit.default
+    shape = (matrix.rows, matrix.columns)
+    if not nested:
+        return product(inputs, codes, shape, absmax.view(torch.float32), *rest)
+    group_absmax, offset = (tensor.view(torch.float32) for tensor in nested)
+    return product(inputs, codes, shape, group_absmax, *rest, absmax, dynamic_map(inputs.device), offset)
+
+
+def _scaled_product(rows: Tensor, factor: Tensor, scaling: float) -> Tensor:
+    """`scaling * rows @ factor`, in the dtype of the rows."""
+    out = rows.new_empty((rows.shape[0], factor.shape[1]))
+    # with beta 0, what the memory held is not read
+    return out.addmm_(rows, _cast(factor, rows.dtype), beta=0, alpha=scaling)
+
+
+def _backward(
+    grad_out: Tensor,
+    rows: Tensor | None,
+    reduced: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    matrix_of: Callable[[], StoredMatrix],
+    dtype: torch.dtype,
+    has_term_inputs: bool,
+    needs: Sequence[bool],
+    is_differentiable: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of inputs, term inputs, A and B, those that are needed; the first two as rows in `dtype`.
+
+    Args:
+        rows: what A is multiplied with; None where no factor needs a gradient.
+        reduced: that of the forward; None where B needs no gradient.
+        needs: which gradients.
+        is_differentiable: gradients of these gradients may be asked for.
+    """
+    of_inputs, of_term_inputs, of_A, of_B = needs
+    grad_inputs = grad_term_inputs = grad_A = grad_B = None
+    with without_autocast(grad_out.device):
+        grad = _as_rows(grad_out, dtype)
+        if of_inputs:
+            grad_inputs = torch.mm(grad, matrix_of().decode(dtype))
+        of_term = of_term_inputs if has_term_inputs else of_inputs
+        if of_term or of_A:
+            grad_reduced = _scaled_product(grad, B, scaling)
+        if of_term and has_term_inputs:
+            grad_term_inputs = torch.mm(grad_reduced, _cast(A, dtype))
+        elif of_term:
+            grad_inputs.addmm_(grad_reduced, _cast(A, dtype))
+        if of_A:
+            grad_A = _factor_gradient(grad_reduced, _cast(rows, dtype), A.dtype, is_differentiable)
+        if of_B:
+            if is_differentiable:  # what was kept hangs on nothing
+                reduced = _scaled_product(_cast(rows, dtype), A.t(), scaling)
+            grad_B = _factor_gradient(grad, reduced, B.dtype, is_differentiable)
+    return grad_inputs, grad_term_inputs, grad_A, grad_B
+
+
+def _factor_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, is_differentiable: bool) -> Tensor:
+    """`left^T right`; where factors are in fp32, sums are not rounded to 16 bits in between."""
+    if dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
+        if left.is_cuda and not is_differentiable:  # it has no derivative, and is not there on a CPU
+            return torch.mm(left.t(), right, out_dtype=dtype)
+        left, right = _cast(left, dtype), _cast(right, dtype)
+    return _cast(torch.mm(left.t(), right), dtype)
+
+
+class _LinearLora(torch.autograd.Function):
+    """For eager mode, where calling an operator costs more than a small product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        term_inputs: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        matrix: StoredMatrix,
+        matrix_of: Callable[[], StoredMatrix],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out, reduced = _forward(inputs, term_inputs, bias, A, B, scaling, matrix, dtype)
+        of_A, of_B = ctx.needs_input_grad[3:5]
+        rows = inputs if term_inputs is None else term_inputs
+        ctx.save_for_backward(rows if of_A or of_B else None, reduced if of_B else None, A, B)
+        ctx.static = scaling, matrix_of, dtype, term_inputs is not None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.inputs = inputs.shape, inputs.dtype, None if term_inputs is None else term_inputs.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple:
+        rows, *saved = ctx.saved_tensors
+        shape, dtype, term_dtype = ctx.inputs
+        of_inputs, of_term_inputs, of_bias, *of_factors = ctx.needs_input_grad[:5]
+        rows = None if rows is None else rows.reshape(-1, shape[-1])
+        needs = (of_inputs, of_term_inputs, *of_factors)
+        is_differentiable = torch.is_grad_enabled()
+        grads = _backward(grad_out, rows, *saved, *ctx.static, needs, is_differentiable)
+        grad_inputs, grad_term_inputs, *of_factors = grads
+        if grad_inputs is not None:
+            grad_inputs = _cast(grad_inputs.view(shape), dtype)
+        if grad_term_inputs is not None:
+            grad_term_inputs = _cast(grad_term_inputs.view(shape), term_dtype)
+        grad_bias = bias_gradient(grad_out, ctx.bias_dtype) if of_bias else None
+        return grad_inputs, grad_term_inputs, grad_bias, *of_factors, None, None, None, None
+
+
+# The same for torch.compile, as operators: one node forward and one back, and nothing decoded is kept
+
+
+def _matrix(tensors: list[Tensor], storage: str, shape: list[int]) -> StoredMatrix:
+    return StoredMatrix(tuple(tensors), *shape, parse_format(storage) if storage else None, storage)
+
+
+@torch.library.custom_op("peft_moe_qlora::linear_lora", mutates_args=())
+def _linear_lora_op(
+    inputs: Tensor,
+    term_inputs: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    tensors: list[Tensor],
+    storage: str,
+    shape: list[int],
+) -> tuple[Tensor, Tensor]:
+    matrix = _matrix(tensors, storage, shape)
+    return _forward(inputs, term_inputs, bias, A, B, scaling, matrix, inputs.dtype)
+
+
+@_linear_lora_op.register_fake
+def _(inputs, term_inputs, bias, A, B, scaling, tensors, storage, shape):
+    *sizes, _ = inputs.shape
+    return inputs.new_empty((*sizes, shape[0])), inputs.new_empty((prod(sizes), A.shape[0]))
+
+
+@torch.library.custom_op("peft_moe_qlora::linear_lora_backward", mutates_args=())
+def _linear_lora_backward_op(
+    grad_out: Tensor,
+    inputs: Tensor,
+    reduced: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    tensors: list[Tensor],
+    storage: str,
+    shape: list[int],
+    has_term_inputs: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    matrix, rows = _matrix(tensors, storage, shape), inputs.reshape(-1, shape[1])
+    static = (scaling, lambda: matrix, inputs.dtype, has_term_inputs)
+    grads = _backward(grad_out, rows, reduced, A, B, *static, needs)
+    of_rows = (None if grad is None else grad.view(inputs.shape) for grad in grads[:2])
+    return tuple(inputs.new_empty(0) if grad is None else grad for grad in (*of_rows, *grads[2:]))
+
+
+@_linear_lora_backward_op.register_fake
+def _(grad_out, inputs, reduced, A, B, scaling, tensors, storage, shape, has_term_inputs, needs):
+    likes = (inputs, inputs, A, B)
+    return tuple(like.new_empty(like.shape) if need else inputs.new_empty(0) for like, need in zip(likes, needs))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    inputs, term_inputs, bias, A, B, *static = inputs
+    ctx.save_for_backward(inputs if term_inputs is None else term_inputs, output[1], A, B)
+    # the weight is frozen, and shared by every step: no activation
+    ctx.static = *static, term_inputs is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_of_op(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple:
+    of_inputs, of_term_inputs, of_bias, *of_factors = ctx.needs_input_grad[:5]
+    needs = [of_inputs, of_term_inputs, *of_factors]
+    grads = _linear_lora_backward_op(grad_out, *ctx.saved_tensors, *ctx.static, needs)
+    grad_inputs, grad_term_inputs, *of_factors = (grad if need else None for grad, need in zip(grads, needs))
+    grad_bias = bias_gradient(grad_out, ctx.bias_dtype) if of_bias else None
+    nothing = (None, [None] * len(ctx.static[1]), None, None)
+    return grad_inputs, grad_term_inputs, grad_bias, *of_factors, *nothing
+
+
+_linear_lora_op.register_autograd(_backward_of_op, setup_context=_setup_context)

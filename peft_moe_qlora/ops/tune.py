@@ -1,0 +1,373 @@
+"""Measures on this GPU which tiles are fastest for the products of an experts layer.
+
+Every candidate computes the same product, with a low-rank term; what does not fit on the GPU is left out, what gives
+other numbers is an error. `benchmarks/tune.py` makes the tables of the package with this, and `peft-moe-qlora tune` a
+user's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from triton.runtime.errors import OutOfResources
+
+from ..quantization import DenseStack, Format, QuantizedStack, Stack
+from .kernels.grouped_gemm import WORKSPACE_BYTES, LowRankTerm, Rows, grouped_gemm
+from .kernels.schedule import cut_tiles, sort_pairs
+from .kernels.tuning import GemmTiles
+from .layer_shape import LayerShape
+from .operands import packed_weight, why_not_read_as
+
+LARGEST_ERROR = 6e-3
+WORTH_A_WORKSPACE = 0.05
+"""Decoding beforehand is chosen where it is faster by this share."""
+HOLDS_BELOW = 4
+"""The entry of the fewest rows that were measured holds down to this share of them."""
+STACK_BYTES = 2**31
+"""Experts beyond this much in 16 bits are left out of a measured product: they change nothing but its length."""
+TWINS = 4
+"""Experts of a measured stack that differ; quantizing all of them would take longer than the measurement."""
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+class Product(NamedTuple):
+    """One of the four products of a layer.
+
+    Args:
+        n: columns of the result.
+        k: length of the contraction.
+        along: whether it runs along the stored `"columns"` or `"rows"`.
+        is_gathered: its rows are read from tokens.
+    """
+
+    n: int
+    k: int
+    along: str
+    is_gathered: bool
+
+
+def products_of(shape: LayerShape, storage: Format | None) -> list[Product]:
+    """Both projections of a layer, forward and backward, in this order."""
+    is_transposed = shape.is_transposed and not (storage is not None and storage.is_out_in)
+    found = []
+    up = (shape.hidden, (1 + shape.has_gate) * shape.intermediate)
+    for for_input_gradient in (False, True):
+        along = "columns" if is_transposed == for_input_gradient else "rows"
+        for is_up, (in_features, out_features) in ((True, up), (False, (shape.intermediate, shape.hidden))):
+            n, k = (in_features, out_features) if for_input_gradient else (out_features, in_features)
+            found.append(Product(n, k, along, is_up != for_input_gradient))
+    return found
+
+
+def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles]:
+    """The tiles worth trying; in and before the product are both among them.
+
+    Args:
+        rows_per_expert: the mean.
+        thorough: more of them, for the tables of the package.
+    """
+    shapes: Iterable[tuple]
+    if rows_per_expert <= 2:
+        widths, stages = ((32, 64, 128), (3, 5)) if thorough else ((64, 128), (3,))
+        shapes = itertools.product([(16,)], widths, (64, 128), (4,), stages)
+    elif rows_per_expert <= 16:
+        heights, stages = ([(16,), (32, 16)], (3, 4)) if thorough else ([(16,)], (3,))
+        shapes = itertools.product(heights, (64, 128), (64, 128), (4,), stages)
+    elif rows_per_expert <= 64:
+        heights, stages = ([(32, 16), (64, 32, 16)], (3, 4)) if thorough else ([(64, 32, 16)], (3,))
+        shapes = itertools.product(heights, (64, 128), (64,), (4,), stages)
+    else:
+        large = [((128, 64, 32), 128, 4), ((128, 64, 32), 128, 8), ((128, 64, 32), 256, 8)]
+        shapes = [(heights, n, 64, warps, stages) for (heights, n, warps), stages in itertools.product(large, (3, 4))]
+        if thorough:
+            shapes += [((256, 128, 32), 128, 64, 8, stages) for stages in (3, 4)]
+        # what fits into the shared memory of smaller GPUs
+        shapes += [((64, 32, 16), 128, 64, 4, 3), ((128, 64, 32), 128, 32, 8, 3), ((64, 32, 16), 128, 32, 4, 4)]
+    found = []
+    for heights, tile_n, tile_k, num_warps, num_stages in shapes:
+        for weight_left, decode_first in itertools.product((False, True), (False, True)):
+            if decode_first and (rows_per_expert < 64 or (weight_left and not thorough)):
+                continue
+            if not decode_first and tile_n == 256 and not thorough:
+                continue  # decoded in registers beside the sums, it does not fit into them
+            found.append(GemmTiles(heights, tile_n, tile_k, num_warps, num_stages, weight_left, decode_first))
+    return found
+
+
+def kind_of(storage: Format | None, product: Product) -> str:
+    """What the weight of a product is called in tables: by its codes, or `dense` where it is decoded anyway."""
+    rows, columns = (product.n, product.k) if product.along == "columns" else (product.k, product.n)
+    if storage is None or storage.tile_block(rows, columns) is None:
+        return "dense"
+    return storage.kernel_codes
+
+
+class Problem:
+    """A product on random inputs, to be computed with one candidate after the other.
+
+    Args:
+        product: which.
+        experts: E of the layer.
+        top_k: K.
+        rows_per_expert: the mean.
+        storage: of the weights; None for 16 bits.
+        rank: of the low-rank term.
+        dtype: of the activations.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        experts: int,
+        top_k: int,
+        rows_per_expert: float,
+        storage: Format | None,
+        rank: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        torch.manual_seed(0)
+        n, k = product.n, product.k
+        self.for_input_gradient = product.along == "rows"
+        num_tokens = max(1, round(rows_per_expert * experts / top_k))
+        shape = (experts, k, n) if self.for_input_gradient else (experts, n, k)
+        self.weight = packed_weight(_random_stack(shape, storage, dtype, device))
+        scores = torch.rand(num_tokens, experts, device=device)
+        self.rows = sort_pairs(scores.topk(min(top_k, experts)).indices, experts)
+        num_pairs = self.rows.pair_of_row.shape[0]
+        if product.is_gathered:
+            tokens = torch.randn(num_tokens, k, device=device).to(dtype)
+            self.left = Rows(tokens, self.rows.pair_of_row, num_pairs // num_tokens)
+        else:
+            self.left = Rows(torch.randn(num_pairs, k, device=device).to(dtype))
+        self.term = None
+        if rank:
+            reduced = torch.randn(num_pairs, rank, device=device).to(dtype)
+            factor = torch.randn(experts, rank, n, device=device) * 0.02
+            # B forward, A transposed backward
+            factor = factor.transpose(1, 2) if self.for_input_gradient else factor.view(experts, n, rank)
+            self.term = LowRankTerm(reduced, factor)
+
+    def run(self, tuned: GemmTiles) -> torch.Tensor:
+        tiles = cut_tiles(self.rows, tuned.heights)
+        return grouped_gemm(self.left, self.weight, self.for_input_gradient, self.rows.ends, tiles, tuned, self.term)
+
+
+def _random_stack(
+    shape: tuple[int, int, int], storage: Format | None, dtype: torch.dtype, device: torch.device | str
+) -> Stack:
+    some = torch.randn(min(TWINS, shape[0]), *shape[1:], device=device).to(dtype) * 0.02
+    if storage is None:
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        for expert in range(shape[0]):
+            weight[expert] = some[expert % len(some)]
+        return DenseStack(weight, False)
+    stack = QuantizedStack(torch.Size(shape), dtype, False, storage, device)
+    for expert, matrix in enumerate(some):
+        stack.set_expert(expert, matrix)
+    for tensor in stack.parameters():
+        for expert in range(len(some), shape[0]):
+            tensor.data[expert] = tensor.data[expert % len(some)]
+    return stack
+
+
+def graph_milliseconds(run: Callable[[], object], repeats: int = 9) -> float:
+    """Median device time of a CUDA graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def time_all(problem: Problem, tried: Sequence[GemmTiles], timer: Timer) -> list[tuple[float, GemmTiles]]:
+    """Milliseconds of each that fits on the GPU, the best first.
+
+    Raises:
+        ValueError: some give other numbers than the first, or other bits the second time.
+    """
+    reference, timed = None, []
+    num_rows = int(problem.rows.ends[-1])
+    for tiles in tried:
+        try:
+            out = problem.run(tiles)[:num_rows]
+        except OutOfResources:
+            continue
+        reference = out if reference is None else reference
+        error = ((out - reference).float().norm() / reference.float().norm()).item()
+        if not error <= LARGEST_ERROR:
+            raise ValueError(f"{tiles} differ from {tried[0]} by {error:.1e}.")
+        timed.append((timer(partial(problem.run, tiles)), tiles))
+        if not torch.equal(out, problem.run(tiles)[:num_rows]):
+            raise ValueError(f"{tiles} give other bits the second time.")
+    # a workspace has to be worth its memory
+    return sorted(timed, key=lambda pair: pair[0] * (1 + WORTH_A_WORKSPACE * pair[1].decode_first))
+
+
+class Job(NamedTuple):
+    """What `compile_share` compiles one candidate for."""
+
+    product: Product
+    experts: int
+    top_k: int
+    storage: Format | None
+    rank: int
+    tiles: GemmTiles
+
+
+def compile_share(jobs: Sequence[Job], share: tuple[int, int]) -> None:
+    """Compiles every so-many-th candidate into Triton's cache on disk, in a process of its own."""
+    number, of = share
+    problems: dict[tuple, Problem] = {}
+    for job in jobs[number::of]:
+        if job[:-1] not in problems:
+            problems.clear()
+            rows_per_expert = 16 / job.experts
+            problems[job[:-1]] = Problem(job.product, job.experts, job.top_k, rows_per_expert, job.storage, job.rank)
+        try:
+            problems[job[:-1]].run(job.tiles)
+            torch.cuda.synchronize()
+        except OutOfResources:
+            continue  # `time_all` leaves it out, too
+
+
+def compile_all(jobs: Sequence[Job], workers: int) -> None:
+    """Compiles in several processes at a time, which is what takes longest."""
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(workers, len(jobs)))
+    with context.Pool(workers) as pool:
+        parts = [(number, workers) for number in range(workers)]
+        list(pool.imap_unordered(partial(compile_share, list(jobs)), parts))
+
+
+def measured_experts(shape: LayerShape, product: Product) -> int:
+    """How many experts a measured product has."""
+    return max(1, min(shape.experts, STACK_BYTES // (2 * product.n * product.k)))
+
+
+def _fewest_experts(shape: LayerShape, product: Product) -> int:
+    """With so many a product is compiled as with all: its workspace holds all of them, or not."""
+    return min(measured_experts(shape, product), WORKSPACE_BYTES // (2 * product.n * product.k) + 1)
+
+
+def _tried(rows: float, kind: str, thorough: bool) -> list[GemmTiles]:
+    return [tiles for tiles in candidates(rows, thorough) if kind != "dense" or not tiles.decode_first]
+
+
+def measure_layer(
+    shape: LayerShape,
+    storage: Format | None,
+    rank: int = 16,
+    rows: Sequence[float] = (),
+    workers: int | None = None,
+    thorough: bool = False,
+    timer: Timer = graph_milliseconds,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+) -> list[dict[str, Any]]:
+    """Entries of a table, as in JSON: the best tiles for each product of a layer and number of rows.
+
+    Args:
+        shape: of the layer.
+        storage: of its weights; None for 16 bits.
+        rank: of the low-rank terms.
+        rows: numbers of rows per expert; those of `LayerShape.default_rows` if there are none.
+        workers: processes that compile; 0 to compile where it is measured.
+        thorough: try more candidates.
+        timer: gives the milliseconds that something takes.
+        dtype: of the activations.
+        device: where.
+
+    Raises:
+        ValueError: the kernels can't read such weights, or candidates give different numbers.
+    """
+    rows = sorted(set(rows or shape.default_rows()))
+    wanted = list(dict.fromkeys(products_of(shape, storage)))
+    for product in wanted:
+        stored = (product.n, product.k) if product.along == "columns" else (product.k, product.n)
+        reason = None if storage is None else why_not_read_as(storage, *stored)
+        if reason is not None:
+            raise ValueError(f"a product of {product.n} x {product.k} in {storage} can't be measured: {reason}.")
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if workers:
+        # those of a product follow each other, so that a process makes its inputs once
+        jobs = [
+            Job(product, _fewest_experts(shape, product), shape.top_k, _stored_as(storage, product), rank, tiles)
+            for product in wanted
+            for tiles in dict.fromkeys(
+                tiles for number in rows for tiles in _tried(number, kind_of(storage, product), thorough)
+            )
+        ]
+        compile_all(jobs, workers)
+    entries = []
+    steps = [(product, number) for product in wanted for number in rows]
+    for product, number in tqdm(steps, unit="product", desc="measuring"):
+        kind = kind_of(storage, product)
+        experts = measured_experts(shape, product)
+        problem = Problem(product, experts, shape.top_k, number, _stored_as(storage, product), rank, dtype, device)
+        timed = time_all(problem, _tried(number, kind, thorough), timer)
+        if not timed:
+            raise ValueError(f"none of the candidates for {number:g} rows per expert fits on {device}.")
+        best, tiles = timed[0]
+        entries.append(
+            {
+                "weight": kind,
+                "along": product.along,
+                "n": product.n,
+                "k": product.k,
+                "rows_per_expert": number,
+                "tiles": asdict(tiles),
+                "milliseconds": round(best, 4),
+                "runner_up_milliseconds": round(timed[min(1, len(timed) - 1)][0], 4),
+            }
+        )
+        del problem
+    return with_bounds(entries)
+
+
+def _stored_as(storage: Format | None, product: Product) -> Format | None:
+    return None if kind_of(storage, product) == "dense" else storage
+
+
+def with_bounds(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Replaces the number of rows that was measured by those between which an entry holds."""
+    bounded = []
+    for before, entry, following in zip([None, *entries], entries, [*entries[1:], None]):
+        number = entry["rows_per_expert"]
+        bound = math.sqrt(number * following["rows_per_expert"]) if _is_same(entry, following) else None
+        least = bounded[-1]["rows_per_expert"] if _is_same(entry, before) else number / HOLDS_BELOW
+        bounded.append({**entry, "measured_at": number, "from_rows_per_expert": least, "rows_per_expert": bound})
+    return bounded
+
+
+def _is_same(entry: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return other is not None and all(entry.get(name) == other.get(name) for name in ("weight", "along", "n", "k"))
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")

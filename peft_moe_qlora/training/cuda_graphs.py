@@ -1,0 +1,322 @@
+"""CUDA graphs of decoder layers: forward and backward of each, captured once for a shape and replayed.
+
+A step of a MoE model launches some ten thousand kernels, which takes the host longer than a GPU needs to run them. A
+replay is one launch for a layer's forward and one for its backward, with the recomputation in it. The kernels are the
+same, and so are the numbers, to the bit.
+
+All graphs of a model share one pool of memory and one set of buffers for inputs and results, since they run one after
+the other. So what a graph gives is copied out before the next one runs. A layer's output lies where the next one reads
+its input, and the gradient of its input where the one before reads that of its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..ops import keep_experts, without_output
+from .static_tensors import StaticTensors, copies
+
+Function = Callable[..., Any]
+
+
+class Replayable(Protocol):
+    """What has been captured."""
+
+    def replay(self) -> None: ...
+
+
+class Backend(Protocol):
+    """How work is captured: by CUDA, or in tests by calling it again."""
+
+    device_type: str
+
+    def warm_up(self, work: Callable[[], None]) -> None: ...
+
+    def capture(self, work: Callable[[], None]) -> Replayable: ...
+
+
+class CudaBackend:
+    """Captures on a stream of its own, into a pool that all of its graphs share."""
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Runs what is to be captured, so that it compiles, loads and allocates before."""
+        with self._on_stream():
+            work()
+
+    def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of everything that `work` launches; nothing is computed yet.
+
+        Raises:
+            RuntimeError: CUDA can't capture something of it, such as a copy to the host.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with self._on_stream():
+            # other threads may allocate meanwhile, a data loader's for example
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                self._end_failed(graph)
+                raise
+            graph.capture_end()
+        return graph
+
+    def _end_failed(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # it says that the capture was invalidated, which the error that is on its way explains, and leaves the
+            # random generator as if a capture went on; one that ends well sets it right
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin()
+            torch.zeros(1, device=self.device)
+            other.capture_end()
+
+
+class Call(NamedTuple):
+    """The arguments of a layer: hidden states, other tensors, and how they are put together again."""
+
+    hidden_states: Tensor
+    tensors: list[Tensor]
+    rest: list[Any]
+    spec: TreeSpec
+
+    def arguments(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The layer's `(args, kwargs)` with other tensors in their places."""
+        others = iter(tensors)
+        leaves = [next(others) if isinstance(leaf, _Tensor) else leaf for leaf in self.rest]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return (hidden_states, *args), kwargs
+
+    @property
+    def signature(self) -> tuple:
+        """All but the numbers.
+
+        Raises:
+            TypeError: an argument is neither a tensor nor a constant.
+        """
+        shapes = [(tensor.shape, tensor.dtype) for tensor in (self.hidden_states, *self.tensors)]
+        key = (*shapes, *self.rest, self.spec)
+        hash(key)
+        return key
+
+
+class _Tensor(NamedTuple):
+    """Stands for a tensor among arguments."""
+
+
+def read_call(args: tuple, kwargs: dict[str, Any]) -> Call:
+    """Takes a layer's arguments apart; the hidden states are the first, or so named."""
+    kwargs = dict(kwargs)
+    hidden_states, *args = args if args else (kwargs.pop("hidden_states"),)
+    leaves, spec = tree_flatten((tuple(args), kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    rest = [_Tensor() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return Call(hidden_states, tensors, rest, spec)
+
+
+class CapturedLayer:
+    """The two graphs of a layer for one signature of its arguments.
+
+    Args:
+        function: the layer's forward.
+        layer: whose parameters are trained.
+        call: example arguments.
+        static: buffers.
+        backend: captures.
+        keep: what the forward keeps for the backward, which recomputes the rest: `"nothing"`, `"experts"` or
+            `"everything"`.
+    """
+
+    def __init__(
+        self, function: Function, layer: nn.Module, call: Call, static: StaticTensors, backend: Backend, keep: str
+    ) -> None:
+        self._call = call._replace(hidden_states=None, tensors=[])  # what it holds would live as long as the graphs
+        self._static = static
+        self._keeps = keep != "nothing"
+        self.trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        self._forwards = 0
+        self._kept_of = 0
+        self._generator: torch.Generator | None = None
+        hidden_states, tensors = self._load(call.hidden_states, call.tensors)
+        grad_out = static.buffer("grad_hidden_states", call.hidden_states)
+        arguments = self._call.arguments
+        # leaves of their own: those of the model carry the stream on which they were first used into the capture
+        aliases = [nn.Parameter(parameter.detach()) for parameter in self.trained]
+        x = hidden_states.detach().requires_grad_()
+        of_forward, of_backward = keep_experts() if keep == "experts" else (nullcontext(), nullcontext())
+        self._held: list[Any] = [of_forward]
+        output: list[Tensor] = []
+        autocast = autocast_state()
+
+        def run(inputs: Tensor) -> Tensor:
+            args, kwargs = arguments(inputs, tensors)
+            with _swapped(layer, self.trained, aliases):
+                out = function(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                raise TypeError(f"{type(layer).__name__} gives a {type(out).__name__}, not a tensor")
+            return out
+
+        def forward() -> None:
+            with of_forward, torch.set_grad_enabled(keep == "everything"), _uncached_autocast(autocast):
+                output[:] = [run(x)]
+            self._output = static.store([("hidden_states", output[0].detach())])[0]
+
+        def backward(of_experts: AbstractContextManager) -> None:
+            with of_backward, of_experts, torch.enable_grad(), _uncached_autocast(autocast):
+                out = output[0] if keep == "everything" else run(x)
+            # what was kept is read again by every replay
+            kept = keep == "everything"
+            grad_x, *grads = torch.autograd.grad(out, [x, *aliases], grad_out, retain_graph=kept, allow_unused=True)
+            self._grads = static.store([("grad_hidden_states", grad_x), *enumerate(grads)])
+
+        def warm_up() -> None:
+            forward()
+            if not torch.equal(generator.get_state(), state):
+                self._generator = generator
+            grad_out.fill_(1)
+            backward(without_output("nan"))
+            # where no gradient has read what the experts gave, the recomputation does without
+            is_read = not all(torch.isfinite(grad).all() for grad in self._grads if grad is not None)
+            of_experts.append(nullcontext() if is_read else without_output())
+            static.changed("hidden_states")
+            self._load(call.hidden_states, call.tensors)
+            backward(of_experts[0])
+
+        generator = _default_generator(call.hidden_states.device)
+        state = generator.get_state()  # of a GPU too it lies on the host
+        of_experts: list[AbstractContextManager] = []
+        backend.warm_up(warm_up)
+        self._forward = backend.capture(forward)
+        self._backward = backend.capture(partial(backward, of_experts[0]))
+        generator.set_state(state)
+        static.changed("hidden_states", "grad_hidden_states")
+        self._held += output if keep == "everything" else []
+
+    def _load(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        others = [self._static.load(("argument", number), tensor) for number, tensor in enumerate(tensors)]
+        return self._static.load("hidden_states", hidden_states), others
+
+    def __call__(self, call: Call) -> Tensor:
+        """The layer's output for other numbers, differentiable in the hidden states and the trained parameters."""
+        return _Replay.apply(self, call.hidden_states, len(call.tensors), *call.tensors, *self.trained)
+
+    def run_forward(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """The output, and what `run_backward` has to know of this replay."""
+        state = None if self._generator is None else self._generator.get_state()
+        self._load(hidden_states, tensors)
+        self._forward.replay()
+        self._forwards += 1
+        self._kept_of = self._forwards
+        output = self._output.clone()
+        self._static.changed("hidden_states")
+        self._static.holds("hidden_states", output)
+        return output, (self._forwards, state)
+
+    def run_backward(
+        self, hidden_states: Tensor, tensors: Sequence[Tensor], grad_out: Tensor, of_forward: Any
+    ) -> list[Tensor | None]:
+        """Gradients of the hidden states and of the trained parameters, None for what the layer didn't use."""
+        forward, state = of_forward
+        now = None if state is None else self._generator.get_state()
+        self._load(hidden_states, tensors)
+        if self._keeps and forward != self._kept_of:
+            # another forward has taken the place of what this one kept
+            self._rewind(state)
+            self._forward.replay()
+            self._kept_of = forward
+            self._static.changed("hidden_states")
+            self._load(hidden_states, tensors)
+        self._rewind(state)
+        self._static.load("grad_hidden_states", grad_out)
+        self._backward.replay()
+        if now is not None:
+            self._generator.set_state(now)
+        grads = copies(self._grads)
+        self._static.changed("grad_hidden_states")
+        if grads[0] is not None:
+            self._static.holds("grad_hidden_states", grads[0])
+        return grads
+
+    def _rewind(self, state: Tensor | None) -> None:
+        """Gives the recomputation the random numbers of its forward."""
+        if state is not None:
+            self._generator.set_state(state)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: CapturedLayer, hidden_states: Tensor, num_tensors: int, *rest: Tensor) -> Tensor:
+        tensors = rest[:num_tensors]
+        output, ctx.of_forward = captured.run_forward(hidden_states, tensors)
+        ctx.captured, ctx.num_tensors = captured, num_tensors
+        ctx.save_for_backward(hidden_states, *tensors)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple:
+        hidden_states, *tensors = ctx.saved_tensors
+        grad_hidden_states, *grads = ctx.captured.run_backward(hidden_states, tensors, grad_out, ctx.of_forward)
+        return None, grad_hidden_states, None, *[None] * ctx.num_tensors, *grads
+
+
+@contextmanager
+def _swapped(layer: nn.Module, parameters: Sequence[nn.Parameter], aliases: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The layer with other objects for some parameters, of the same memory."""
+    alias_of = {id(parameter): alias for parameter, alias in zip(parameters, aliases)}
+    places = [
+        (module, name, parameter)
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in alias_of
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = alias_of[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+def autocast_state() -> dict[str, torch.dtype]:
+    """Device type -> dtype, where autocast is on."""
+    return {
+        device: torch.get_autocast_dtype(device) for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)
+    }
+
+
+def _uncached_autocast(state: dict[str, torch.dtype]) -> ExitStack:
+    """Autocast as it was, but that no cast is taken from outside the capture."""
+    stack = ExitStack()
+    for device, dtype in state.items():
+        stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+    return stack
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator

@@ -1,0 +1,190 @@
+"""A CUDA graph of one step of decoding with a static cache, for generation beside training.
+
+A step of one token launches thousands of kernels, which takes the host far longer than a GPU. With
+`generate(cache_implementation="static", disable_compile=True)` the first step after the prompt runs as ever, the
+second is captured, and all that follow replay it. Compiling such a step takes minutes, capturing it as long as a step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import Counter
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from .cuda_graphs import Backend, CudaBackend, autocast_state
+from .layer_graphs import layer_state, why_not_captured
+from .static_tensors import StaticTensors
+
+CACHES = ("past_key_values", "cache")
+"""Names that transformers has for the cache of keys and values."""
+
+_RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+class DecodeRunner:
+    """Takes the place of the `forward` of a model's stack of decoder layers.
+
+    What is no step of one token with a static cache, in evaluation and without gradients, runs as ever.
+
+    Args:
+        decoder: the stack, `model.get_decoder()`.
+        make_backend: what captures on a device.
+    """
+
+    def __init__(self, decoder: nn.Module, make_backend: type[Backend] = CudaBackend) -> None:
+        self.decoder = decoder
+        self.reasons: Counter[str] = Counter()
+        self._make_backend = make_backend
+        self.forget()
+
+    def forget(self) -> None:
+        """Frees the graph and its memory."""
+        self._step: CapturedStep | None = None
+        self._last: tuple | None = None
+        self._is_after_prompt = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plain = MethodType(type(self.decoder).forward, self.decoder)
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        if not self._is_step(args, kwargs, cache):
+            self._is_after_prompt, self._last = True, None
+            return plain(*args, **kwargs)
+        leaves, spec = tree_flatten({name: value for name, value in kwargs.items() if name not in CACHES})
+        key = (spec, *_signature(leaves), *autocast_state().items())
+        if self._step is not None and not self._step.fits(key, cache, self._is_after_prompt):
+            self._step = None
+        self._is_after_prompt = False
+        if self._step is None:
+            if self._last != (key, id(cache)):
+                # loads and compiles kernels, which a capture can't
+                self._last = (key, id(cache))
+                return plain(*args, **kwargs)
+            reason = _why_not(self.decoder, cache)
+            if reason is not None:
+                self.reasons[reason] += 1
+                return plain(*args, **kwargs)
+            name = next(name for name in CACHES if kwargs.get(name) is not None)
+            backend = self._make_backend(self.decoder.device)
+            self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend)
+        return self._step(leaves, cache)
+
+    def _is_step(self, args: tuple, kwargs: dict[str, Any], cache: Any) -> bool:
+        if args or self.decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        is_recorded = any(kwargs.get(name) or getattr(self.decoder.config, name, False) for name in _RECORDED)
+        return (
+            isinstance(cache, StaticCache)
+            and not is_recorded
+            and isinstance(tokens, Tensor)
+            and tokens.shape[1] == 1
+            and tokens.device.type == self._make_backend.device_type
+            and cache.is_initialized
+        )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.decoder).forward, self.decoder))
+
+    def report(self) -> list[str]:
+        """What is captured, and why something is not."""
+        lines = [] if self._step is None else [f"a step of decoding, replayed {self._step.replays} times"]
+        return lines + [f"decoding without a graph, {count} steps: {why}" for why, count in self.reasons.items()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_step": None, "_last": None}
+
+
+class CapturedStep:
+    """One step, for one cache, whose tensors the graph reads and writes.
+
+    Args:
+        plain: the forward of the stack of layers.
+        decoder: the stack.
+        key: what the arguments have to be like.
+        leaves: of the arguments.
+        cache_name: what the stack calls its cache.
+        cache: of keys and values; not held, so that it is freed as without a graph.
+        backend: captures.
+    """
+
+    def __init__(
+        self,
+        plain: MethodType,
+        decoder: nn.Module,
+        key: tuple,
+        leaves: list[Any],
+        cache_name: str,
+        cache: StaticCache,
+        backend: Backend,
+    ) -> None:
+        self.replays = 0
+        self._key = key
+        self._cache = weakref.ref(cache)
+        self._cache_name = cache_name
+        self._decoder = decoder
+        self._state = layer_state(decoder)
+        self._adapters = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+        self._adapter_states = _states(self._adapters)
+        self._static = StaticTensors()
+        spec = key[0]
+        inputs = tree_unflatten(self._load(leaves), spec)
+        self._output: dict[str, Any] = {}
+        self._output_type: type | None = None
+
+        def work() -> None:
+            output = plain(**inputs, **{cache_name: self._cache()})
+            self._output_type = type(output)
+            # the cache is not held by what it is given out with
+            self._output = {name: value for name, value in output.items() if value is not self._cache()}
+
+        self._graph = backend.capture(work)
+
+    def fits(self, key: tuple, cache: StaticCache, is_after_prompt: bool) -> bool:
+        """Whether the step can be replayed; all parameters are looked at once for each prompt."""
+        return (
+            self._key == key
+            and self._cache() is cache
+            and self._adapter_states == _states(self._adapters)
+            and (not is_after_prompt or self._state == layer_state(self._decoder))
+        )
+
+    def __call__(self, leaves: list[Any], cache: StaticCache) -> Any:
+        self._load(leaves)
+        self._graph.replay()
+        self.replays += 1
+        output = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self._output.items()}
+        return self._output_type(**output, **{self._cache_name: cache})
+
+    def _load(self, leaves: list[Any]) -> list[Any]:
+        return [
+            self._static.load(number, leaf) if isinstance(leaf, Tensor) else leaf for number, leaf in enumerate(leaves)
+        ]
+
+
+def _signature(leaves: list[Any]) -> list[Any]:
+    return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _states(adapters: list[LoraLayer]) -> list[tuple]:
+    return [
+        (layer.active_adapters, len(layer.merged_adapters), layer.disable_adapters, *layer.scaling.values())
+        for layer in adapters
+    ]
+
+
+def _why_not(decoder: nn.Module, cache: StaticCache) -> str | None:
+    """Why a step can't be captured."""
+    for layer in cache.layers:
+        if type(layer) is not StaticLayer:
+            return f"{type(layer).__name__} counts tokens on the host"
+    return why_not_captured(decoder)

@@ -1,0 +1,169 @@
+"""The captured decoder layers of a model: when a layer is captured, when its graphs fit, and why there are none."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..experts import QuantizedExperts
+from ..ops import choose_library_path
+from .cuda_graphs import Backend, Call, CapturedLayer, CudaBackend, Function, autocast_state, read_call
+from .static_tensors import StaticTensors
+
+logger = logging.getLogger(__name__)
+
+MOST_SHAPES = 8
+"""Shapes of inputs that are captured in a model; each takes seconds, and memory."""
+
+MOST_CAPTURES = 8
+"""Of one layer for one shape: for adapters that take turns, and for parameters that were moved."""
+
+
+class LayerGraphs:
+    """The captured decoder layers of a model.
+
+    A shape of inputs is captured when it comes for the second time, layer by layer; the first time warms up what
+    compiles, loads and tunes itself. What can't be captured runs without a graph, for a reason that `report` gives.
+
+    Args:
+        keep: what the forward keeps for the backward; see `CapturedLayer`.
+        make_backend: what captures on a device.
+    """
+
+    def __init__(self, keep: str = "nothing", make_backend: type[Backend] = CudaBackend) -> None:
+        self.keep = keep
+        self.is_paused: str | None = None
+        """Why no layer runs from a graph in this forward; None if they do."""
+        self._make_backend = make_backend
+        self.forget()
+
+    def forget(self) -> None:
+        """Frees all graphs and their memory; layers are captured again when their shapes come again."""
+        self.reasons: Counter[str] = Counter()
+        self._static = StaticTensors()
+        self._backend: Backend | None = None
+        self._captured: dict[tuple, CapturedLayer | str] = {}
+        self._captures: dict[tuple, int] = {}
+        self._shapes: set[tuple] = set()
+
+    def run(self, layer: nn.Module, function: Function, plain: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs a layer from its graphs, or without.
+
+        Args:
+            layer: the decoder layer.
+            function: its forward, to be captured.
+            plain: what runs it without graphs.
+            args: of the forward.
+            kwargs: of the forward.
+        """
+        call = read_call(args, kwargs)
+        found = self.is_paused or self._why_no_call(call) or self._find(layer, function, call)
+        if isinstance(found, CapturedLayer):
+            return found(call)
+        if found is not None:
+            if found not in self.reasons:
+                logger.warning("%s runs without a CUDA graph: %s.", type(layer).__name__, found)
+            self.reasons[found] += 1
+        return plain(*args, **kwargs)
+
+    def _why_no_call(self, call: Call) -> str | None:
+        """Why these arguments can't be those of a graph."""
+        if not isinstance(call.hidden_states, Tensor):
+            return f"its first argument is a {type(call.hidden_states).__name__}, not hidden states"
+        device_type = call.hidden_states.device.type
+        if device_type != self._make_backend.device_type:
+            return f"it is on {device_type}, not on {self._make_backend.device_type}"
+        if any(tensor.requires_grad for tensor in call.tensors):
+            return "gradients are wanted for another argument than the hidden states"
+        unhashable = sorted({type(leaf).__name__ for leaf in call.rest if type(leaf).__hash__ is None})
+        if unhashable:
+            return f"arguments of type {', '.join(unhashable)} are neither tensors nor constants"
+        return None
+
+    def _find(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str | None:
+        """A captured layer, why there is none, or None where this call only warms up."""
+        inputs = (call.signature, *autocast_state().items())
+        of_layer = (id(layer), inputs)
+        key = (*of_layer, layer_state(layer))
+        if key in self._captured:
+            return self._captured[key]
+        if of_layer not in self._captures:
+            self._captures[of_layer] = 0
+            return None
+        if inputs not in self._shapes and len(self._shapes) == MOST_SHAPES:
+            return f"{MOST_SHAPES} shapes of inputs are captured; pad or pack sequences to few lengths"
+        if self._captures[of_layer] == MOST_CAPTURES:
+            return "its parameters have moved or its adapters have changed too often"
+        found = why_not_captured(layer) or self._capture(layer, function, call)
+        self._shapes.add(inputs)
+        self._captures[of_layer] += 1
+        self._captured[key] = found
+        return found
+
+    def _capture(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str:
+        if self._backend is None:
+            self._backend = self._make_backend(call.hidden_states.device)
+        try:
+            return CapturedLayer(function, layer, call, self._static, self._backend, self.keep)
+        except (RuntimeError, TypeError) as error:
+            # RuntimeError is what CUDA's errors come as
+            return f"the capture failed: {error}"
+
+    def report(self) -> list[str]:
+        """What is captured, and why something is not."""
+        captured = sum(isinstance(found, CapturedLayer) for found in self._captured.values())
+        lines = [f"{captured} graphs of layers, for {len(self._shapes)} shapes of inputs"]
+        return lines + [f"without a graph, {count} times: {reason}" for reason, count in self.reasons.items()]
+
+    def __reduce__(self) -> tuple:
+        # a copy of the model captures its own
+        return LayerGraphs, (self.keep, self._make_backend)
+
+
+def why_not_captured(layer: nn.Module) -> str | None:
+    """Why what a layer, or all of them, launch can't be captured."""
+    for path, module in layer.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate moves its weights ({path or 'the layer itself'})"
+        hooks = [hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()]
+        # those of transformers let inputs require gradients, and record outputs, for which graphs are paused
+        if path and any(not hook.__module__.startswith("transformers.") for hook in hooks):
+            return f"{path} has a forward hook, which a graph would not call"
+        if isinstance(module, QuantizedExperts):
+            reason = _why_experts_copy(module)
+            if reason is not None:
+                return f"its experts are computed one by one, {reason}"
+    if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+        return "its parameters are sharded"
+    return None
+
+
+def _why_experts_copy(experts: QuantizedExperts) -> str | None:
+    """Why experts copy numbers of rows to the host, which a capture can't; None if they don't."""
+    stack, path = experts.stack(experts.layout.up_name), experts.compute_path(experts.layout.up_name)
+    if stack.device.type != "cuda" or path.name == "fused":
+        return None
+    # what is not fused takes the library's path for its low-rank terms
+    paths = (path, choose_library_path(stack.device, stack.dtype, stack.in_features, stack.out_features, path.reason))
+    return next((one.reason for one in paths if one.name == "loop"), None)
+
+
+def layer_state(layer: nn.Module) -> tuple:
+    """What a graph has taken for granted: where parameters lie, which are trained, and what adapters do."""
+    state: list[Any] = []
+    left = [layer]
+    while left:  # `parameters()` and `modules()` would take longer than a replay
+        module = left.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                state += (parameter.data_ptr(), parameter.requires_grad)
+        if isinstance(module, LoraLayer):
+            state += (*module.active_adapters, *module.merged_adapters, module.disable_adapters)
+            state += module.scaling.values()
+        left += [child for child in module._modules.values() if child is not None]
+    return tuple(state)

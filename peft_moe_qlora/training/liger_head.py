@@ -1,0 +1,39 @@
+"""Refuses Liger's fused linear cross entropy where it would train something else than the model."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+_REMEDY = "liger_kernel_config={'fused_linear_cross_entropy': False}"
+
+
+def refuse_liger_head(model: nn.Module) -> None:
+    """Makes sure that Liger's loss, if it has taken the place of the model's forward, can be right.
+
+    In training it multiplies hidden states by `lm_head.weight` and never calls `lm_head`.
+
+    Args:
+        model: the base model, with its adapters.
+
+    Raises:
+        ValueError: there is no `lm_head`, it has an adapter, or its weight is packed. Says which setting helps.
+    """
+    forward = model.__dict__.get("forward", type(model).forward)
+    if not getattr(forward, "__module__", "").startswith("liger_kernel."):
+        return
+    reason = _why_not(model.lm_head) if hasattr(model, "lm_head") else "has no lm_head"
+    if reason is not None:
+        raise ValueError(
+            f"Liger's fused linear cross entropy has taken the place of the forward of {type(model).__name__}, which "
+            f"{reason}. Load the model again, and train it with use_liger_kernel=True and {_REMEDY}."
+        )
+
+
+def _why_not(head: nn.Module) -> str | None:
+    if isinstance(head, BaseTunerLayer):
+        return "has an adapter on lm_head that it would leave out and never train"
+    weight = head._parameters.get("weight")  # others compute theirs: tokens trained beside it, formats that decode
+    if weight is not None and (not weight.is_floating_point() or weight.shape[-1] != head.in_features):
+        return f"has a packed lm_head ({type(head).__name__}, {tuple(weight.shape)}, {weight.dtype})"
+    return None

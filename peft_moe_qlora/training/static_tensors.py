@@ -1,0 +1,71 @@
+"""Tensors at addresses that don't change, for what a CUDA graph reads and writes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class StaticTensors:
+    """One buffer for each role, shape and dtype, shared by all graphs that run one after the other on a stream."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._loaded: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
+
+    def buffer(self, role: Hashable, like: Tensor) -> Tensor:
+        """An uninitialized, contiguous buffer of the shape, dtype and device of a tensor."""
+        key = (role, like.shape, like.dtype, like.device)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+        return self._buffers[key]
+
+    @torch.no_grad()
+    def load(self, role: Hashable, source: Tensor) -> Tensor:
+        """The buffer of a role with the values of a tensor; copied unless they are there already."""
+        key = (role, source.shape, source.dtype, source.device)
+        buffer = self.buffer(role, source)
+        if source.is_inference():  # nobody counts its changes
+            buffer.copy_(source)
+            return buffer
+        loaded, version = self._loaded.get(key, (None, 0))
+        if loaded is None or loaded() is not source or version != source._version:
+            _copy([buffer], [source])
+            self.holds(role, source)
+        return buffer
+
+    def store(self, results: Sequence[tuple[Hashable, Tensor | None]]) -> list[Tensor | None]:
+        """Copies results into the buffers of their roles; None stays None."""
+        buffers = [None if result is None else self.buffer(role, result) for role, result in results]
+        _copy([one for one in buffers if one is not None], [result for _, result in results if result is not None])
+        return buffers
+
+    def holds(self, role: Hashable, source: Tensor) -> None:
+        """Says that the buffer of a role has the values of a tensor, so that loading it copies nothing."""
+        self._loaded[role, source.shape, source.dtype, source.device] = (weakref.ref(source), source._version)
+
+    def changed(self, *roles: Hashable) -> None:
+        """Says that a graph has written to the buffers of roles."""
+        self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] not in roles}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+def copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies that are independent of the buffers they are taken from."""
+    results = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
+    _copy([one for one in results if one is not None], [one for one in tensors if one is not None])
+    return results
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """All in a few launches."""
+    if targets:
+        # by `data`: autograd must not take this for a change of what a captured backward reads, which is back then
+        torch._foreach_copy_([target.data for target in targets], sources)

@@ -1,0 +1,228 @@
+"""Decoder layers compiled: the numbers are those of plain layers, and nothing is compiled twice for nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, get_peft_model
+from tiny_models import randomize_adapter, tiny_model, token_ids
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from transformers import DynamicCache
+
+from peft_moe_qlora import MoeQLoraConfig
+from peft_moe_qlora.experts import quantized
+from peft_moe_qlora.ops import dispatch
+from peft_moe_qlora.training.compiled import compiled_forward
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+CPP_COMPILER = inductor.cpp.cxx[-1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of tests of the kernels."""
+
+
+class Backend:
+    """Counts what is compiled."""
+
+    def __init__(self, name: str) -> None:
+        self.compile = torch._dynamo.lookup_backend(name)
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.count += 1
+        return self.compile(graph, inputs)
+
+    def taken(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+@pytest.fixture(autouse=True)
+def no_graph_breaks() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    assert not counters["graph_break"]
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels compute, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(quantized, "why_no_kernels", lambda *_: None)
+        monkeypatch.setattr(dispatch, "why_no_kernels", lambda *_: None)
+
+
+def quantize_attention(model: nn.Module) -> None:
+    """bitsandbytes' layers for those of attention."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and name in ATTENTION:
+                packed = Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    layer.bias is not None,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
+                )
+                packed.load_state_dict(layer.state_dict())
+                setattr(parent, name, packed.to("cpu").requires_grad_(False))
+    model.is_loaded_in_4bit = True
+
+
+def adapted(model_type: str = "qwen3_moe", packed: bool = False, dropout: float = 0.0, **sizes) -> PeftModel:
+    model = tiny_model(model_type, **sizes)
+    if packed:
+        quantize_attention(model)
+    model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout))
+    randomize_adapter(model)
+    return model.train()
+
+
+def layers_of(model: PeftModel) -> nn.ModuleList:
+    return model.get_submodule("base_model.model.model.layers")
+
+
+def compile_layers(model: PeftModel, backend: Backend) -> None:
+    for layer in layers_of(model):
+        layer.forward = compiled_forward(layer, backend)
+
+
+def step(model: PeftModel, ids: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+    """Loss and every gradient."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss
+    loss.backward()
+    return [loss.detach(), *[parameter.grad for parameter in model.parameters() if parameter.requires_grad]]
+
+
+@torch.no_grad()
+def loss_of(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float = 1e-5) -> None:
+    assert all(tensor.any() for tensor in expected)
+    for tensor, other in zip(found, expected, strict=True):
+        assert (tensor - other).norm() <= limit * other.norm()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_losses_and_gradients_are_those_of_plain_layers(model_type):
+    model = adapted(model_type, packed=model_type == "qwen3_moe")
+    expected = step(model, token_ids())
+    compile_layers(model, Backend("aot_eager"))
+    assert_same(step(model, token_ids()), expected)
+
+
+def test_fused_experts_are_one_operator(fused):
+    model, ids = adapted().to(DEVICE), token_ids(DEVICE, length=5)
+    expected = step(model, ids)
+    backend = Backend("aot_eager")
+    compile_layers(model, backend)
+    assert_same(step(model, ids), expected)
+    assert backend.taken() == 2  # the first layer's input needs no gradient
+
+
+def test_dropout_is_compiled_too(fused, monkeypatch):
+    """Adapters with dropout don't run in the fused layer, but projection by projection."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x * 0.5)
+    model, ids = adapted(dropout=0.5).to(DEVICE), token_ids(DEVICE, length=5)
+    expected = step(model, ids)
+    compile_layers(model, Backend("aot_eager"))
+    assert_same(step(model, ids), expected)
+
+
+@pytest.mark.skipif(shutil.which(CPP_COMPILER) is None, reason=f"torch.compile needs {CPP_COMPILER} on a CPU")
+def test_inductor():
+    model = adapted(num_hidden_layers=1)
+    expected = step(model, token_ids())
+    compile_layers(model, Backend("inductor"))
+    assert_same(step(model, token_ids()), expected)
+
+
+def test_what_is_compiled_depends_on_neither_layers_nor_lengths():
+    model, backend = adapted(num_hidden_layers=5), Backend("aot_eager")
+    model.get_base_model().enable_input_require_grads()
+    compile_layers(model, backend)
+    step(model, token_ids(length=9))
+    assert backend.taken() == 1
+    step(model, token_ids(length=9))
+    assert backend.taken() == 0
+    step(model, token_ids(length=12))  # now for all lengths
+    assert backend.taken() == 1
+    for length in (5, 9, 17):
+        step(model, token_ids(length=length))
+    assert backend.taken() == 0
+    loss_of(model, token_ids(length=12))
+    loss_of(model, token_ids(length=17))
+    assert backend.taken() == 1
+    model.eval()
+    loss_of(model, token_ids(length=12))
+    assert backend.taken() == 1
+    model.train()
+    step(model, token_ids(length=9))
+    loss_of(model, token_ids(length=9))
+    assert backend.taken() == 0
+    other = adapted(num_hidden_layers=2)
+    other.get_base_model().enable_input_require_grads()
+    compile_layers(other, backend)
+    step(other, token_ids(length=9))
+    assert backend.taken() == 0
+
+
+def test_adapters_on_and_off():
+    model, backend = adapted().eval(), Backend("aot_eager")
+    ids = token_ids()
+    with model.disable_adapter():
+        without = loss_of(model, ids)
+    expected = loss_of(model, ids)
+    compile_layers(model, backend)
+    for _ in range(2):
+        torch.testing.assert_close(loss_of(model, ids), expected)
+        with model.disable_adapter():
+            torch.testing.assert_close(loss_of(model, ids), without)
+    assert backend.taken() == 2
+
+
+def test_masks_are_inputs():
+    model, backend = adapted(), Backend("aot_eager")
+    ids = token_ids()
+    masks = [torch.ones_like(ids) for _ in range(2)]
+    masks[0][0, :3] = masks[1][1, :5] = 0
+    expected = [step(model, ids, attention_mask=mask) for mask in masks]
+    compile_layers(model, backend)
+    assert_same(step(model, ids, attention_mask=masks[0]), expected[0])
+    backend.taken()
+    assert_same(step(model, ids, attention_mask=masks[1]), expected[1])
+    assert backend.taken() == 0
+
+
+def test_a_call_with_a_cache_is_not_compiled():
+    model, backend = adapted().eval(), Backend("aot_eager")
+    compile_layers(model, backend)
+    with torch.no_grad():
+        model(input_ids=token_ids(), past_key_values=DynamicCache(config=model.config))
+    assert backend.taken() == 0
+
+
+def test_more_ways_than_torch_keeps_are_no_error():
+    """torch gives up on code that it had to compile too often; that layer then runs as it is."""
+    model, backend = adapted(num_hidden_layers=1), Backend("eager")
+    compile_layers(model, backend)
+    for number in range(10):
+        for layer in model.modules():
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", 1.0 + number)
+        found = step(model, token_ids())
+    for layer in layers_of(model):
+        del layer.forward
+    assert_same(found, step(model, token_ids()))
+    torch._dynamo.reset()
+    counters.clear()  # giving up counts as a graph break

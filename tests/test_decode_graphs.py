@@ -1,0 +1,190 @@
+"""Generation from a captured step: the tokens of plain generation, whatever adapters do, and nothing is left behind.
+
+Captures are stood in for by calls where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+from calling_backend import LateBackend
+from peft import get_peft_model
+from tiny_models import randomize_adapter, tiny_model, token_ids
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
+from peft_moe_qlora.training import decode_graphs, graphs_report, layer_runner, release_graphs
+
+NEW = 8
+
+
+@pytest.fixture(autouse=True)
+def steps_by_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.callspec.params.get("device") == "cpu":
+        monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", LateBackend)
+
+
+def model_with_adapters(device: str, model_type: str = "qwen3_moe", **sizes) -> nn.Module:
+    model = tiny_model(model_type, device, **sizes)
+    prepare_model_for_training(model, cuda_graphs=True)
+    targets = ["experts", "q_proj", "v_proj"]
+    model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules=targets))
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=targets))
+    randomize_adapter(model, std=0.3)
+    return model.eval()
+
+
+def tokens(model: nn.Module, ids: torch.Tensor, **options) -> torch.Tensor:
+    return model.generate(
+        input_ids=ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, **options
+    )
+
+
+def captured(model: nn.Module, ids: torch.Tensor, **options) -> torch.Tensor:
+    return tokens(model, ids, cache_implementation="static", disable_compile=True, **options)
+
+
+def replays(model: nn.Module) -> int:
+    (line,) = [line for line in graphs_report(model).splitlines() if "step of decoding" in line]
+    return int(line.split()[-2])
+
+
+def decode_runner(model: nn.Module) -> layer_runner.DecodeRunner:
+    return next(graphs for graphs in layer_runner.graphs_of(model) if isinstance(graphs, layer_runner.DecodeRunner))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_those_of_plain_generation(device, batch, monkeypatch):
+    """One adapter after the other, none, and merged; padded on the left."""
+    model = model_with_adapters(device)
+    ids = token_ids(device, batch)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    seen, replayed = [], []
+    call = decode_graphs.CapturedStep.__call__
+    monkeypatch.setattr(decode_graphs.CapturedStep, "__call__", lambda *args: replayed.append(1) or call(*args))
+
+    def check() -> None:
+        expected = tokens(model, ids, attention_mask=mask)
+        assert torch.equal(captured(model, ids, attention_mask=mask), expected)
+        seen.append(expected.tolist())
+
+    for adapter in ("default", "other", "default"):
+        model.set_adapter(adapter)
+        check()
+    with model.disable_adapter():
+        check()
+    model.merge_adapter()
+    check()
+    model.unmerge_adapter()
+    check()
+    assert seen[0] == seen[2] == seen[5]
+    assert len({str(one) for one in seen}) >= 3
+    # of each generation the first token comes from the prompt, the second from a step that runs as ever
+    assert len(replayed) == 6 * (NEW - 2)
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_a_cache_that_is_kept_is_captured_once(device, inference_mode):
+    """And its graph is dropped when adapters change between its steps, or parameters have moved."""
+    model = model_with_adapters(device)
+    runner = decode_runner(model)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    ids = token_ids(device, 2)
+    captures = []
+    make = runner._make_backend
+    runner._make_backend = type(
+        "Counting", (make,), {"capture": lambda self, work: captures.append(1) or make.capture(self, work)}
+    )
+
+    def check() -> None:
+        expected = tokens(model, ids)
+        with torch.inference_mode(inference_mode):
+            cache.reset()
+            assert torch.equal(tokens(model, ids, past_key_values=cache, disable_compile=True), expected)
+
+    for _ in range(3):
+        check()
+    assert len(captures) == 1
+    model.set_adapter("other")
+    check()
+    assert len(captures) == 2
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data * 3
+    check()
+    assert len(captures) == 3
+
+
+def test_switched_off_in_the_middle(device):
+    """By hand, step by step, with one cache."""
+    model = model_with_adapters(device)
+    ids = token_ids(device, 2)
+
+    @torch.no_grad()
+    def logits(make_cache) -> torch.Tensor:
+        cache, found = make_cache(), []
+        for number, start in enumerate(range(ids.shape[1])):
+            options = {"position_ids": torch.full((2, 1), start, device=device), "past_key_values": cache}
+            with model.disable_adapter() if number % 4 == 3 else nullcontext():
+                found.append(model(input_ids=ids[:, start : start + 1], use_cache=True, **options).logits)
+        return torch.cat(found, 1)
+
+    expected = logits(lambda: DynamicCache(config=model.config))
+    found = logits(lambda: StaticCache(config=model.config, max_cache_len=32))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert replays(model) > 0
+
+
+def test_nothing_is_left_behind(device):
+    """The cache is freed with the generation, training goes on with the same losses, and a release frees the graph."""
+    model, plain = model_with_adapters(device), model_with_adapters(device)
+    ids = token_ids(device)
+    caches = []
+    for one in (model, plain):
+        one.train()
+        for _ in range(2):
+            one(input_ids=ids, labels=ids).loss.backward()
+        one.eval()
+    init = StaticCache.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            StaticCache, "__init__", lambda self, *a, **k: init(self, *a, **k) or caches.append(weakref.ref(self))
+        )
+        captured(model, ids)
+    gc.collect()
+    assert len(caches) == 1
+    assert caches[0]() is None
+    assert replays(model) == NEW - 2
+    losses = []
+    for one in (model, plain):
+        one.train()
+        loss = one(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append((loss.detach(), [parameter.grad for parameter in one.parameters() if parameter.requires_grad]))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    release_graphs(model)
+    assert "decoding" not in graphs_report(model)
+
+
+def test_what_is_not_captured(device):
+    """Sliding windows count on the host, hooks would not be called, and recorded outputs not handed out."""
+    model = model_with_adapters(
+        device, "gpt_oss", layer_types=["full_attention", "sliding_attention"], sliding_window=8
+    )
+    ids = token_ids(device)
+    assert torch.equal(captured(model, ids), tokens(model, ids))
+    assert f"decoding without a graph, {NEW - 2} steps: StaticSlidingWindowLayer counts" in graphs_report(model)
+    model = model_with_adapters(device)
+    expected = tokens(model, ids)
+    assert torch.equal(captured(model, ids, adapter_names=["default", "default"]), expected)
+    assert "has a forward hook, which a graph would not call" in graphs_report(model)
+    options = {"output_hidden_states": True, "return_dict_in_generate": True}
+    hidden = [run(model, ids, **options).hidden_states for run in (tokens, captured)]
+    torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-4)
+    assert "step of decoding, replayed" not in graphs_report(model)

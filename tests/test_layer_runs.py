@@ -1,0 +1,405 @@
+"""How decoder layers run in training: whatever is kept or captured, losses and gradients are those of plain layers.
+
+Captures are stood in for by calls where there is no GPU: buffers, keys and fallbacks are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from calling_backend import CallingBackend
+from peft import get_peft_model, get_peft_model_state_dict
+from tiny_models import randomize_adapter, tiny_model, token_ids
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments, set_seed
+
+from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
+from peft_moe_qlora.training import graphs_report, layer_graphs, layer_runner, release_graphs
+from peft_moe_qlora.training.cuda_graphs import CapturedLayer, CudaBackend
+from peft_moe_qlora.training.layer_runner import LayerRunner, graphs_of
+
+POLICIES = [True, "keep-experts", False]
+
+
+@pytest.fixture
+def graphs_by_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", CallingBackend)
+
+
+def trained_model(
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    lora_dropout: float = 0.0,
+    model_type: str = "qwen3_moe",
+    **options,
+) -> nn.Module:
+    model = tiny_model(model_type, device, dtype)
+    prepare_model_for_training(model, **options)
+    config = MoeQLoraConfig(
+        r=4, target_modules=["experts", "q_proj", "k_proj", "v_proj", "o_proj"], lora_dropout=lora_dropout
+    )
+    model = get_peft_model(model, config)
+    randomize_adapter(model)
+    return model.train()
+
+
+def batch(device: str, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two sequences, the first padded on the left."""
+    ids = torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(seed)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def train(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], autocast: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Losses, and the factors after the steps."""
+    torch.manual_seed(5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    losses = []
+    for inputs in batches:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    return losses, [parameter.detach() for parameter in trained]
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("keep", POLICIES)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_graphs_change_no_number(device, keep, model_type):
+    """Two lengths that come in turn, one that comes once, with masks."""
+    batches = [batch(device, length, seed) for seed, length in enumerate([12, 8, 12, 8, 12, 9, 8, 12])]
+    expected = train(trained_model(device, model_type=model_type, use_gradient_checkpointing=False), batches)
+    model = trained_model(device, model_type=model_type, use_gradient_checkpointing=keep, cuda_graphs=True)
+    found = train(model, batches)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert graphs_report(model) == "4 graphs of layers, for 2 shapes of inputs"
+    release_graphs(model)
+    assert graphs_report(model) == "0 graphs of layers, for 0 shapes of inputs"
+
+
+@pytest.mark.parametrize("keep", POLICIES)
+def test_checkpointing_changes_no_number(device, keep):
+    batches = [batch(device, length, seed) for seed, length in enumerate([12, 8, 12])]
+    expected = train(trained_model(device, use_gradient_checkpointing=False), batches)
+    found = train(trained_model(device, use_gradient_checkpointing=keep), batches)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("keep", POLICIES)
+def test_dropout_draws_what_it_would(device, keep):
+    """Masks of the recomputation are those of the forward, and the generator goes on as without graphs."""
+    dtype = (
+        torch.float32 if device == "cpu" else torch.bfloat16
+    )  # in fp32 a GPU computes dropped-out experts one by one
+    batches = [batch(device, 12, seed) for seed in range(4)]
+    expected = train(trained_model(device, dtype, 0.3, use_gradient_checkpointing=True), batches)
+    model = trained_model(device, dtype, 0.3, use_gradient_checkpointing=keep, cuda_graphs=True)
+    torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
+    assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+
+
+@pytest.mark.gpu
+def test_experts_that_are_computed_one_by_one_are_not_captured():
+    model = trained_model("cuda", lora_dropout=0.3, cuda_graphs=True)
+    for _ in range(3):
+        model(**batch("cuda", 12)).loss.backward()
+    assert "4 times: its experts are computed one by one, torch's grouped product is in" in graphs_report(model)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_generator_as_it_was():
+    backend = CudaBackend(torch.device("cuda", 0))
+
+    def work() -> None:
+        torch.nn.functional.dropout(torch.ones(8, device="cuda")).sum().item()
+
+    torch.manual_seed(3)
+    expected = torch.rand(4, device="cuda")
+    torch.manual_seed(3)
+    with pytest.raises(RuntimeError):
+        backend.capture(work)
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("keep", POLICIES)
+def test_forwards_before_the_backward(device, keep):
+    """Two forwards of one shape, then their backwards, in either order; and a second backward of one graph."""
+
+    def grads(model: nn.Module, order: list[int]) -> list[torch.Tensor]:
+        for _ in range(2):
+            model(**batch(device, 12)).loss.backward()
+        model.zero_grad()
+        losses = [model(**batch(device, 12, seed)).loss for seed in (1, 2)]
+        for number in order:
+            losses[number].backward(retain_graph=True)
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    for order in ([0, 1], [1, 0], [1, 0, 1]):
+        expected = grads(trained_model(device, use_gradient_checkpointing=False), order)
+        found = grads(trained_model(device, use_gradient_checkpointing=keep, cuda_graphs=True), order)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_adapters_take_turns(device):
+    """Each adapter has graphs of its own, also switched off; a new rank needs new ones."""
+    model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
+    inputs = batch(device, 12)
+    for one in (model, plain):
+        one.add_adapter("second", MoeQLoraConfig(r=2, target_modules=["experts", "q_proj"]))
+        randomize_adapter(one, seed=7)
+    for turn in range(3):
+        for adapter in ("default", "second"):
+            for one in (model, plain):
+                one.set_adapter(adapter)
+                one.zero_grad()
+                loss = one(**inputs).loss
+                loss.backward()
+                with one.disable_adapter():
+                    one(**inputs)
+                    without = one(**inputs).loss.detach()
+                grads = [parameter.grad for parameter in one.parameters() if parameter.requires_grad]
+                if one is model:
+                    found = (loss.detach(), without, grads)
+            torch.testing.assert_close(found, (loss.detach(), without, grads), rtol=0, atol=0)
+            assert any(grad is not None and grad.any() for grad in grads), turn
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_parameters_that_move_are_captured_again(device):
+    model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
+    for one in (model, plain):
+        for _ in range(2):
+            one(**batch(device, 12)).loss.backward()
+        for parameter in one.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data * 2
+        one.zero_grad()
+        one(**batch(device, 12)).loss.backward()
+    found, expected = (
+        [parameter.grad for parameter in one.parameters() if parameter.requires_grad] for one in (model, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_accumulated_gradients_and_hooks(device):
+    """Hooks of the factors run at each backward, as those of data parallelism do."""
+    model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
+    calls = []
+    for one in (model, plain):
+        for _ in range(2):
+            one(**batch(device, 12)).loss.backward()
+        factor = next(parameter for name, parameter in one.named_parameters() if "lora_B" in name)
+        factor.register_post_accumulate_grad_hook(lambda parameter: calls.append(parameter.grad.clone()))
+        for seed in (3, 4):
+            (one(**batch(device, 12, seed)).loss / 2).backward()
+    torch.testing.assert_close(calls[:2], calls[2:], rtol=0, atol=0)
+    found, expected = ([parameter.grad for parameter in one.parameters()] for one in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_mixed_precision(device):
+    """Under autocast, whose casts of factors must not outlive a step."""
+    batches = [batch(device, 12, seed) for seed in range(4)]
+    found, expected = (
+        train(trained_model(device, cuda_graphs=is_captured), batches, autocast=True) for is_captured in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_evaluation_stays_plain(device):
+    model = trained_model(device, cuda_graphs=True)
+    for _ in range(3):
+        model(**batch(device, 12)).loss.backward()
+    before = graphs_report(model)
+    model.eval()
+    plain = trained_model(device).eval()
+    ids = token_ids(device)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=0)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+    assert graphs_report(model) == before
+    model.train()
+    model(**batch(device, 12)).loss.backward()
+    assert graphs_report(model) == before
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_what_happens_inside_a_layer_is_recorded(device):
+    """The balancing loss needs the routers' logits, which a graph would not hand out."""
+    model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
+    inputs = {**batch(device, 12), "output_router_logits": True}
+    for _ in range(3):
+        found, expected = (one(**inputs) for one in (model, plain))
+        torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=0, atol=0)
+        assert found.aux_loss > 0
+    assert "without a graph, 6 times: output_router_logits=True records" in graphs_report(model)
+    hidden = [one(**batch(device, 12), output_hidden_states=True).hidden_states for one in (model, plain)]
+    torch.testing.assert_close(*hidden, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_hooks_inside_a_layer_are_not_captured(device):
+    model = trained_model(device, cuda_graphs=True)
+    seen = []
+    model.get_submodule("base_model.model.model.layers.1.mlp").register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        model(**batch(device, 12)).loss.backward()
+    assert len(seen) == 3  # a recomputation ends before
+    assert "2 times: mlp has a forward hook" in graphs_report(model)
+    assert "1 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_few_shapes_are_captured(device, monkeypatch):
+    monkeypatch.setattr(layer_graphs, "MOST_SHAPES", 1)
+    batches = [batch(device, length) for length in (12, 12, 8, 8, 12)]
+    expected = train(trained_model(device), batches)
+    model = trained_model(device, cuda_graphs=True)
+    torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
+    assert "without a graph, 2 times: 1 shapes of inputs are captured; pad or pack" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_checkpointing_turned_on_again_adds_nothing(device, monkeypatch):
+    """As Trainer does with gradient_checkpointing=True."""
+    model = trained_model(device, cuda_graphs=True)
+    for _ in range(2):
+        model(**batch(device, 12)).loss.backward()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch(device, 12)).loss.backward()
+    assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+    calls = []
+    run_forward = CapturedLayer.run_forward
+    monkeypatch.setattr(CapturedLayer, "run_forward", lambda *args: calls.append(1) or run_forward(*args))
+    model(**batch(device, 12)).loss.backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_copies_capture_their_own(device):
+    model = trained_model(device, cuda_graphs=True)
+    for _ in range(2):
+        model(**batch(device, 12)).loss.backward()
+    twin = copy.deepcopy(model)
+    assert not {id(graphs) for graphs in graphs_of(twin)} & {id(graphs) for graphs in graphs_of(model)}
+    assert graphs_report(twin) == "0 graphs of layers, for 0 shapes of inputs"
+    for one in (model, twin):
+        one.zero_grad()
+        for _ in range(2):
+            one(**batch(device, 12)).loss.backward()
+    grads = [[parameter.grad for parameter in one.parameters()] for one in (model, twin)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    runner = pickle.loads(pickle.dumps(twin.get_submodule("base_model.model.model.layers.0"))).forward
+    assert isinstance(runner, LayerRunner)
+    assert isinstance(runner.graphs, layer_graphs.LayerGraphs)
+
+
+def test_cuda_graphs_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", CudaBackend)
+    model = trained_model("cpu", cuda_graphs=True)
+    model(**batch("cpu", 12)).loss.backward()
+    assert "without a graph, 2 times: it is on cpu, not on cuda" in graphs_report(model)
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="use_gradient_checkpointing='experts' is not known"):
+        trained_model("cpu", use_gradient_checkpointing="experts")
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs are those of torch's"):
+        trained_model("cpu", gradient_checkpointing_kwargs={}, cuda_graphs=True)
+    model = tiny_model()
+    prepare_model_for_training(model, cuda_graphs=True)
+    with pytest.raises(ValueError, match="have been set up before"):
+        prepare_model_for_training(model, compile_layers=True)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_data_parallel(device):
+    """Its reducer waits for the hooks of all factors, and hands out views of its buckets as gradients."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        results = []
+        for is_captured in (True, False):
+            model = trained_model(device, cuda_graphs=is_captured)
+            parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            losses = []
+            for seed in range(4):
+                with parallel.no_sync() if seed % 2 else nullcontext():
+                    loss = parallel(**batch(device, 12, seed)).loss
+                    loss.backward()
+                losses.append(loss.detach())
+                optimizer.step()
+            results.append((losses, [parameter.detach() for parameter in model.parameters()]))
+            if is_captured:
+                assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_trainer(directory: Path, device: str, steps: int, resume: str | None = None, **options) -> Trainer:
+    """Accumulates, evaluates and clips; the checkpoints are those of every second step."""
+    set_seed(0)
+    model = trained_model(device, lora_dropout=0.1, **options)
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=2,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        learning_rate=1e-2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+    )
+    rows = [{"input_ids": row, "labels": row} for row in batch("cpu", 12)["input_ids"].repeat(8, 1)]
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("device", ["cpu"])  # a Trainer would take all GPUs that there are
+def test_trainer(tmp_path):
+    """With its own gradient_checkpointing, with evaluation between the steps, and taken up where it was stopped."""
+    plain, captured = (
+        run_trainer(tmp_path / str(is_captured), "cpu", 4, cuda_graphs=is_captured) for is_captured in (False, True)
+    )
+    assert graphs_report(captured.model) == "2 graphs of layers, for 1 shapes of inputs"
+    expected, found = (
+        [log.get("loss", log.get("eval_loss")) for log in trainer.state.log_history] for trainer in (plain, captured)
+    )
+    assert len(found) > 8
+    assert found == expected
+    run_trainer(tmp_path / "stopped", "cpu", 2, cuda_graphs=True)
+    resumed = run_trainer(tmp_path / "stopped", "cpu", 4, str(tmp_path / "stopped" / "checkpoint-2"), cuda_graphs=True)
+    factors = [get_peft_model_state_dict(trainer.model) for trainer in (plain, captured, resumed)]
+    torch.testing.assert_close(factors[1], factors[0], rtol=0, atol=0)
+    torch.testing.assert_close(factors[2], factors[0], rtol=0, atol=0)
