@@ -52,7 +52,7 @@ _PATTERNS = (
     (ROUTING, r"[Tt]op[Kk]|softmax_warp|[Ss]ort|bincount|[Hh]istogram|searchsorted|cumsum|kernel_scan_|DeviceScan"),
     (OPTIMIZER, r"kOptimizer|FusedAdam|fused_adam"),
     (HEAD, r"cross_entropy|nll_loss|LogSoftMax|log_softmax|^element_mul_kernel"),
-    (ATTENTION, r"flash_|fmha|sdpa|attention|[Ss]oft[Mm]ax"),
+    (ATTENTION, r"flash_|fmha|cudnn::fusion|sdpa|attention|[Ss]oft[Mm]ax"),
     # SIMT or TF32 products of operands in fp32
     (LINEAR_FP32, r"gemm_f32f32|sgemm|tf32"),
     (LINEAR, r"nvjet|gemm|cutlass|xmma|gemv|splitKreduce|cublas"),

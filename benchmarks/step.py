@@ -5,6 +5,7 @@
     python benchmarks/step.py --arms ours --shapes gpt-oss-20b --card 16 --tokens 1024 --expert-rank 4
     python benchmarks/step.py --optimizers adamw-fused adamw8bit paged-adamw8bit
     python benchmarks/step.py --generate 32 --batches 1 16 64 --adapters on off --caches dynamic static
+    python benchmarks/step.py --arms ours+graphs --generate 128 --batches 1 16 64 --caches dynamic captured
     python benchmarks/step.py --device cpu --shapes tiny --tokens 16 --arms ours attention peft  # to try it out
 
 LoRA is on attention, and on experts but in the arm `attention`. What each column means is in benchmarks/README.md.
@@ -331,7 +332,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", "tokens before those generated", type=int, default=128)
     add("--batches", "of generation", nargs="+", type=int, default=[1, 16, 64])
     add("--adapters", "for generation", nargs="+", choices=ADAPTERS, default=["on"])
-    add("--caches", "of keys and values", nargs="+", choices=CACHES, default=list(CACHES))
+    add("--caches", "of keys and values", nargs="+", choices=CACHES, default=["dynamic", "static"])
     add("--dtype", "of what is not packed", choices=NOISE, default="bfloat16")
     add("--device", "where", default="cuda" if on_gpu else "cpu")
     add("--seed", "of weights, factors and tokens", type=int, default=0)

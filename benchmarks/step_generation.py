@@ -6,12 +6,18 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 ADAPTERS = ("on", "off", "merged")
-CACHES = ("dynamic", "static")
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "captured": {"cache_implementation": "static", "disable_compile": True},
+}
+"""Name -> options of `generate`: transformers compiles decoding with a static cache; `+graphs` captures it instead."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Generation:
         shape: of the model.
         arm: what computes it.
         adapter: of `ADAPTERS`.
-        cache: of `CACHES`; with a static one transformers compiles the decoding on a GPU.
+        cache: of `CACHES`.
         batch: number of sequences.
         prompt: tokens of each at the beginning.
         new_tokens: that were generated for each.
@@ -73,7 +79,6 @@ def time_generation(
     config = model.get_base_model().config
     device = model.get_base_model().lm_head.weight.device
     ids = torch.randint(0, config.vocab_size, (batch, prompt), device=device)
-    options = {"cache_implementation": "static"} if cache == "static" else {}
 
     def seconds(number: int) -> float:
         start = time.perf_counter()
@@ -85,7 +90,7 @@ def time_generation(
             do_sample=False,
             pad_token_id=0,
             use_cache=True,
-            **options,
+            **CACHES[cache],
         )
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -98,7 +103,7 @@ def time_generation(
             for number in (min(4, new_tokens), 1):
                 seconds(number)
             first, total = seconds(1), seconds(new_tokens)
-            if cache == "static":  # its length, and with it what was compiled, is that of the longest
+            if cache != "dynamic":  # its length, and with it what was compiled, is that of the longest
                 total = seconds(new_tokens)
     finally:
         model.train(was_training)

@@ -188,3 +188,22 @@ def test_what_is_not_captured(device):
     hidden = [run(model, ids, **options).hidden_states for run in (tokens, captured)]
     torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-4)
     assert "step of decoding, replayed" not in graphs_report(model)
+
+
+def test_a_capture_that_fails_costs_nothing_but_time(device, monkeypatch):
+    """It is tried once for each prompt, and the tokens are those of plain generation."""
+    model = model_with_adapters(device)
+    ids = token_ids(device)
+    tried = []
+
+    def fail(*_) -> None:
+        tried.append(1)
+        raise RuntimeError("operation not permitted")
+
+    runner = decode_runner(model)
+    monkeypatch.setattr(runner, "_make_backend", type("Failing", (runner._make_backend,), {"capture": fail}))
+    expected = tokens(model, ids)
+    for _ in range(2):
+        assert torch.equal(captured(model, ids), expected)
+    assert len(tried) == 2
+    assert f"{2 * (NEW - 2)} steps: the capture failed: operation not permitted" in graphs_report(model)

@@ -403,3 +403,28 @@ def test_trainer(tmp_path):
     factors = [get_peft_model_state_dict(trainer.model) for trainer in (plain, captured, resumed)]
     torch.testing.assert_close(factors[1], factors[0], rtol=0, atol=0)
     torch.testing.assert_close(factors[2], factors[0], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_arguments_that_hold_tensors_are_not_captured(device):
+    """Such as the masks of flex attention: a graph would go on reading the tensors of the first one."""
+
+    class Mask:
+        def __init__(self, scale: float) -> None:
+            self.scale = torch.tensor(scale, device=device)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, device=device))
+
+        def forward(self, hidden_states: torch.Tensor, mask: Mask) -> torch.Tensor:
+            return hidden_states * self.weight * mask.scale
+
+    layer, graphs = Layer(), layer_graphs.LayerGraphs(make_backend=layer_runner.GRAPHS_BACKEND)
+    mask, x = Mask(2.0), torch.ones(1, 2, 4, device=device)
+    for scale in (2.0, 2.0, 5.0):
+        mask.scale = torch.tensor(scale, device=device)
+        out = graphs.run(layer, layer.forward, layer.forward, (x,), {"mask": mask})
+        assert torch.equal(out, scale * x)
+    assert graphs.report()[-1] == "without a graph, 3 times: arguments of type Mask are neither tensors nor constants"

@@ -332,10 +332,24 @@ def test_generation_with_the_adapter_on_off_and_merged():
     from step_results import generation_table
 
     rows = run(
-        "--generate", 3, "--prompt", 4, "--batches", 2, "--adapters", "on", "off", "merged", "--caches", "dynamic"
+        "--generate",
+        3,
+        "--prompt",
+        4,
+        "--batches",
+        2,
+        "--adapters",
+        "on",
+        "off",
+        "merged",
+        "--caches",
+        "dynamic",
+        "captured",
     )
     assert rows.notes == []
-    assert [row.adapter for row in rows.generation] == ["on", "off", "merged"]
+    found = {(row.adapter, row.cache) for row in rows.generation}
+    assert found == {(adapter, cache) for adapter in ("on", "off", "merged") for cache in ("dynamic", "captured")}
+    assert len(rows.generation) == 6
     for row in rows.generation:
         assert row.milliseconds_per_token > 0
     assert "merged" in generation_table(rows.generation)

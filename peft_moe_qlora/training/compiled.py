@@ -17,7 +17,8 @@ from torch import nn
 
 Function = Callable[..., Any]
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
+"""Names that transformers has for the cache of keys and values."""
 
 
 class compiled_forward:
@@ -44,7 +45,7 @@ class compiled_forward:
         self._structure = f"{type(layer).__qualname__}_{zlib.crc32(repr(layer).encode()):x}"
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in _CACHES):
+        if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in CACHES):
             return self._plain(self.layer, hidden_states, *args, **kwargs)
         if not torch.is_grad_enabled():
             hidden_states = hidden_states.detach()  # what it requires would be code of its own, for nothing

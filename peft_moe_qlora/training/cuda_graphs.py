@@ -11,7 +11,7 @@ its input, and the gradient of its input where the one before reads that of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -113,26 +113,34 @@ class Call(NamedTuple):
 
     @property
     def signature(self) -> tuple:
-        """All but the numbers.
-
-        Raises:
-            TypeError: an argument is neither a tensor nor a constant.
-        """
+        """All but the numbers."""
         shapes = [(tensor.shape, tensor.dtype) for tensor in (self.hidden_states, *self.tensors)]
-        key = (*shapes, *self.rest, self.spec)
-        hash(key)
-        return key
+        return (*shapes, *self.rest, self.spec)
 
 
 class _Tensor(NamedTuple):
     """Stands for a tensor among arguments."""
 
 
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, _Tensor)
+
+
+def flatten(arguments: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of tuples, lists and dictionaries; what else holds tensors stays whole, as a leaf."""
+    return tree_flatten(arguments, is_leaf=lambda node: not isinstance(node, (tuple, list, dict)))
+
+
+def why_not_constant(leaves: Iterable[Any]) -> str | None:
+    """Why leaves that are no tensors could change behind a graph's back: they may hold some, as caches do."""
+    kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _CONSTANTS)})
+    return f"arguments of type {', '.join(kinds)} are neither tensors nor constants" if kinds else None
+
+
 def read_call(args: tuple, kwargs: dict[str, Any]) -> Call:
     """Takes a layer's arguments apart; the hidden states are the first, or so named."""
     kwargs = dict(kwargs)
     hidden_states, *args = args if args else (kwargs.pop("hidden_states"),)
-    leaves, spec = tree_flatten((tuple(args), kwargs))
+    leaves, spec = flatten((tuple(args), kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     rest = [_Tensor() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return Call(hidden_states, tensors, rest, spec)

@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from .cuda_graphs import Backend, CudaBackend, autocast_state
+from .compiled import CACHES
+from .cuda_graphs import Backend, CudaBackend, autocast_state, flatten, why_not_constant
 from .layer_graphs import layer_state, why_not_captured
 from .static_tensors import StaticTensors
-
-CACHES = ("past_key_values", "cache")
-"""Names that transformers has for the cache of keys and values."""
 
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -50,15 +48,17 @@ class DecodeRunner:
         """Frees the graph and its memory."""
         self._step: CapturedStep | None = None
         self._last: tuple | None = None
+        self._reason: str | None = None
         self._is_after_prompt = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = MethodType(type(self.decoder).forward, self.decoder)
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache_name = next((name for name in CACHES if kwargs.get(name) is not None), None)
+        cache = kwargs.get(cache_name)
         if not self._is_step(args, kwargs, cache):
-            self._is_after_prompt, self._last = True, None
+            self._is_after_prompt, self._last, self._reason = True, None, None
             return plain(*args, **kwargs)
-        leaves, spec = tree_flatten({name: value for name, value in kwargs.items() if name not in CACHES})
+        leaves, spec = flatten({name: value for name, value in kwargs.items() if name not in CACHES})
         key = (spec, *_signature(leaves), *autocast_state().items())
         if self._step is not None and not self._step.fits(key, cache, self._is_after_prompt):
             self._step = None
@@ -66,16 +66,27 @@ class DecodeRunner:
         if self._step is None:
             if self._last != (key, id(cache)):
                 # loads and compiles kernels, which a capture can't
-                self._last = (key, id(cache))
+                self._last, self._reason = (key, id(cache)), None
                 return plain(*args, **kwargs)
-            reason = _why_not(self.decoder, cache)
-            if reason is not None:
-                self.reasons[reason] += 1
-                return plain(*args, **kwargs)
-            name = next(name for name in CACHES if kwargs.get(name) is not None)
-            backend = self._make_backend(self.decoder.device)
-            self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend)
+            self._capture(plain, key, leaves, cache_name, cache)
+        if self._step is None:
+            self.reasons[self._reason] += 1
+            return plain(*args, **kwargs)
         return self._step(leaves, cache)
+
+    def _capture(self, plain: MethodType, key: tuple, leaves: list[Any], name: str, cache: StaticCache) -> None:
+        """Captures a step, or says why not; that is not tried again before the next prompt."""
+        if self._reason is not None:
+            return
+        others = (leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        self._reason = why_not_constant(others) or _why_not(self.decoder, cache)
+        if self._reason is None:
+            backend = self._make_backend(self.decoder.device)
+            try:
+                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend)
+            except RuntimeError as error:
+                # what CUDA's errors come as; nothing has run, so that the cache is as it was
+                self._reason = f"the capture failed: {error}"
 
     def _is_step(self, args: tuple, kwargs: dict[str, Any], cache: Any) -> bool:
         if args or self.decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling():

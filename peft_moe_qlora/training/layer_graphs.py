@@ -12,7 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from ..experts import QuantizedExperts
 from ..ops import choose_library_path
-from .cuda_graphs import Backend, Call, CapturedLayer, CudaBackend, Function, autocast_state, read_call
+from .cuda_graphs import (
+    Backend,
+    Call,
+    CapturedLayer,
+    CudaBackend,
+    Function,
+    autocast_state,
+    read_call,
+    why_not_constant,
+)
 from .static_tensors import StaticTensors
 
 logger = logging.getLogger(__name__)
@@ -80,10 +89,7 @@ class LayerGraphs:
             return f"it is on {device_type}, not on {self._make_backend.device_type}"
         if any(tensor.requires_grad for tensor in call.tensors):
             return "gradients are wanted for another argument than the hidden states"
-        unhashable = sorted({type(leaf).__name__ for leaf in call.rest if type(leaf).__hash__ is None})
-        if unhashable:
-            return f"arguments of type {', '.join(unhashable)} are neither tensors nor constants"
-        return None
+        return why_not_constant(call.rest)
 
     def _find(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str | None:
         """A captured layer, why there is none, or None where this call only warms up."""

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops import keep_experts
-from .compiled import compiled_forward
+from .compiled import CACHES, compiled_forward
 from .cuda_graphs import CudaBackend
-from .decode_graphs import CACHES, DecodeRunner
+from .decode_graphs import DecodeRunner
 from .layer_graphs import LayerGraphs
 
 Keep = Literal["nothing", "experts", "everything"]
@@ -109,9 +109,7 @@ class _BeforeForward:
                 # a Trainer with gradient_checkpointing=True would checkpoint what is checkpointed already
                 layer.gradient_checkpointing = False
         if self.graphs is not None:
-            recorded = [
-                name for name in ("output_router_logits", "output_attentions") if _is_asked(model, name, kwargs)
-            ]
+            recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             self.graphs.is_paused = f"{recorded[0]}=True records what happens inside a layer" if recorded else None
 
 
@@ -125,15 +123,12 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
-def run_layers(model: nn.Module, settings: RunSettings) -> LayerGraphs | None:
+def run_layers(model: nn.Module, settings: RunSettings) -> None:
     """Makes all decoder layers of a transformers model run in training as the settings say.
 
     Args:
         model: with or without adapters.
         settings: how.
-
-    Returns:
-        The graphs, None without.
 
     Raises:
         ValueError: the model has no decoder layers that can be checkpointed, or its layers have been set up before.
@@ -153,7 +148,6 @@ def run_layers(model: nn.Module, settings: RunSettings) -> LayerGraphs | None:
         decoder = model.get_decoder()
         decoder.forward = DecodeRunner(decoder, GRAPHS_BACKEND)
     model.register_forward_pre_hook(_BeforeForward(layers, graphs), with_kwargs=True)
-    return graphs
 
 
 def graphs_of(model: nn.Module) -> list[LayerGraphs | DecodeRunner]:

@@ -20,7 +20,8 @@ class StaticTensors:
         """An uninitialized, contiguous buffer of the shape, dtype and device of a tensor."""
         key = (role, like.shape, like.dtype, like.device)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
+            with torch.inference_mode(False):  # what is made in it can't be written to outside
+                self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return self._buffers[key]
 
     @torch.no_grad()
@@ -50,10 +51,6 @@ class StaticTensors:
     def changed(self, *roles: Hashable) -> None:
         """Says that a graph has written to the buffers of roles."""
         self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] not in roles}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 def copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

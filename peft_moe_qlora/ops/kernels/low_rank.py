@@ -100,7 +100,7 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
 ROWS_OF_A_STEP = 32
 COLUMNS_OF_A_PROGRAM = 128
 SERIAL_ROWS = 512
-"""So many rows of one expert take 15 us on an H200, which another two launches take too."""
+"""More rows of one expert than this are worth another launch, which adds up the sums of their runs."""
 ENOUGH_PROGRAMS = 1024
 """To keep every multiprocessor of a large GPU busy."""
 
