@@ -72,8 +72,10 @@ from peft_moe_qlora.quantization import FourBitFormat
 from peft_moe_qlora.quantization.formats import Fp8Format
 
 formats = {"packed": FourBitFormat(), "e4m3": Fp8Format()}
-tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-entries = tuning_table((8, 6)).entries
+is_new = major >= 10
+assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / ("ptxas-blackwell" if is_new else "ptxas")
+arch = f"sm_{major}{minor}{'a' if is_new else ''}"
+entries = tuning_table((major, minor)).entries
 tried = {("dense" if one.tiles.decode_first else one.weight, one.along, one.tiles) for one in entries}
 for weight, along, tiles in sorted(tried, key=str):
     is_dense = weight == "dense"
@@ -93,11 +95,11 @@ for weight, along, tiles in sorted(tried, key=str):
         {(place,): [["tt.divisibility", 16]] for place in range(len(types))},
     )
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
-        command = [tools / "ptxas", "-v", "-arch=sm_86", file.name, "-o", "/dev/null"]
+        command = [assembler, "-v", f"-arch={arch}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     print("FITS", compiled.metadata.shared, re.search(r"(\\d+) bytes spill stores", said)[1], tiles)
 """
@@ -110,9 +112,10 @@ def run(program: str) -> str:
     return result.stdout
 
 
-def test_tiles_that_nobody_has_measured_fit_on_small_gpus() -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
+def test_tiles_that_nobody_has_measured_fit_on_small_gpus(capability: tuple[int, int]) -> None:
     """At the largest rank: 99 KiB of shared memory, and all sums in registers."""
-    found = re.findall(r"FITS (\d+) (\d+) (.*)", run(FITS))
+    found = re.findall(r"FITS (\d+) (\d+) (.*)", run(f"major, minor = {capability}\n{FITS}"))
     assert len(found) == 16
     for shared, spilled, tiles in found:
         assert int(shared) <= 99 * 1024, tiles
