@@ -289,7 +289,8 @@ def limit_memory(card: float, device: torch.device) -> float:
     size = torch.cuda.get_device_properties(device).total_memory / GIB
     if allowed > size:
         raise ValueError(f"--card {card:g}: this GPU has {size:.1f} GiB, and {allowed:g} are to be allowed.")
-    torch.cuda.set_per_process_memory_fraction(allowed / size, device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" alone is refused
+    torch.cuda.set_per_process_memory_fraction(allowed / size, index)
     return allowed
 
 

@@ -137,6 +137,45 @@ def test_a_failed_capture_leaves_the_generator_as_it_was():
     assert torch.equal(torch.rand(4, device="cuda"), expected)
 
 
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_next_one_its_memory():
+    backend = CudaBackend(torch.device("cuda", 0))
+
+    def work() -> None:
+        torch.empty(2**60, dtype=torch.uint8, device="cuda")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.capture(work)
+    total = torch.zeros((), device="cuda")
+    graph = backend.capture(lambda: total.add_(torch.ones(8, device="cuda").sum()))
+    graph.replay()
+    assert total == 8
+
+
+class ShortOfMemory(CallingBackend):
+    """Has no room for the third capture and those after it."""
+
+    def capture(self, work):
+        if self.captures == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().capture(work)
+
+
+@pytest.mark.parametrize("keep", POLICIES)
+def test_graphs_that_do_not_fit_are_freed(monkeypatch, keep):
+    batches = [batch("cpu", 12, seed) for seed in range(4)]
+    expected = train(trained_model("cpu", use_gradient_checkpointing=keep), batches)
+    monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", ShortOfMemory)
+    model = trained_model("cpu", use_gradient_checkpointing=keep, cuda_graphs=True)
+    torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
+    report = graphs_report(model)
+    assert "0 graphs of layers" in report
+    # of two layers: the first is captured in the second step, and all run without from then on
+    assert "without a graph, 5 times: the GPU has no room for graphs" in report
+    release_graphs(model)
+    assert "no room" not in graphs_report(model)
+
+
 @pytest.mark.usefixtures("graphs_by_calls")
 @pytest.mark.parametrize("keep", POLICIES)
 def test_forwards_before_the_backward(device, keep):

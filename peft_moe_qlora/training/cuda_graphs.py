@@ -51,7 +51,8 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        # held, since a handle alone is used up with the last graph, that of a failed capture too
+        self.pool = torch.cuda.MemPool()
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -74,9 +75,9 @@ class CudaBackend:
         """
         graph = torch.cuda.CUDAGraph()
         with self._on_stream():
-            # other threads may allocate meanwhile, a data loader's for example
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
             try:
+                # other threads may allocate meanwhile, a data loader's for example
+                graph.capture_begin(self.pool.id, capture_error_mode="thread_local")
                 work()
             except BaseException:
                 self._end_failed(graph)

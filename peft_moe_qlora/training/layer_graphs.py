@@ -6,12 +6,13 @@ import logging
 from collections import Counter
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..experts import QuantizedExperts
 from ..ops import choose_library_path
+from ..sharded import engine_of
 from .cuda_graphs import (
     Backend,
     Call,
@@ -28,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 MOST_SHAPES = 8
 """Shapes of inputs that are captured in a model; each takes seconds, and memory."""
+
+OUT_OF_MEMORY = (
+    "the GPU has no room for graphs, which keep memory of their own; all were freed. Fewer tokens in a batch, a lower "
+    "rank or an optimizer in 8 bits make room"
+)
 
 MOST_CAPTURES = 8
 """Of one layer for one shape: for adapters that take turns, and for parameters that were moved."""
@@ -54,6 +60,7 @@ class LayerGraphs:
     def forget(self) -> None:
         """Frees all graphs and their memory; layers are captured again when their shapes come again."""
         self.reasons: Counter[str] = Counter()
+        self._is_out_of_memory = False
         self._static = StaticTensors()
         self._backend: Backend | None = None
         self._captured: dict[tuple, CapturedLayer | str] = {}
@@ -93,6 +100,8 @@ class LayerGraphs:
 
     def _find(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str | None:
         """A captured layer, why there is none, or None where this call only warms up."""
+        if self._is_out_of_memory:
+            return OUT_OF_MEMORY
         inputs = (call.signature, *autocast_state().items())
         of_layer = (id(layer), inputs)
         key = (*of_layer, layer_state(layer))
@@ -105,17 +114,28 @@ class LayerGraphs:
             return f"{MOST_SHAPES} shapes of inputs are captured; pad or pack sequences to few lengths"
         if self._captures[of_layer] == MOST_CAPTURES:
             return "its parameters have moved or its adapters have changed too often"
-        found = why_not_captured(layer) or self._capture(layer, function, call)
+        try:
+            found = why_not_captured(layer) or self._capture(layer, function, call)
+        except torch.OutOfMemoryError:
+            # another try would fail again, and what is captured takes the room that plain layers need
+            self.forget()
+            self._is_out_of_memory = True
+            return OUT_OF_MEMORY
         self._shapes.add(inputs)
         self._captures[of_layer] += 1
         self._captured[key] = found
         return found
 
     def _capture(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str:
+        """Raises:
+        torch.OutOfMemoryError: the GPU has no room for the graphs.
+        """
         if self._backend is None:
             self._backend = self._make_backend(call.hidden_states.device)
         try:
             return CapturedLayer(function, layer, call, self._static, self._backend, self.keep)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError) as error:
             # RuntimeError is what CUDA's errors come as
             return f"the capture failed: {error}"
@@ -144,9 +164,8 @@ def why_not_captured(layer: nn.Module) -> str | None:
             reason = _why_experts_copy(module)
             if reason is not None:
                 return f"its experts are computed one by one, {reason}"
-    if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
-        return "its parameters are sharded"
-    return None
+    engine = engine_of(layer)  # which frees what a graph would read, and gathers it elsewhere
+    return None if engine is None else f"its parameters are sharded by {engine}"
 
 
 def _why_experts_copy(experts: QuantizedExperts) -> str | None:

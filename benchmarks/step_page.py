@@ -1,0 +1,122 @@
+"""Writes the tables of docs/step.md and docs/optimizers.md from the results of step.py.
+
+    python benchmarks/step_page.py
+
+A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; what stands around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from step_results import StepRow, load_steps
+from tabulate import tabulate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = ("model", "arm", "tokens", "r", "experts r", "optimizer")
+
+
+def _markdown(lines: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def _rows(*names: str) -> list[StepRow]:
+    return load_steps(RESULTS / f"{name}.json" for name in names)
+
+
+def _content(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _settings(row: StepRow) -> tuple[object, ...]:
+    return row.shape, f"`{row.arm}`", f"{row.tokens:,}", row.rank, row.expert_rank, f"`{row.optimizer}`"
+
+
+def _figures(row: StepRow) -> tuple[str, ...]:
+    if row.milliseconds is None:
+        return row.note, "", "", ""
+    return (
+        f"{row.milliseconds:,.0f}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{max(row.peak_gib, row.warmup_peak_gib or 0):.2f}",
+        f"{row.reserved_gib:.2f}",
+    )
+
+
+def steps(*names: str) -> str:
+    """A row for each arm: time, and memory that torch allocates and reserves."""
+    lines = [(*_settings(row), *_figures(row)) for row in _rows(*names)]
+    return _markdown(lines, (*COLUMNS, "ms", "tokens/s", "peak, GiB", "reserved, GiB"))
+
+
+def losses(*names: str) -> str:
+    """How far losses are from the plain path's, over all steps."""
+    lines = []
+    for name in names:
+        for row in _content(name)["losses"]:
+            if row["largest_difference"] is not None:
+                lines.append((f"`{row['arm']}`", len(row["losses"]), f"{row['largest_difference']:.1e}"))
+    # what several runs have in common
+    return _markdown(list(dict.fromkeys(lines)), ("arm", "steps", "largest difference"))
+
+
+def optimizers(name: str) -> str:
+    """What a step of each optimizer takes by itself."""
+    lines = [
+        (
+            f"`{row['optimizer']}`",
+            f"{row['milliseconds']:.1f}",
+            f"{row['host_milliseconds']:.1f}",
+            f"{row['state_gib']:.2f}",
+            f"{row['paged_gib']:.2f}",
+            f"{row['peak_gib']:.2f}",
+        )
+        for row in _content(name)["optimizers"]
+    ]
+    return _markdown(lines, ("optimizer", "ms", "host, ms", "state, GiB", "paged, GiB", "peak over it, GiB"))
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/step.md": {
+        "arms": lambda: steps("h200-step-4096", "h200-step-2048", "h200-step-peers"),
+        "shapes": lambda: steps("h200-step-shapes"),
+        "24-gb": lambda: steps("h200-step-24-gb", "h200-step-24-gb-graphs"),
+        "16-gb": lambda: steps("h200-step-16-gb"),
+        "losses": lambda: losses("h200-step-losses", "h200-step-losses-2"),
+    },
+    "docs/optimizers.md": {"times": lambda: optimizers("h200-step-optimizers")},
+}
+"""Page -> name of a table -> what makes it."""
+
+
+def with_tables(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """A page with its tables written anew.
+
+    Raises:
+        ValueError: the page lacks a table's marks.
+    """
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        text, found = re.subn(
+            f"{re.escape(begin)}.*?{re.escape(end)}",
+            lambda _, made=f"{begin}\n{table()}\n{end}": made,
+            text,
+            flags=re.DOTALL,
+        )
+        if found != 1:
+            raise ValueError(f"Found {found} places for the table {name}; one was expected, {begin}...{end}.")
+    return text
+
+
+def main() -> None:
+    for page, tables in TABLES.items():
+        path = ROOT / page
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
