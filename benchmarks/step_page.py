@@ -8,7 +8,6 @@ A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; what stand
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -101,14 +100,11 @@ def with_tables(text: str, tables: dict[str, Callable[[], str]]) -> str:
     """
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        text, found = re.subn(
-            f"{re.escape(begin)}.*?{re.escape(end)}",
-            lambda _, made=f"{begin}\n{table()}\n{end}": made,
-            text,
-            flags=re.DOTALL,
-        )
-        if found != 1:
-            raise ValueError(f"Found {found} places for the table {name}; one was expected, {begin}...{end}.")
+        before, has_begin, rest = text.partition(begin)
+        _, has_end, after = rest.partition(end)
+        if not (has_begin and has_end):
+            raise ValueError(f"The page has no place for the table {name}; {begin} and {end} were expected.")
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
     return text
 
 
