@@ -51,8 +51,9 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        # held, since a handle alone is used up with the last graph, that of a failed capture too
-        self.pool = torch.cuda.MemPool()
+        self.pool = torch.cuda.graph_pool_handle()
+        # a pool can't be used again after its last graph, be it that of a failed capture
+        self._holds_pool = self.capture(lambda: torch.zeros(1, device=device))
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -77,7 +78,7 @@ class CudaBackend:
         with self._on_stream():
             try:
                 # other threads may allocate meanwhile, a data loader's for example
-                graph.capture_begin(self.pool.id, capture_error_mode="thread_local")
+                graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 work()
             except BaseException:
                 self._end_failed(graph)
