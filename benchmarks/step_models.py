@@ -37,8 +37,13 @@ class Block(nn.Module):
         self.experts = experts
 
 
-def build(plan: Plan) -> PeftModel:
+def build(plan: Plan, share_experts: bool = False) -> PeftModel:
     """The model with its adapter, in training mode; B is not zero, or no gradient would reach A.
+
+    Args:
+        plan: what to build.
+        share_experts: whether experts of all layers lie in the memory of the first, for whoever copies them, as
+            sharding does.
 
     Raises:
         ValueError: Liger has nothing for this model, or unsloth_zoo nothing for its experts.
@@ -53,7 +58,7 @@ def build(plan: Plan) -> PeftModel:
     options = {} if plan.attention is None else {"attn_implementation": plan.attention}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, plan.dtype), **options)
-    _fill(model, plan)
+    _fill(model, plan, share_experts)
     torch.manual_seed(plan.seed)
     model = _adapted(model, plan)
     _start_factors(model, plan)
@@ -83,7 +88,7 @@ def apply_liger(model_type: str, head_only: bool = False) -> None:
     apply(**{name: False for name in left_out if name in inspect.signature(apply).parameters})
 
 
-def _fill(model: PreTrainedModel, plan: Plan) -> None:
+def _fill(model: PreTrainedModel, plan: Plan, share_experts: bool) -> None:
     """Gives a model on the meta device its weights, on the plan's device."""
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
     first: nn.Module | None = None
@@ -93,7 +98,7 @@ def _fill(model: PreTrainedModel, plan: Plan) -> None:
         if first is None or plan.arm.name == "unsloth":
             first = parent.experts = _first_experts(parent.experts, plan, generator)
         else:
-            parent.experts = _copied(first)
+            parent.experts = _copied(first, share_experts)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and name in ATTENTION:
@@ -127,10 +132,13 @@ def _first_experts(experts: nn.Module, plan: Plan, generator: torch.Generator) -
     return block.experts
 
 
-def _copied(experts: nn.Module) -> nn.Module:
+def _copied(experts: nn.Module, shares_memory: bool) -> nn.Module:
     """With the same config object, which transformers may change for all of a model's layers."""
     config = getattr(experts, "config", None)
-    return copy.deepcopy(experts, {} if config is None else {id(config): config})
+    same = {} if config is None else {id(config): config}
+    if shares_memory:
+        same |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in experts.parameters()}
+    return copy.deepcopy(experts, same)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/step.md and docs/optimizers.md from the results of step.py.
+"""Writes the tables of steps in README.md, docs/step.md and docs/optimizers.md from the results of step.py.
 
     python benchmarks/step_page.py
 
@@ -52,6 +52,40 @@ def steps(*names: str) -> str:
     return _markdown(lines, (*COLUMNS, "ms", "tokens/s", "peak, GiB", "reserved, GiB"))
 
 
+CASE = {
+    "attention": "transformers in 16 bits, LoRA on attention alone",
+    "unsloth": "experts of unsloth_zoo in NF4",
+    "ours+compile+graphs": "this package, NF4",
+    "ours+compile+graphs+liger-head": "this package, NF4, loss without logits, AdamW in 8 bits",
+}
+
+
+def case() -> str:
+    """The arms of `CASE`, in short."""
+    rows = {row.arm: row for row in _rows("h200-step-peers")}
+    rows |= {row.arm: row for row in _rows("h200-step-4096-emptied") if row.optimizer == "adamw8bit-unsynced"}
+    lines = [
+        (text, f"{row.milliseconds:,.0f}", f"{row.tokens_per_second:,.0f}", f"{row.peak_gib:.1f}")
+        for text, row in ((text, rows[arm]) for arm, text in CASE.items())
+    ]
+    return _markdown(lines, ("", "ms", "tokens/s", "peak, GiB"))
+
+
+def fits(**names_of_cards: str) -> str:
+    """The longest sequences that ran on each card, for each rank on experts."""
+    longest: dict[tuple, StepRow] = {}
+    for card, name in names_of_cards.items():
+        for row in _rows(name):
+            key = (card, row.shape, row.expert_rank)
+            if row.milliseconds is not None and (key not in longest or row.tokens > longest[key].tokens):
+                longest[key] = row
+    lines = [
+        (card.replace("_", ""), shape, row.rank, rank, f"{row.tokens:,}", f"{row.tokens_per_second:,.0f}")
+        for (card, shape, rank), row in longest.items()
+    ]
+    return _markdown(lines, ("card, GB", "model", "r", "experts r", "tokens", "tokens/s"))
+
+
 def losses(*names: str) -> str:
     """How far losses are from the plain path's, over all steps."""
     lines = []
@@ -80,8 +114,9 @@ def optimizers(name: str) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"case": case, "fits": lambda: fits(_16="h200-step-16-gb", _24="h200-step-24-gb")},
     "docs/step.md": {
-        "arms": lambda: steps("h200-step-4096", "h200-step-2048", "h200-step-peers"),
+        "arms": lambda: steps("h200-step-4096", "h200-step-4096-emptied", "h200-step-2048", "h200-step-peers"),
         "shapes": lambda: steps("h200-step-shapes"),
         "24-gb": lambda: steps("h200-step-24-gb", "h200-step-24-gb-graphs"),
         "16-gb": lambda: steps("h200-step-16-gb"),

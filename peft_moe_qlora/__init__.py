@@ -4,6 +4,7 @@ Importing the package registers the method with PEFT; importing it again changes
 
 Its rooms, each of which uses those above it only:
 
+    sharded             which parameters an engine has spread over processes
     quantization        how a stack of weights is stored
     ops                 how a layer of experts is computed
     experts             what an experts module is, adapted or not
@@ -30,7 +31,14 @@ from peft import mapping as _mapping
 from .config import MoeQLoraConfig, MoeQLoraPeftType
 from .experts import QuantizedExperts
 from .layer import ExpertsLora
-from .loading import CheckpointError, MoeQuantizationConfig, load_experts, load_quantized, save_bitsandbytes
+from .loading import (
+    CheckpointError,
+    MoeQuantizationConfig,
+    load_experts,
+    load_quantized,
+    read_part_of_experts,
+    save_bitsandbytes,
+)
 from .model import MoeQLoraModel
 from .report import ExpertsReport, StackReport, experts_report
 from .training import prepare_model_for_training, quantize_experts
@@ -49,6 +57,7 @@ __all__ = [
     "load_quantized",
     "prepare_model_for_training",
     "quantize_experts",
+    "read_part_of_experts",
     "save_bitsandbytes",
 ]
 

@@ -133,8 +133,13 @@ def identify_base(model: nn.Module, adapted: Collection[str] = ()) -> BaseIdenti
         dtype=str(next(iter(stacks.values())).dtype).removeprefix("torch.") if stacks else "",
         dense_stacks=[name for name in stacks if name not in quantized] if quantized else [],
         linear=_linear_storage(model),
-        samples={name: sample(stacks[name]) for name in names if stacks[name].device.type != "meta"},
+        samples={name: sample(stacks[name]) for name in names if _can_be_sampled(stacks[name])},
     )
+
+
+def _can_be_sampled(stack: Stack) -> bool:
+    """Whether its first expert is here."""
+    return stack.device.type != "meta" and (stack.experts_read is None or 0 in stack.experts_read)
 
 
 def _evenly_picked(names: list[str], most: int) -> list[str]:

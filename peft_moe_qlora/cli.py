@@ -12,6 +12,9 @@ import torch
 
 from .layouts import LORA_B_ORDERS, QUANT_TYPE_NAMES, TARGETS, ReadOptions, convert_adapter
 from .loading import inspect_checkpoint
+from .loading.cards.estimate import OPTIMIZERS
+from .loading.cards.known import read_sizes
+from .loading.cards.search import Pins, what_fits
 from .loading.expert_shapes import read_expert_shapes
 from .merge import (
     ENGINE_LAYOUTS,
@@ -34,23 +37,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-moe-qlora", description="QLoRA for mixture-of-experts models.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser(
-        "inspect",
-        help="what a checkpoint holds and what training it would take, from its headers",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    inspect.add_argument("checkpoint", help="directory with config.json and safetensors")
-    inspect.add_argument("--quant-type", choices=QUANT_TYPES, default="nf4", help="storage of experts in 16 bits")
-    inspect.add_argument("--storage", metavar="FORMAT", help="the same by the name of a format, such as 'mxfp4'")
-    inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64, help="weights that share a scale")
-    inspect.add_argument("--double-quant", action="store_true", help="scales in 8 bits")
-    inspect.add_argument("--r", type=_positive, default=16, help="rank on linear layers")
-    inspect.add_argument("--expert-r", type=_positive, help="rank on experts; that of --r unless given")
-    inspect.add_argument("--seq", type=_positive, default=2048, help="tokens in a sequence")
-    inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step")
-    inspect.add_argument("--keep-experts", action="store_true", help='with use_gradient_checkpointing="keep-experts"')
-    inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
-    inspect.set_defaults(run=_inspect)
+    _add_inspect(commands)
     merge = commands.add_parser(
         "merge",
         help="write base and adapter as one checkpoint",
@@ -96,6 +83,40 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     _add_tune(commands)
     return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds and what training it takes, from its headers; with --card, what fits on a GPU",
+    )
+    inspect.add_argument(
+        "checkpoint",
+        metavar="MODEL",
+        help="directory with config.json and safetensors; with --card also a config.json or a known name",
+    )
+    inspect.add_argument(
+        "--card", metavar="GIB", type=_gib, help="memory of a GPU, to be told which settings fit on it"
+    )
+    inspect.add_argument("--quant-type", choices=QUANT_TYPES, help="storage of experts in 16 bits (default: nf4)")
+    inspect.add_argument("--storage", metavar="FORMAT", help="the same by the name of a format, such as 'mxfp4'")
+    inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, help="weights that share a scale (default: 64)")
+    inspect.add_argument("--double-quant", action="store_true", help="scales in 8 bits")
+    inspect.add_argument("--r", "--rank", type=_positive, default=16, help="rank on linear layers (default: 16)")
+    inspect.add_argument("--expert-r", "--expert-rank", type=_positive, help="rank on experts (default: that of --r)")
+    inspect.add_argument("--seq", "--tokens", type=_positive, help="tokens in a sequence (default: 2048)")
+    inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step (default: 1)")
+    inspect.add_argument("--keep-experts", action="store_true", help='with use_gradient_checkpointing="keep-experts"')
+    inspect.add_argument("--optimizer", choices=OPTIMIZERS, help="optim of TrainingArguments; with --card")
+    inspect.add_argument(
+        "--logits", action="store_true", help="the loss holds all logits, without TRL or Liger; likewise"
+    )
+    inspect.add_argument("--no-accumulation", action="store_true", help="gradient_accumulation_steps=1; likewise")
+    inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    inspect.epilog = (
+        "With --card, what is not given is searched for: storage, expert rank, tokens, optimizer, kept experts."
+    )
+    inspect.set_defaults(run=_inspect)
 
 
 def _add_tune(commands: Any) -> None:
@@ -148,11 +169,38 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gib(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB, such as 24")
+    return found
+
+
 def _inspect(args: argparse.Namespace) -> None:
-    storage = format_of(args.storage, args.quant_type, args.blocksize, args.double_quant)
-    found = inspect_checkpoint(
-        args.checkpoint, storage, args.r, args.expert_r, args.seq, args.batch, args.keep_experts
-    )
+    is_pinned = args.quant_type or args.storage or args.blocksize or args.double_quant
+    storage = format_of(args.storage, args.quant_type or "nf4", args.blocksize or 64, args.double_quant)
+    if args.card is None:
+        _check_unused(args, "--card", optimizer=None, logits=False, no_accumulation=False)
+        found = inspect_checkpoint(
+            args.checkpoint, storage, args.r, args.expert_r, args.seq or 2048, args.batch, args.keep_experts
+        )
+    else:
+        name, sizes = read_sizes(args.checkpoint)
+        pins = Pins(
+            storage if is_pinned else None,
+            args.r,
+            args.expert_r,
+            args.seq,
+            args.batch,
+            args.keep_experts or None,
+            args.optimizer,
+            args.logits,
+            not args.no_accumulation,
+        )
+        found = what_fits(name, sizes, args.card, pins)
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
 
 

@@ -15,7 +15,13 @@ from peft.utils.other import get_pattern_key
 
 from .options import REMEDY, check_honoured, names_of, shown, values_of
 from .quantization import Format, format_of, spelled
-from .saved_adapter import add_loading, refuse_pickled_just_saved, refuse_pickled_on_hub, stored_shapes
+from .saved_adapter import (
+    add_loading,
+    refuse_parts_just_saved,
+    refuse_pickled_just_saved,
+    refuse_pickled_on_hub,
+    stored_shapes,
+)
 
 FORMAT_VERSION = 1
 """Version of the adapter file: key names, shapes of the factors, meaning of the config's fields."""
@@ -147,9 +153,11 @@ class MoeQLoraConfig(LoraConfig):
         """As PEFT's; where an adapter lies beside it, its README says how that is loaded.
 
         Raises:
-            ValueError: the adapter beside it was just saved as a pickle (`safe_serialization=False`).
+            ValueError: the adapter beside it was just saved as a pickle (`safe_serialization=False`), or has empty
+                tensors.
         """
         refuse_pickled_just_saved(Path(save_directory))
+        refuse_parts_just_saved(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         if Path(save_directory, SAFETENSORS_WEIGHTS_NAME).is_file():
             add_loading(save_directory, self.base_model_name_or_path, self.format_version)

@@ -15,6 +15,7 @@ from torch import nn
 from .config import MoeQLoraConfig
 from .ops import LowRank
 from .quantization import DenseStack, Stack
+from .sharded import refuse_sharded
 
 BASE = "__base__"
 """Adapter name of a sample that no adapter applies to, in a mixed batch (PEFT's convention)."""
@@ -185,11 +186,13 @@ class ExpertsLora(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`(E, out, in)` in the dtype of the factors: what an adapter adds to all experts' matrices."""
+        refuse_sharded(self, "a delta of all experts")
         A, B = self.factors(adapter)
         return self.scaling[adapter] * (B @ A)
 
     def get_base_weight(self) -> torch.Tensor:
         """`(E, rows, columns)` as the class stores it, dequantized to the stack's dtype."""
+        refuse_sharded(self, "decoding a stack")
         stack = self.get_base_layer()
         return stack.decode(stack.dtype)
 

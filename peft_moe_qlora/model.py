@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import skip_init_on_device
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from .base_identity import BaseIdentity, identify_base, settle_base
@@ -26,6 +27,15 @@ from .quantization import FourBitFormat, Stack
 from .quantized_linear import QuantizedLinear
 from .quantized_linear_lora import QuantizedLinearLora
 from .report import ExpertsReport, experts_report
+from .sharded import (
+    ZERO3,
+    gather_first,
+    gathered,
+    refuse_fsdp1,
+    refuse_parts,
+    refuse_sharded,
+    sharded_by,
+)
 from .targets import (
     check_matched_modules,
     check_not_shared,
@@ -83,6 +93,8 @@ class MoeQLoraModel(LoraModel):
         stored = peft_config.stored
         is_loaded = stored is not None and stored.has_layers_of(peft_config)
         _adopt_format(peft_config, model)
+        if peft_config.format is not None:
+            refuse_fsdp1()
         check_convertible(model, peft_config.format)
         check_not_shared(model)
         layouts = expert_layouts(model)
@@ -168,6 +180,35 @@ class MoeQLoraModel(LoraModel):
         return biases | {name: state_dict[name] for name, _ in trained_expert_biases(model, config.bias)}
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoeQLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT's, with whole tensors of a model that is sharded by FSDP2; then all processes have to call it.
+
+        Raises:
+            ValueError: tensors of experts are missing, or are parts that ZeRO-3 has left here.
+        """
+        found = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+        # PEFT takes modules trained in full and embeddings out of this dictionary afterwards
+        parts = (f".{adapter_name}.", *EMBEDDING_LAYER_NAMES)
+        others = [name for name in state_dict if name not in found and any(part in name for part in parts)]
+        state_dict.update(gathered({name: state_dict[name] for name in others}))
+        found = gathered(found)
+        refuse_parts(
+            {name: parameter for name, parameter in model.named_parameters() if f".{adapter_name}." in name},
+            {**state_dict, **found},
+            _expert_factors(model, adapter_name),
+        )
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MoeQLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -177,12 +218,11 @@ class MoeQLoraModel(LoraModel):
                 "unmerged by them. Call unmerge_adapter() first."
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{path}.lora_{factor}.{adapter_name}.weight": tuple(weight.shape)
-            for path, layer in model.named_modules()
-            if isinstance(layer, ExpertsLora) and adapter_name in layer.lora_A
-            for factor, weight in zip("AB", layer.factors(adapter_name))
-        }
+        factors = _expert_factors(model, adapter_name)
+        for name, factor in factors.items():
+            if sharded_by(factor) == ZERO3:
+                raise ValueError(f"{name} {gather_first(ZERO3, 'loading an adapter')}")
+        expected = {name: tuple(factor.shape) for name, factor in factors.items()}
         check_factor_shapes({key: tuple(tensor.shape) for key, tensor in remapped.items()}, expected)
         return remapped
 
@@ -290,10 +330,16 @@ class MoeQLoraModel(LoraModel):
         So it is with linear layers that are stored in a format. After an error experts and these are as they were
         before the call.
         """
+        refuse_sharded(self.model, "merging")
         self._check_mergeable(adapter_names)
         layers = [layer for layer in self.model.modules() if isinstance(layer, (ExpertsLora, QuantizedLinearLora))]
         with in_memory.restored_on_error(layers):
             super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out again; see `merge_adapter`."""
+        refuse_sharded(self.model, "unmerging")
+        super().unmerge_adapter()
 
     def merge_and_unload(
         self,
@@ -332,9 +378,11 @@ class MoeQLoraModel(LoraModel):
 
         Raises:
             ValueError: an adapter is unknown, named twice or has values that are not finite, two of them have a module
-                trained in full, `dtype` is none of floating point, `rounding` is unknown, or `calibration` is given
-                where nothing is rounded by it.
+                trained in full, `dtype` is none of floating point, `rounding` is unknown, `calibration` is given
+                where nothing is rounded by it, or the model is sharded.
         """
+        refuse_sharded(self.model, "merging")
+        in_memory.refuse_taken_apart(self.model)
         names = self._check_mergeable(adapter_names)
         in_memory.check_options(dtype, rounding, calibration)
         names = in_memory.activate(self, names)
@@ -351,6 +399,8 @@ class MoeQLoraModel(LoraModel):
         return merged
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        refuse_sharded(self.model, "taking an adapter off its layers")
+        in_memory.refuse_taken_apart(self.model)
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         experts = (module for module in model.modules() if isinstance(module, QuantizedExperts))
         has_packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
@@ -370,8 +420,21 @@ class MoeQLoraModel(LoraModel):
         self._check_adapter_names(adapter_names)
         if len(set(adapter_names)) < len(adapter_names):
             raise ValueError(f"adapter_names={list(adapter_names)} names an adapter twice; name each once.")
+        for module in self.model.modules():
+            if isinstance(module, QuantizedExperts):
+                module.check_complete()
         in_memory.check_mergeable(self.model, adapter_names)
         return adapter_names
+
+
+def _expert_factors(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Of all layers on experts that an adapter has, by their names in the model."""
+    return {
+        f"{path}.lora_{factor}.{adapter_name}.weight": weight
+        for path, layer in model.named_modules()
+        if isinstance(layer, ExpertsLora) and adapter_name in layer.lora_A
+        for factor, weight in zip("AB", layer.factors(adapter_name))
+    }
 
 
 def _adopt_format(config: MoeQLoraConfig, model: nn.Module) -> None:

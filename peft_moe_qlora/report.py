@@ -11,6 +11,7 @@ from torch import nn
 
 from .experts import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, QuantizedExperts, find_experts, read_layout
 from .layer import ExpertsLora
+from .sharded import whole_shape
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,10 @@ def _of_stack(path: str, experts: QuantizedExperts, projection: str) -> StackRep
         storage=str(stack.storage or stack.dtype).removeprefix("torch."),
         nbytes=stack.nbytes,
         dense_nbytes=stack.shape.numel() * stack.dtype.itemsize,
-        ranks={name: A.shape[1] for name, (A, _) in factors.items()},
-        num_adapter_parameters={name: A.numel() + B.numel() for name, (A, B) in factors.items()},
+        ranks={name: whole_shape(A)[1] for name, (A, _) in factors.items()},
+        num_adapter_parameters={
+            name: whole_shape(A).numel() + whole_shape(B).numel() for name, (A, B) in factors.items()
+        },
         trainable=tuple(name for name, (A, B) in factors.items() if A.requires_grad and B.requires_grad),
         merged=tuple(merged),
         merge_error=None if stack.fidelity is None else stack.fidelity.relative_error,

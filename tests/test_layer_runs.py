@@ -152,8 +152,8 @@ def test_a_failed_capture_leaves_the_next_one_its_memory():
     assert total == 8
 
 
-class ShortOfMemory(CallingBackend):
-    """Has no room for the third capture and those after it."""
+class OutOfMemory(CallingBackend):
+    """Has no memory for the third capture and those after it."""
 
     def capture(self, work):
         if self.captures == 2:
@@ -161,19 +161,47 @@ class ShortOfMemory(CallingBackend):
         return super().capture(work)
 
 
+class TooSmall(CallingBackend):
+    """Has memory for captures, but not for the steps beside them."""
+
+    def why_no_room(self):
+        return "there are 24.00 GiB"
+
+
 @pytest.mark.parametrize("keep", POLICIES)
-def test_graphs_that_do_not_fit_are_freed(monkeypatch, keep):
+@pytest.mark.parametrize(
+    ("backend", "why", "layers"),
+    [(OutOfMemory, "a capture ran out of memory", 5), (TooSmall, "there are 24.00 GiB", 6)],
+)
+def test_graphs_that_do_not_fit_are_freed(monkeypatch, keep, backend, why, layers):
     batches = [batch("cpu", 12, seed) for seed in range(4)]
     expected = train(trained_model("cpu", use_gradient_checkpointing=keep), batches)
-    monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", ShortOfMemory)
+    monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", backend)
     model = trained_model("cpu", use_gradient_checkpointing=keep, cuda_graphs=True)
     torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
     report = graphs_report(model)
     assert "0 graphs of layers" in report
-    # of two layers: the first is captured in the second step, and all run without from then on
-    assert "without a graph, 5 times: the GPU has no room for graphs" in report
+    # of two layers in four steps, the first of which only warms up
+    assert f"without a graph, {layers} times: the GPU has no room for graphs ({why})" in report
     release_graphs(model)
     assert "no room" not in graphs_report(model)
+
+
+@pytest.mark.gpu
+def test_room_beside_graphs():
+    torch.cuda.empty_cache()
+    backend = CudaBackend(torch.device("cuda", 0))
+    assert backend.why_no_room() is None
+    backend.capture(lambda: torch.zeros(2**26, device="cuda"))
+    assert 2**28 <= backend.pool_bytes < 2**28 + 2**23
+    allowed = (torch.cuda.memory_reserved() - 2**20) / torch.cuda.get_device_properties(0).total_memory
+    before = torch.cuda.get_per_process_memory_fraction()
+    try:
+        torch.cuda.set_per_process_memory_fraction(allowed)
+        backend._plain_peak = torch.cuda.memory_reserved()
+        assert "graphs take 0.25 more" in backend.why_no_room()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

@@ -10,7 +10,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..quantization import QUANTIZABLE_DTYPES, DenseStack, Format, QuantizedStack, Stack
-from .layout import check_floating_point, check_not_sharded, declares_layout, read_layout, refuse_unsupported
+from .layout import (
+    SHARD_LATER,
+    check_floating_point,
+    check_not_sharded,
+    declares_layout,
+    read_layout,
+    refuse_unsupported,
+)
 from .quantized import QuantizedExperts
 
 
@@ -30,6 +37,9 @@ def check_convertible(model: nn.Module, storage: Format | None) -> list[str]:
             device, is sharded, or is already stored otherwise. The error names it.
     """
     refuse_unsupported(model)
+    if getattr(getattr(model, "config", None), "distributed_config", None) is not None:
+        # by feature, by expert or by layer: a part of the layers or of their weights is elsewhere
+        raise ValueError(f"{type(model).__name__} was loaded with a distributed_config; {SHARD_LATER}")
     paths = []
     found = False
     is_mixed = stored_format(model) is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..sharded import ZERO3, engine_of
 from .architectures import architecture_of, declaration
 from .liger import WITHOUT_LIGER
 
@@ -78,7 +79,7 @@ class ExpertsLayout:
 
 SHARD_LATER = (
     "experts are quantized and adapted whole. Load the model without distributed_config, and shard it when it has "
-    "its adapter, as Trainer and accelerate do with FSDP."
+    "all its adapters, as Trainer and accelerate do with FSDP."
 )
 
 
@@ -163,11 +164,17 @@ def check_not_sharded(experts: nn.Module, path: str) -> None:
     """Refuses experts of which this process has but a part.
 
     Raises:
-        ValueError: a parameter is a DTensor, or the experts are spread over processes.
+        ValueError: a parameter is sharded, or the experts are spread over processes.
     """
-    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in experts.parameters())
-    if is_sharded or getattr(experts, "_is_expert_parallel", False):
-        raise ValueError(f"{path.removesuffix('.base_layer')} is sharded over processes; {SHARD_LATER}")
+    path, engine = path.removesuffix(".base_layer"), engine_of(experts)
+    if engine == ZERO3:  # gathered ones too: the engine would not know of what is added
+        raise ValueError(
+            f"{path} is sharded over processes by {ZERO3}; experts are quantized and adapted whole. Load the model "
+            "with quantization_config=MoeQuantizationConfig(), which zero.Init leaves whole, and give it all its "
+            "adapters before it is given to DeepSpeed."
+        )
+    if engine is not None or getattr(experts, "_is_expert_parallel", False):
+        raise ValueError(f"{path} is sharded over processes; {SHARD_LATER}")
 
 
 def refuse_unsupported(model: nn.Module) -> None:

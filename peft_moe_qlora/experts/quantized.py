@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..ops import (
     why_not_read,
 )
 from ..quantization import Stack
+from ..sharded import whole_shape
 from .architectures import architecture_of
 from .gates import known_gate
 from .layout import ExpertsLayout
@@ -97,8 +99,30 @@ class QuantizedExperts(nn.Module):
             for projection, module in self._adapted.items()
         }
 
+    def check_complete(self) -> None:
+        """Refuses to compute from experts of which this process has read only its part.
+
+        Raises:
+            ValueError: it has, and nothing gathers the others' parts.
+        """
+        for projection in self.layout.projections:
+            stack = self.stack(projection)
+            if stack.experts_read is not None and not getattr(stack, "_is_fsdp_managed_module", False):
+                raise ValueError(
+                    f"{projection} of {self.layout.class_name} has only experts {stack.experts_read.start} to "
+                    f"{stack.experts_read.stop - 1} of {stack.num_experts}, since it was loaded under "
+                    "read_part_of_experts. Shard the model with fully_shard, or let accelerate do it, before it is "
+                    "called, merged or saved."
+                )
+
     def _active_terms(self) -> Terms:
-        return {projection: module.active_terms() for projection, module in self._adapted.items()}
+        """What adapters would add, with factors of which only the shapes are true: the engine may have the rest."""
+        return {
+            projection: [
+                replace(term, A=term.A.new_empty(whole_shape(term.A), device="meta")) for term in module.active_terms()
+            ]
+            for projection, module in self._adapted.items()
+        }
 
     @property
     def _adapted(self) -> dict[str, nn.Module]:
@@ -174,8 +198,16 @@ class QuantizedExperts(nn.Module):
                 ones for all.
 
         Raises:
-            ValueError: a mixed batch in a class that is called with several copies of each token.
+            ValueError: a mixed batch in a class that is called with several copies of each token; the module is one
+                of DataParallel's replicas; or this process has read only a part of the experts.
         """
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                f"{self.layout.class_name} is a replica of nn.DataParallel, which has no parameters for packed "
+                "experts to be read from. Start one process for each GPU, with torchrun or accelerate launch, or let "
+                "this one see one GPU."
+            )
+        self.check_complete()
         adapter_names = self.adapter_names if adapter_names is None else adapter_names
         if adapter_names is not None and top_k_index is None:
             raise ValueError(
@@ -272,6 +304,7 @@ class QuantizedExperts(nn.Module):
 
     def restore(self, dtype: torch.dtype | None) -> nn.Module:
         """Gives the original module back, with its stacks in floating point; this one is empty afterwards."""
+        self.check_complete()
         for projection in self.layout.projections:
             # one stack at a time is held in both storages
             stack = self._modules.pop(projection)

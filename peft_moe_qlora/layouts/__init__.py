@@ -3,6 +3,7 @@
 from .adapter_file import AdapterFile, ExpertFactors
 from .convert import TARGETS, convert_adapter
 from .foreign import LORA_B_ORDERS, QUANT_TYPE_NAMES, ReadOptions
+from .live import adapter_for_engine
 from .read import read_adapter
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "AdapterFile",
     "ExpertFactors",
     "ReadOptions",
+    "adapter_for_engine",
     "convert_adapter",
     "read_adapter",
 ]

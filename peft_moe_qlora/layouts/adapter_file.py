@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
@@ -77,14 +78,38 @@ def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
     return config.scaling(*rank_and_alpha(config, name))
 
 
-def save_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+@dataclass
+class InMemory:
+    """Takes the place of a directory, for an adapter that is handed over and not written.
+
+    Args:
+        tensors: of the file.
+        config: of the other file.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    config: LoraConfig | None = None
+
+
+def save_tensors(directory: Path | InMemory, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes an adapter's tensors as PEFT's.
 
     Args:
         directory: created if it isn't there.
         tensors: key without PEFT's prefix -> tensor.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     # clones, since parts of one tensor share memory, which safetensors refuses
     tensors = {PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    if isinstance(directory, InMemory):
+        directory.tensors = tensors
+        return
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+
+
+def save_config(directory: Path | InMemory, config: LoraConfig) -> None:
+    """Writes an adapter's config as PEFT's."""
+    if isinstance(directory, InMemory):
+        directory.config = config
+    else:
+        config.save_pretrained(directory)

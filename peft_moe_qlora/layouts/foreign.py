@@ -27,7 +27,9 @@ from .check_non_expert import check_non_expert
 from .non_expert import adapted_layers, factor_pairs
 
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
+"""Which index of the columns of a fused lora_B runs fastest."""
 QUANT_TYPE_NAMES = (*QUANT_TYPES, "none")
+"""The storages of experts that a converted adapter can ask for."""
 
 # after training these say no more than how the factors began; others leave a changed base behind
 _FINISHED_INITS = (True, False, "gaussian", "eva", "orthogonal")

@@ -53,19 +53,7 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     """
     config = MoeQLoraConfig.from_pretrained(str(directory))
     file = directory / SAFETENSORS_WEIGHTS_NAME
-    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    non_expert = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".base_layer.weight"):
-            continue  # PEFT's copy of a frozen embedding or head
-        match = _FACTOR.fullmatch(name) if tensor.dim() == 3 else None
-        if match is None:
-            non_expert[name] = tensor
-        else:
-            factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
-    experts = [_factors(file, config, *at, found) for at, found in factors.items()]
-    # the first projection of a module is the one that isn't down_proj
-    experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    experts, non_expert = taken_apart(file, config, tensors)
     reached = replace(config)
     if base is not None:
         resolve_targets(reached, base.model, base.layouts)
@@ -84,6 +72,35 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
     if not experts:
         raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
     return AdapterFile(config, tuple(experts), non_expert)
+
+
+def taken_apart(
+    file: Path, config: MoeQLoraConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[ExpertFactors], dict[str, torch.Tensor]]:
+    """The factors of experts, and everything else, out of the tensors of an adapter of this package.
+
+    Args:
+        file: for errors.
+        config: of the adapter.
+        tensors: key without PEFT's prefix -> tensor.
+
+    Raises:
+        ValueError: a factor is missing, or of another rank than the config has.
+    """
+    factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    non_expert = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen embedding or head
+        match = _FACTOR.fullmatch(name) if tensor.dim() == 3 else None
+        if match is None:
+            non_expert[name] = tensor
+        else:
+            factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
+    experts = [_factors(file, config, *at, found) for at, found in factors.items()]
+    # the first projection of a module is the one that isn't down_proj
+    experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
+    return experts, non_expert
 
 
 def _factors(

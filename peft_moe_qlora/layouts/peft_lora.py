@@ -27,7 +27,7 @@ from peft import LoraConfig
 from ..config import rank_and_alpha
 from ..experts import ExpertsLayout
 from ..options import names_of
-from .adapter_file import AdapterFile, ExpertFactors, save_tensors
+from .adapter_file import AdapterFile, ExpertFactors, InMemory, save_config, save_tensors
 from .base_model import BaseModel
 from .check_non_expert import check_targeted
 from .foreign import LORA_B_ORDERS, ForeignAdapter
@@ -226,7 +226,7 @@ _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
 
 
-def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | None) -> None:
+def write_peft_lora(adapter: AdapterFile, directory: Path | InMemory, base: BaseModel | None) -> None:
     """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
 
     Ranks and alphas that differ between layers are kept as patterns, so that no factor is changed.
@@ -262,7 +262,7 @@ def write_peft_lora(adapter: AdapterFile, directory: Path, base: BaseModel | Non
             B = B.permute(1, 2, 0).reshape(B.shape[1], r * num_experts)
             tensors[f"{path}{segment}.lora_A.weight"], tensors[f"{path}{segment}.lora_B.weight"] = A, B
     save_tensors(directory, tensors)
-    _config(adapter).save_pretrained(directory)
+    save_config(directory, _config(adapter))
 
 
 def _config(adapter: AdapterFile) -> LoraConfig:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..config import MoeQLoraConfig
 from ..options import names_of
-from .adapter_file import AdapterFile, linear_scaling, save_tensors
+from .adapter_file import AdapterFile, InMemory, linear_scaling, save_config, save_tensors
 from .base_model import BaseModel
 from .gaps import exclude_pattern, find_gaps
 from .non_expert import A_SUFFIX, B_SUFFIX, Pair, adapted_layers, factor_pairs
@@ -110,7 +110,11 @@ def adapted_blocks(names: Iterable[str], base: BaseModel) -> list[int] | None:
 
 
 def save_lora(
-    directory: Path, tensors: dict[str, torch.Tensor], adapter: AdapterFile, targets: set[str], base: BaseModel
+    directory: Path | InMemory,
+    tensors: dict[str, torch.Tensor],
+    adapter: AdapterFile,
+    targets: set[str],
+    base: BaseModel,
 ) -> None:
     """Writes the two files of a LoRA adapter.
 
@@ -123,10 +127,11 @@ def save_lora(
     """
     config, blocks = adapter.config, adapted_blocks(tensors, base)
     save_tensors(directory, tensors)
-    LoraConfig(
+    written = LoraConfig(
         **{name: getattr(config, name) for name in names_of(is_written=True)},
         target_modules=sorted(targets),
         layers_to_transform=blocks,
         exclude_modules=exclude_pattern(find_gaps(adapter, base, blocks), base),
         inference_mode=True,
-    ).save_pretrained(directory)
+    )
+    save_config(directory, written)

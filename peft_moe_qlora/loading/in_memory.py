@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..experts import convert_experts
 from ..quantization import Format
+from ..sharded import refuse_fsdp1
 from .linear import keep_linear_as_stored
 from .quantization_config import MoeQuantizationConfig
 from .quantizer import MoeQuantizer
@@ -44,9 +45,10 @@ class UnsavableQuantizer(ExpertsQuantizer):
 
     Args:
         inner: the quantizer that the model was loaded with.
+        is_packed: whether the experts are.
     """
 
-    def __init__(self, inner: HfQuantizer | None) -> None:
+    def __init__(self, inner: HfQuantizer | None, is_packed: bool) -> None:
         config = QuantizationConfigMixin(None) if inner is None else copy.copy(inner.quantization_config)
         # transformers' refusal quotes this
         config.quant_method = (
@@ -55,12 +57,15 @@ class UnsavableQuantizer(ExpertsQuantizer):
         )
         super().__init__(config)
         self.inner = inner
+        self.is_packed = is_packed
 
     def is_serializable(self) -> bool:
         return False
 
     @property
     def is_trainable(self) -> bool:
+        if self.is_packed:
+            refuse_fsdp1()
         return self.inner is None or self.inner.is_trainable
 
 
@@ -88,7 +93,7 @@ def register_storage(model: nn.Module, storage: Format | None) -> None:
         if storage is not None and (quantizer is None or isinstance(quantizer, Bnb4BitHfQuantizer)):
             part.hf_quantizer = InMemoryQuantizer(quantizer, storage)
         else:
-            part.hf_quantizer = UnsavableQuantizer(quantizer)
+            part.hf_quantizer = UnsavableQuantizer(quantizer, storage is not None)
         if storage is not None:
             # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
             part.is_loaded_in_4bit = True

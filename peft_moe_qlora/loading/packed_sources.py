@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from transformers.core_model_loading import Transpose, WeightConverter
@@ -10,6 +11,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from ..quantization import Format, QuantizedStack, Stack
 from .checkpoint import Checkpoint, CheckpointError
 from .disk import PackedTensor
+from .part_of_experts import Part
 from .sources import Source, Sources, Target, check_expert_ids, misfit, num_targets
 
 _REARRANGING = ("MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionExperts")
@@ -112,20 +114,26 @@ class PackedSource(Source):
     def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
         return self.target.empty_stack(self.storage, dtype, self.is_transposed)
 
-    def fill(self, stack: QuantizedStack, checkpoint: Checkpoint) -> None:
-        for expert, tensors in enumerate(self.read_each(checkpoint)):
+    def fill(self, stack: QuantizedStack, checkpoint: Checkpoint, part: Part | None = None) -> None:
+        experts = self._experts(stack, part)
+        for expert, tensors in zip(experts, self.read_each(checkpoint, experts)):
             stack.set_tensors(expert, tensors)
 
-    def read_each(self, checkpoint: Checkpoint) -> Iterator[dict[str, torch.Tensor]]:
+    def read_each(self, checkpoint: Checkpoint, experts: range | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """What is stored of each expert, by the format's names, on the CPU.
+
+        Args:
+            checkpoint: where the keys are.
+            experts: their numbers; None for all.
 
         Raises:
             CheckpointError: see `PackedTensor.read`.
         """
+        experts = range(self.target.num_experts) if experts is None else experts
         if self.is_fused:
-            yield from self.lists[0][0].read_each(checkpoint)
+            yield from islice(self.lists[0][0].read_each(checkpoint), experts.start, experts.stop)
             return
-        for expert in range(self.target.num_experts):
+        for expert in experts:
             parts = [tensors[self.first_expert + expert].read(checkpoint) for tensors in self.lists]
             yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -144,11 +152,12 @@ class RequantizedSource(Source):
     def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
         return self.target.empty_stack_as_declared(storage, dtype)
 
-    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
+    def fill(self, stack: Stack, checkpoint: Checkpoint, part: Part | None = None) -> None:
+        device, experts = (part and part.device) or stack.device, self._experts(stack, part)
         storage, is_transposed = self.packed.storage, self.packed.is_transposed
         rows, columns = self.target.stored_shape(is_transposed)[1:]
-        for expert, tensors in enumerate(self.packed.read_each(checkpoint)):
-            on_device = {name: tensor[None].to(stack.device) for name, tensor in tensors.items()}
+        for expert, tensors in zip(experts, self.packed.read_each(checkpoint, experts)):
+            on_device = {name: tensor[None].to(device) for name, tensor in tensors.items()}
             matrix = storage.dequantize(on_device, rows, columns, stack.dtype, self.target.parts)[0]
             try:
                 stack.set_expert(expert, matrix if is_transposed == stack.is_transposed else matrix.T)

@@ -27,6 +27,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..experts import SHARD_LATER, QuantizedExperts, refuse_unsupported
 from ..quantization import Format, Stack, parse_format
+from ..sharded import refuse_fsdp1
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError, stored_quantization
 from .disk import quant_method
@@ -315,6 +316,7 @@ class MoeQuantizer(ExpertsQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        refuse_fsdp1()  # asked by a Trainer when it has set accelerate up
         return True
 
     def get_state_dict_and_metadata(
@@ -325,6 +327,8 @@ class MoeQuantizer(ExpertsQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # transformers saves the adapter alone, and knows it by the names that the model has
         _refuse_saving_adapters(model)
+        for _, experts, _ in quantized_stacks(model):
+            experts.check_complete()
         model.config.quantization_config = self.quantization_config  # a part has a config of its own
         # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
         # them, and nothing is left for it to undo

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter
 
 from ..quantization import QUANTIZABLE_DTYPES, DenseStack, Format, QuantizedStack, Stack
 from .checkpoint import Checkpoint, CheckpointError
+from .part_of_experts import Part
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,21 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
-        """Reads and stores one expert after the other."""
+    def fill(self, stack: Stack, checkpoint: Checkpoint, part: Part | None = None) -> None:
+        """Reads and stores one expert after the other.
+
+        Args:
+            stack: on a real device.
+            checkpoint: where the keys are.
+            part: which of the experts; None for all.
+        """
+
+    def _experts(self, stack: Stack, part: Part | None) -> range:
+        """The numbers of those that are read, which the stack remembers."""
+        if part is None:
+            return range(self.target.num_experts)
+        stack.experts_read = part.experts(self.target.num_experts)
+        return stack.experts_read
 
 
 class NativeSource(Source):
@@ -134,7 +148,7 @@ class NativeSource(Source):
                     f"{parameter.dtype} {list(parameter.shape)} was expected."
                 )
 
-    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
+    def fill(self, stack: Stack, checkpoint: Checkpoint, part: Part | None = None) -> None:
         if self.is_shared:
             self.copy_into(stack, checkpoint)
 
@@ -237,9 +251,10 @@ class DenseSource(Source):
     def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
         return self.target.empty_stack_as_declared(storage, dtype)
 
-    def fill(self, stack: Stack, checkpoint: Checkpoint) -> None:
-        for expert in range(self.target.num_experts):
-            matrix = self.read_expert(expert, checkpoint).to(stack.device, stack.dtype)
+    def fill(self, stack: Stack, checkpoint: Checkpoint, part: Part | None = None) -> None:
+        device = (part and part.device) or stack.device
+        for expert in self._experts(stack, part):
+            matrix = self.read_expert(expert, checkpoint).to(device, stack.dtype)
             if stack.is_transposed != self.target.is_transposed:
                 matrix = matrix.T
             try:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..experts import QuantizedExperts, find_experts, read_layout
 from ..quantization import QUANTIZABLE_DTYPES, Format, Stack
 from .checkpoint import Checkpoint
+from .part_of_experts import current_part
 from .sources import NativeSource, Source, Sources
 
 
@@ -93,8 +94,8 @@ def in_order_of_reading(sources: Sources, checkpoint: Checkpoint) -> list[tuple[
 def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, progressbar: bool = True) -> None:
     """Reads, quantizes and stores all experts, on the devices where their stacks are.
 
-    At most one expert is in 16 bits at a time. Values are cast to the model's dtype before they are quantized, as if
-    the model had been loaded in it.
+    Under `read_part_of_experts`, those of this process only. At most one expert is in 16 bits at a time. Values are
+    cast to the model's dtype before they are quantized, as if the model had been loaded in it.
 
     Args:
         model: with the modules of `attach_empty_experts`, their stacks on real devices.
@@ -107,7 +108,7 @@ def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, pro
     """
     order = in_order_of_reading(sources, checkpoint)
     for path, projection in tqdm(order, desc="Quantizing experts", unit="stack", disable=not progressbar or not order):
-        sources[path][projection].fill(model.get_submodule(path).stack(projection), checkpoint)
+        sources[path][projection].fill(model.get_submodule(path).stack(projection), checkpoint, current_part())
 
 
 def planned_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

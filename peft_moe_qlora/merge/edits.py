@@ -24,6 +24,8 @@ from ..quantization import Format, QuantizedStack
 from ..targets import UNTIE
 
 ONTO = ("quantized", "base")
+"""The weights that a delta can be added to: as training saw them, or the checkpoint's own."""
+
 _STACKS_AT_A_TIME = 4
 _REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."
 
@@ -83,7 +85,7 @@ class StackEdit:
         exact = before
         if self.factors is not None:
             A, B = self.factors.A[expert].float(), self.factors.B[expert].float()
-            delta = self.factors.scaling * (B @ A)
+            delta = (self.factors.scaling * B) @ A  # in this order as in memory, to the same bits
             exact = before + (delta.T if is_transposed else delta)
         for part in self.source.parts_of_expert(expert, checkpoint, places):
             of_before = part.of(before)

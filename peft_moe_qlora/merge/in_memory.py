@@ -19,11 +19,13 @@ from ..experts import QuantizedExperts
 from ..layer import ExpertsLora
 from ..loading import cast_as_loaded, restore_experts, restore_linear
 from ..quantized_linear_lora import QuantizedLinearLora
+from ..sharded import engine_of
 from ..targets import UNTIE
 from .calibration import adapted_projections, config_with_vocabulary, merge_while_running, random_token_ids
 from .check import Reference, take_reference
 
 ROUNDINGS = ("second-order", "nearest")
+"""How merged experts become codes again."""
 
 
 def check_options(dtype: torch.dtype | None, rounding: str, calibration: torch.Tensor | None) -> None:
@@ -50,6 +52,20 @@ def check_options(dtype: torch.dtype | None, rounding: str, calibration: torch.T
         or not calibration.numel()
     ):
         raise ValueError("calibration has to be a tensor of token ids, (sequences, length), and not empty.")
+
+
+def refuse_taken_apart(model: nn.Module) -> None:
+    """Refuses to take layers away from a model that an engine shards, even while all of it is gathered.
+
+    Raises:
+        ValueError: names the engine.
+    """
+    engine = engine_of(model)
+    if engine is not None:
+        raise ValueError(
+            f"The model is sharded by {engine}, which runs and frees it layer by layer and would miss those that are "
+            "taken away. Save the adapter, load it onto its base in one process, and do it there."
+        )
 
 
 def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 from .unmerged import load_unmerged, plan_unmerged, read_windows
 
 LAYOUTS = ("native", "bitsandbytes", "base")
+"""The layouts that a quantized merge is written in."""
 
 
 def merge_quantized(

@@ -2,7 +2,7 @@
 
 from .fidelity import Fidelity
 from .format import Format, Spec, parse_format, register_format
-from .formats import FourBitFormat
+from .formats import BY_SIZE, FourBitFormat
 from .formats.four_bit import (
     BLOCKSIZES,
     QUANT_TYPES,
@@ -17,6 +17,7 @@ from .stack import DenseStack, QuantizedStack, Stack
 
 __all__ = [
     "BLOCKSIZES",
+    "BY_SIZE",
     "QUANTIZABLE_DTYPES",
     "QUANT_TYPES",
     "DenseStack",

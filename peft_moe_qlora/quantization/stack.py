@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
+from ..sharded import whole_shape
 from .decode_op import dequantize
 from .fidelity import Fidelity
 from .format import Format, Tensors
@@ -59,6 +60,8 @@ class Stack(nn.Module, ABC):
         """Of the stored weights to the exact merged ones; None if nothing was merged into fewer bits."""
         self.merge_notes: tuple[str, ...] = ()
         """What a reader of the merge's report should know of how this stack was rounded."""
+        self.experts_read: range | None = None
+        """Where only some experts were read, because others keep the rest: which. None for all."""
 
     @property
     def num_experts(self) -> int:
@@ -78,8 +81,8 @@ class Stack(nn.Module, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored, scales included."""
-        return sum(parameter.nbytes for parameter in self.parameters())
+        """Bytes of everything that is stored, scales included, here and by other processes."""
+        return sum(whole_shape(one).numel() * one.itemsize for one in self.parameters())
 
     @property
     def storage(self) -> Format | None:

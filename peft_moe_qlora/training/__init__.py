@@ -1,6 +1,8 @@
 """What a training needs beside the layers: a prepared model, the way its layers run, and looks at its gradients."""
 
 from ..ops import keep_experts
+from .ddp_broadcast import skip_broadcast
+from .fsdp2 import shard_layers
 from .gradient_watch import watch_gradients
 from .layer_runner import graphs_report, release_graphs
 from .liger_head import refuse_liger_head
@@ -17,5 +19,7 @@ __all__ = [
     "refuse_liger_head",
     "refuse_optimizers_of_matrices",
     "release_graphs",
+    "shard_layers",
+    "skip_broadcast",
     "watch_gradients",
 ]

@@ -42,6 +42,8 @@ class Backend(Protocol):
 
     def capture(self, work: Callable[[], None]) -> Replayable: ...
 
+    def why_no_room(self) -> str | None: ...
+
 
 class CudaBackend:
     """Captures on a stream of its own, into a pool that all of its graphs share."""
@@ -52,6 +54,8 @@ class CudaBackend:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.pool_bytes = 0
+        self._plain_peak = torch.cuda.max_memory_allocated(device)
         # a pool can't be used again after its last graph, be it that of a failed capture
         self._holds_pool = self.capture(lambda: torch.zeros(1, device=device))
 
@@ -67,6 +71,8 @@ class CudaBackend:
         """Runs what is to be captured, so that it compiles, loads and allocates before."""
         with self._on_stream():
             work()
+        # what plain steps and this one leave in torch's cache, the pool of graphs can't use
+        torch.cuda.empty_cache()
 
     def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of everything that `work` launches; nothing is computed yet.
@@ -75,6 +81,7 @@ class CudaBackend:
             RuntimeError: CUDA can't capture something of it, such as a copy to the host.
         """
         graph = torch.cuda.CUDAGraph()
+        reserved = torch.cuda.memory_reserved(self.device)
         with self._on_stream():
             try:
                 # other threads may allocate meanwhile, a data loader's for example
@@ -84,7 +91,18 @@ class CudaBackend:
                 self._end_failed(graph)
                 raise
             graph.capture_end()
+        self.pool_bytes += max(0, torch.cuda.memory_reserved(self.device) - reserved)
         return graph
+
+    def why_no_room(self) -> str | None:
+        """Why plain steps, whose gradients and optimizer come after a capture, may not fit beside the graphs."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
+        room = min(allowed, free + torch.cuda.memory_reserved(self.device))
+        if self._plain_peak + self.pool_bytes <= room:
+            return None
+        plain, graphs, room = (size / 2**30 for size in (self._plain_peak, self.pool_bytes, room))
+        return f"steps before took {plain:.2f} GiB, graphs take {graphs:.2f} more, and there are {room:.2f}"
 
     def _end_failed(self, graph: torch.cuda.CUDAGraph) -> None:
         try:

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 MOST_SHAPES = 8
 """Shapes of inputs that are captured in a model; each takes seconds, and memory."""
 
-OUT_OF_MEMORY = (
-    "the GPU has no room for graphs, which keep memory of their own; all were freed. Fewer tokens in a batch, a lower "
-    "rank or an optimizer in 8 bits make room"
+NO_ROOM = (
+    "the GPU has no room for graphs ({}); all were freed. Fewer tokens in a batch, a lower rank or an optimizer in 8 "
+    "bits make room"
 )
 
 MOST_CAPTURES = 8
@@ -60,7 +60,7 @@ class LayerGraphs:
     def forget(self) -> None:
         """Frees all graphs and their memory; layers are captured again when their shapes come again."""
         self.reasons: Counter[str] = Counter()
-        self._is_out_of_memory = False
+        self._no_room: str | None = None
         self._static = StaticTensors()
         self._backend: Backend | None = None
         self._captured: dict[tuple, CapturedLayer | str] = {}
@@ -100,8 +100,8 @@ class LayerGraphs:
 
     def _find(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str | None:
         """A captured layer, why there is none, or None where this call only warms up."""
-        if self._is_out_of_memory:
-            return OUT_OF_MEMORY
+        if self._no_room is not None:
+            return self._no_room
         inputs = (call.signature, *autocast_state().items())
         of_layer = (id(layer), inputs)
         key = (*of_layer, layer_state(layer))
@@ -114,13 +114,18 @@ class LayerGraphs:
             return f"{MOST_SHAPES} shapes of inputs are captured; pad or pack sequences to few lengths"
         if self._captures[of_layer] == MOST_CAPTURES:
             return "its parameters have moved or its adapters have changed too often"
-        try:
-            found = why_not_captured(layer) or self._capture(layer, function, call)
-        except torch.OutOfMemoryError:
-            # another try would fail again, and what is captured takes the room that plain layers need
-            self.forget()
-            self._is_out_of_memory = True
-            return OUT_OF_MEMORY
+        found = why_not_captured(layer)
+        if found is None:
+            try:
+                found = self._capture(layer, function, call)
+                no_room = self._backend.why_no_room()
+            except torch.OutOfMemoryError:
+                no_room = "a capture ran out of memory"
+            if no_room is not None:
+                # what is captured takes the room that plain layers need
+                self.forget()
+                self._no_room = NO_ROOM.format(no_room)
+                return self._no_room
         self._shapes.add(inputs)
         self._captures[of_layer] += 1
         self._captured[key] = found
@@ -153,6 +158,9 @@ class LayerGraphs:
 
 def why_not_captured(layer: nn.Module) -> str | None:
     """Why what a layer, or all of them, launch can't be captured."""
+    engine = engine_of(layer)
+    if engine is not None:  # it frees what a graph would read, and gathers it elsewhere
+        return f"its parameters are sharded by {engine}"
     for path, module in layer.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves its weights ({path or 'the layer itself'})"
@@ -164,8 +172,7 @@ def why_not_captured(layer: nn.Module) -> str | None:
             reason = _why_experts_copy(module)
             if reason is not None:
                 return f"its experts are computed one by one, {reason}"
-    engine = engine_of(layer)  # which frees what a graph would read, and gathers it elsewhere
-    return None if engine is None else f"its parameters are sharded by {engine}"
+    return None
 
 
 def _why_experts_copy(experts: QuantizedExperts) -> str | None:

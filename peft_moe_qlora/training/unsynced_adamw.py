@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from bitsandbytes.optim import AdamW8bit
+from torch.distributed.tensor import DTensor
 
 
 class UnsyncedAdamW8bit(AdamW8bit):
@@ -17,13 +18,18 @@ class UnsyncedAdamW8bit(AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One step of all parameters that have a gradient; returns what the closure does, which is called first."""
+        """One step of all parameters that have a gradient; returns what the closure does, which is called first.
+
+        Raises:
+            ValueError: parameters are sharded over processes.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self.initialized:
             self.check_overrides()
+            self._refuse_sharded()
             self.initialized = True
         for group_number, group in enumerate(self.param_groups):
             for number, parameter in enumerate(group["params"]):
@@ -32,3 +38,10 @@ class UnsyncedAdamW8bit(AdamW8bit):
                         self.init_state(group, parameter, group_number, number)
                     self.update_step(group, parameter, group_number, number)
         return loss
+
+    def _refuse_sharded(self) -> None:
+        if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
+            raise ValueError(
+                f"{type(self).__name__} can't step parameters that are sharded over processes (FSDP2), as none of "
+                "bitsandbytes' optimizers can. Use torch.optim.AdamW, whose states are sharded too."
+            )

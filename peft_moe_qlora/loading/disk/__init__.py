@@ -47,8 +47,12 @@ def layouts_of(declared: dict[str, Any] | None) -> list[DiskLayout]:
     return found
 
 
+PACKS_ALL_EXPERTS = {"mxfp4": "mxfp4"}
+"""`quant_method` that says without a look at the tensors that all experts are packed -> their format."""
+
 __all__ = [
     "LAYOUTS",
+    "PACKS_ALL_EXPERTS",
     "BitsAndBytesLayout",
     "DiskLayout",
     "PackedIndex",

@@ -7,4 +7,7 @@ from .int8 import Int8Format
 from .mxfp4 import Mxfp4Format
 from .nvfp4 import Nvfp4Format
 
-__all__ = ["FourBitFormat", "Fp8Format", "Int4Format", "Int8Format", "Mxfp4Format", "Nvfp4Format"]
+BY_SIZE = ("fp8/128x128", "nf4/64", "nf4/64+dq")
+"""Storages that weights in 16 bits can be put into, ever smaller; see `parse_format`."""
+
+__all__ = ["BY_SIZE", "FourBitFormat", "Fp8Format", "Int4Format", "Int8Format", "Mxfp4Format", "Nvfp4Format"]

@@ -1,0 +1,78 @@
+"""Models by name, and the sizes of whatever a command names: a checkpoint, a config.json, or such a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ...quantization import parse_format
+from ..disk import PACKS_ALL_EXPERTS
+from ..finder import stack_targets
+from ..load import quantization_of
+from .opened import OpenedCheckpoint, empty_model
+from .sizes import DTYPE, ModelSizes, sizes_of
+
+_FILE = Path(__file__).with_name("known_models.json")
+
+
+@cache
+def known_models() -> Mapping[str, dict[str, Any]]:
+    """Name on the hub -> sizes in its config.json; `model_type` and, where it is packed, `quantization_config` too."""
+    return MappingProxyType(json.loads(_FILE.read_text(encoding="utf-8")))
+
+
+def read_sizes(model: str | Path) -> tuple[str, ModelSizes]:
+    """What to load the model by, and its sizes; no weight is read.
+
+    Args:
+        model: directory of a checkpoint, a config.json or a directory with nothing else, or a name of `known_models`,
+            in capitals or not, with or without its organization.
+
+    Raises:
+        CheckpointError: see `OpenedCheckpoint.open`.
+        ValueError: it is none of these, has no routed experts, or its config alone doesn't say how it is packed.
+    """
+    path = Path(model)
+    if path.is_dir() and (any(path.glob("*.safetensors")) or not (path / "config.json").is_file()):
+        return str(model), OpenedCheckpoint.open(path).sizes()
+    if path.exists():
+        return str(path.parent if path.is_file() else path), _sizes_of_config(AutoConfig.from_pretrained(path), path)
+    name = _find(str(model))
+    values = dict(known_models()[name])
+    return name, _sizes_of_config(AutoConfig.for_model(values.pop("model_type"), **values), name)
+
+
+def _find(model: str) -> str:
+    names = {spelling: name for name in known_models() for spelling in (name.lower(), name.lower().split("/")[1])}
+    if model.lower() in names:
+        return names[model.lower()]
+    close = list(dict.fromkeys(names[one] for one in get_close_matches(model.lower(), names, n=6, cutoff=0.5)))
+    like = f"Known names like it: {', '.join(close)}" if close else f"Known names: {', '.join(known_models())}"
+    raise ValueError(
+        f"{model} is no directory of a checkpoint, no config.json, and no name of a known model. {like}. For another "
+        "model download its config.json, and give the path of that."
+    )
+
+
+def _sizes_of_config(config: PreTrainedConfig, place: str | Path) -> ModelSizes:
+    """Experts and linear layers are taken to be in 16 bits, but for gpt-oss, whose experts are in MXFP4."""
+    found = quantization_of(config)
+    model = empty_model(config)
+    if found is None:
+        return sizes_of(model)
+    if found.get("quant_method") not in PACKS_ALL_EXPERTS:
+        raise ValueError(
+            f"{place} declares quant_method={found.get('quant_method')!r}, and which weights are packed is known by "
+            "the tensors alone. Give the directory of the checkpoint, or a config.json without quantization_config "
+            "for what it takes to store the experts anew."
+        )
+    storage = parse_format(PACKS_ALL_EXPERTS[found["quant_method"]])
+    stored = {target.name: target.empty_stack_as_declared(storage, DTYPE).nbytes for target in stack_targets(model)}
+    return sizes_of(model, stored, may_repack=True, packed_as=storage)

@@ -1,0 +1,67 @@
+"""Which experts a process reads, where several share a model by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a process.
+
+    Args:
+        rank: of the process, from 0.
+        world_size: number of processes that share the model.
+        device: on which experts are quantized; None for where they are put.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device | None = None
+
+    def experts(self, num_experts: int) -> range:
+        """Those that `Shard(0)` leaves to this process, as `torch.chunk` cuts."""
+        size = -(-num_experts // self.world_size)
+        return range(min(self.rank * size, num_experts), min((self.rank + 1) * size, num_experts))
+
+
+_PART: ContextVar[Part | None] = ContextVar("part of the experts", default=None)
+
+
+@contextmanager
+def read_part_of_experts(rank: int, world_size: int, device: torch.device | str | None = None) -> Iterator[None]:
+    """Lets models that are loaded inside read only the experts that this process keeps under FSDP2.
+
+    Load with `device_map="cpu"`: there, memory of experts that are not read is never touched. Then add the adapter and
+    shard the model by `fully_shard`, with its default placement, or let accelerate do it, with
+    `fsdp_cpu_ram_efficient_loading: false`. Before it is sharded, the model can't be called.
+
+    Weights that this package has saved in their storage are read whole.
+
+    Args:
+        rank: of this process among those that share the model.
+        world_size: their number.
+        device: on which experts are quantized, such as `"cuda"`. Default: the CPU.
+
+    Raises:
+        ValueError: the rank is not one of so many.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank={rank} was given for {world_size} processes; one from 0 to {world_size - 1} was expected."
+        )
+    token = _PART.set(Part(rank, world_size, None if device is None else torch.device(device)))
+    try:
+        yield
+    finally:
+        _PART.reset(token)
+
+
+def current_part() -> Part | None:
+    """What is to be read here and now; None for all."""
+    return _PART.get()

@@ -1,0 +1,65 @@
+"""Spares DistributedDataParallel the broadcast of packed weights that every process has read from the same file."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_CHUNK = 2**24
+"""Bytes that are summed at a time, as eight times as many."""
+
+
+@torch.no_grad()
+def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
+    """Lets `DistributedDataParallel(model)` leave out packed weights that are the same in all processes.
+
+    It sends all parameters of the first process to the others when it is made, frozen ones too. Packed weights are
+    integers, which nothing trains; sums over them are compared, and what differs is sent as ever, with a warning. Call
+    it in all processes when the group is there (making `TrainingArguments` sees to that), on what is going to be
+    wrapped, adapters included; a Trainer wraps what it is given.
+
+    Args:
+        model: not wrapped yet.
+        process_group: that it will be wrapped for. Default: all processes.
+
+    Returns:
+        Number of bytes that are not sent.
+
+    Raises:
+        RuntimeError: there is no process group.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "There is no process group yet, so that weights can't be compared between processes. Make "
+            "TrainingArguments first, or call torch.distributed.init_process_group."
+        )
+    integers = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_floating_point()}
+    found = {name: _digest(tensor) for name, tensor in integers.items()}
+    of_all: list[dict[str, tuple] | None] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(of_all, found, group=process_group)
+    equal = [name for name in integers if all(one.get(name) == found[name] for one in of_all)]
+    different = [name for name in integers if name not in equal]
+    if different:
+        warnings.warn(
+            f"{len(different)} packed weights are not the same in all processes, {different[0]} among them, and are "
+            "broadcast. Let all processes load the same checkpoint on the same kind of device.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, equal)
+    return sum(integers[name].nbytes for name in equal)
+
+
+def _digest(tensor: torch.Tensor) -> tuple:
+    """Dtype, shape and two sums, one of them over products with the places, that a changed or moved value changes."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    plain = weighted = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK].long()
+        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+        plain, weighted = plain + part.sum(), weighted + (part * places).sum()
+    return str(tensor.dtype), tuple(tensor.shape), int(plain), int(weighted)

@@ -1,0 +1,173 @@
+"""TRL's online trainers with vLLM generating: what is pushed into the engine are the merged weights, in its names.
+
+Needs TRL and vLLM, and isn't imported by the package. TRL's own push merges in the storage of the experts and sends
+codes, which no engine takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer, RLOOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+
+from ..merge import LiveWeights
+
+
+def load_into_vllm(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Puts weights in the place of those that a running engine has.
+
+    Args:
+        llm: a `vllm.LLM` in this process: `distributed_executor_backend="external_launcher"`, as TRL starts it, or
+            `VLLM_ENABLE_V1_MULTIPROCESSING=0`.
+        weights: key in the checkpoint -> tensor, such as `LiveWeights`; all of a layer that the engine has joined.
+
+    Raises:
+        ValueError: the engine is in another process.
+    """
+    executor = getattr(llm.llm_engine, "model_executor", None)
+    if executor is None:
+        raise ValueError(
+            "The engine runs in a process of its own, to which weights can't be handed. Start it with "
+            "distributed_executor_backend='external_launcher', or with VLLM_ENABLE_V1_MULTIPROCESSING=0."
+        )
+    with _kernels_made_anew(executor.driver_worker.model_runner.get_model()):
+        # not the model's own `load_weights`: what the engine has rearranged for its kernels is rearranged again
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    llm.reset_prefix_cache()
+
+
+@contextmanager
+def _kernels_made_anew(model: nn.Module) -> Iterator[None]:
+    """On a CPU vLLM 0.32 packs experts only where it makes their kernel, which it does where there is none yet."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    kernels = {method: method.moe_kernel for method in methods if on_cpu and getattr(method, "moe_kernel", None)}
+    for method in kernels:
+        method.moe_kernel = None
+    try:
+        yield
+    finally:
+        for method, kernel in kernels.items():
+            if method.moe_kernel is None:  # nothing was loaded there
+                method.moe_kernel = kernel
+
+
+class LiveVllmGeneration(VLLMGeneration):
+    """Generates with vLLM, in this process or on a server, and pushes `LiveWeights` into it.
+
+    At first all weights are pushed, since the engine has loaded the base as it was before it was quantized, and then
+    what the adapters change. An engine that sleeps loses its weights and gets all each time.
+
+    Args:
+        llm: the engine, for one that TRL's arguments don't describe. Default: TRL starts it.
+        kwargs: of `VLLMGeneration`.
+    """
+
+    def __init__(self, *, llm: Any = None, **kwargs: Any) -> None:
+        self._given = llm
+        self._live: dict[bool, LiveWeights] = {}
+        self._metadata: dict[bool, list] = {}
+        self._only_adapted = False
+        super().__init__(**kwargs)
+
+    def _init_vllm(self) -> None:
+        if self._given is not None:
+            self.llm, self._llm_weights_sleeping = self._given, False
+            return
+        model = self.model
+        # TRL looks for layers of bitsandbytes, and would have vLLM quantize likewise
+        self.model = _Named(model.name_or_path)
+        try:
+            super()._init_vllm()
+        finally:
+            self.model = model
+
+    def sync_weights(self) -> None:
+        if self.mode != "colocate":
+            self._weight_metadata = self._metadata.get(self._only_adapted)
+            super().sync_weights()
+            self._metadata[self._only_adapted] = self._weight_metadata
+        else:
+            if self.enable_sleep_mode:
+                torch.cuda.empty_cache()
+                self.llm.wake_up(tags=["weights"])
+                self._llm_weights_sleeping = False
+            load_into_vllm(self.llm, self._iter_named_params())
+        self._only_adapted = not self.enable_sleep_mode
+
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._only_adapted not in self._live:
+            self._live[self._only_adapted] = LiveWeights(self.model, only_adapted=self._only_adapted)
+        return iter(self._live[self._only_adapted])
+
+
+class _Named(nn.Module):
+    """Stands for the model where an engine is started."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name_or_path = name
+
+
+class _WithLiveVllm:
+    """Goes before one of TRL's trainers, which makes its `VLLMGeneration` in its constructor."""
+
+    logprobs: int | None = 0
+
+    def __init__(self, *positional: Any, llm: Any = None, **kwargs: Any) -> None:
+        args = kwargs.get("args")
+        if args is None or not args.use_vllm:
+            raise ValueError(f"{type(self).__name__} generates with vLLM: pass args=...Config(use_vllm=True).")
+        if getattr(args, "loss_type", None) == "vespo":
+            raise ValueError("loss_type='vespo' is not tested with live weights. Choose another loss.")
+        # otherwise TRL would start the engine for its own push
+        args.use_vllm = False
+        try:
+            super().__init__(*positional, **kwargs)
+        finally:
+            args.use_vllm = True
+        self.use_vllm = True
+        self._last_loaded_step = -1
+        self.vllm_generation = LiveVllmGeneration(
+            llm=llm,
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            mode=args.vllm_mode,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            group_port=args.vllm_group_port,
+            server_timeout=args.vllm_server_timeout,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            max_completion_length=self.max_completion_length,
+            logprobs=self.logprobs,
+            generation_kwargs=args.generation_kwargs,
+        )
+
+
+class LiveVllmGRPOTrainer(_WithLiveVllm, GRPOTrainer):
+    """`GRPOTrainer` with a model of this package and `use_vllm=True`; `args` by name, and `llm` as above."""
+
+
+class LiveVllmRLOOTrainer(_WithLiveVllm, RLOOTrainer):
+    """`RLOOTrainer` with a model of this package and `use_vllm=True`; `args` by name, and `llm` as above."""
+
+    logprobs = None

@@ -1,0 +1,234 @@
+"""A short training of a tiny model, by one process or by several that share its batches, and ways to start these."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from calling_backend import CallingBackend
+from peft import PeftModel, get_peft_model
+from quantized_linears import FP8, store_attention
+from tiny_models import randomize_adapter, tiny_model, token_ids
+from torch import nn
+from transformers import AutoModelForCausalLM, logging
+
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training
+from peft_moe_qlora.quantization import Format
+from peft_moe_qlora.training import UnsyncedAdamW8bit, layer_runner
+
+WORLD = 2
+BATCH = 4
+STEPS = 3
+PACKED = (".codes", "absmax", ".offset")
+
+Bytes = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a model is stored and trained.
+
+    Args:
+        prepare: arguments of `prepare_model_for_training`.
+        double_quant: of the experts.
+        quantize_linear: attention in 4 bits by bitsandbytes.
+        linear_storage: of attention, by this package.
+        dtype: of the model.
+        optimizer: of the factors.
+        by_graphs: whether layers are to be captured, which calls stand in for.
+        expert_r: rank of experts.
+    """
+
+    prepare: dict[str, Any] = field(default_factory=lambda: {"use_gradient_checkpointing": False})
+    double_quant: bool = False
+    quantize_linear: bool = False
+    linear_storage: Format | None = None
+    dtype: torch.dtype = torch.float32
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+    by_graphs: bool = False
+    expert_r: int = 4
+
+
+@dataclass
+class Run:
+    """What came out of a training.
+
+    Args:
+        losses: of all processes together.
+        norms: of the gradients.
+        factors: name -> whole factor.
+        is_packed_the_same: whether codes and scales are bit for bit those of before.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    factors: Bytes
+    is_packed_the_same: bool
+
+
+CASES = {
+    "plain": Case(),
+    "double_quant, checkpointing": Case({"use_gradient_checkpointing": True}, double_quant=True),
+    "keep-experts": Case({"use_gradient_checkpointing": "keep-experts"}),
+    "reentrant": Case({"use_gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    "graphs": Case({"use_gradient_checkpointing": True, "cuda_graphs": True}, by_graphs=True),
+    "4-bit linear": Case(quantize_linear=True),
+    "fp8 linear": Case(linear_storage=FP8),
+    # states of fewer than 4096 values are in 32 bits
+    "8-bit AdamW": Case(optimizer=UnsyncedAdamW8bit, expert_r=16),
+}
+
+
+def write_checkpoint(directory: Path, **sizes: int) -> None:
+    tiny_model(std=0.08, **sizes).save_pretrained(directory)
+
+
+def build(directory: Path, case: Case) -> PeftModel:
+    """The same model and adapter in all processes."""
+    storage = MoeQuantizationConfig(quantize_linear=case.quantize_linear, double_quant=case.double_quant)
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=case.dtype, quantization_config=storage)
+    if case.linear_storage is not None:
+        store_attention(base, case.linear_storage)
+    prepare_model_for_training(base, **case.prepare)
+    return adapted(base, case)
+
+
+def adapted(base: nn.Module, case: Case) -> PeftModel:
+    config = MoeQLoraConfig(
+        r=4,
+        expert_r=case.expert_r,
+        target_modules=["experts", "q_proj", "v_proj"],
+        double_quant=case.double_quant,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    randomize_adapter(model, std=0.05)
+    return model.train()
+
+
+def batch(step: int, rank: int, world: int) -> torch.Tensor:
+    """A process's share of a batch, in the order in which it is dealt out."""
+    ids = token_ids(batch=BATCH * STEPS)[step * BATCH :][:BATCH]
+    return ids[rank * BATCH // world : (rank + 1) * BATCH // world]
+
+
+def trained(model: PeftModel) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    found = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found.detach().clone()
+
+
+def packed(model: nn.Module) -> Bytes:
+    return {name: whole(one) for name, one in model.named_parameters() if name.endswith(PACKED)}
+
+
+def factors(model: nn.Module) -> Bytes:
+    return {name: whole(one) for name, one in model.named_parameters() if ".lora_" in name}
+
+
+def saved_keys(found: Bytes) -> Bytes:
+    """Factors by the names that they have in a file."""
+    return {name.replace(".default.", "."): one for name, one in found.items()}
+
+
+def train(model: PeftModel, case: Case, called: nn.Module | None = None, rank: int = 0, world: int = 1) -> Run:
+    """Some steps.
+
+    Args:
+        model: with its adapter.
+        case: how.
+        called: what is called, the model by default.
+        rank: of this process.
+        world: number of processes.
+    """
+    before = packed(model)
+    optimizer = case.optimizer(trained(model), lr=1e-2)
+    losses, norms = [], []
+    for step in range(STEPS):
+        ids = batch(step, rank, world)
+        loss = (called or model)(input_ids=ids, labels=ids).loss
+        loss.backward()
+        norms.append(float(whole(nn.utils.clip_grad_norm_(trained(model), 1.0))))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach().clone())
+        if world > 1:
+            dist.all_reduce(losses[-1])
+    after = packed(model)
+    is_same = before.keys() == after.keys() and all(torch.equal(after[name], one) for name, one in before.items())
+    return Run([float(loss) / world for loss in losses], norms, factors(model), bool(before) and is_same)
+
+
+def assert_same_training(found: Run, expected: Run) -> None:
+    for name in ("losses", "norms"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    # AdamW divides by roots of squared gradients, which for a few values are rounding alone; a step is 1e-2
+    torch.testing.assert_close(found.factors, expected.factors, rtol=0, atol=1e-3)
+    difference = sum((found.factors[name] - one).square().sum() for name, one in expected.factors.items())
+    assert difference < 1e-8 * sum(one.square().sum() for one in expected.factors.values())
+    assert found.is_packed_the_same
+    assert expected.is_packed_the_same
+
+
+@contextmanager
+def graphs_by_calling(case: Case) -> Iterator[None]:
+    """Lets calls stand in for CUDA's captures while a model is prepared."""
+    before = layer_runner.GRAPHS_BACKEND
+    if case.by_graphs:
+        layer_runner.GRAPHS_BACKEND = CallingBackend
+    try:
+        yield
+    finally:
+        layer_runner.GRAPHS_BACKEND = before
+
+
+def alone(directory: Path, case: Case) -> Run:
+    with graphs_by_calling(case):
+        return train(build(directory, case), case)
+
+
+def start(work: Callable[[int, Path], None], directory: Path) -> None:
+    """Runs a function of a module in processes of one group; its arguments are its rank and the directory."""
+    mp.spawn(_in_group, (work, directory), nprocs=WORLD)
+
+
+def launch(config: str, script: str, *arguments: object) -> None:
+    """Runs a script of this folder by `accelerate launch` with one of the example configs."""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(_free_port())]
+    command += ["--config_file", str(tests.parent / "examples" / "configs" / config), str(tests / script)]
+    paths = [str(tests.parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def _in_group(rank: int, work: Callable[[int, Path], None], directory: Path) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    store = directory / f"{work.__name__}.store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        work(rank, directory)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""The page docs/models.md, made of the models that test_every_type.py trains and merges.
+
+`python tests/model_table.py` writes it, with transformers 5.24, in which all of them are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shrunken_models import MODEL_TYPES, shrunken_model
+from test_every_type import TIED
+
+from peft_moe_qlora.experts import ALWAYS_ON_CLASSES, UNSUPPORTED_CLASSES, ExpertsLayout, find_experts, read_layout
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+
+def layout_in_words(layout: ExpertsLayout) -> str:
+    """What sets a class apart, in the terms of its declarations."""
+    words = ["`(E, in, out)`" if layout.is_transposed else "`(E, out, in)`"]
+    if not layout.has_gate:
+        words.append("no gate")
+    elif not layout.is_concatenated:
+        words.append("gate and up interleaved")
+    if layout.has_bias:
+        words.append("biases")
+    if layout.has_post_expert_norm:
+        words.append("a norm after the experts")
+    return ", ".join(words)
+
+
+def row(model_type: str) -> str:
+    model = shrunken_model(model_type, "meta")
+    layouts = [read_layout(module, path) for path, module in find_experts(model)]
+    classes = ", ".join(f"`{name}`" for name in dict.fromkeys(layout.class_name for layout in layouts))
+    words = "; ".join(dict.fromkeys(map(layout_in_words, layouts)))
+    merge = "experts only, in memory into 16 bits" if model_type in TIED else "yes"
+    return f"| `{model_type}` | `{type(model).__name__}` | {classes} | {words} | yes | {merge} |"
+
+
+def documentation() -> str:
+    """The page."""
+    refused = [
+        f"| `{name}` | {reason} |"
+        for name, reason in sorted(UNSUPPORTED_CLASSES.items())
+        if name not in ALWAYS_ON_CLASSES
+    ]
+    lines = [
+        "# Models",
+        "",
+        "Written by `python tests/model_table.py` with transformers 5.24. `tests/test_every_type.py` builds a small",
+        'model of each type, adapts it with `target_modules="all-linear"`, and checks that every factor gets a',
+        "gradient, that every factor moves, and that the merged model computes what the adapted model computes.",
+        "",
+        "Every class that declares its layout with transformers' `@use_experts_implementation` is supported, a class",
+        "of your own included. Llama 4 declares nothing; its layout is described in this package. Nothing is inferred",
+        "from a shape.",
+        "",
+        "| `model_type` | model | experts class | layout | train | merge |",
+        "|--|--|--|--|--|--|",
+        *map(row, sorted(MODEL_TYPES)),
+        "",
+        "## Not supported",
+        "",
+        "These classes are rejected by name:",
+        "",
+        "| experts class | reason |",
+        "|--|--|",
+        *refused,
+        "",
+        f"{', '.join(f'`{name}`' for name in sorted(ALWAYS_ON_CLASSES))} is not routed: it stays in 16 bits, without",
+        "an adapter, beside the routed experts of its model.",
+        "",
+        "## Layers that LoRA cannot train",
+        "",
+        'Some layers look like linear layers, but LoRA on them has no effect or no gradient. `"all-linear"` leaves',
+        "them out; naming one is an error. They are the indexers of sparse attention, Jamba's `dt_proj`, the Mamba",
+        "`out_proj` of NemotronH and Granite, DeepSeek-V4's `o_a_proj`, and convolutions whose weights kernels read",
+        "directly. The list with the reasons is [unadaptable.py](../peft_moe_qlora/unadaptable.py).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(documentation(), encoding="utf-8")

@@ -1,0 +1,87 @@
+"""The page docs/trainers.md: each row names the test that runs the trainer.
+
+`python tests/trainer_table.py` writes it. A row whose test is gone is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "trainers.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trainer, or a way to run one.
+
+    Args:
+        name: for the table.
+        test: `file.py::function` that runs it.
+        what: what the test holds.
+    """
+
+    name: str
+    test: str
+    what: str
+
+
+ROWS = (
+    Row(
+        "transformers `Trainer`",
+        "test_saving.py::test_trainer_resumes_where_it_stopped",
+        "a run resumed from a checkpoint ends with the same factors",
+    ),
+    Row(
+        "transformers `Trainer`, CUDA graphs",
+        "test_layer_runs.py::test_trainer",
+        "accumulates, evaluates and resumes; losses are bit-identical to those without graphs",
+    ),
+    Row("TRL `SFTTrainer`", "test_trl.py::after_sft", "trains every factor; stored codes stay bit-identical"),
+    *(
+        Row(
+            f"TRL `{kind}Trainer`",
+            "test_trl.py::test_the_reference_is_the_policy_and_stays",
+            "the reference adapter equals the policy at the start and does not change",
+        )
+        for kind in ("DPO", "KTO", "GRPO", "RLOO")
+    ),
+    Row(
+        "TRL `RewardTrainer`",
+        "test_trl.py::test_a_reward_model_trains_its_head_and_its_experts",
+        "trains the head and the experts",
+    ),
+    Row("Liger", "test_liger.py", "same losses and gradients with `use_liger_kernel=True`; [details](liger.md)"),
+)
+
+
+def check(row: Row) -> None:
+    """Raises ValueError where the test of a row is not there."""
+    file, _, function = row.test.partition("::")
+    names = {node.name for node in ast.parse((TESTS / file).read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    if function and function not in names:
+        raise ValueError(f"tests/{file} has no {function}, which the row {row.name!r} of {Path(__file__).name} names.")
+
+
+def documentation() -> str:
+    """The page."""
+    for row in ROWS:
+        check(row)
+    lines = [
+        "# Trainers",
+        "",
+        "Written by `python tests/trainer_table.py`; each row names the test that runs it.",
+        "",
+        "| trainer | what the test checks | test |",
+        "|--|--|--|",
+    ]
+    for row in ROWS:
+        file, _, function = row.test.partition("::")
+        lines.append(f"| {row.name} | {row.what} | [`{function or file}`](../tests/{file}) |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(documentation(), encoding="utf-8")
