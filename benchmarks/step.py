@@ -8,7 +8,7 @@
     python benchmarks/step.py --arms ours+graphs --generate 128 --batches 1 16 64 --caches dynamic captured
     python benchmarks/step.py --device cpu --shapes tiny --tokens 16 --arms ours attention peft  # to try it out
 
-LoRA is on attention, and on experts but in the arm `attention`. What each column means is in benchmarks/README.md.
+LoRA is on attention and, except in the arm `attention`, on experts. benchmarks/README.md explains the columns.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def limit_memory(card: float, device: torch.device) -> float:
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
-    names = {"arms": ARMS, "settings of arms, after a + each": SETTINGS}
+    names = {"arms": ARMS, "settings, each appended to an arm after a +": SETTINGS}
     epilog = [
         f"{title}:\n" + "\n".join(f"  {name}: {text}" for name, text in of.items()) for title, of in names.items()
     ]
@@ -310,36 +310,42 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(name, help=f"{text} (default: %(default)s)" if "default" in options else text, **options)
 
     on_gpu = torch.cuda.is_available()
-    add("--arms", "what computes the step, see below", nargs="+", default=["ours"])
-    add("--storages", "of the experts of ours", nargs="+", default=["nf4/64+dq"])
-    add("--shapes", "of the model", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
-    add("--layers", "how many instead of the model's own number", type=int)
-    add("--tokens", "in each sequence", nargs="+", type=int, default=[4096])
-    add("--batch", "sequences", type=int, default=1)
-    add("--rank", "of LoRA on attention", type=int, default=16)
-    add("--expert-rank", "of LoRA on experts; default: as --rank", nargs="+", type=int)
-    add("--optimizer", "of the step", nargs="+", choices=OPTIMIZERS, default=["adamw8bit" if on_gpu else "adamw"])
-    add("--lr", "of the optimizer", type=float, default=1e-5)
-    add("--attention", "implementation of attention; default: transformers' choice")
-    add("--steps", "timed steps of which the median is taken", type=int, default=8)
-    add("--warmup", "untimed steps before", type=int, default=3)
-    add("--rounds", "times that the arms take turns; the best counts", type=int, default=1)
-    add("--no-split", "do not profile where the device's time goes", action="store_true")
-    add("--host", "show so many functions in which the host is most", nargs="?", type=int, const=25)
-    add("--card", "GiB of the card to be like: 24 or 16", type=float)
-    add("--check", "compare the losses of so many steps instead", nargs="?", type=int, const=50)
-    add("--optimizers", "time the step of these alone instead", nargs="+", choices=OPTIMIZERS)
-    add("--generate", "time the generation of so many tokens instead", type=int)
-    add("--prompt", "tokens before those generated", type=int, default=128)
-    add("--batches", "of generation", nargs="+", type=int, default=[1, 16, 64])
-    add("--adapters", "for generation", nargs="+", choices=ADAPTERS, default=["on"])
-    add("--caches", "of keys and values", nargs="+", choices=CACHES, default=["dynamic", "static"])
-    add("--dtype", "of what is not packed", choices=NOISE, default="bfloat16")
-    add("--device", "where", default="cuda" if on_gpu else "cpu")
-    add("--seed", "of weights, factors and tokens", type=int, default=0)
-    add("--json", "file for all results", type=Path)
-    add("--picture", "PNG file: where the time goes", type=Path)
-    add("--beside", "results of earlier runs, to be shown beside", nargs="+", type=Path, default=[])
+    add("--arms", "configurations to time, see below", nargs="+", default=["ours"])
+    add("--storages", "storages of the experts, for ours", nargs="+", default=["nf4/64+dq"])
+    add("--shapes", "model shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
+    add("--layers", "number of layers; default: the model's", type=int)
+    add("--tokens", "tokens per sequence", nargs="+", type=int, default=[4096])
+    add("--batch", "sequences per step", type=int, default=1)
+    add("--rank", "LoRA rank on attention", type=int, default=16)
+    add("--expert-rank", "LoRA rank on experts; default: --rank", nargs="+", type=int)
+    add(
+        "--optimizer",
+        "optimizer of the step",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=["adamw8bit" if on_gpu else "adamw"],
+    )
+    add("--lr", "learning rate", type=float, default=1e-5)
+    add("--attention", "attention implementation; default: transformers' choice")
+    add("--steps", "timed steps; the median is reported", type=int, default=8)
+    add("--warmup", "untimed steps before those", type=int, default=3)
+    add("--rounds", "rounds over all arms; the best counts", type=int, default=1)
+    add("--no-split", "do not profile the device time by kernel category", action="store_true")
+    add("--host", "show this many functions with the most host time", nargs="?", type=int, const=25)
+    add("--card", "limit memory to that of a card of this many GiB, such as 24 or 16", type=float)
+    add("--check", "compare the losses of this many steps instead", nargs="?", type=int, const=50)
+    add("--optimizers", "time only the steps of these optimizers instead", nargs="+", choices=OPTIMIZERS)
+    add("--generate", "time the generation of this many tokens instead", type=int)
+    add("--prompt", "tokens of the prompt", type=int, default=128)
+    add("--batches", "batch sizes of generation", nargs="+", type=int, default=[1, 16, 64])
+    add("--adapters", "adapter states of generation", nargs="+", choices=ADAPTERS, default=["on"])
+    add("--caches", "KV caches of generation", nargs="+", choices=CACHES, default=["dynamic", "static"])
+    add("--dtype", "dtype of unquantized weights", choices=NOISE, default="bfloat16")
+    add("--device", "device to run on", default="cuda" if on_gpu else "cpu")
+    add("--seed", "seed of weights, factors and tokens", type=int, default=0)
+    add("--json", "output file for all results", type=Path)
+    add("--picture", "output PNG file: time by category", type=Path)
+    add("--beside", "results of earlier runs to show in the same table", nargs="+", type=Path, default=[])
     args = parser.parse_args(given)
     args.expert_rank = args.expert_rank or [args.rank]
     args.on_gpu = torch.device(args.device).type == "cuda"

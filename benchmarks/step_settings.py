@@ -1,4 +1,4 @@
-"""What a training step is timed of: an arm and its settings, from a name such as `ours+compile+graphs`."""
+"""Configurations of a timed training step: an arm and its settings, from a name such as `ours+compile+graphs`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ARMS = {
-    "ours": "this package: experts in the storage named, attention in it too, or in NF4 where that is 4 bits",
+    "ours": "this package: experts and attention in the given storage; attention in NF4 if that is a 4-bit one",
     "ours-bf16": "this package, all weights in 16 bits",
     "attention": "transformers in 16 bits, LoRA on attention alone",
-    "peft": "PEFT's target_parameters on the experts in 16 bits",
+    "peft": "16-bit experts with LoRA by PEFT's target_parameters",
     "unsloth": "experts of unsloth_zoo in NF4, attention in NF4; Qwen3 only",
 }
 
 SETTINGS = {
-    "compile": "each decoder layer is compiled",
-    "graphs": "each decoder layer is captured in CUDA graphs",
+    "compile": "compile each decoder layer",
+    "graphs": "capture each decoder layer in CUDA graphs",
     "liger": "Liger's norms, rotary embedding and fused linear cross entropy",
-    "liger-head": "Liger's fused linear cross entropy alone, the rest left to the compiler",
-    "keep-experts": "what the experts keep for their backward is not computed again, all else of a layer is",
-    "no-checkpointing": "nothing is computed again",
+    "liger-head": "Liger's fused linear cross entropy only; the compiler fuses the rest",
+    "keep-experts": "selective checkpointing: save the activations of experts, recompute the rest of a layer",
+    "no-checkpointing": "save all activations",
     "reentrant": "reentrant checkpointing",
-    "bf16-factors": "factors in the dtype of the model, not in fp32",
+    "bf16-factors": "LoRA factors in the dtype of the model instead of fp32",
 }
 
 _OURS_ONLY = ("graphs", "keep-experts")

@@ -4,7 +4,9 @@ Importing the package registers the method with PEFT; importing it again changes
 
 Its rooms, each of which uses those above it only:
 
-    sharded             which parameters an engine has spread over processes
+    quiet_import        bitsandbytes, without a notice that is not for users
+    progress            when a bar of progress appears
+    sharded             which parameters an engine has sharded
     quantization        how a stack of weights is stored
     ops                 how a layer of experts is computed
     experts             what an experts module is, adapted or not
@@ -26,6 +28,9 @@ Its rooms, each of which uses those above it only:
 
 __version__ = "0.1.0"
 
+from . import quiet_import as quiet_import  # before PEFT, which imports bitsandbytes too
+
+# isort: split
 from peft import mapping as _mapping
 
 from .config import MoeQLoraConfig, MoeQLoraPeftType

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from .merge import (
     LAYOUTS,
     ONTO,
     ROUNDINGS,
-    MergeReport,
     merge_checkpoint,
     merge_quantized,
     plan_unmerged,
@@ -40,46 +40,63 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     merge = commands.add_parser(
         "merge",
-        help="write base and adapter as one checkpoint",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="merge an adapter into its base and write one checkpoint",
     )
-    merge.add_argument("base", help="directory of the base model")
+    merge.add_argument("base", help="directory or hub name of the base model")
     merge.add_argument("adapter", help="directory of the adapter")
-    merge.add_argument("out", help="directory to be written to; an interrupted merge is taken up")
-    merge.add_argument("--onto", choices=ONTO, default="quantized", help="weights as trained on, or the checkpoint's")
-    merge.add_argument("--dtype", choices=_DTYPES, help="of the result; the checkpoint's unless given")
+    merge.add_argument("out", help="output directory; rerun to resume an interrupted merge")
+    merge.add_argument(
+        "--onto",
+        choices=ONTO,
+        default="quantized",
+        help="merge onto the weights as quantized in training, or onto the checkpoint's (default: %(default)s)",
+    )
+    merge.add_argument("--dtype", choices=_DTYPES, help="dtype of the result; default: the checkpoint's")
     kinds = merge.add_mutually_exclusive_group()
     kinds.add_argument(
-        "--quantize", metavar="FORMAT", help="keep experts as trained, such as nf4; loads the model into memory"
+        "--quantize",
+        metavar="FORMAT",
+        help="requantize experts to the format used in training, such as nf4; loads the model into memory",
     )
     kinds.add_argument(
         "--serve-as",
         metavar="FORMAT",
         choices=ENGINE_LAYOUTS,
-        help="quantize for serving, rounding to the nearest, as vLLM and SGLang read it: one of %(choices)s",
+        help="quantize for vLLM and SGLang, with nearest rounding: one of %(choices)s",
     )
     merge.add_argument(
-        "--layout", choices=LAYOUTS, help="of a quantized result; the base's, if others have quantized it, else native"
+        "--layout",
+        choices=LAYOUTS,
+        help="layout of a quantized result; default: the base's if it is quantized, else native",
     )
-    merge.add_argument("--rounding", choices=ROUNDINGS, default="second-order", help="of a quantized result")
-    merge.add_argument("--calibration", metavar="TEXT", help="file that the rounding is good for; else random tokens")
-    merge.add_argument("--verify", metavar="TEXT", help="file on which live adapter and result are compared")
-    _add_verify_options(merge, "for what runs the model: --quantize and --verify")
-    _add_read_options(merge, "that an adapter of others was trained on; none unless given")
-    merge.add_argument("--allow-unchanged", action="store_true", help="go on where a delta is too small for the dtype")
-    merge.add_argument("--dry-run", action="store_true", help="settle everything, write nothing")
+    merge.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="second-order",
+        help="rounding of a quantized result (default: %(default)s)",
+    )
+    merge.add_argument(
+        "--calibration", metavar="TEXT", help="text file for second-order rounding; default: random tokens"
+    )
+    merge.add_argument(
+        "--verify", metavar="TEXT", help="text file on which to compare the live adapter and the result"
+    )
+    _add_verify_options(merge, "device for --quantize and --verify (default: %(default)s)")
+    _add_read_options(merge, "storage that an adapter from another tool was trained on; default: none")
+    merge.add_argument("--allow-unchanged", action="store_true", help="continue if a delta is too small for the dtype")
+    merge.add_argument("--dry-run", action="store_true", help="run all checks, write nothing")
     merge.set_defaults(run=_merge)
     verify = commands.add_parser("verify", help="compare a merged checkpoint with the live adapter on a text")
-    verify.add_argument("merged", help="directory that merge has written")
-    verify.add_argument("text", help="file of plain text")
-    _add_verify_options(verify, "for the models")
+    verify.add_argument("merged", help="output directory of merge")
+    verify.add_argument("text", help="plain text file")
+    _add_verify_options(verify, "device of the models (default: %(default)s)")
     verify.set_defaults(run=_verify)
-    convert = commands.add_parser("convert", help="write a saved adapter in another layout, from that of others too")
+    convert = commands.add_parser("convert", help="convert a saved adapter, also from another tool, to another layout")
     convert.add_argument("adapter", help="directory of the adapter")
-    convert.add_argument("out", help="directory to be written to")
-    convert.add_argument("--to", choices=TARGETS, required=True, help="the layout")
-    convert.add_argument("--base", help="directory of the base model; what the adapter names unless given")
-    _add_read_options(convert, "experts' storage of an adapter of others; nf4 unless given")
+    convert.add_argument("out", help="output directory")
+    convert.add_argument("--to", choices=TARGETS, required=True, help="layout to write")
+    convert.add_argument("--base", help="directory of the base model; default: the one that the adapter names")
+    _add_read_options(convert, "storage of the experts that an adapter from another tool was trained on; default: nf4")
     convert.set_defaults(run=_convert)
     _add_tune(commands)
     return parser
@@ -88,33 +105,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
-        help="what a checkpoint holds and what training it takes, from its headers; with --card, what fits on a GPU",
+        help="show what a checkpoint contains and the memory of training it; with --card, settings that fit on a GPU",
     )
     inspect.add_argument(
         "checkpoint",
         metavar="MODEL",
-        help="directory with config.json and safetensors; with --card also a config.json or a known name",
+        help="directory with config.json and safetensors; with --card, also a config.json or a known name",
     )
-    inspect.add_argument(
-        "--card", metavar="GIB", type=_gib, help="memory of a GPU, to be told which settings fit on it"
-    )
-    inspect.add_argument("--quant-type", choices=QUANT_TYPES, help="storage of experts in 16 bits (default: nf4)")
-    inspect.add_argument("--storage", metavar="FORMAT", help="the same by the name of a format, such as 'mxfp4'")
-    inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, help="weights that share a scale (default: 64)")
-    inspect.add_argument("--double-quant", action="store_true", help="scales in 8 bits")
+    inspect.add_argument("--card", metavar="GIB", type=_gib, help="memory of a GPU, to find settings that fit on it")
+    inspect.add_argument("--quant-type", choices=QUANT_TYPES, help="4-bit type for unquantized experts (default: nf4)")
+    inspect.add_argument("--storage", metavar="FORMAT", help="storage of experts by format name, such as 'mxfp4'")
+    inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, help="weights per scale (default: 64)")
+    inspect.add_argument("--double-quant", action="store_true", help="store scales in 8 bits")
     inspect.add_argument("--r", "--rank", type=_positive, default=16, help="rank on linear layers (default: 16)")
     inspect.add_argument("--expert-r", "--expert-rank", type=_positive, help="rank on experts (default: that of --r)")
-    inspect.add_argument("--seq", "--tokens", type=_positive, help="tokens in a sequence (default: 2048)")
-    inspect.add_argument("--batch", type=_positive, default=1, help="sequences in a step (default: 1)")
-    inspect.add_argument("--keep-experts", action="store_true", help='with use_gradient_checkpointing="keep-experts"')
-    inspect.add_argument("--optimizer", choices=OPTIMIZERS, help="optim of TrainingArguments; with --card")
+    inspect.add_argument("--seq", "--tokens", type=_positive, help="tokens per sequence (default: 2048)")
+    inspect.add_argument("--batch", type=_positive, default=1, help="sequences per step (default: 1)")
     inspect.add_argument(
-        "--logits", action="store_true", help="the loss holds all logits, without TRL or Liger; likewise"
+        "--keep-experts", action="store_true", help='assume use_gradient_checkpointing="keep-experts"'
     )
-    inspect.add_argument("--no-accumulation", action="store_true", help="gradient_accumulation_steps=1; likewise")
+    inspect.add_argument("--optimizer", choices=OPTIMIZERS, help="optim of TrainingArguments; only with --card")
+    inspect.add_argument(
+        "--logits", action="store_true", help="assume an unfused loss, without TRL or Liger; only with --card"
+    )
+    inspect.add_argument(
+        "--no-accumulation", action="store_true", help="assume gradient_accumulation_steps=1; only with --card"
+    )
     inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
     inspect.epilog = (
-        "With --card, what is not given is searched for: storage, expert rank, tokens, optimizer, kept experts."
+        "With --card, the command searches for the values not given: storage, expert rank, tokens, optimizer and "
+        "keep-experts."
     )
     inspect.set_defaults(run=_inspect)
 
@@ -122,24 +142,30 @@ def _add_inspect(commands: Any) -> None:
 def _add_tune(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
-        help="measure on this GPU which tiles are fastest for a model, and keep them in the user's cache directory",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="measure the fastest tile sizes for a model on this GPU, and store them in the user's cache directory",
     )
-    tune.add_argument("model", nargs="?", help="directory or name of a model, of which the config is read")
-    tune.add_argument("--hidden", type=_positive, help="instead of a model: features that go into experts")
-    tune.add_argument("--intermediate", type=_positive, help="of experts, behind the gate")
-    tune.add_argument("--experts", type=_positive, help="in a layer")
-    tune.add_argument("--top-k", type=_positive, help="experts for each token")
-    tune.add_argument("--storage", metavar="FORMAT", default="nf4/64", help="of experts; '16-bit' for bf16 and fp16")
-    tune.add_argument("--rank", type=_positive, default=16, help="on experts")
-    tune.add_argument("--rows", type=_positive, nargs="+", help="mean rows per expert; by default those of 4 lengths")
-    tune.add_argument("--workers", type=_positive, help="processes that compile; up to 8 unless given")
+    tune.add_argument("model", nargs="?", help="directory or hub name of a model; only its config is read")
+    tune.add_argument("--hidden", type=_positive, help="instead of a model: hidden size")
+    tune.add_argument("--intermediate", type=_positive, help="intermediate size of an expert")
+    tune.add_argument("--experts", type=_positive, help="experts per layer")
+    tune.add_argument("--top-k", type=_positive, help="experts per token")
+    tune.add_argument(
+        "--storage",
+        metavar="FORMAT",
+        default="nf4/64",
+        help="storage of experts; '16-bit' for bf16 and fp16 (default: %(default)s)",
+    )
+    tune.add_argument("--rank", type=_positive, default=16, help="LoRA rank on experts (default: %(default)s)")
+    tune.add_argument(
+        "--rows", type=_positive, nargs="+", help="mean rows per expert; by default, those of 4 sequence lengths"
+    )
+    tune.add_argument("--workers", type=_positive, help="compilation processes; by default, up to 8")
     tune.set_defaults(run=_tune)
 
 
 def _add_verify_options(parser: argparse.ArgumentParser, use_of_device: str) -> None:
     parser.add_argument(
-        "--verify-dtype", choices=_DTYPES, help="that both are run in; that of the training unless given"
+        "--verify-dtype", choices=_DTYPES, help="dtype to run both models in; default: that of the training"
     )
     parser.add_argument("--device", default="cpu", help=use_of_device)
     parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
@@ -147,9 +173,13 @@ def _add_verify_options(parser: argparse.ArgumentParser, use_of_device: str) -> 
 
 def _add_read_options(parser: argparse.ArgumentParser, use_of_quant_type: str) -> None:
     parser.add_argument("--quant-type", choices=QUANT_TYPE_NAMES, help=use_of_quant_type)
-    parser.add_argument("--written-by", help="the PEFT that wrote it, as peft==0.18.1, if its config doesn't tell")
-    parser.add_argument("--lora-b-order", choices=LORA_B_ORDERS, help="of fused lora_B, if the config doesn't tell")
-    parser.add_argument("--partial", action="store_true", help="layers that are missing were not adapted")
+    parser.add_argument(
+        "--written-by", help="PEFT version that wrote the adapter, such as peft==0.18.1, if its config has none"
+    )
+    parser.add_argument(
+        "--lora-b-order", choices=LORA_B_ORDERS, help="order of fused lora_B, if the config does not state it"
+    )
+    parser.add_argument("--partial", action="store_true", help="treat missing layers as not adapted")
 
 
 def _read_options(args: argparse.Namespace) -> ReadOptions:
@@ -179,7 +209,7 @@ def _gib(text: str) -> float:
     return found
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _inspect(args: argparse.Namespace) -> str:
     is_pinned = args.quant_type or args.storage or args.blocksize or args.double_quant
     storage = format_of(args.storage, args.quant_type or "nf4", args.blocksize or 64, args.double_quant)
     if args.card is None:
@@ -201,10 +231,10 @@ def _inspect(args: argparse.Namespace) -> None:
             not args.no_accumulation,
         )
         found = what_fits(name, sizes, args.card, pins)
-    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+    return _shown(found, args)
 
 
-def _merge(args: argparse.Namespace) -> None:
+def _merge(args: argparse.Namespace) -> str:
     _check_device(args.device)
     if args.verify is None:
         _check_unused(args, "--verify", verify_dtype=None)
@@ -244,19 +274,18 @@ def _merge(args: argparse.Namespace) -> None:
             allow_unchanged=args.allow_unchanged,
         )
     if args.verify is None or args.dry_run:
-        _print(report, args)
-    else:
-        _verify(argparse.Namespace(**{**vars(args), "merged": args.out, "text": args.verify}))
+        return _shown(report, args)
+    return _verify(argparse.Namespace(**{**vars(args), "merged": args.out, "text": args.verify}))
 
 
-def _verify(args: argparse.Namespace) -> None:
+def _verify(args: argparse.Namespace) -> str:
     _check_device(args.device)
     dtype = None if args.verify_dtype is None else getattr(torch, args.verify_dtype)
-    _print(verify_merge(args.merged, args.text, dtype, args.device), args)
+    return _shown(verify_merge(args.merged, args.text, dtype, args.device), args)
 
 
-def _print(report: MergeReport, args: argparse.Namespace) -> None:
-    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
+def _shown(report: Any, args: argparse.Namespace) -> str:
+    return json.dumps(report.to_dict(), indent=1) if args.json else str(report)
 
 
 def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None:
@@ -266,12 +295,12 @@ def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None
             raise ValueError(f"--{name.replace('_', '-')} is an option of {place}. Leave it out.")
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> str:
     found = convert_adapter(args.adapter, args.out, args.to, args.base, _read_options(args))
-    print(f"{len(found.experts)} stacks and {len(found.non_expert)} other tensors written to {args.out} as {args.to}")
+    return f"{len(found.experts)} stacks and {len(found.non_expert)} other tensors written to {args.out} as {args.to}"
 
 
-def _tune(args: argparse.Namespace) -> None:
+def _tune(args: argparse.Namespace) -> str:
     if not torch.cuda.is_available():
         raise ValueError("tiles are measured on a GPU, and torch finds none here. Run it where the model is trained.")
     from .ops.kernels.tuning import forget_tables, gpu_of, tiles_origin
@@ -283,14 +312,16 @@ def _tune(args: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = gpu_of(device)
     read_user_table(gpu)  # a broken one is refused before the work
+    lines = []
     for shape in shapes:
         entries = measure_layer(shape, storage, args.rank, args.rows or (), args.workers)
         path = write_user_table(gpu, entries, today())
         for entry in entries:
             product = f"{entry['weight']} {entry['n']}x{entry['k']} along {entry['along']}"
-            print(f"{product}, {entry['measured_at']:g} rows per expert: {entry['milliseconds']} ms, {entry['tiles']}")
+            rows, time, tiles = entry["measured_at"], entry["milliseconds"], entry["tiles"]
+            lines.append(f"{product}, {rows:g} rows per expert: {time} ms, {tiles}")
     forget_tables()
-    print(f"{path}\n{tiles_origin(device, torch.bfloat16)}")
+    return "\n".join([*lines, str(path), str(tiles_origin(device, torch.bfloat16))])
 
 
 def _layer_shapes(args: argparse.Namespace) -> list[LayerShape]:
@@ -323,16 +354,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; errors of the checkpoint are one line on stderr, and 1; an interruption is 130."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        # other libraries log to stdout when they are imported, as DeepSpeed does, and a program may read the result
+        with redirect_stdout(sys.stderr):
+            found = args.run(args)
     except (ValueError, OSError) as error:
         print(f"peft-moe-qlora {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         next_time = (
-            ". The same command goes on, or begins again if --quantize was asked for"
-            if args.command == "merge"
-            else ""
+            ". Rerun the same command to resume; with --quantize it starts over" if args.command == "merge" else ""
         )
         print(f"peft-moe-qlora {args.command}: interrupted{next_time}.", file=sys.stderr)
         return 130
+    print(found)
     return 0

@@ -72,9 +72,9 @@ def _reach(config: MoeQLoraConfig) -> tuple[Any, ...]:
 
 @dataclass
 class MoeQLoraConfig(LoraConfig):
-    """LoRA on the fused experts of a MoE model, stored in 4 bits or another format, and on any of its linear layers.
+    """Config of LoRA on the fused experts of a MoE model, quantized to 4 bits or another format, and on linear layers.
 
-    Every option of `LoraConfig` either holds for experts as it does for linear layers, or is refused.
+    Every option of `LoraConfig` either applies to experts as it does to linear layers, or is rejected.
 
     Args:
         target_modules: what to adapt. Default: the routed experts of every layer and nothing else. A list may name

@@ -45,9 +45,9 @@ class Factor(nn.Module):
 class ExpertsLora(nn.Module, LoraLayer):
     """LoRA on the stack of one projection: `delta[e] = scaling * B[e] @ A[e]`, applied to the activations.
 
-    `lora_A.<adapter>.weight` is `(E, r, in)` and `lora_B.<adapter>.weight` `(E, out, r)`, whatever the orientation of
-    the stack. The layer isn't called: `QuantizedExperts` asks its projections for their `low_rank_terms` and computes
-    the whole module at once.
+    `lora_A.<adapter>.weight` is `(E, r, in)` and `lora_B.<adapter>.weight` `(E, out, r)`, for either orientation of
+    the stack. The layer itself is never called: `QuantizedExperts` gets the `low_rank_terms` of its projections and
+    computes the whole module at once.
 
     Args:
         base_layer: the stack.

@@ -53,7 +53,7 @@ from .weighted_adapter import Combination
 
 
 class MoeQLoraModel(LoraModel):
-    """LoRA for MoE models: PEFT's `LoraModel`, whose layers on the stacks of experts are `ExpertsLora`.
+    """LoRA for MoE models: PEFT's `LoraModel` with `ExpertsLora` layers on the stacks of experts.
 
     When the first adapter is added, the experts of the whole model are converted to the storage that its config names,
     in place and stack by stack; experts converted before (`quantize_experts`) are used as they are.

@@ -259,7 +259,7 @@ def check_honoured(options: Mapping[str, Any]) -> None:
             remedy = "Leave it out, or use PEFT's LoraConfig without adapting experts."
             if name == "target_parameters":
                 remedy = "Name the experts, or projections of them, in target_modules."
-            raise ValueError(f"{name}={value!r} can't be done for fused experts. {remedy}")
+            raise ValueError(f"{name}={value!r} is not supported for fused experts. {remedy}")
 
 
 def check_saved(

@@ -55,7 +55,7 @@ class StackReport:
 
 @dataclass(frozen=True)
 class ExpertsReport:
-    """All stacks of a model; prints as a table, and `to_dict` gives plain data.
+    """The storage and computation path of all stacks of a model; prints as a table, `to_dict` returns plain data.
 
     Args:
         stacks: in the order of the model's modules.
@@ -134,7 +134,7 @@ def _join(names: Iterator[str] | tuple[str, ...]) -> str:
 
 
 def experts_report(model: nn.Module) -> ExpertsReport:
-    """Reports on every experts module of a model, converted or not, adapted or not."""
+    """Reports on every experts module of a model, quantized or not, with or without an adapter."""
     stacks = []
     for path, module in find_experts(model):
         if isinstance(module, QuantizedExperts):

@@ -77,7 +77,7 @@ def refuse_pickled_just_saved(directory: Path) -> None:
 
 
 def refuse_parts_just_saved(directory: Path) -> None:
-    """Refuses what a process has written of a model that ZeRO-3 has taken apart, before its config is there.
+    """Rejects the incomplete file that a process wrote of a model sharded by ZeRO-3, before its config is written.
 
     Raises:
         ValueError: a tensor in the directory is empty.

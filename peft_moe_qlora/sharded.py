@@ -1,4 +1,4 @@
-"""Parameters that an engine has spread over processes, so that this one has but a part of them."""
+"""Parameters that an engine has sharded over processes, so that each process holds only a part of them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def refuse_sharded(model: nn.Module, action: str, path: str = "") -> None:
         path: of the part, for the error.
 
     Raises:
-        ValueError: names the first parameter that is spread over processes, the engine, and how it is gathered.
+        ValueError: names the first sharded parameter, the engine, and how to gather it.
     """
     name, engine = next(sharded_parameters(model), (None, None))
     if name is None and engine_of(model) == FSDP2:

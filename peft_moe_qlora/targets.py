@@ -234,7 +234,9 @@ def check_targets(config: MoeQLoraConfig, module_names: list[str], layouts: Mapp
 
     for name in config.modules_to_save or ():
         if not is_module(name) and not may_be_absent(name, config, is_module):
-            raise ValueError(f"modules_to_save names {name!r}, which is no module of the model. Correct or remove it.")
+            raise ValueError(
+                f"modules_to_save names {name!r}, which is not a module of the model. Correct or remove it."
+            )
         for path in layouts:
             if re.match(rf"(^|.*\.){name}($|\..*)", path):
                 raise ValueError(

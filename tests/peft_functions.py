@@ -387,23 +387,23 @@ def _arrow(side: Side, directory: Path) -> None:
     peft.create_arrow_model(side.base(), [path, path], peft.ArrowConfig(top_k=1))
 
 
-EVA = "init_lora_weights='eva' can't be done for fused experts"
+EVA = "init_lora_weights='eva' is not supported for fused experts"
 LORA_GA = "lora_ga_config="
 CONVERT = "Some module types on this model do not support LoRA conversion: <class 'peft_moe_qlora.layer.ExpertsLora'>"
-INSTEAD_CONVERT = "`peft-moe-qlora convert` writes the adapter as others read it."
-INSTEAD_OPTIMIZER = "Use an optimizer of single values, such as AdamW or LoRA+, or adapt linear layers only."
+INSTEAD_CONVERT = "`peft-moe-qlora convert` writes the adapter in the layouts of other tools."
+INSTEAD_OPTIMIZER = "Use an elementwise optimizer, such as AdamW, or LoRA+, or adapt linear layers only."
 
 TABLE: dict[str, Works | Refused] = {
     # peft
     "get_peft_model": Works(lambda side, directory: side.adapted(side.config(rank_pattern={PATTERN: 6}))),
     "get_peft_config": Works(_from_dict),
-    "PeftModel.from_pretrained, load_adapter": Works(_loaded, "With every option; modules_to_save beside experts."),
+    "PeftModel.from_pretrained, load_adapter": Works(_loaded, "With every option, and with modules_to_save."),
     "load_peft_weights": Works(lambda side, directory: _loaded(side, directory)[0]),
     "autocast_adapter_dtype": Works(_loaded_on_bf16, "Dtypes and requires_grad on 16-bit bases."),
     "inject_adapter_in_model": Works(_injected, "With and without state_dict and low_cpu_mem_usage."),
     "get_peft_model_state_dict": Works(_state_round_trip),
     "set_peft_model_state_dict": Works(_state_round_trip),
-    "get_base_model_state_dict": Works(_base_round_trip, "Of experts in 4 bits the keys are those of the codes."),
+    "get_base_model_state_dict": Works(_base_round_trip, "For 4-bit experts, the keys are those of the codes."),
     "set_base_model_state_dict": Works(_base_round_trip),
     "get_layer_status": Works(_layer_status),
     "get_model_status": Works(_model_status),
@@ -426,16 +426,16 @@ TABLE: dict[str, Works | Refused] = {
     "PeftMixedModel": Refused(
         lambda side, directory: peft.get_peft_model(side.base(), side.config(), mixed=True),
         "is not compatible with the `PeftMixedModel`",
-        "Adapters of this method can be mixed with each other.",
+        "Adapters of this method can be combined with each other.",
     ),
     "initialize_lora_eva_weights": Refused(
-        lambda side, directory: side.config(init_lora_weights="eva"), EVA, "Refused by the config."
+        lambda side, directory: side.config(init_lora_weights="eva"), EVA, "Rejected by the config."
     ),
     "get_eva_state_dict": Refused(
-        lambda side, directory: side.config(init_lora_weights="eva"), EVA, "Refused by the config."
+        lambda side, directory: side.config(init_lora_weights="eva"), EVA, "Rejected by the config."
     ),
     "preprocess_loraga": Refused(
-        lambda side, directory: side.config(lora_ga_config=peft.LoraGAConfig()), LORA_GA, "Refused by the config."
+        lambda side, directory: side.config(lora_ga_config=peft.LoraGAConfig()), LORA_GA, "Rejected by the config."
     ),
     "PeftModel.disable_adapter": Works(_disabled),
     "PeftModel.set_adapter": switched(lambda model: model.set_adapter("second")),
@@ -452,16 +452,16 @@ TABLE: dict[str, Works | Refused] = {
     ),
     "LoraModel.add_weighted_adapter": Works(
         _combined_all,
-        f"All of {', '.join(COMBINATIONS)}. With rsLoRA PEFT's result is sqrt(r) times too large, this one isn't.",
+        f"All of {', '.join(COMBINATIONS)}. With rsLoRA, PEFT's result is sqrt(r) times too large; this one is not.",
     ),
-    "LoraModel.merge_adapter, unmerge_adapter": Works(_merged, "In 4 bits merged weights are rounded."),
-    "LoraModel.merge_and_unload": Works(_merge_and_unload, "In 4 bits merged weights are rounded."),
+    "LoraModel.merge_adapter, unmerge_adapter": Works(_merged, "In 4 bits, merged weights are rounded."),
+    "LoraModel.merge_and_unload": Works(_merge_and_unload, "In 4 bits, merged weights are rounded."),
     "LoraModel.unload": Works(_unload),
     "LoraLayer.set_scale": layers("set_scale", "default", 0.3, use_rslora=True),
     "LoraLayer.scale_layer": layers("scale_layer", 0.3),
     "LoraLayer.unscale_layer": layers("unscale_layer"),
     "LoraLayer.unscale_layer(scale)": layers("unscale_layer", 2.0),
-    "LoraLayer.get_delta_weight": Works(_deltas, "`(E, out, in)`: a stack, as the weights are."),
+    "LoraLayer.get_delta_weight": Works(_deltas, "Returns a stack, `(E, out, in)`."),
     # peft.helpers
     "update_forward_signature": Works(_signatures),
     "update_generate_signature": Works(_signatures),
@@ -473,7 +473,7 @@ TABLE: dict[str, Works | Refused] = {
     "hotswap_adapter": Refused(
         _hotswap,
         "Hotswapping only supports LORA but MOE_QLORA was passed",
-        "`load_adapter` under the name of an adapter replaces its factors in place, if the ranks are the same.",
+        "`load_adapter` with the name of an existing adapter replaces its factors in place, if the ranks match.",
     ),
     "transformers' load_adapter(hotswap=True)": Refused(
         _transformers_hotswap, "Hotswapping is currently only supported for LoRA", "As for `hotswap_adapter`."
@@ -482,7 +482,7 @@ TABLE: dict[str, Works | Refused] = {
         _padded, "A stack of experts has no weight matrix", "As for `hotswap_adapter`."
     ),
     "hotswap_adapter_from_state_dict": Works(
-        _swapped, "For adapters of one rank and without expert_alpha; PEFT checks neither."
+        _swapped, "For adapters of one rank without expert_alpha; PEFT checks neither."
     ),
     # optimizers
     "create_loraplus_optimizer": Works(_loraplus),
@@ -581,8 +581,8 @@ REFUSED_BY_THE_CONFIG = {
 }
 
 NOTES = {
-    "replace_lora_weights_loftq": "Replaces the factors of bitsandbytes' linear layers, whatever else is adapted; "
-    "those of experts stay. It needs a GPU and isn't tested here. `loftq_config` is refused."
+    "replace_lora_weights_loftq": "Replaces the factors of bitsandbytes' linear layers and leaves those of experts. "
+    "It needs a GPU and is not tested. `loftq_config` is rejected."
 }
 
 
@@ -610,9 +610,9 @@ def documentation() -> str:
     lines = [
         "# PEFT's functions on experts",
         "",
-        "Written by `python tests/peft_functions.py`; `tests/test_lora_parity.py` holds every row. *Works* means:",
-        "the same numbers, names and flags, expert for expert, as PEFT's LoRA gives on a model whose experts are",
-        "`nn.Linear` layers. *Refused* means: an error that says so.",
+        "Generated by `python tests/peft_functions.py`; `tests/test_lora_parity.py` tests every row. *Works*: values,",
+        "names and flags match those of PEFT's LoRA on a model whose experts are `nn.Linear` layers, expert for",
+        "expert. *Rejected*: the call raises the quoted error.",
         "",
         "| function | on experts | |",
         "|--|--|--|",
@@ -621,7 +621,7 @@ def documentation() -> str:
         if isinstance(row, Works):
             lines.append(f"| `{name}` | works | {row.note} |")
         else:
-            lines.append(f'| `{name}` | refused: "{row.sentence}" | {row.instead} |')
+            lines.append(f'| `{name}` | rejected: "{row.sentence}" | {row.instead} |')
     lines += [f"| `{name}` | linear layers only | {note} |" for name, note in NOTES.items()]
     return "\n".join(lines) + "\n"
 

@@ -52,7 +52,7 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
         ({"target_modules": ["self_attn"]}, "model.layers.0.self_attn, .*no weight matrix.*Name the linear layers"),
         ({"target_modules": ["experts", "input_layernorm"]}, "model.layers.0.input_layernorm, .*no weight matrix"),
         ({"target_modules": ["experts", "act_fn"]}, r"\['act_fn'\] match no module"),
-        ({"modules_to_save": ["nothing"]}, "modules_to_save names 'nothing', which is no module"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save names 'nothing', which is not a module"),
         ({"modules_to_save": ["experts"]}, "modules_to_save names 'experts'.*model.layers.0.mlp.experts"),
         ({"modules_to_save": ["mlp"]}, "modules_to_save names 'mlp'.*model.layers.0.mlp.experts"),
         ({"layers_to_transform": [0, 7]}, r"layers_to_transform names the layers \[7\].*2, from 0 to 1"),

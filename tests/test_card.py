@@ -277,10 +277,10 @@ def test_a_config_that_does_not_say_what_is_packed(tmp_path, capsys):
 
 def test_an_unknown_name(capsys):
     error = refused(capsys, "qwen3-30b", "--card", 24)
-    assert "qwen3-30b is no directory" in error
+    assert "qwen3-30b is not a checkpoint directory" in error
     assert QWEN in error
     assert "Known names: " in refused(capsys, "zzz", "--card", 24)
-    assert "qwen3-30b-a3b is no directory" in refused(capsys, "qwen3-30b-a3b")
+    assert "qwen3-30b-a3b is not a directory" in refused(capsys, "qwen3-30b-a3b")
 
 
 def test_a_model_without_experts(tmp_path, capsys):

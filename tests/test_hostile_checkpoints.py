@@ -113,7 +113,7 @@ def test_shards_that_are_named_outside_the_checkpoint(name, copied):
 def test_indices_that_are_none(text, match, copied):
     in_two_shards(copied / "base")
     (copied / "base" / INDEX).write_bytes(text.encode(errors="surrogatepass"))
-    refused(copied, f"index.json is no index of a checkpoint: .*{match}")
+    refused(copied, f"index.json is not a checkpoint index: .*{match}")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", INDEX])

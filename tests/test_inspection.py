@@ -108,7 +108,7 @@ def test_what_is_saved_in_4_bits_counts_as_it_is(tmp_path, capsys):
 
 def test_no_such_directory(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
-    assert "nowhere is no directory" in capsys.readouterr().err
+    assert "nowhere is not a directory" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(tmp_path, capsys):

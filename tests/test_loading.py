@@ -282,7 +282,7 @@ def test_experts_onto_a_model_on_meta(model_type, from_packed, tmp_path):
         ({"blocksize": 48}, "blocksize=48 is not supported"),
         ({"load_in_4bit": True}, "no option 'load_in_4bit'"),
         ({"quant_type": None, "quantize_linear": False}, "nothing to quantize"),
-        ({"compute_dtype": "bfloat17"}, "is no dtype of torch"),
+        ({"compute_dtype": "bfloat17"}, "is not a torch dtype"),
         ({"format_version": 99}, "format_version 99"),
         ({"quant_method": "bitsandbytes"}, "is not that of MoeQuantizationConfig"),
     ],

@@ -36,7 +36,7 @@ def test_configurations_of_others_do_not_reach_the_experts(other, tmp_path):
 @pytest.mark.parametrize("skipped", ["*.mlp", "("])
 def test_skipping_by_what_is_no_regular_expression(skipped, tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"skip_modules has .* no regular expression"):
+    with pytest.raises(ValueError, match=r"skip_modules has .* not a regular expression"):
         in_4_bits(tmp_path, MoeQuantizationConfig(skip_modules=[skipped]))
 
 

@@ -122,7 +122,7 @@ def test_a_disk_that_takes_no_more(tmp_path):
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert output.startswith("OSError")
     assert "File too large" in output
-    assert "Make room; the same command goes on" in output
+    assert "Free disk space, then rerun the same command to resume" in output
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "merged.partial" / "config.json").exists()
     merge(tmp_path)

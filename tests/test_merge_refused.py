@@ -226,4 +226,4 @@ def test_an_interruption_says_what_comes_next(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "merge_checkpoint", interrupt)
     assert main(["merge", "base", "adapter", "merged"]) == 130
-    assert "interrupted. The same command goes on" in capsys.readouterr().err
+    assert "interrupted. Rerun the same command to resume" in capsys.readouterr().err

@@ -111,10 +111,10 @@ def test_a_link_in_its_place(tmp_path):
 def test_names_that_would_be_written_elsewhere(name, tmp_path):
     output = PartialDirectory(tmp_path / "merged", TASK)
     for do in (output.path_to_write, output.written, output.is_written, output.read_note):
-        with pytest.raises(ValueError, match="no plain name of a file in"):
+        with pytest.raises(ValueError, match="not a plain file name in"):
             do(name)
     for write_to in (output.write_json, output.write_note):
-        with pytest.raises(ValueError, match="no plain name of a file in"):
+        with pytest.raises(ValueError, match="not a plain file name in"):
             write_to(name, {})
     assert not list(tmp_path.iterdir())
 

@@ -105,10 +105,10 @@ def test_heads_of_several_adapters():
 def test_a_name_of_the_user_that_is_no_module_is_refused(task, names):
     """As ever; only PEFT's own names for a task may be absent."""
     config = MoeQLoraConfig(r=4, task_type=task, modules_to_save=names)
-    with pytest.raises(ValueError, match=f"modules_to_save names {names[0]!r}, which is no module"):
+    with pytest.raises(ValueError, match=f"modules_to_save names {names[0]!r}, which is not a module"):
         get_peft_model(task_model("qwen3_moe", task or "SEQ_CLS"), config)
 
 
 def test_a_model_without_the_head_of_the_task_is_refused():
-    with pytest.raises(ValueError, match="modules_to_save names 'classifier', which is no module"):
+    with pytest.raises(ValueError, match="modules_to_save names 'classifier', which is not a module"):
         get_peft_model(tiny_model(), MoeQLoraConfig(r=4, task_type="SEQ_CLS"))

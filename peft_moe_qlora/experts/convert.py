@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..progress import PATIENCE
 from ..quantization import QUANTIZABLE_DTYPES, DenseStack, Format, QuantizedStack, Stack
 from .layout import (
     SHARD_LATER,
@@ -152,9 +153,9 @@ def move_hook(old: nn.Module, new: nn.Module) -> None:
 def revert_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Puts the classes' own modules back, with dequantized stacks in `dtype`, by default the one they came in."""
     restored: dict[nn.Module, nn.Module] = {}
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, QuantizedExperts):
-            continue
+    modules = list(model.named_modules(remove_duplicate=False))
+    found = [(path, module) for path, module in modules if isinstance(module, QuantizedExperts)]
+    for path, module in tqdm(found, desc="Dequantizing experts", unit="module", delay=PATIENCE):
         if module not in restored:
             restored[module] = module.restore(dtype)
             move_hook(module, restored[module])

@@ -164,7 +164,7 @@ def check_not_sharded(experts: nn.Module, path: str) -> None:
     """Refuses experts of which this process has but a part.
 
     Raises:
-        ValueError: a parameter is sharded, or the experts are spread over processes.
+        ValueError: a parameter or the experts are sharded over processes.
     """
     path, engine = path.removesuffix(".base_layer"), engine_of(experts)
     if engine == ZERO3:  # gathered ones too: the engine would not know of what is added

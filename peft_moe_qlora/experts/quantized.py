@@ -39,7 +39,7 @@ Terms = Mapping[str, Sequence[LowRank]]
 
 
 class QuantizedExperts(nn.Module):
-    """Computes an experts class of transformers from `Stack`s.
+    """Replaces an experts module of transformers and computes it from quantized `Stack`s.
 
     Takes the place of the original module in the model and keeps it as `original`, emptied of what has moved here:
     the class's own gate and activation are called on it, and it gets its parameters back when the 16-bit module is

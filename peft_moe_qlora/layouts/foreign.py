@@ -37,7 +37,7 @@ _FINISHED_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the adapter files of others don't say, or not always.
+    """Information that adapter files of other tools lack, or do not always have.
 
     Args:
         quant_type: storage of the experts that the result asks for: `"nf4"`, `"fp4"` or `"none"`. Default: `"nf4"`, or

@@ -23,7 +23,7 @@ _ENGINES = {"vllm": VLLM, "sglang": SGLANG, "llama.cpp": LLAMA_CPP}
 def adapter_for_engine(
     model: PeftModel, engine: str = "vllm", adapter_name: str = "default", base: str | Path | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `convert_adapter` would write of the saved adapter: the tensors of its file, and its config.
+    """Returns the tensors and the config that `convert_adapter` would write for the saved adapter.
 
     Args:
         model: with the adapter.
@@ -48,7 +48,7 @@ def adapter_for_engine(
             if config
             else f"not among {sorted(model.peft_config)}"
         )
-        raise ValueError(f"There is no adapter {adapter_name!r} to be had: it is {found}.")
+        raise ValueError(f"There is no adapter {adapter_name!r} to export: it is {found}.")
     refuse_sharded(model, "handing the adapter over")
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {key.removeprefix(PREFIX): tensor.detach() for key, tensor in saved.items()}

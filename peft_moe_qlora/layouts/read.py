@@ -34,7 +34,7 @@ def read_adapter(
     options: ReadOptions | None = None,
     usual_quant_type: str = "nf4",
 ) -> AdapterFile:
-    """Reads an adapter of this package, or one of others that has factors of experts.
+    """Reads an adapter of this package, or of another tool if it has factors of experts.
 
     Layouts: PEFT's LoRA on fused parameters of every version, unsloth's before and after its change of order; LoRA on
     one linear layer per expert; 3-D factors (SGLang); mlx-lm.

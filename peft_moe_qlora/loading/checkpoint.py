@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 
+from ..progress import PATIENCE
 from ..quantization import Format
 from .paths import is_plain_name, leads_out
 
@@ -156,16 +158,16 @@ def read_weight_map(directory: Path, variant: str | None = None) -> dict[str, st
             "pickled ones (.bin) are never read."
         )
     check_inside(index, directory)
-    found = read_object(index.read_bytes(), f"{index} is no index of a checkpoint: it")
+    found = read_object(index.read_bytes(), f"{index} is not a checkpoint index: it")
     weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index} is no index of a checkpoint: weight_map={weight_map!r:.200}; an object of keys and names of "
+            f"{index} is not a checkpoint index: weight_map={weight_map!r:.200}; an object of keys and names of "
             "shards was expected. Download it again."
         )
     if not isinstance(found.get("metadata"), dict):  # transformers wants it too
         raise CheckpointError(
-            f"{index} is no index of a checkpoint: metadata={found.get('metadata')!r:.200}; an object was expected."
+            f"{index} is not a checkpoint index: metadata={found.get('metadata')!r:.200}; an object was expected."
         )
     for key, name in weight_map.items():
         if not is_plain_name(name):
@@ -205,7 +207,7 @@ def check_inside(file: Path, directory: Path) -> None:
 
 
 class Checkpoint:
-    """Safetensors shards, opened by their headers; values are read from memory-mapped files when asked for.
+    """Safetensors shards of a checkpoint: headers are read at once, values from memory-mapped files on demand.
 
     Args:
         files: the shards, in the order in which they are to be read.
@@ -220,7 +222,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         self._handles = {}
-        for file in self.files:
+        for file in tqdm(self.files, desc="Reading headers", unit="file", delay=PATIENCE):
             self._read_header(file)
         for key, name in (weight_map or {}).items():
             if key not in self.tensors:

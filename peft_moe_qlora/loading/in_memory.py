@@ -70,7 +70,7 @@ class UnsavableQuantizer(ExpertsQuantizer):
 
 
 def store_experts(model: nn.Module, storage: Format | None, progressbar: bool) -> None:
-    """`convert_experts`, and transformers knows of it.
+    """Calls `convert_experts` and registers the storage in the model's quantization config.
 
     Raises:
         ValueError: see `convert_experts` and `keep_linear_as_stored`; the model is then unchanged.

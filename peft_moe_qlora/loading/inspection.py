@@ -51,7 +51,7 @@ class StackGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_checkpoint` found; prints as tables, and `to_dict` gives plain data.
+    """Result of `inspect_checkpoint`; prints as tables, `to_dict` returns plain data.
 
     Args:
         model_class: that the checkpoint's config names.
@@ -119,7 +119,7 @@ def inspect_checkpoint(
     batch: int = 1,
     keep_experts: bool = False,
 ) -> Inspection:
-    """Looks at a checkpoint without loading a weight.
+    """Reports the contents and memory needs of a checkpoint without loading weights.
 
     Args:
         directory: of the checkpoint, in safetensors, with its config.
@@ -136,7 +136,10 @@ def inspect_checkpoint(
     """
     expert_r = r if expert_r is None else expert_r
     if not Path(directory).is_dir():
-        raise ValueError(f"{directory} is no directory.")
+        raise ValueError(
+            f"{directory} is not a directory. Name the directory of a checkpoint; a config.json or the name of a "
+            "well-known model needs --card."
+        )
     opened = OpenedCheckpoint.open(directory)
     model, saved = opened.model, opened.saved
     groups: dict[tuple, list[tuple[Source, int, int]]] = defaultdict(list)

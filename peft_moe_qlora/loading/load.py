@@ -43,10 +43,10 @@ def load_quantized(
     model_class: type | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a MoE model with its experts quantized, whichever way the checkpoint's own config asks for.
+    """Loads a MoE model with quantized experts, from a 16-bit checkpoint or one that is already quantized.
 
-    A checkpoint that others have quantized keeps its codes and scales, and its layers in 16 bits stay so; one that
-    was saved with a `MoeQuantizationConfig` is loaded as it is; any other is quantized while it is read.
+    A checkpoint quantized by another tool keeps its codes, scales and 16-bit layers; one that was saved with a
+    `MoeQuantizationConfig` is loaded as saved; any other is quantized while it loads.
 
     Args:
         model_id: a directory, or a name on the hub.
@@ -195,10 +195,10 @@ def load_experts(
     skip_modules: list[str] | None = None,
     progressbar: bool = True,
 ) -> None:
-    """Fills the experts of a model on the meta device from a checkpoint, quantized; the other layers stay as they are.
+    """Loads and quantizes the experts of a model on the meta device from a checkpoint; other layers stay unchanged.
 
-    For whoever builds models without `from_pretrained`: `accelerate.load_checkpoint_and_dispatch` can do the rest, but
-    not fused experts.
+    For code that builds models without `from_pretrained`: `accelerate.load_checkpoint_and_dispatch` can load the other
+    layers, but not fused experts.
 
     Args:
         model: built under `torch.device("meta")`, say; its experts modules are replaced by `QuantizedExperts`.

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..progress import PATIENCE
 from ..quantization import Format, QuantizedStack
 from ..quantized_linear import QuantizedLinear
 from .checkpoint import Checkpoint, CheckpointError
@@ -127,7 +129,7 @@ def fill_packed_weights(model: nn.Module, weights: list[PackedWeight], checkpoin
         CheckpointError: see `PackedTensor.read`.
         ValueError: a place is offloaded.
     """
-    for name, packed, template in weights:
+    for name, packed, template in tqdm(weights, desc="Reading quantized layers", unit="layer", delay=PATIENCE):
         path, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(path)
         holder = module if template is None else module._modules[parameter_name]

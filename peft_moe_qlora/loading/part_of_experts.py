@@ -35,13 +35,13 @@ _PART: ContextVar[Part | None] = ContextVar("part of the experts", default=None)
 
 @contextmanager
 def read_part_of_experts(rank: int, world_size: int, device: torch.device | str | None = None) -> Iterator[None]:
-    """Lets models that are loaded inside read only the experts that this process keeps under FSDP2.
+    """Context manager: models loaded inside read only the experts that this process keeps under FSDP2.
 
-    Load with `device_map="cpu"`: there, memory of experts that are not read is never touched. Then add the adapter and
-    shard the model by `fully_shard`, with its default placement, or let accelerate do it, with
-    `fsdp_cpu_ram_efficient_loading: false`. Before it is sharded, the model can't be called.
+    Load with `device_map="cpu"`: the memory of experts that are not read is never touched. Then add the adapter and
+    shard the model with `fully_shard` and its default placement, or with accelerate and
+    `fsdp_cpu_ram_efficient_loading: false`. Until it is sharded, the model can't be called.
 
-    Weights that this package has saved in their storage are read whole.
+    Checkpoints saved by this package are read in full.
 
     Args:
         rank: of this process among those that share the model.

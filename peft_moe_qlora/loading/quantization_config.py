@@ -47,10 +47,10 @@ def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
 
 @register_quantization_config(QUANT_METHOD)
 class MoeQuantizationConfig(QuantizationConfigMixin):
-    """Experts quantized, in 4 bits or another format, and the linear layers too, from the moment they are read.
+    """Quantizes experts, and by default linear layers, to 4 bits or another format while a checkpoint loads.
 
-    For `from_pretrained(..., quantization_config=MoeQuantizationConfig())`. A model that was saved with it reloads
-    with it, once this package is imported.
+    For `from_pretrained(..., quantization_config=MoeQuantizationConfig())`. A saved model reloads with the config that
+    it was saved with, once this package is imported.
 
     Args:
         quant_type: storage of the experts, `"nf4"` or `"fp4"`; None leaves them in 16 bits.
@@ -120,7 +120,7 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
             name, compute_dtype = compute_dtype, getattr(torch, str(compute_dtype), None)
             if not isinstance(compute_dtype, torch.dtype):
-                raise ValueError(f"compute_dtype={name!r} is no dtype of torch.")
+                raise ValueError(f"compute_dtype={name!r} is not a torch dtype.")
         for name, value in (("skip_modules", skip_modules), ("flipped_stacks", flipped_stacks)):
             if not isinstance(value, (list, tuple, set, type(None))) or not all(
                 isinstance(one, str) for one in value or ()

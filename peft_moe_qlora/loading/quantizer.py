@@ -60,10 +60,10 @@ class _Loading(NamedTuple):
 
 @register_quantizer(QUANT_METHOD)
 class MoeQuantizer(ExpertsQuantizer):
-    """Loads experts straight into 4 bits, and leaves linear layers to bitsandbytes' quantizer.
+    """Quantizes experts while they load, and leaves linear layers to bitsandbytes' quantizer.
 
-    transformers loads everything but the experts. Those are read afterwards, expert by expert, into stacks that it has
-    placed on the devices of its device map.
+    transformers loads everything except the experts. These are read afterwards, expert by expert, into stacks on the
+    devices of its device map.
 
     Args:
         quantization_config: a `MoeQuantizationConfig`.
@@ -363,10 +363,11 @@ def check_skipped(model: nn.Module, skip_modules: Sequence[str] | None) -> None:
         try:
             is_found = pattern and not all(should_convert_module(name, [pattern]) for name in names)
         except re.error as error:
-            raise ValueError(f"skip_modules has {pattern!r}, which is no regular expression: {error}.") from error
+            raise ValueError(f"skip_modules has {pattern!r}, which is not a regular expression: {error}.") from error
         if not is_found:
             raise ValueError(
-                f"skip_modules names {pattern!r}, which is no module of {type(model).__name__}. Correct or remove it."
+                f"skip_modules names {pattern!r}, which is not a module of {type(model).__name__}. Correct or remove "
+                "it."
             )
 
 

@@ -73,7 +73,7 @@ class Undone(list):
 
 
 def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """`revert_experts`, and transformers knows of it: what is left is what the other layers are quantized by."""
+    """Calls `revert_experts` and updates the model's quantization config to what remains for the other layers."""
     revert_experts(model, dtype)
     for part in transformers_models(model):
         quantizer = getattr(part, "hf_quantizer", None)
@@ -87,7 +87,7 @@ def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def restore_linear(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Makes ordinary layers of those that are stored in a format, in `dtype`, by default the one they came in."""
+    """Dequantizes linear layers stored in formats of this package, to `dtype` or by default their original dtype."""
     restored: dict[QuantizedLinear, nn.Linear] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not path or not isinstance(module, QuantizedLinear):
@@ -124,8 +124,8 @@ def set_quantizer(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None
 def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts a model as `from_pretrained(dtype=dtype)` would have loaded it.
 
-    What the class keeps in fp32, such as rotary frequencies and some routers, is in fp32 then. Packed weights and what
-    the class doesn't have stay as they are.
+    Parameters that the class keeps in fp32, such as rotary frequencies and some routers, are cast to fp32. Packed
+    weights and parameters that the class doesn't have stay unchanged.
 
     Args:
         model: changed in place; layers of LoRA may be around its own. One that isn't of transformers stays as it is.

@@ -9,9 +9,11 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..progress import PATIENCE
 from ..quantization import FourBitFormat, QuantizedStack, Stack, code_values
 from ..quantized_linear import QuantizedLinear
 from .finder import conversions_of, without_stacks
@@ -20,12 +22,12 @@ from .restoring import refuse_adapters
 
 
 def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
-    """Saves a model with quantized experts as bitsandbytes' checkpoints are laid out.
+    """Saves a model with quantized experts in the checkpoint layout of bitsandbytes.
 
-    One set of keys per expert and projection, under the names of the original checkpoint; where those are fused, one
-    set per stack; where the original has its weights in another order, under the model's own names. Codes are copied;
-    scales in 8 bits are written in fp32, as they are decoded at use. `load_quantized` reads it back with the same
-    codes and scales.
+    There is one set of keys per expert and projection, under the names of the original checkpoint. If the original has
+    fused stacks, there is one set per stack; if it orders weights differently, the names are the model's own. Codes
+    are copied; 8-bit scales are written in fp32, as they are dequantized at run time. `load_quantized` reloads the
+    same codes and scales.
 
     Args:
         model: with quantized experts, without an adapter.
@@ -82,7 +84,7 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     others = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(of_stacks)}
     found = _reverted(model, others)
     flipped = set(flipped_stacks(model))
-    for name, stack in stacks.items():
+    for name, stack in tqdm(stacks.items(), desc="Packing experts", unit="stack", delay=PATIENCE):
         found |= _of_stack(model, name, stack, name in flipped)
     return found
 

@@ -33,10 +33,10 @@ SMALLEST_ERROR = 0.1
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """A merged model against the live adapter, by their last hidden states.
+    """Comparison of a merged model with the live adapter, by their last hidden states.
 
-    Hidden states behind the last norm rather than logits: every model has them, whatever its task, and a head with a
-    large vocabulary is expensive. The head itself isn't checked.
+    Hidden states after the last norm are compared rather than logits, because models for all tasks have them and a
+    head with a large vocabulary is expensive. The head itself is not checked.
 
     Args:
         num_positions: compared; those where the live adapter's states or the base's are not finite are left out.

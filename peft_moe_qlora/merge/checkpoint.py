@@ -52,10 +52,10 @@ def merge_checkpoint(
     allow_unchanged: bool = False,
     serve_as: str | None = None,
 ) -> MergeReport:
-    """Writes the checkpoint that a base and an adapter are together.
+    """Merges an adapter into its base and writes a 16-bit checkpoint.
 
-    Deltas are added in fp32 and rounded once. The directory appears when all of it is written; an interrupted merge is
-    taken up by the same call.
+    Deltas are added in fp32 and rounded once. The directory is created atomically; the same call resumes an
+    interrupted merge.
 
     Args:
         base: directory of the base's checkpoint, or its name on the hub: in floating point, or quantized by others
@@ -224,7 +224,8 @@ class _Merge:
             save_file(shard.tensors, self.output.path_to_write(name), self.checkpoint.metadata[file] or None)
         except SafetensorError as error:
             raise OSError(
-                f"{self.output.place(name)} can't be written: {error}. Make room; the same command goes on."
+                f"{self.output.place(name)} can't be written: {error}. Free disk space, then rerun the same "
+                "command to resume."
             ) from error
         self.output.written(name)
         result = shard.result()

@@ -26,7 +26,9 @@ def checkpoint_directory(base: str | Path, adapter: Path) -> Path:
     if Path(base).is_dir():
         return Path(base)
     if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
-        raise ValueError(f"{base} is no directory, and no name of a model on the hub. Name the base's checkpoint.")
+        raise ValueError(
+            f"{base} is neither a directory nor the name of a model on the hub. Name the base's checkpoint."
+        )
     left_out = [*(f"*{ending}" for ending in PICKLED), "original/*"]
     revision = revision_of_base(read_config(adapter), base)
     return Path(snapshot_download(str(base), revision=revision, ignore_patterns=left_out))

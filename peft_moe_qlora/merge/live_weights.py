@@ -87,12 +87,11 @@ class MergedStack:
 
 
 class LiveWeights:
-    """Iterates over `(key in the checkpoint, tensor)` of a model merged with its adapters as they are at that moment.
+    """Iterates over `(checkpoint key, tensor)` of a model merged with the current state of its adapters.
 
-    What is settled once, such as names, is settled when the object is made; iterate over it after each step. In memory
-    there is one weight at a time, of experts one expert in fp32 and in `dtype`; where the checkpoint has a stack in
-    one tensor, that in `dtype`. Tensors that need no computing are the model's own: read them before the next step,
-    and don't write to them.
+    Names are resolved once, when the object is created; iterate over it after each step. Memory holds one weight at a
+    time: one expert in fp32 and in `dtype` or, if the checkpoint has a stack in one tensor, that stack in `dtype`.
+    Unchanged tensors are the model's own: read them before the next step, and don't write to them.
 
     Args:
         model: a PeftModel of this package, on any device; its adapters not merged.
@@ -206,7 +205,7 @@ def live_weights(
     dtype: torch.dtype | None = None,
     adapter_names: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`LiveWeights` for once. Whoever needs them after each step keeps a `LiveWeights`, which has the names ready."""
+    """Iterates over the merged weights once; to repeat it, keep a `LiveWeights`, which caches the names."""
     return iter(LiveWeights(model, engine, only_adapted, dtype, adapter_names))
 
 

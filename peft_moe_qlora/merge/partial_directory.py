@@ -121,7 +121,7 @@ class PartialDirectory:
             ValueError: the name is none inside the directory.
         """
         if not is_plain_name(name):
-            raise ValueError(f"{name!r} can't be written: it is no plain name of a file in {self.directory}.")
+            raise ValueError(f"{name!r} can't be written: it is not a plain file name in {self.directory}.")
         return self.partial / name
 
     def is_written(self, name: str) -> bool:
@@ -203,6 +203,6 @@ def _read_plan(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} can't be read ({error}); what an interrupted merge has to do was expected. Remove "
+            f"{file} can't be read ({error}); the plan of an interrupted merge was expected. Remove "
             f"{file.parent.parent}."
         ) from error

@@ -57,7 +57,7 @@ def merge_quantized(
     progressbar: bool = True,
     allow_unchanged: bool = False,
 ) -> MergeReport:
-    """Writes base and adapter as one checkpoint with its experts quantized.
+    """Merges an adapter into its base and writes a checkpoint with quantized experts.
 
     Args:
         base: directory of the base's checkpoint, or its name on the hub, in floating point, or quantized as trained.
@@ -264,7 +264,7 @@ def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) 
     for key, tensor in tensors.items():
         found = in_model[name_in_model(key)].cpu()
         if not torch.equal(found, tensor.to(found.dtype)):
-            raise ValueError(f"The adapter's {key} didn't come to stand in the merged model. Merge in memory.")
+            raise ValueError(f"The adapter's {key} was not applied to the merged model. Merge in memory.")
 
 
 def _dropped(base: BaseModel, finder: SourceFinder, sources: dict[str, Source]) -> set[str]:

@@ -40,7 +40,7 @@ class FidelityRow:
 
 @dataclass(frozen=True)
 class Verification:
-    """Merged model against live adapter, on a text.
+    """Comparison of a merged model with the live adapter on a text.
 
     Args:
         num_tokens: positions compared.
@@ -57,7 +57,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """A merge, or with `tensors_written` 0 the plan of one.
+    """Report of a merge or, if `tensors_written` is 0, of a planned one.
 
     Args:
         base: directory.

@@ -52,7 +52,7 @@ class UnmergedPlan:
 
 
 def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | None = None) -> UnmergedPlan:
-    """Settles how base and adapter are loaded as they were in training, from the configs alone.
+    """Determines from the configs alone how to load base and adapter as they were in training.
 
     Args:
         base: directory of the model, or its name on the hub.
@@ -172,7 +172,7 @@ def _quantization(
 
 
 def read_windows(file: str | Path, tokenizer_of: str | Path, revision: str | None = None) -> torch.Tensor:
-    """`(N, L)` token ids of a text, at most 16 windows of 512.
+    """Returns token ids `(N, L)` of a text, at most 16 windows of 512.
 
     Args:
         file: of plain text.
@@ -185,7 +185,7 @@ def read_windows(file: str | Path, tokenizer_of: str | Path, revision: str | Non
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, revision=revision or "main")
     ids = torch.tensor(tokenizer(text)["input_ids"])
     length = min(_WINDOW, len(ids))
@@ -199,7 +199,7 @@ def read_windows(file: str | Path, tokenizer_of: str | Path, revision: str | Non
 
 @torch.no_grad()
 def next_token_logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """`(N, L, V)` fp32 on the CPU; windows go through one by one."""
+    """Returns logits `(N, L, V)` in fp32 on the CPU, computed window by window."""
     return torch.cat([logits_of_window(model, window) for window in windows])
 
 

@@ -24,10 +24,10 @@ def verify_merge(
     device: str = "cpu",
     progressbar: bool = True,
 ) -> MergeReport:
-    """Compares what a merged checkpoint and the live adapter say on a text.
+    """Compares the next-token distributions of a merged checkpoint and the live adapter on a text.
 
-    The two are loaded one after the other. Of the first, its head stays in memory and what the head was given,
-    `(tokens, hidden size)`; logits are there of one window of 512 tokens at a time.
+    The two models are loaded one after the other. The head of the first and its inputs, `(tokens, hidden size)`, stay
+    in memory; logits are computed for one window of 512 tokens at a time.
 
     Args:
         directory: of a merged checkpoint, whose report names base and adapter; the result is added to it.

@@ -1,7 +1,7 @@
 """How a layer of experts is computed: routed rows, grouped products, low-rank terms.
 
 Letters: T tokens, K experts chosen per token, E experts, S = T * K routed rows, H hidden size, I intermediate size,
-R rank. Rows are sorted by expert; `offsets (E,)` int32 holds, for each expert, the row behind its last one.
+R rank. Rows are sorted by expert; `offsets (E,)` int32 holds the exclusive end of each expert's rows.
 """
 
 from .decode_matrix import decode_matrix

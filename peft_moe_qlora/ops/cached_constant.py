@@ -1,4 +1,4 @@
-"""What is settled once for a device, in a way that `torch.compile` takes for a constant."""
+"""Values computed once per device that `torch.compile` treats as constants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def cached_constant(function: Callable[..., T]) -> Callable[..., T]:
-    """Computed once for the same arguments, and a constant to `torch.compile`, which warns of caches that it sees."""
+    """Caches results by arguments and makes them constants for `torch.compile`, which warns of caches that it sees."""
     cached = cache(function)
 
     @torch.compiler.assume_constant_result

@@ -1,4 +1,4 @@
-"""Decoding one matrix on the device where it is, by the kernels where they can."""
+"""Decodes one matrix on its own device, with the Triton kernels where they support it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def decode_matrix(
 def _by_kernels(
     tensors: Sequence[torch.Tensor], storage: Format, rows: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same; linear layers are so many that the launches are recorded once for each size."""
+    """The same with kernels; models have many linear layers, so launches are recorded once per size."""
     from .kernels.decode import decode, frozen_tensors  # needs Triton
     from .kernels.launch import device_of
     from .kernels.launch_recorder import recorded

@@ -74,7 +74,7 @@ def choose_library_path(
     if dtype != torch.bfloat16:
         return ComputePath("loop", f"torch's grouped product is in bfloat16, not {dtype}")
     if in_features % 8 or out_features % 8:
-        # the rows of every operand have to start at multiples of 16 bytes
+        # rows of every operand must be 16-byte aligned
         return ComputePath("loop", f"{in_features} x {out_features} features are no multiples of 8")
     return ComputePath("grouped_mm", reason or "bfloat16 on a GPU")
 

@@ -31,7 +31,7 @@ def _signatures(tensors: Iterable[Tensor | None]) -> list[tuple | None]:
 
 
 class _FusedExperts(torch.autograd.Function):
-    """For eager mode, where calling an operator costs more than all its launches."""
+    """For eager mode, where dispatching a custom operator costs more than all its launches."""
 
     @staticmethod
     def forward(
@@ -89,7 +89,7 @@ class _FusedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple:
         up, down, gate, up_scaling, down_scaling = ctx.static
-        saved = ctx.saved_tensors  # once: checkpointing gives them out once
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks them only once
         hidden_states, top_k_weights, *factors, down_bias, gate_input, up_reduced, down_reduced, whole = saved[:11]
         cut = saved[11:]
         grad_out = grad_out.contiguous()

@@ -1,6 +1,6 @@
-"""The fused experts layer as an operator of torch, for `torch.compile`: no graph break, one node forward and one back.
+"""The fused experts layer as a custom operator for `torch.compile`: no graph break, one node forward, one backward.
 
-Operators take flat arguments; the named tuples are put together again on the inside.
+Operators take flat arguments; the named tuples are rebuilt inside.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _experts_op(
             keep(tuple([tensor.detach() for tensor in results]))
     if unused == "nan":
         results = (torch.full_like(results[0], float("nan")), *results[1:])
-    # the results of an operator are no tensors that it has given before
+    # an operator must return fresh tensors, not ones that it has returned before
     return tuple([tensor.detach() for tensor in results])
 
 
@@ -147,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.is_given = [tensor is not None for tensor in optional]
     given = [tensor for tensor in optional if tensor is not None]
     ctx.save_for_backward(hidden_states, top_k_weights, *output[1:], *given)
-    # frozen, and shared by every step: not activations
+    # frozen and shared by all steps: not activations
     ctx.up, ctx.down, ctx.static = up, down, static
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -191,7 +191,7 @@ def experts_op(
     """`fused_experts` as one node of a traced graph; its backward computes every gradient, needed or not.
 
     Args:
-        by_gemv: as `goes_by_gemv` says; then there is no backward.
+        by_gemv: result of `goes_by_gemv`; if true, there is no backward.
     """
     up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
     down_A, down_B, down_scaling = down_factors or (None, None, 1.0)

@@ -1,10 +1,10 @@
-"""The whole experts layer as one operation, forward and backward, from the kernels.
+"""Forward and backward of the whole experts layer, composed from the kernels.
 
-What the backward needs is kept: the hidden states, the routing, the gate's input and the rank-r activations. Letters
-as in the package's docstring. With `G` the gradient of the output, gathered to rows but not yet weighted,
+Saved for the backward: the hidden states, the routing, the gate's input and the rank-r activations. Letters as in the
+package's docstring. With `G` the gradient of the output, gathered to rows but not yet weighted,
 
-    D = G W_down + scaling (G B_down) A_down      gradient of the gated rows h, were all routing weights 1
-    d weight = <D, h> + <G, bias_down>            so that the down projection's output need not be kept
+    D = G W_down + scaling (G B_down) A_down      gradient of the gated rows h if all routing weights were 1
+    d weight = <D, h> + <G, bias_down>            so the down projection's output is not saved
     d gate_up = gate'(gate_up) * weight * D
 
 and the gradients of the factors are products over the rows of each expert.
@@ -38,14 +38,14 @@ def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype
 
 
 class Plan(NamedTuple):
-    """How one product is cut up."""
+    """How one product is tiled."""
 
     tuned: GemmTiles
     tiles: Tiles
 
 
 class Planner:
-    """Chooses the tiles of each product, and cuts the rows once for each choice of heights."""
+    """Chooses the tiles of each product, and cuts the rows once per set of tile heights."""
 
     def __init__(self, rows: RoutedRows, dtype: torch.dtype, cut: Sequence[Tiles] = ()) -> None:
         self.rows = rows
@@ -59,7 +59,7 @@ class Planner:
         return Plan(tuned, self.cut[tuned.heights])
 
     def runs(self, columns: int, rank: int) -> Tiles | None:
-        """The runs of rows that gradients of factors are summed by, None where each expert is summed in one go."""
+        """Runs of rows for split factor gradients; None where each expert is summed in one pass."""
         length = rows_of_a_run(self.rows.pair_of_row.shape[0], self.rows.ends.shape[0], columns, rank)
         if length is None:
             return None
@@ -83,7 +83,7 @@ def _product(
 
 
 class Saved(NamedTuple):
-    """What the backward needs of the forward, besides its inputs."""
+    """What the backward needs from the forward besides its inputs."""
 
     gate_input: torch.Tensor
     up_reduced: torch.Tensor | None
@@ -97,7 +97,7 @@ def _check(
     top_k_weights: torch.Tensor,
     *projections: tuple[PackedWeight, Factors | None, torch.Tensor | None],
 ) -> None:
-    """Kernels get addresses only: what does not fit would read beyond its end."""
+    """Kernels get bare addresses: mismatched shapes would cause out-of-bounds reads."""
     num_tokens, device = hidden_states.shape[0], hidden_states.device
     shapes = [
         ("top_k_weights", top_k_weights, top_k_index.shape),
@@ -179,7 +179,7 @@ def goes_by_gemv(
     up_factors: Factors | None,
     down_factors: Factors | None,
 ) -> bool:
-    """Whether `experts_forward_gemv` can compute a forward, and is the faster one."""
+    """Whether `experts_forward_gemv` supports this forward and is faster."""
     return (
         num_pairs <= most_pairs_without_sorting(up.tensors[0].device, dtype)
         and all(pair.A.is_contiguous() and pair.B.is_contiguous() for pair in (up_factors, down_factors) if pair)
@@ -268,7 +268,7 @@ def experts_backward(
         bias_term,
         keeps_value=down_factors is not None and needs_factors,
     )
-    gated = grad_gated  # overwritten with what its name says from here on
+    gated = grad_gated  # `gate_backward` has overwritten the gradient in place
     del grad_gated
 
     up_A = up_B = down_A = down_B = None

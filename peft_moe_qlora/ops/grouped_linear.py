@@ -1,7 +1,6 @@
-"""One projection of all experts: frozen weights decoded on the way, plus low-rank terms.
+"""One projection of all experts: frozen weights decoded on the fly, plus low-rank terms.
 
-The weights are decoded for the forward product and again for the gradient of its input; nothing in 16 bits is kept
-between the two.
+Weights are decoded for the forward product and again for the input gradient; no 16-bit copy is kept in between.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
         matrices = stack.decode(rows.dtype)
         return grouped_mm(rows, matrices if as_stored else matrices.transpose(1, 2), offsets)
     if torch.compiler.is_compiling():
-        # a compiler can't look into a launch, nor see how many rows an expert has
+        # torch.compile can't trace into a launch, nor know how many rows an expert has
         weight = packed_weight(stack)
         tensors, by_kernels = list(weight.tensors), path == "triton"
         return _frozen_product_op(
@@ -115,7 +114,7 @@ def _(rows, tensors, offsets, flat_shape, storage, as_stored, by_kernels):
 
 def _low_rank_product(rows: torch.Tensor, term: LowRank, routing: Routing) -> torch.Tensor:
     A, B = term.A.to(rows.dtype), term.B.to(rows.dtype)
-    # zeros up to a multiple of 8 let every rank take the grouped product
+    # zero-padded to a multiple of 8, every rank is eligible for the grouped product
     padding = -A.shape[1] % 8 if choose_library_path(rows.device, rows.dtype, 8, 8).name == "grouped_mm" else 0
     if padding:
         A, B = pad(A, (0, 0, 0, padding)), pad(B, (0, padding))

@@ -18,7 +18,7 @@ def multiply_groups(
 
     Args:
         rows: `(S, in)`.
-        matrix_of: gives the `(in, out)` matrix of an expert; asked for experts that have rows only.
+        matrix_of: returns the `(in, out)` matrix of an expert; called only for experts with rows.
         offsets: `(E,)` int32; copied to the host once.
     """
     out = rows.new_zeros((rows.shape[0], out_features))
@@ -28,7 +28,7 @@ def multiply_groups(
 
 
 def groups(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
-    """`(expert, first row, row behind the last)` of every expert that has rows."""
+    """`(expert, first row, end row)` of every expert that has rows."""
     ends = offsets.tolist()
     return [(expert, start, end) for expert, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]
 
@@ -36,7 +36,7 @@ def groups(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
 def grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """torch's grouped product `(S, in) x (E, in, out)`, with rows of no expert set to zero."""
     out = torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
-    # the kernel leaves them as it found them
+    # the kernel doesn't write these rows
     is_tail = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
     # not in place: torch.compile of torch 2.11 then gives zeros as gradients
     return out.masked_fill(is_tail[:, None], 0)
@@ -92,7 +92,7 @@ def _outer_product_of_groups(rows: torch.Tensor, grad_out: torch.Tensor, offsets
     return grad
 
 
-# how many rows an expert has is known on the host only, where no compiler can follow
+# custom operators, since the loop over experts reads row counts on the host, which torch.compile can't trace
 
 
 @torch.library.custom_op("peft_moe_qlora::multiply_groups", mutates_args=())

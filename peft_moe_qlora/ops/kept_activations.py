@@ -1,8 +1,8 @@
-"""What the recomputation of a checkpointed region need not compute of its experts.
+"""Reuse of experts' activations when a checkpointed region is recomputed.
 
-The fused layer saves its gate's input and the rank-r activations. Where they are kept, a recomputation hands them over
-instead of running the grouped products again; everything else of the region is recomputed as ever. Its backward never
-looks at its output, so that a recomputation whose other operations don't either can leave the second product out.
+The fused layer saves its gate's input and the rank-r activations. Where they are kept, recomputation reuses them
+instead of running the grouped products again; the rest of the region is recomputed as usual. The layer's backward
+never reads its output, so recomputation skips the second product if no other operation's backward reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Region:
 
 
 class _Run(AbstractContextManager):
-    """One run of a region, its forward or its recomputation; may be entered again, one after the other."""
+    """One run of a region, its forward or its recomputation; reusable, but not reentrant."""
 
     def __init__(self, region: _Region, is_recomputation: bool) -> None:
         self.region = region
@@ -42,25 +42,25 @@ class _Run(AbstractContextManager):
 
 
 def keep_experts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The contexts of a checkpointed region's forward and of its recomputation, between which experts are kept.
+    """Returns the `context_fn` pair of selective checkpointing that saves the activations of experts.
 
-    Meant as `context_fn` of `torch.utils.checkpoint.checkpoint`, so as
-    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_experts}` of a Trainer. Only the fused
-    kernels keep something; other paths are recomputed.
+    Pass it as `context_fn` of `torch.utils.checkpoint.checkpoint`, or to a Trainer by
+    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_experts}`. Only the fused kernels save
+    activations; other paths are recomputed.
     """
     region = _Region()
     return _Run(region, is_recomputation=False), _Run(region, is_recomputation=True)
 
 
 def keep(what: Any) -> None:
-    """Keeps what a call has computed, if this thread runs the forward of a region."""
+    """Saves a call's results if this thread runs the forward of a region."""
     run = getattr(_local, "run", None)
     if run is not None and not run.is_recomputation:
         run.region.kept.append(what)
 
 
 def take_kept() -> Any | None:
-    """What the same call has kept in the forward, if this thread recomputes a region; else None."""
+    """What the same call saved in the forward if this thread recomputes a region; else None."""
     run = getattr(_local, "run", None)
     if run is None or not run.is_recomputation or run.taken == len(run.region.kept):
         return None
@@ -91,5 +91,5 @@ class without_output(AbstractContextManager):
 
 
 def unused_output() -> Unused | None:
-    """What stands for the output of experts that this thread runs; None where it is computed."""
+    """Placeholder for the output of experts that this thread runs; None where it is computed."""
     return getattr(_local, "unused", None)

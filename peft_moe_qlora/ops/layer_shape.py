@@ -19,5 +19,5 @@ class LayerShape(NamedTuple):
     has_gate: bool = True
 
     def default_rows(self) -> tuple[float, ...]:
-        """Rows per expert that generation, and training on shorter and longer sequences have."""
+        """Typical rows per expert in generation, and in training on shorter and longer sequences."""
         return tuple(tokens * self.top_k / self.experts for tokens in TOKENS)

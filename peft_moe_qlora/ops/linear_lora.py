@@ -1,8 +1,8 @@
-"""A frozen linear layer with its low-rank term: decoded once, one product, and the term added into it.
+"""A frozen linear layer with its low-rank term: decoded once, one product, and the term accumulated into it.
 
     y = x W^T + bias + scaling * (x A^T) B^T
 
-Factors are read in their own dtype and used in that of the product, where the scaling is a factor of small products.
+Factors are cast from their own dtype to that of the product; the scaling is applied in the small products.
 The backward decodes again. Letters: T rows, R rank.
 """
 
@@ -128,12 +128,12 @@ def _as_rows(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # a cast that does nothing costs nearly as much as a launch, and there are a dozen in a layer
+    # a no-op cast costs nearly as much as a launch, and there are a dozen in a layer
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _product(rows: Tensor, bias: Tensor | None, matrix: StoredMatrix, shape: torch.Size) -> Tensor:
-    """Allocated with its shape: a view made in here could not be written to by who gets it."""
+    """Allocated in its final shape: the caller could not write in place to a view made in here."""
     if _goes_by_library(rows, matrix):
         return _library_product(rows.view(*shape, matrix.columns), bias, matrix)
     out = rows.new_empty((*shape, matrix.rows))
@@ -171,7 +171,7 @@ def _library_product(inputs: Tensor, bias: Tensor | None, matrix: StoredMatrix) 
 def _scaled_product(rows: Tensor, factor: Tensor, scaling: float) -> Tensor:
     """`scaling * rows @ factor`, in the dtype of the rows."""
     out = rows.new_empty((rows.shape[0], factor.shape[1]))
-    # with beta 0, what the memory held is not read
+    # with beta 0, the uninitialized memory is not read
     return out.addmm_(rows, _cast(factor, rows.dtype), beta=0, alpha=scaling)
 
 
@@ -194,7 +194,7 @@ def _backward(
         rows: what A is multiplied with; None where no factor needs a gradient.
         reduced: that of the forward; None where B needs no gradient.
         needs: which gradients.
-        is_differentiable: gradients of these gradients may be asked for.
+        is_differentiable: whether the backward may itself be differentiated (`create_graph=True`).
     """
     of_inputs, of_term_inputs, of_A, of_B = needs
     grad_inputs = grad_term_inputs = grad_A = grad_B = None
@@ -212,7 +212,7 @@ def _backward(
         if of_A:
             grad_A = _factor_gradient(grad_reduced, _cast(rows, dtype), A.dtype, is_differentiable)
         if of_B:
-            if is_differentiable:  # what was kept hangs on nothing
+            if is_differentiable:  # the saved tensor is detached from the graph
                 reduced = _scaled_product(_cast(rows, dtype), A.t(), scaling)
             grad_B = _factor_gradient(grad, reduced, B.dtype, is_differentiable)
     return grad_inputs, grad_term_inputs, grad_A, grad_B
@@ -221,14 +221,14 @@ def _backward(
 def _factor_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, is_differentiable: bool) -> Tensor:
     """`left^T right`; where factors are in fp32, sums are not rounded to 16 bits in between."""
     if dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
-        if left.is_cuda and not is_differentiable:  # it has no derivative, and is not there on a CPU
+        if left.is_cuda and not is_differentiable:  # not differentiable, and not available on the CPU
             return torch.mm(left.t(), right, out_dtype=dtype)
         left, right = _cast(left, dtype), _cast(right, dtype)
     return _cast(torch.mm(left.t(), right), dtype)
 
 
 class _LinearLora(torch.autograd.Function):
-    """For eager mode, where calling an operator costs more than a small product."""
+    """For eager mode, where dispatching a custom operator costs more than a small product."""
 
     @staticmethod
     def forward(
@@ -270,7 +270,7 @@ class _LinearLora(torch.autograd.Function):
         return grad_inputs, grad_term_inputs, grad_bias, *of_factors, None, None, None, None
 
 
-# The same for torch.compile, as operators: one node forward and one back, and nothing decoded is kept
+# The same for torch.compile, as custom operators: one node forward, one backward, no decoded weight saved
 
 
 def _matrix(tensors: list[Tensor], storage: str, shape: list[int]) -> StoredMatrix:
@@ -329,7 +329,7 @@ def _(grad_out, inputs, reduced, A, B, scaling, tensors, storage, shape, has_ter
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     inputs, term_inputs, bias, A, B, *static = inputs
     ctx.save_for_backward(inputs if term_inputs is None else term_inputs, output[1], A, B)
-    # the weight is frozen, and shared by every step: no activation
+    # the weight is frozen and shared by all steps: not an activation
     ctx.static = *static, term_inputs is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -19,8 +19,8 @@ class PackedWeight(NamedTuple):
         columns: of one expert's matrix as stored.
         is_transposed: stored `(in, out)`.
         storage: the format; None where the weight is not packed.
-        parts: matrices under each other that make up one.
-        storage_name: of the format, written before: torch.compile can't put numbers into text.
+        parts: matrices stacked along the rows that make up one.
+        storage_name: name of the format, precomputed since torch.compile can't format numbers into strings.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -69,7 +69,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def signature(self) -> tuple:
-        """All but the numbers."""
+        """Everything but the values of the tensors."""
         dtypes = tuple([tensor.dtype for tensor in self.tensors])
         return (self.num_experts, dtypes, self.tensors[0].device, *self[1:])
 
@@ -79,7 +79,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def is_nested(self) -> bool:
-        """Whether scales take two steps to decode."""
+        """Whether scales are two-level."""
         return self.is_packed and self.storage.second_level != ""
 
     @property

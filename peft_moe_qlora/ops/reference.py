@@ -1,5 +1,5 @@
-"""The layer of experts again, in the plainest torch: the twin that every faster path is tested against, and that an
-experts class's gate is held against to see whether the kernels know it.
+"""Reference implementation of the experts layer in plain torch: every faster path is tested against it, and the gate
+of an experts class is compared with it to see whether the kernels support it.
 
 Dense weights, one product for each routed pair, no sorting, autograd throughout.
 """
@@ -25,7 +25,7 @@ def linear(
 ) -> torch.Tensor:
     """Each row through its expert: `(S, in)`, `(S,)` -> `(S, out)`, in the dtype of `x`.
 
-    Rows whose expert is none of the stack's come out as zero. Dropout and token masks of `low_rank` are not modelled.
+    Rows whose expert is not in the stack are zero. Dropout and token masks of `low_rank` are not modelled.
     """
     matrices = stack.decode(x.dtype)
     matrices = matrices if stack.is_transposed else matrices.transpose(1, 2)

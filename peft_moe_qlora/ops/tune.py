@@ -1,7 +1,7 @@
 """Measures on this GPU which tiles are fastest for the products of an experts layer.
 
-Every candidate computes the same product, with a low-rank term; what does not fit on the GPU is left out, what gives
-other numbers is an error. `benchmarks/tune.py` makes the tables of the package with this, and `peft-moe-qlora tune` a
+Every candidate computes the same product, with a low-rank term; candidates that do not fit on the GPU are skipped, and
+different results are an error. `benchmarks/tune.py` makes the package's tables with this, and `peft-moe-qlora tune` a
 user's own.
 """
 
@@ -72,7 +72,7 @@ def products_of(shape: LayerShape, storage: Format | None) -> list[Product]:
 
 
 def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles]:
-    """The tiles worth trying; in and before the product are both among them.
+    """Candidate tiles, with decoding inside and before the product.
 
     Args:
         rows_per_expert: the mean.
@@ -101,7 +101,7 @@ def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles
             if decode_first and (rows_per_expert < 64 or (weight_left and not thorough)):
                 continue
             if not decode_first and tile_n == 256 and not thorough:
-                continue  # decoded in registers beside the sums, it does not fit into them
+                continue  # the decoded tile and the accumulator don't both fit in registers
             found.append(GemmTiles(heights, tile_n, tile_k, num_warps, num_stages, weight_left, decode_first))
     return found
 
@@ -241,7 +241,7 @@ class Job(NamedTuple):
 
 
 def compile_share(jobs: Sequence[Job], share: tuple[int, int]) -> None:
-    """Compiles every so-many-th candidate into Triton's cache on disk, in a process of its own."""
+    """Compiles a process's share of the candidates into Triton's on-disk cache."""
     number, of = share
     problems: dict[tuple, Problem] = {}
     for job in jobs[number::of]:
@@ -257,7 +257,7 @@ def compile_share(jobs: Sequence[Job], share: tuple[int, int]) -> None:
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> None:
-    """Compiles in several processes at a time, which is what takes longest."""
+    """Compiles in parallel processes, since compilation takes longest."""
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(workers, len(jobs)))
     with context.Pool(workers) as pool:
@@ -355,7 +355,7 @@ def _stored_as(storage: Format | None, product: Product) -> Format | None:
 
 
 def with_bounds(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Replaces the number of rows that was measured by those between which an entry holds."""
+    """Replaces each measured number of rows by the range in which the entry applies."""
     bounded = []
     for before, entry, following in zip([None, *entries], entries, [*entries[1:], None]):
         number = entry["rows_per_expert"]

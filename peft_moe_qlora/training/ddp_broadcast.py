@@ -15,12 +15,12 @@ _CHUNK = 2**24
 
 @torch.no_grad()
 def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
-    """Lets `DistributedDataParallel(model)` leave out packed weights that are the same in all processes.
+    """Excludes packed weights that are equal in all processes from the broadcast of `DistributedDataParallel(model)`.
 
-    It sends all parameters of the first process to the others when it is made, frozen ones too. Packed weights are
-    integers, which nothing trains; sums over them are compared, and what differs is sent as ever, with a warning. Call
-    it in all processes when the group is there (making `TrainingArguments` sees to that), on what is going to be
-    wrapped, adapters included; a Trainer wraps what it is given.
+    When DDP is created, it broadcasts all parameters of the first process, frozen ones too. Packed weights are
+    integers and never trained. Their checksums are compared; weights that differ are broadcast as usual, with a
+    warning. Call it in all processes after the process group is created (`TrainingArguments` creates it), on the model
+    that will be wrapped, adapters included; a Trainer wraps the model that it is given.
 
     Args:
         model: not wrapped yet.

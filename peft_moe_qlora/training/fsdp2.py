@@ -16,9 +16,9 @@ OLDEST_TORCH = "2.12"
 
 
 def shard_layers(model: nn.Module, **options: Any) -> None:
-    """Shards each decoder layer of a model by torch's `fully_shard`, and what is left of it as one more unit.
+    """Shards each decoder layer of a model with torch's `fully_shard`, and the rest of the model as one more unit.
 
-    Codes and scales of experts are sharded as the factors are, by expert, and never cast.
+    Codes and scales of experts are sharded by expert, like the factors, and never cast.
 
     Args:
         model: with all its adapters, alike in all processes but for what `read_part_of_experts` has left out.

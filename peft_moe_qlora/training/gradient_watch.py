@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 
 def watch_gradients(model: nn.Module) -> None:
-    """Warns at the second training forward of layers that the backward before it gave no gradient.
+    """Warns at the second training forward about trainable layers that got no gradient in the backward before.
 
-    As long as no layer has got one, it waits. A model that is compiled as a whole is not watched.
+    It waits until at least one layer has a gradient. A model that is compiled as a whole is not watched.
 
     Args:
         model: the base model, with its adapters.

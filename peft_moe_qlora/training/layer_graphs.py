@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..experts import QuantizedExperts
 from ..ops import choose_library_path
@@ -154,6 +156,23 @@ class LayerGraphs:
     def __reduce__(self) -> tuple:
         # a copy of the model captures its own
         return LayerGraphs, (self.keep, self._make_backend)
+
+
+def why_sequences_are_split(config: PreTrainedConfig) -> str | None:
+    """Why no layer of a model can be captured while processes share its sequences; None if they don't.
+
+    Their attention then sends parts of a sequence around, with buffers that it makes at each call. Both engines put
+    functions of their own in the place of transformers' and torch's, for as long as they are at work.
+    """
+    attention = ALL_ATTENTION_FUNCTIONS.get(config.get_text_config()._attn_implementation)
+    of_engines = {
+        "DeepSpeed's Ulysses": (attention, "deepspeed."),
+        "torch's context parallelism": (nn.functional.scaled_dot_product_attention, "torch.distributed."),
+    }
+    for engine, (function, module) in of_engines.items():
+        if (getattr(function, "__module__", None) or "").startswith(module):
+            return f"its attention exchanges parts of sequences between processes ({engine})"
+    return None
 
 
 def why_not_captured(layer: nn.Module) -> str | None:

@@ -17,7 +17,7 @@ from ..ops import keep_experts
 from .compiled import CACHES, compiled_forward
 from .cuda_graphs import CudaBackend
 from .decode_graphs import DecodeRunner
-from .layer_graphs import LayerGraphs
+from .layer_graphs import LayerGraphs, why_sequences_are_split
 
 Keep = Literal["nothing", "experts", "everything"]
 
@@ -110,7 +110,8 @@ class _BeforeForward:
                 layer.gradient_checkpointing = False
         if self.graphs is not None:
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
-            self.graphs.is_paused = f"{recorded[0]}=True records what happens inside a layer" if recorded else None
+            why_recorded = f"{recorded[0]}=True records what happens inside a layer" if recorded else None
+            self.graphs.is_paused = why_recorded or why_sequences_are_split(model.config)
 
 
 def _is_asked(model: nn.Module, name: str, kwargs: dict[str, Any]) -> bool:
@@ -158,12 +159,12 @@ def graphs_of(model: nn.Module) -> list[LayerGraphs | DecodeRunner]:
 
 
 def graphs_report(model: nn.Module) -> str:
-    """What of a model is captured in CUDA graphs, and why something is not."""
+    """Lists which layers of a model are captured in CUDA graphs, and why others are not."""
     lines = [line for graphs in graphs_of(model) for line in graphs.report()]
     return "\n".join(lines) or "Layers run without CUDA graphs."
 
 
 def release_graphs(model: nn.Module) -> None:
-    """Frees the CUDA graphs of a model and their memory; they are captured again when they are needed."""
+    """Frees the CUDA graphs of a model and their memory; they are recaptured when needed."""
     for graphs in graphs_of(model):
         graphs.forget()

@@ -9,9 +9,9 @@ _REMEDY = "liger_kernel_config={'fused_linear_cross_entropy': False}"
 
 
 def refuse_liger_head(model: nn.Module) -> None:
-    """Makes sure that Liger's loss, if it has taken the place of the model's forward, can be right.
+    """Rejects models for which Liger's fused loss, if it has replaced the model's forward, would be wrong.
 
-    In training it multiplies hidden states by `lm_head.weight` and never calls `lm_head`.
+    In training, Liger's loss multiplies hidden states by `lm_head.weight` and never calls `lm_head`.
 
     Args:
         model: the base model, with its adapters.

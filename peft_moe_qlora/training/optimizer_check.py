@@ -23,7 +23,7 @@ _PROJECTING = ("apollo_torch", "galore_torch")
 
 
 def refuse_optimizers_of_matrices(model: nn.Module) -> None:
-    """From now on, a step of such an optimizer over experts' factors of this model raises a ValueError.
+    """Makes steps of optimizers for matrices on the expert factors of this model raise a ValueError.
 
     Args:
         model: with `ExpertsLora` somewhere in it, now or later.

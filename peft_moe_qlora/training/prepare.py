@@ -22,10 +22,10 @@ def quantize_experts(
     progressbar: bool = True,
     storage: str | None = None,
 ) -> ExpertsReport:
-    """Quantizes all routed experts of a model, in place, each on the device where it is.
+    """Quantizes all routed experts of a model in place, each on its device.
 
-    Stack by stack: a 16-bit stack is freed before the next is quantized, so that the peak is the model plus one
-    quantized stack. The model runs without any adapter afterwards.
+    Each 16-bit stack is freed before the next one is quantized, so peak memory is the model plus one quantized stack.
+    The quantized model also runs without an adapter.
 
     Args:
         model: a model with decorated experts classes in fp16, bf16 or fp32.
@@ -53,13 +53,13 @@ def prepare_model_for_training(
     compile_layers: bool = False,
     cuda_graphs: bool = False,
 ) -> nn.Module:
-    """Freezes a base model and settles how its layers run in training; call it before `get_peft_model`.
+    """Freezes a base model and sets up checkpointing, compilation and CUDA graphs; call it before `get_peft_model`.
 
-    Unlike `peft.prepare_model_for_kbit_training` it casts nothing: that one brings every 16-bit parameter it does not
-    know to fp32, experts included.
+    Unlike `peft.prepare_model_for_kbit_training`, it casts nothing: PEFT's function casts every 16-bit parameter
+    that it does not know to fp32, experts included.
 
-    With `compile_layers` or `cuda_graphs` layers are checkpointed by this package, and a Trainer's
-    `gradient_checkpointing=True` adds nothing to it.
+    With `compile_layers` or `cuda_graphs`, this package checkpoints the layers, and a Trainer's
+    `gradient_checkpointing=True` has no effect.
 
     Args:
         model: a transformers model, its experts quantized or not.

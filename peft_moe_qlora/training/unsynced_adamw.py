@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 
 class UnsyncedAdamW8bit(AdamW8bit):
-    """bitsandbytes' AdamW8bit without its wait for the GPU after each parameter, which an adapter has hundreds of.
+    """bitsandbytes' AdamW8bit without its GPU synchronization after each parameter, of which an adapter has hundreds.
 
-    States, updates and arguments are those of the parent, to the bit. A Trainer takes it as
+    States and updates are bit-identical to the parent's; arguments are the same. A Trainer takes it as
     `optimizer_cls_and_kwargs=(UnsyncedAdamW8bit, {"lr": 1e-4})`.
     """
 

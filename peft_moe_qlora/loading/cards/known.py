@@ -56,7 +56,7 @@ def _find(model: str) -> str:
     close = list(dict.fromkeys(names[one] for one in get_close_matches(model.lower(), names, n=6, cutoff=0.5)))
     like = f"Known names like it: {', '.join(close)}" if close else f"Known names: {', '.join(known_models())}"
     raise ValueError(
-        f"{model} is no directory of a checkpoint, no config.json, and no name of a known model. {like}. For another "
+        f"{model} is not a checkpoint directory, a config.json, or the name of a known model. {like}. For another "
         "model download its config.json, and give the path of that."
     )
 
@@ -71,7 +71,7 @@ def _sizes_of_config(config: PreTrainedConfig, place: str | Path) -> ModelSizes:
         raise ValueError(
             f"{place} declares quant_method={found.get('quant_method')!r}, and which weights are packed is known by "
             "the tensors alone. Give the directory of the checkpoint, or a config.json without quantization_config "
-            "for what it takes to store the experts anew."
+            "to estimate requantized experts."
         )
     storage = parse_format(PACKS_ALL_EXPERTS[found["quant_method"]])
     stored = {target.name: target.empty_stack_as_declared(storage, DTYPE).nbytes for target in stack_targets(model)}

@@ -125,7 +125,5 @@ def engine_layout(name: str) -> EngineLayout:
         ValueError: there is none.
     """
     if name not in ENGINE_LAYOUTS:
-        raise ValueError(
-            f"{name!r:.200} is nothing that engines are served experts in; choose one of {tuple(ENGINE_LAYOUTS)}."
-        )
+        raise ValueError(f"{name!r:.200} is not a format for serving; choose one of {tuple(ENGINE_LAYOUTS)}.")
     return ENGINE_LAYOUTS[name]

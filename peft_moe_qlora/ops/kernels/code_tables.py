@@ -1,4 +1,4 @@
-"""4-bit codes that stand for the values of a table, and PTX that looks them up without touching memory."""
+"""4-bit codes that index a table of values, and PTX that looks them up in registers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def look_up_codes(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to the table's values for their first and for their second codes."""
-    # a comparison takes an attribute for what it is only by way of a constant of its own
+    """Table values of the first and of the second codes of bytes."""
+    # an attribute is a compile-time constant in a comparison only through a constexpr variable
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
         VALUES: tl.constexpr = CODEC.values
@@ -59,9 +59,9 @@ def look_up_codes(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def decode_codes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes to the weights of their first and of their second codes, rounded once.
+    """Weights of the first and of the second codes of bytes, rounded once.
 
-    `scale`, in fp32, has the shape of the codes or broadcasts to it; it is that of the blocks over the table's unit.
+    `scale`, in fp32, broadcasts to the shape of the codes; it is the blocks' scale divided by the table's unit.
     """
     ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
     if ASSEMBLY == "":
@@ -112,7 +112,7 @@ def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
 
 
 def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool) -> str:
-    """PTX that looks up 8 codes in a table of 16 values of two bytes within registers.
+    """PTX that looks up 8 codes in a table of 16 two-byte values, in registers.
 
     Operand 4 is four bytes; results 0 to 3 are the pairs of values of their first and second codes. If scaled, each
     pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands 5 to 8 are
@@ -120,13 +120,13 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
 
     `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
     The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
-    first eight entries, one in its last eight, and a third picks between the two by each code's top bit. That is
-    done for the values' low and high bytes, 0 and 1; the last permutes put them together.
+    first eight entries, one in its last eight, and a third picks between the two by each code's top bit. This is
+    done for the low bytes (0) and the high bytes (1) of the values; the last permutes combine them.
 
-    Permutes, shifts and logic share a pipe, which is the one that limits products with few rows. So a multiplication,
-    which has another pipe, does for a shift by 16. An instruction holds one constant; a second one that is the same
-    for all threads ptxas would move into a register before each permute. Mixing in a zero that it takes for something
-    of the thread's own keeps it there.
+    Permutes, shifts and logic share the pipe that limits products with few rows, so a multiplication, which uses
+    another pipe, replaces a shift by 16. An instruction has one immediate operand; ptxas would move a second constant
+    that is uniform across threads into a register before each permute. Mixing in a zero that looks thread-dependent
+    to ptxas keeps it in a register.
     """
     patterns = [pattern & 0xFFFF for pattern in values.view(torch.int16).tolist()]
 
@@ -157,7 +157,7 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
         "or.b32 halves_a, halves_a, 0x32103210;",
         "mul.hi.u32 codes_b, codes_a, two_16;",
         "mul.hi.u32 halves_b, halves_a, two_16;",
-        # leaves every product as it is
+        # added to a product, -0 leaves it unchanged
         "mov.b32 minus_zero, 0x80008000;",
     ]
     for byte in range(2):
@@ -188,11 +188,11 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
 
 
 def _shuffle_assembly(values: torch.Tensor, is_high_first: bool) -> str:
-    """PTX that looks up 8 codes in a table of 16 fp32 values that lies across the lanes of a warp.
+    """PTX that looks up 8 codes in a table of 16 fp32 values distributed over the lanes of a warp.
 
-    Lanes i and i + 16 hold value i: four selects by the bits of the lane's number, the same for all bytes, which the
-    compiler does once. `shfl.sync.idx` then gets each code's value from another lane. It reads the lowest five bits of
-    what it is given, the fifth of which may be anything here, so that the packed codes only have to be shifted.
+    Lanes i and i + 16 hold value i: four selects by the bits of the lane id, which the compiler hoists since they are
+    the same for all bytes. `shfl.sync.idx` then fetches each code's value from another lane. It reads the lowest five
+    bits of its index, and the fifth is arbitrary here, so the packed codes only need to be shifted.
     """
     level = [f"0x{pattern & 0xFFFFFFFF:08x}" for pattern in values.view(torch.int32).tolist()]
     lines, names = ["mov.u32 lane, %laneid;"], ["lane", "shifted"]

@@ -1,4 +1,4 @@
-"""What a kernel knows of how weights are stored: one object, a constant of the kernel."""
+"""The storage of weights as a kernel sees it: one object, a constexpr argument."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Codec:
 
     Args:
         name: of the codes and the dtype that they are decoded to; two codecs of one name differ in their grid only.
-        look_up: Triton function `(codes, CODEC, DTYPE)`: the values of pairs of codes, in DTYPE, those of the first
-            and those of the second. A pair is a byte or a 16-bit integer.
+        look_up: Triton function `(codes, CODEC, DTYPE)`: the values of the first and of the second codes of pairs, in
+            DTYPE. A pair is a byte or a 16-bit integer.
         decode: `(codes, scale, CODEC, DTYPE)`: the same times an fp32 scale that broadcasts, rounded once.
         is_packed: whether there are codes; weights in 16 bits are read as they are.
         first_shift: where in a byte the first of two codes is.
         block: rows and columns that share a scale, the columns a power of two.
-        part_rows: rows that are blocked apart.
+        part_rows: rows of a part; each part has its own blocks.
         scale: kind of the scales, fp32 as it is or by its bits.
-        second_level: how scales of two steps are decoded, as `Format` has it.
-        values: that 16 codes stand for, for the portable way: a chain of selects.
-        assembly: PTX of `look_up`; "" for the portable way.
+        second_level: how two-level scales are decoded, as in `Format`.
+        values: of the 16 codes, for the portable path: a chain of selects.
+        assembly: PTX of `look_up`; "" for the portable path.
         scaled_assembly: PTX of `decode`.
         unit: what the values were multiplied by; scales have to be divided by it.
         power: what `decode` has to multiply scales by.
@@ -66,7 +66,7 @@ class Codec:
 
     @property
     def cache_key(self) -> str:
-        """By which Triton finds what it has compiled on the disk."""
+        """Part of the key of compiled kernels in Triton's on-disk cache."""
         functions = [getattr(one, "cache_key", "") for one in (self.look_up, self.decode)]
         numbers = (self.values, self.unit, self.power, self.first_shift)
         return "-".join([repr(self), *functions, str(numbers), self.assembly, self.scaled_assembly])
@@ -76,7 +76,7 @@ DENSE = Codec(is_packed=False)
 
 
 class Decoder(NamedTuple):
-    """A way to decode, whatever the grid: the fields of `Codec` of the same names."""
+    """How codes are decoded, independent of the grid; fields as in `Codec`."""
 
     look_up: Any
     decode: Any
@@ -94,9 +94,9 @@ _DECODERS: dict[str, Callable[[str, torch.dtype, bool], Decoder]] = {}
 def register_decoder(
     *names: str,
 ) -> Callable[[Callable[[str, torch.dtype, bool], Decoder]], Callable[[str, torch.dtype, bool], Decoder]]:
-    """Lets kernels decode `Format`s that name these as their `kernel_codes`; a decorator.
+    """Decorator: registers the decoder of `Format`s with these `kernel_codes`.
 
-    What is registered is called with the name, the dtype of the weights, and whether the device runs PTX.
+    The function is called with the name, the dtype of the weights, and whether the device runs PTX.
     """
 
     def register(make: Callable[[str, torch.dtype, bool], Decoder]) -> Callable[[str, torch.dtype, bool], Decoder]:
@@ -125,7 +125,7 @@ def codec_for(
         name=f"{storage.kernel_codes} {dtype} {'ptx' if decoder.assembly else 'portable'}".replace("torch.", ""),
         block=block,
         part_rows=rows // parts,
-        # scales that take two steps come as fp32
+        # fp32: the result of both levels
         scale="fp32" if is_nested else storage.scale_kind,
         second_level=storage.second_level if is_nested else "",
         **decoder._asdict(),
@@ -134,7 +134,7 @@ def codec_for(
 
 @cache
 def decoder_of(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
-    """The way to decode to a dtype; PTX where the device runs it."""
+    """The decoder for a dtype, with PTX where the device runs it."""
     if codes not in _DECODERS:
         raise ValueError(f"No decoder is registered for kernel_codes={codes!r}; known are {', '.join(_DECODERS)}.")
     return _DECODERS[codes](codes, dtype, on_nvidia)
@@ -150,20 +150,20 @@ def runs_ptx(device: torch.device) -> bool:
 
 @triton.jit
 def split_pairs(pairs, DTYPE: tl.constexpr):
-    """The lower and upper 16 bits; put side by side again, which costs nothing, they are the register as it was."""
+    """The lower and upper 16 bits; joining them again is free and gives the original register."""
     return pairs.to(tl.int16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit
 def as_pairs(x):
-    """16-bit numbers twice in 32 bits."""
+    """Duplicates 16-bit numbers into both halves of 32 bits."""
     bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return bits | (bits << 16)
 
 
 @triton.jit
 def decode_bytes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Pairs of codes of a byte each: their values times `scale`, in fp32 and broadcast, rounded once."""
+    """Pairs of one-byte codes: their values times `scale` (fp32, broadcast), rounded once."""
     ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
     if ASSEMBLY == "":
         first, second = CODEC.look_up(codes, CODEC, DTYPE)

@@ -1,4 +1,4 @@
-"""Codes to numbers: a tile of a matrix inside another kernel, or a whole run of experts into a 16-bit workspace."""
+"""Decodes a tile of a matrix inside another kernel, or a run of experts into a 16-bit workspace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ONE = tl.constexpr(0x3F800000)
 
 @triton.jit
 def as_scale(bits, KIND: tl.constexpr):
-    """fp32 scales, of which integers are the bits; fp32 as it is."""
+    """fp32 scales from their bits as integers; fp32 is returned unchanged."""
     if KIND == "fp32":
         return bits.to(tl.float32, bitcast=True)
     elif KIND == "bf16":
@@ -32,15 +32,15 @@ def as_scale(bits, KIND: tl.constexpr):
     elif KIND == "fp16":
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        # e8m0: the exponent of fp32, of which 0 stands for a subnormal number
+        # e8m0: the exponent bits of fp32, where 0 encodes a subnormal number
         exponent = bits.to(tl.int32)
         return tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scale_row(row, CODEC: tl.constexpr):
-    """Where in the grid of scales the rows of a matrix are."""
-    # a comparison takes an attribute for what it is only by way of a constant of its own
+    """Rows of the scale grid for rows of a matrix."""
+    # an attribute is a compile-time constant in a comparison only through a constexpr variable
     BLOCK: tl.constexpr = CODEC.block_rows
     PART: tl.constexpr = CODEC.part_rows
     if BLOCK == 1:
@@ -87,7 +87,7 @@ def weight_tile(
     else:
         BLOCK: tl.constexpr = CODEC.block_columns
         PAIRS: tl.constexpr = COLUMNS // 2
-        # products only: behind a division the compiler no longer knows that addresses are aligned
+        # multiplications only: after a division the compiler can't prove that addresses are aligned
         pair = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
         place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]
         if TILE_COLUMNS >= BLOCK:
@@ -181,7 +181,7 @@ def load_scales(
     NUM_BLOCKS: tl.constexpr,
     IS_NESTED: tl.constexpr,
 ):
-    """fp32 scales of blocks of one expert; where masked, some finite value."""
+    """fp32 block scales of one expert; arbitrary but finite where masked."""
     place = ABSMAX + expert.to(tl.int64) * NUM_BLOCKS + block
     scale = tl.load(place, mask=mask, other=0)
     if not IS_NESTED:
@@ -196,7 +196,7 @@ def load_scales(
 
 @triton.jit
 def with_second_level(bits, whole, LEVEL: tl.constexpr):
-    """fp32 scales of blocks, of their bits in FP8 and the bits of the fp32 scale that all of a part have."""
+    """fp32 block scales from their FP8 bits and the bits of the fp32 scale that a part shares."""
     scale = e4m3_value(bits.to(tl.int32), tl.float32)
     whole = as_scale(whole, "fp32")
     return scale * whole if LEVEL == "times" else tl.div_rn(scale, whole)
@@ -331,9 +331,9 @@ def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
 
 
 def _pairs_of_codes(weight: PackedWeight) -> torch.Tensor:
-    """Codes as kernels read them, two at a time: a byte, or of codes of a byte each a 16-bit integer.
+    """Codes as kernels read them, in pairs: a byte, or a 16-bit integer for one-byte codes.
 
-    Made where it is handed over: a view that is kept would hold memory that engines have moved or freed.
+    Created on each use: a cached view would hold memory that engines have moved or freed.
     """
     codes = weight.tensors[0]
     return codes.view(torch.int16) if weight.is_packed and weight.storage.codes_per_byte == 1 else codes
@@ -379,7 +379,7 @@ def _plain_scales_of_parts_kernel(
 
 
 def with_plain_scales(weight: PackedWeight) -> PackedWeight:
-    """The same weight as products read it: pairs of codes, and of nested scales, which take two steps, fp32 ones."""
+    """The same weight as products read it: codes in pairs, and nested (two-level) scales decoded to fp32."""
     codes = _pairs_of_codes(weight)
     if not weight.is_nested:
         return weight._replace(tensors=(codes, *weight.tensors[1:]))
@@ -427,12 +427,12 @@ def decode(
 def decode_part(
     weight: PackedWeight, expert: int, of_rows: bool, first: int, count: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """The same of some rows of one expert, `(count, columns)`, or of some columns, `(rows, count)`.
+    """The same for some rows of one expert, `(count, columns)`, or some columns, `(rows, count)`.
 
     Args:
         weight: the stack.
         expert: which.
-        of_rows: whether rows are counted.
+        of_rows: whether the part is a range of rows.
         first: a multiple of `PART_GRANULE`, and for rows of the blocksize where blocks are runs of the matrix.
         count: of rows or columns.
         out: contiguous memory, at least as large.
@@ -451,7 +451,7 @@ def _decode(weight: PackedWeight, first_expert: int, num_experts: int, part: _Pa
 def _decode_flat(
     weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor
 ) -> None:
-    """Of formats whose blocks are runs of the flattened matrix."""
+    """For formats whose blocks are runs of the flattened matrix."""
     numel, blocksize = weight.rows * weight.columns, weight.storage.flat_blocksize
     num_blocks = cdiv(part.rows * weight.columns, blocksize)
     blocks = min(next_power_of_2(num_blocks), max(1, 2 * DECODE_BYTES // blocksize))
@@ -475,7 +475,7 @@ def _decode_flat(
 def _decode_grid(
     weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor
 ) -> None:
-    """Of formats whose blocks are those of a grid."""
+    """For formats whose blocks form a grid."""
     tile_columns = min(next_power_of_2(weight.columns), 256)
     tile_rows = max(1, min(next_power_of_2(weight.rows), 2 * DECODE_BYTES // tile_columns))
     if part.first_row or part.rows < weight.rows:

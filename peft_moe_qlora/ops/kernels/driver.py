@@ -1,4 +1,4 @@
-"""Launches through CUDA's driver, which cost less than Triton's own where all but the addresses is known."""
+"""Launches through the CUDA driver API, cheaper than Triton's own where only the addresses change."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _cu_launch_kernel() -> Any:
 
 
 class DriverLaunch:
-    """One kernel and grid, to be launched again and again. Not for several threads at a time.
+    """One kernel and grid, for repeated launches. Not thread-safe.
 
     Args:
         compiled: a `triton.compiler.CompiledKernel` that was launched once; see `can_launch`.
         grid: three numbers of programs.
-        num_pointers: how many addresses come first among the kernel's parameters.
+        num_pointers: number of pointers, which are the kernel's first parameters.
         numbers: the parameters that follow.
-        through_triton: the same launch, for a thread that the device has no context in yet.
+        through_triton: the same launch, for a thread without a current CUDA context.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DriverLaunch:
         """Queues the kernel.
 
         Raises:
-            RuntimeError: the driver refused.
+            RuntimeError: the driver returned an error.
         """
         self._pointers[:] = addresses
         status = self._launch(*self._shape, ctypes.c_void_p(stream), self._parameters, None)
@@ -79,7 +79,7 @@ def _kinds(compiled: Any) -> list[str]:
 
 
 def can_launch(compiled: Any, num_pointers: int, numbers: Sequence[int | float]) -> bool:
-    """Whether a binary is launched as plainly as `DriverLaunch` does it; what isn't goes through Triton."""
+    """Whether `DriverLaunch` can launch a binary; others are launched by Triton."""
     metadata = getattr(compiled, "metadata", None)
     if metadata is None or not isinstance(getattr(compiled, "function", None), int) or _cu_launch_kernel() is None:
         return False

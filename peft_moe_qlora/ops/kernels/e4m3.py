@@ -1,8 +1,8 @@
 """FP8 codes (e4m3) to numbers.
 
 As bf16, the bits `sign << 15 | rest << 4` are the value times 2^-120, for subnormal codes too; as fp16, `sign << 15 |
-rest << 7` are the value times 2^-8. The multiplication by the scale does the rest. On compute capability 9.0 the
-conversion that the hardware has goes through a slow pipe for bf16, and before 8.9 there is none.
+rest << 7` are the value times 2^-8. The multiplication by the scale corrects this. On compute capability 9.0 the
+hardware conversion uses a slow pipe for bf16; before 8.9 there is none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .codec import Decoder, decode_bytes, register_decoder, split_pairs
 
 @triton.jit
 def e4m3_value(code, DTYPE: tl.constexpr):
-    """The portable way: from exponent and mantissa. Normal numbers only, which no mode of a device flushes."""
+    """Portable: from exponent and mantissa. Uses normal numbers only, which no device flushes to zero."""
     exponent, mantissa = (code >> 3) & 15, code & 7
     significand = tl.where(exponent > 0, mantissa + 8, mantissa).to(tl.float32)
     # 2^(exponent - 10); subnormal codes have the exponent of the smallest normal ones
@@ -27,7 +27,7 @@ def e4m3_value(code, DTYPE: tl.constexpr):
 
 @triton.jit
 def look_up_e4m3(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Pairs of codes to the values of their first and of their second ones, which 16 bits hold exactly."""
+    """Values of the first and of the second codes of pairs, exact in 16 bits."""
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
         first = e4m3_value(codes.to(tl.int32) & 255, DTYPE)
@@ -58,10 +58,10 @@ _POWERS = {torch.float32: 1.0, torch.bfloat16: 2.0**120, torch.float16: 2.0**8}
 
 
 def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
-    """PTX for four codes, operand 2, to two pairs of 16-bit numbers, results 0 and 1.
+    """PTX that converts four codes (operand 2) to two pairs of 16-bit numbers (results 0 and 1).
 
     If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(bits, coarse, bits * fine)`; operands 3
-    and 4 are pairs of the coarse scale, 5 and 6 of the fine one, both times the power that the bits lack.
+    and 4 are pairs of the coarse scale, 5 and 6 of the fine one, both times the power of two that the bits lack.
     """
     packed_type, shift, mask, power = (
         ("bf16x2", 4, "0x07f007f0", "0x7b807b80")
@@ -87,7 +87,7 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
 
 
 def _assembly_of_fp32() -> str:
-    """PTX for four codes, operand 4, to four fp32 numbers: results 0 and 1 are the first of each pair."""
+    """PTX that converts four codes (operand 4) to four fp32 numbers: results 0 and 1 are the first of each pair."""
     lines = []
     for byte in range(4):
         lines += [

@@ -69,7 +69,7 @@ def gate_derivatives(gate, up, limit, alpha, KIND: tl.constexpr):
 def load_gate_inputs(
     X, row, first_column, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; 0 behind the last column."""
+    """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; 0 past the last column."""
     base = X + row[:, None].to(tl.int64) * (2 * COLUMNS)
     if INTERLEAVED:
         column = 2 * first_column + tl.arange(0, 2 * WIDTH)
@@ -180,7 +180,7 @@ def _gate_backward_kernel(
             tl.store(base + COLUMNS + column[None, :], by_up, mask=is_row[:, None] & is_column[None, :])
     if HAS_ROW_TERM:
         grad_weight += tl.load(ROW_TERM + source).to(tl.float32)
-    # rows of no expert hold anything
+    # rows of no expert are uninitialized
     grad_weight = tl.where(is_here, grad_weight, 0.0)
     tl.store(GRAD_WEIGHTS + pair, grad_weight.to(GRAD_WEIGHTS.dtype.element_ty), mask=is_row)
 
@@ -194,7 +194,7 @@ def gate_backward(
     row_term: torch.Tensor | None = None,
     keeps_value: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the gradient of the gated rows, before weighting, to that of the gate's input and of the weights.
+    """Gradients of the gate's input and of the routing weights, from that of the gated rows before weighting.
 
     Args:
         x: `(S, 2I)`, input of the gate.
@@ -203,7 +203,7 @@ def gate_backward(
         gate: which.
         rows: the routing.
         row_term: `(S,)`, added to the gradient of each row's weight.
-        keeps_value: write the gated rows, which are computed on the way, over `grad`.
+        keeps_value: overwrite `grad` with the gated rows, which are recomputed anyway.
 
     Returns:
         `(S, 2I)` gradient of x, and `(T, K)` `sum(gated * grad)` in the dtype of the weights, 0 for pairs that are not

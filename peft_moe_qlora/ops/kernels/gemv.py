@@ -1,7 +1,7 @@
-"""The layer's forward for a few tokens, as in generation: every routed pair by itself, vectors instead of tiles.
+"""The layer's forward for few tokens, as in generation: a matrix-vector product per routed pair instead of tiles.
 
-Nothing is sorted, and no matrix instruction waits for rows that aren't there. An expert that several tokens chose is
-decoded for each of them.
+Nothing is sorted, and no tile is padded with missing rows. An expert chosen by several tokens is decoded for each of
+them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def reduce_pairs(
 
 @triton.jit
 def _no_sums(CODEC: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr):
-    """Zeros for `_add_products`, which adds element by element: over the contraction is summed once, at the end."""
+    """Zeros for `_add_products`, which accumulates elementwise; the contraction is reduced once, at the end."""
     return tl.zeros((WIDTH, TILE_K // 2 if CODEC.is_packed else TILE_K), tl.float32)
 
 
@@ -109,7 +109,7 @@ def _add_products(
 ):
     """Adds `weight` times the products of one expert's matrix and the vector at `x_place`, in fp32.
 
-    Of `WIDTH` outputs from `first_output` on.
+    For `WIDTH` outputs starting at `first_output`.
     """
     output = first_output + tl.arange(0, WIDTH)
     is_output = (output < N)[:, None]
@@ -324,7 +324,7 @@ WIDTH = 8
 
 
 def _step(weight: PackedWeight) -> int:
-    """Of the contraction: whole blocks, or a part of one that has all of a row."""
+    """Step along the contraction: whole blocks, or a part of a block that spans the row."""
     most = 2048 if weight.is_packed else 1024
     step = min(most, next_power_of_2(weight.in_features))
     block = weight.tile_block[1] if weight.is_packed else 0
@@ -332,10 +332,10 @@ def _step(weight: PackedWeight) -> int:
 
 
 def fits_gemv(*weights: PackedWeight) -> bool:
-    """Whether the kernels here can compute with these weights, and are worth it.
+    """Whether the kernels here support these weights and are faster.
 
-    The blocks of packed ones have to run along the contraction: along the outputs a program would read a few bytes of
-    each row, which was slower than sorting.
+    Blocks of packed weights must run along the contraction: along the outputs, a program would read a few bytes of
+    each row, which measured slower than sorting.
     """
     return all(
         not weight.is_packed or (weight.tile_block is not None and not weight.is_transposed and _fits_step(weight))
@@ -355,14 +355,14 @@ def _tensors(
     B: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Of one projection, in the order of both kernels; x stands for what is absent."""
+    """Tensors of one projection, in the order of both kernels' parameters; x is the placeholder for absent ones."""
     return (*kernel_tensors(weight), *[x if tensor is None else tensor for tensor in (reduced, B, bias)])
 
 
 def _constants(
     weight: PackedWeight, dtype: torch.dtype, reduced: torch.Tensor | None, bias: torch.Tensor | None
 ) -> dict[str, object]:
-    """Of one projection, the last of both kernels."""
+    """Constants of one projection, the last parameters of both kernels."""
     rank = 0 if reduced is None else reduced.shape[1]
     return {
         "N": weight.out_features,

@@ -26,8 +26,8 @@ class Rows(NamedTuple):
 
     Args:
         tensor: `(S, features)`, or `(T, features)` with `pair_of_row`; the last dimension contiguous.
-        pair_of_row: `(S,)` int32, row -> token * K + choice; None where the rows are in place already.
-        top_k: K; 1 where the rows are in place already.
+        pair_of_row: `(S,)` int32, row -> token * K + choice; None where the rows are sorted already.
+        top_k: K; 1 where the rows are sorted already.
     """
 
     tensor: torch.Tensor
@@ -84,11 +84,11 @@ def _low_rank_operands(
 
 @triton.jit
 def _wait_for_product(acc, CODEC: tl.constexpr):
-    """The sums as they are, but for the compiler something else that needs them.
+    """Returns the accumulator unchanged, but as a new value that depends on it to the compiler.
 
-    Where the left operand is computed in registers, Triton (3.6, and 3.8 and 3.9, which wait for all products but the
-    last one) leaves products (wgmma) of one step running while the next step overwrites the registers that they read.
-    On an H200 single tiles came out wrong, now and then.
+    Where the left operand is computed in registers, Triton (3.6; also 3.8 and 3.9, which wait for all wgmma but the
+    last) leaves wgmma of one step in flight while the next step overwrites the registers that they read. On an H200
+    single tiles were occasionally wrong.
     """
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY != "":
@@ -132,7 +132,7 @@ def _tile(
     """One tile of a result of `N` columns, of which `W`, `FACTOR`, `BIAS` and `OUT` point to `WIDTH`."""
     row = start + tl.arange(0, HEIGHT)
     is_row = row < end
-    # rows that belong to somebody else are computed from the first one, and not stored
+    # rows past the end read the first row instead, and are not stored
     row = tl.where(is_row, row, start)
     source = row_places(row, PAIR_OF_ROW, TOP_K, GATHER)
     DTYPE: tl.constexpr = X.dtype.element_ty
@@ -140,7 +140,7 @@ def _tile(
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
     shape: tl.constexpr = (TILE_N, HEIGHT) if WEIGHT_LEFT else (HEIGHT, TILE_N)
     acc = tl.zeros(shape, tl.float32)
-    # one multiplication for each sum over a block, or for each weight
+    # multiply by the scale once per sum over a block, or once per weight
     BLOCK: tl.constexpr = CODEC.block_columns
     BLOCK_K: tl.constexpr = min(BLOCK, TILE_K)
     SCALES_SUMS: tl.constexpr = ALONG_COLUMNS and not WEIGHT_LEFT and 2 * HEIGHT <= BLOCK_K
@@ -225,7 +225,7 @@ def _tile_at(
     TILE_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
 ):
-    # so many tiles of rows go through the columns together, for a weight that may be larger than the cache
+    # so many row tiles share a pass over the columns, since the weight may exceed the cache
     GROUP: tl.constexpr = 1 if CODEC.is_packed else 8
     TILES_N: tl.constexpr = (WIDTH + TILE_N - 1) // TILE_N
     group = index // (GROUP * TILES_N)
@@ -305,7 +305,7 @@ def _grouped_gemm_kernel(
 
 
 def padded_rank(rank: int) -> int:
-    """The rank that a matrix instruction takes: a power of two from 16 on."""
+    """The rank padded for matrix instructions: a power of two, at least 16."""
     return max(16, next_power_of_2(rank))
 
 
@@ -407,7 +407,7 @@ def grouped_gemm(
     for first in range(0, weight.num_experts, group):
         count = min(group, weight.num_experts - first)
         decode(weight, first, count, dtype, out=workspace)
-        # how many tiles a group has is known on the device only: programs that stay and loop, instead of idle ones
+        # the number of tiles in a group is known on the device only: persistent programs instead of idle ones
         multiply((workspace,), first, count, group < weight.num_experts, everything)
     return out
 

@@ -1,7 +1,7 @@
-"""int8 codes to numbers, which 16 bits hold exactly.
+"""Decodes int8 codes, exactly in 16 bits.
 
-The PTX puts a code into the mantissa of a number whose exponent makes the last bit of it a 1, and subtracts what is
-too much. The 7 bits of bf16's mantissa are one too few: there the upper bit becomes a number of its own.
+The PTX places a code in the mantissa of a number whose exponent gives the last mantissa bit the value 1, and subtracts
+the offset. The 7 mantissa bits of bf16 are one too few: there the upper bit becomes a separate number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .codec import Decoder, decode_bytes, register_decoder, split_pairs
 
 @triton.jit
 def look_up_int8(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Pairs of codes to the values of their first and of their second ones."""
+    """Values of the first and of the second codes of pairs."""
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
         # shifts to the right keep the sign
@@ -39,13 +39,13 @@ def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
         assembly, scaled = _assembly_of_fp32(), ""
     else:
         assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
-    # small scales are subnormal in fp16: values are a 256th for that, and scales 256 times as large
+    # small scales are subnormal in fp16, so values are divided by 256 and scales multiplied by it
     power = 2.0**8 if dtype == torch.float16 else 1.0
     return Decoder(look_up_int8, decode_bytes, assembly=assembly, scaled_assembly=scaled, power=power)
 
 
 def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
-    """PTX for four codes, operand 2, to two pairs of 16-bit numbers, results 0 and 1.
+    """PTX that converts four codes (operand 2) to two pairs of 16-bit numbers (results 0 and 1).
 
     If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands
     3 and 4 are pairs of the coarse scale, 5 and 6 of the fine one.
@@ -76,7 +76,7 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
 
 
 def _assembly_of_fp32() -> str:
-    """PTX for four codes, operand 4, to four fp32 numbers: results 0 and 1 are the first of each pair."""
+    """PTX that converts four codes (operand 4) to four fp32 numbers: results 0 and 1 are the first of each pair."""
     lines = ["xor.b32 shifted, $4, 0x80808080;"]
     for byte in range(4):
         lines += [

@@ -1,7 +1,7 @@
-"""Launching a kernel in a few microseconds.
+"""Kernel launches in a few microseconds.
 
-`kernel[grid](...)` looks at every argument to find the binary that fits, which costs more than most launches here run.
-What decides on the binary is known to the caller, so that it is looked up once.
+`kernel[grid](...)` inspects every argument to select a binary, which takes longer than most kernels here run. The
+caller knows what the binary depends on, so it is looked up once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def launch(
 def _launcher(
     compiled: Any, grid: tuple[int, ...], num_tensors: int, numbers: tuple[int | float, ...], values: tuple
 ) -> Callable[[list[int], int], None]:
-    """What launches a binary with other addresses."""
+    """A function that launches a binary with other addresses."""
     whole_grid = (*grid, 1, 1)[:3]
     run = compiled[whole_grid]
 
@@ -97,7 +97,7 @@ def _launcher(
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's device the current one, which is where kernels run."""
+    """Context manager that makes the tensor's device current, since kernels launch there."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)

@@ -1,9 +1,8 @@
-"""A sequence of allocations and launches, written down once and played back with other tensors.
+"""A sequence of allocations and launches, recorded once and replayed with other tensors.
 
-For given shapes a layer always allocates the same tensors and launches the same kernels; working that out in Python
-takes longer than a small layer runs. A recorder holds the sequence with addresses relative to inputs and allocations.
-Its replay is an ordinary sequence of launches on the current stream: it allocates anew each time, and can be captured
-in a CUDA graph.
+For given shapes a layer always allocates the same tensors and launches the same kernels; deriving them in Python takes
+longer than a small layer runs. A recorder holds the sequence with addresses relative to inputs and allocations. Replay
+is an ordinary sequence of launches on the current stream: it allocates each time, and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class LaunchRecorder:
     """Records between its creation and `finish`, in the thread that `active_recorder` belongs to.
 
     Args:
-        inputs: what is not allocated on the way; None for what is absent.
+        inputs: tensors that are not allocated during recording; None for absent ones.
     """
 
     def __init__(self, inputs: Sequence[torch.Tensor | None]) -> None:
@@ -61,7 +60,7 @@ class LaunchRecorder:
         self._steps.append((run, tuple([self._place(tensor.data_ptr()) for tensor in tensors])))
 
     def _place(self, address: int) -> tuple[int, int]:
-        """Which input or allocation an address lies in, and where; memory that was reused belongs to the newest."""
+        """The input or allocation that an address lies in, and the offset; reused memory belongs to the newest one."""
         for slot in range(len(self._spans) - 1, -1, -1):
             start, end = self._spans[slot]
             if start <= address < end:
@@ -84,7 +83,7 @@ class LaunchRecorder:
                 last_use[what] = number
             else:
                 last_use.update(dict.fromkeys((slot for slot, _ in what), number))
-        # memory goes back as soon as the last launch that uses it is queued, as it would without a recording
+        # memory is freed as soon as the last launch that uses it is queued, as without a recording
         released: dict[int, list[int]] = {}
         for slot in allocated:
             if slot not in self._outputs:
@@ -95,10 +94,10 @@ class LaunchRecorder:
         ]
 
     def replay(self, addresses: list[int]) -> Outputs:
-        """Allocates and launches again, and gives the outputs.
+        """Repeats the allocations and launches, and returns the outputs.
 
         Args:
-            addresses: of the inputs, in their order; 0 for what is absent.
+            addresses: of the inputs, in their order; 0 for absent ones.
         """
         num_slots = len(self._spans)
         tensors: Outputs = [None] * num_slots
@@ -129,16 +128,16 @@ def recorded(
     """`run()`, from a recording if there is one for the key.
 
     Args:
-        key: everything that decides on allocations and launches.
+        key: everything that allocations and launches depend on.
         inputs: every tensor that `run` gives to kernels. Where one is not contiguous or not aligned,
             or two overlap, nothing is recorded.
-        run: gives outputs, all of them allocated on the way, and something that only depends on the key.
+        run: returns outputs, all allocated during the run, and a value that depends only on the key.
     """
     present = [tensor for tensor in inputs if tensor is not None]
     if not all(tensor.is_cuda and tensor.is_contiguous() for tensor in present):
         return run()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-    # binaries are compiled for pointers that are aligned, as all but odd slices of tensors are
+    # binaries are compiled for aligned pointers; only odd slices of tensors are unaligned
     if reduce(or_, addresses) % 16:
         return run()
     recorder = _recordings.get(key)
@@ -146,7 +145,7 @@ def recorded(
         return recorder.replay(addresses), recorder.extra
     recorder = LaunchRecorder(inputs)
     if recorder.has_overlapping_inputs():
-        # an address would not say which of them is meant
+        # an address would be ambiguous
         return run()
     _local.recorder = recorder
     try:
@@ -162,7 +161,7 @@ def recorded(
 
 
 def forget_recordings() -> None:
-    """Drops all recordings, for what decides on launches but is no part of the keys."""
+    """Drops all recordings, after a change of something that launches depend on but keys don't contain."""
     _recordings.clear()
 
 

@@ -110,10 +110,10 @@ PARTS_BYTES = 32 * 2**20
 
 
 def rows_of_a_run(num_rows: int, num_experts: int, columns: int, rank: int) -> int | None:
-    """Up to how many rows of an expert one program sums when gradients of factors are computed; None for all.
+    """Most rows of an expert that one program sums in a factor gradient; None for all.
 
-    Chosen from the mean, as the numbers of rows are known on the device only: where experts have many rows, of which
-    a few experts may have most, and where experts are so few that there is nothing else to spread.
+    Chosen from the mean, since row counts are known on the device only. Rows are split where there are many, which
+    routing may concentrate on a few experts, and where experts are too few to occupy the GPU.
 
     Args:
         num_rows: S.
@@ -123,10 +123,10 @@ def rows_of_a_run(num_rows: int, num_experts: int, columns: int, rank: int) -> i
     """
     mean = cdiv(num_rows, num_experts)
     programs = num_experts * cdiv(columns, COLUMNS_OF_A_PROGRAM)
-    # what spreads even routing over enough programs
+    # gives enough programs under even routing
     length = max(next_power_of_2(mean * programs // ENOUGH_PROGRAMS), 4 * ROWS_OF_A_STEP)
     if mean < 2 * length:
-        # few rows have no expert with many
+        # with few rows in all, no expert has many
         if num_rows < 16 * SERIAL_ROWS:
             return None
         # twice the mean, so that even routing leaves experts whole
@@ -142,10 +142,10 @@ def _num_parts(num_rows: int, length: int) -> int:
 
 @triton.jit
 def _place_of_part(start, rows, half, LENGTH: tl.constexpr):
-    """Where the sum of a run is kept, of an expert that has several; `half` as many places as there are.
+    """Slot for the sum of a run, for an expert with several runs; there are `2 * half` slots.
 
-    Whole runs begin at least a length apart. A run that is cut short is behind a whole one, whose place in the other
-    half is its own.
+    Full runs start at least `LENGTH` apart. A shorter run follows a full one, and takes the same slot as that one, in
+    the other half.
     """
     return tl.where(rows == LENGTH, start // LENGTH, half + start // LENGTH - 1)
 
@@ -270,8 +270,8 @@ def factor_gradient(
         out: `(E, C, R)` view to write to, any strides, any floating dtype; experts without rows get zeros.
         weights: `(T, K)` routing weights, contiguous; None for ones.
         pair_of_row: `(S,)` int32; needed with `weights`.
-        runs: the rows cut into runs of one height (`rows_of_a_run`), which are summed apart and then together, in
-            fp32 and always in the same order; None to sum each expert in one go.
+        runs: the rows cut into runs of one height (`rows_of_a_run`), which are summed separately and then together, in
+            fp32 and always in the same order; None to sum each expert in one pass.
     """
     num_experts, columns, rank = out.shape
     pairs = rows.pair_of_row if rows.pair_of_row is not None else pair_of_row

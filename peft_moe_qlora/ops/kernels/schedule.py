@@ -15,13 +15,13 @@ MOST_PAIRS_OF_ONE_PROGRAM = 256
 
 
 class RoutedRows(NamedTuple):
-    """Where each routed pair stands among the rows sorted by expert; all int32.
+    """The position of each routed pair among the rows sorted by expert; all int32.
 
     Args:
-        ends: `(E,)`, the row behind each expert's last one.
+        ends: `(E,)`, the exclusive end of each expert's rows.
         pair_of_row: `(S,)`, row -> token * K + choice.
         row_of_pair: `(S,)`, the inverse; pairs whose expert lives elsewhere have the rows from `ends[-1]` on.
-        whole: the one tensor that the three are cut out of, if there is one.
+        whole: the tensor that the three are views of, if there is one.
     """
 
     ends: torch.Tensor
@@ -35,9 +35,9 @@ class Tiles(NamedTuple):
 
     Args:
         tiles: `(3, bound)` int32: expert, first row, and which of `heights`. Behind the last tile the expert is -1.
-        tile_ends: `(E,)` int32, the tile behind each expert's last one.
-        heights: in descending order. Rows are cut by the first; the rest of an expert gets the least that holds it.
-        whole: the one tensor that the two are cut out of.
+        tile_ends: `(E,)` int32, the exclusive end of each expert's tiles.
+        heights: in descending order. Rows are cut by the first; an expert's remainder gets the smallest that holds it.
+        whole: the tensor that the two are views of.
     """
 
     tiles: torch.Tensor
@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def _height_index(rows_left, HEIGHTS: tl.constexpr):
-    """Which of the heights a tile gets: the least that holds the rest of its expert."""
+    """Index of a tile's height: the smallest that holds the rest of its expert."""
     height = tl.zeros(rows_left.shape, tl.int32)
     for index in tl.static_range(1, len(HEIGHTS)):
         height = tl.where(rows_left <= HEIGHTS[index], index, height)
@@ -61,9 +61,9 @@ def _height_index(rows_left, HEIGHTS: tl.constexpr):
 
 @triton.jit
 def _load_ids(IDS, pair, num_pairs, NUM_EXPERTS: tl.constexpr):
-    """Expert ids; E for pairs that are not computed here, E + 1 behind the last pair."""
+    """Expert ids; E for pairs that are not computed here, E + 1 past the last pair."""
     ids = tl.load(IDS + pair, mask=pair < num_pairs, other=0)
-    # before they are made shorter
+    # before narrowing to int32
     ids = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS).to(tl.int32)
     return tl.where(pair < num_pairs, ids, NUM_EXPERTS + 1)
 
@@ -134,7 +134,7 @@ def _route_few_kernel(
     HEIGHTS: tl.constexpr,
     BOUND: tl.constexpr,
 ):
-    """All of it where one program holds all pairs."""
+    """Routing in a single launch, where one program holds all pairs."""
     pair = tl.arange(0, BLOCK)
     ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
     is_same_before = (ids[None, :] == ids[:, None]) & (pair[None, :] < pair[:, None])
@@ -161,7 +161,7 @@ def _route_few_kernel(
 
 
 def _aligned(number: int) -> int:
-    """int32 numbers up to the next multiple of 16 bytes, where the next part may start."""
+    """A number of int32 rounded up to 16 bytes, where the next part may start."""
     return number + -number % 4
 
 
@@ -257,7 +257,7 @@ def _tiles_kernel(
         tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_mine = (tile[:, None] >= (tile_end - num_tiles)[None, :]) & (tile[:, None] < tile_end[None, :])
-    # exactly one expert is mine, or none behind the last tile: sums pick its values
+    # one-hot over experts, all false past the last tile: sums select that expert's values
     my_expert = tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1) - 1
     first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * HEIGHTS[0])[None, :], 0), 1) + tile * HEIGHTS[0]
     left = tl.sum(tl.where(is_mine, end[None, :], 0), 1) - first

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class GemmTiles:
-    """Shape of the tiles of a grouped product, and how it gets at a packed weight.
+    """Shape of the tiles of a grouped product, and how it decodes a packed weight.
 
     Args:
         heights: numbers of rows, powers of two in descending order (`cut_tiles`).
@@ -72,7 +72,7 @@ class TuningTable:
         device: its name.
         most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`gemv`).
         entries: in the order of their rows; of equally near shapes the first counts.
-        like: `kernel_codes` that take the entries of others, which are of the same size.
+        like: `kernel_codes` that use the entries of others of the same size.
         origin: where the tiles come from, for the report; by default the device.
     """
 
@@ -92,9 +92,9 @@ class TuningTable:
     ) -> GemmTiles | None:
         """The tiles for weights of some `kernel_codes`, None for weights in 16 bits.
 
-        Of the weight's own kind, else of one that is like it: the entry of the nearest shape that was measured, unless
-        it is far, else one that holds for any shape. If there is neither, the nearest shape however far. None if
-        nothing of these kinds was measured at so many rows.
+        Searches the weight's own kind, else a similar one: the entry of the nearest measured shape, unless it is too
+        far, else one for any shape, else the nearest shape at any distance. None if nothing of these kinds was
+        measured at this number of rows.
         """
         kinds = ["dense"] if codes is None else dict.fromkeys((codes, self.like.get(codes, codes), "packed"))
         along = "columns" if along_columns else "rows"
@@ -121,7 +121,7 @@ def parse_entries(entries: list[dict[str, Any]]) -> tuple[Entry, ...]:
     """Entries as they are in JSON.
 
     Raises:
-        ValueError: one is not as the kernels need it; says which.
+        ValueError: names an entry that the kernels don't support.
     """
     found = []
     for number, entry in enumerate(entries):

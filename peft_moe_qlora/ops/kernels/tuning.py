@@ -1,4 +1,4 @@
-"""Which tiles a grouped product is cut into, by what was measured: by the user, or for the tables of this package."""
+"""Chooses the tiles of a grouped product from measurements: the user's, or the tables of this package."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ def choose_tiles(
 
 @cached_constant
 def most_pairs_without_sorting(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to how many routed pairs a forward goes pair by pair."""
+    """Largest number of routed pairs that a forward computes pair by pair (`gemv`)."""
     table = _table_of(device, dtype)
     return SAFE_MOST_PAIRS if table is None else table.most_pairs_without_sorting
 
 
 def forget_tables() -> None:
-    """Has tables read anew, and launches that were recorded with tiles of the old ones made anew."""
+    """Clears cached tables, and the recordings of launches made with their tiles."""
     for function in (tuning_table, _table_of, tiles_origin, choose_tiles, most_pairs_without_sorting):
         function.cache_clear()
     forget_recordings()

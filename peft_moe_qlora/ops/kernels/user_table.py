@@ -1,7 +1,7 @@
 """The tiles that a user has measured with `peft-moe-qlora tune`: files in the user's cache directory.
 
-A file holds for one GPU, its compute capability and one version of Triton; others have files of their own. It is
-replaced as a whole, so that whoever reads meanwhile gets the one or the other.
+There is one file per GPU, compute capability and Triton version. Files are replaced atomically: a concurrent reader
+gets the old or the new one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Gpu(NamedTuple):
 
 
 class UserTable(NamedTuple):
-    """What a file holds: entries, those that are newest first, and the day of the last measurement."""
+    """Contents of a file: entries, newest first, and the day of the last measurement."""
 
     measured: str
     entries: tuple[Entry, ...]
@@ -45,18 +45,18 @@ class UserTable(NamedTuple):
 
 
 def cache_directory() -> Path:
-    """Where this user's caches of this package belong, by the platform's convention."""
+    """The user's cache directory for this package, by the platform's convention."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     else:
-        # relative ones are to be ignored, says the convention
+        # the convention says to ignore relative paths
         named = os.environ.get("XDG_CACHE_HOME", "")
         base = named if os.path.isabs(named) else Path.home() / ".cache"
     return Path(base) / "peft-moe-qlora"
 
 
 def table_path(gpu: Gpu) -> Path:
-    """The file for a GPU; `re.sub` leaves nothing in it that a file system might not take."""
+    """The file for a GPU; `re.sub` removes characters that a file system may reject."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu.device} sm{gpu.capability[0]}{gpu.capability[1]} triton {gpu.triton}")
     return cache_directory() / "tiles" / f"{name}.json"
 

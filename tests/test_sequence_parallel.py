@@ -1,0 +1,151 @@
+"""Sequences shared by two processes, by DeepSpeed's Ulysses, against one process that has the whole of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calling_backend import CallingBackend
+from peft import get_peft_model
+from safetensors.torch import load_file
+from sequence_parallel_training import (
+    CASES,
+    Case,
+    arguments,
+    backward,
+    backward_in_parts,
+    build,
+    factors,
+    losses,
+    norms,
+    packed,
+    rows,
+)
+from tiny_models import assert_same_bytes, tiny_model, token_ids
+from transformers import Trainer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
+from peft_moe_qlora.training import graphs_report, layer_runner
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sequence_parallel")
+    tiny_model(std=0.08).save_pretrained(directory / "base")
+    return directory
+
+
+def launch(directory: Path, stage: int) -> list[dict[str, Any]]:
+    """What each of two processes finds."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install deepspeed")
+    pytest.importorskip(
+        "accelerate", minversion="1.12", reason="accelerate has no sequence parallelism; pip install accelerate>=1.12"
+    )
+    config = REPOSITORY / "examples" / "configs" / "deepspeed_sequence_parallel.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", config]
+    command += ["--zero_stage", stage, "tests/sequence_parallel_training.py", directory]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(directory / f"zero{stage}" / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def shared(directory: Path) -> list[dict[str, Any]]:
+    return launch(directory, 3)
+
+
+@pytest.fixture(scope="module")
+def alone(directory: Path) -> dict[str, Any]:
+    args = arguments(directory / "alone", use_cpu=True, save_strategy="no")
+    one = Trainer(build(directory, CASES["plain"]), args, train_dataset=rows())
+    before = packed(one.model)
+    one.train()
+    found = {"losses": losses(one), "norms": norms(one), "evaluated": one.evaluate(rows())["eval_loss"]}
+    return {**found, "factors": factors(one.model), "packed": before}
+
+
+def assert_as_alone(found: dict[str, Any], alone: dict[str, Any], adapter: Path) -> None:
+    for name in ("losses", "norms", "evaluated", "factors"):
+        torch.testing.assert_close(found[name], alone[name], rtol=0, atol=1e-5)
+    assert_same_bytes(found["packed"], alone["packed"])
+    expected = {name.replace(".default.", "."): one for name, one in found["factors"].items()}
+    assert_same_bytes(load_file(adapter / "adapter_model.safetensors"), expected)
+
+
+def test_a_trainer_as_in_one_process(shared, alone, directory):
+    for found in shared:
+        assert_as_alone(found, alone, directory / "zero3")
+
+
+def test_gradients_are_summed_under_zero2(alone, directory):
+    """What is set against their size, clipping and epsilon, was doubled there."""
+    for found in launch(directory, 2):
+        assert_as_alone({**found, "norms": [norm / 2 for norm in found["norms"]]}, alone, directory / "zero2")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.router_loss])
+def test_gradients(name, shared, directory):
+    # captures need a GPU, and calls stand in for them in the processes alone
+    case = Case(**{**vars(CASES[name]), "graphs": False})
+    expected = backward(build(directory, case), case, 1, 0)
+    for found in shared:
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
+
+
+def test_router_loss_is_that_of_the_parts(shared, directory):
+    """Each process balances the experts over the tokens that it has."""
+    expected = backward_in_parts(build(directory, CASES["router loss"]), 2)
+    whole = expected.pop("whole")
+    for found in shared:
+        torch.testing.assert_close(found["router loss"], expected, rtol=0, atol=1e-6)
+        assert (found["router loss"]["loss"] - whole).abs() > 2e-5
+
+
+def test_no_graphs(shared):
+    for found in shared:
+        assert found["graphs report"].startswith("0 graphs of layers")
+        assert "4 times: its attention exchanges parts of sequences between processes" in found["graphs report"]
+        assert "(DeepSpeed's Ulysses)" in found["graphs report"]
+
+
+@pytest.mark.parametrize("engine", ["DeepSpeed's Ulysses", "torch's context parallelism"])
+def test_captured_layers_wait_while_sequences_are_split(engine, monkeypatch):
+    monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", CallingBackend)
+    model = tiny_model()
+    prepare_model_for_training(model, cuda_graphs=True)
+    model = get_peft_model(model, MoeQLoraConfig(r=2)).train()
+    ids = token_ids()
+    for _ in range(2):
+        model(input_ids=ids)
+    assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+    if engine.startswith("torch"):
+        table, name, module = vars(torch.nn.functional), "scaled_dot_product_attention", "torch.distributed.tensor"
+    else:
+        table, name, module = ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation, "deepspeed.runtime"
+    original = table[name]
+
+    def split(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    split.__module__, calls = module, []
+    with monkeypatch.context() as engine_at_work:
+        engine_at_work.setitem(table, name, split)
+        model(input_ids=ids)
+    assert len(calls) == 2
+    why = f"without a graph, 2 times: its attention exchanges parts of sequences between processes ({engine})"
+    assert why in graphs_report(model)
+    model(input_ids=ids)
+    assert len(calls) == 2
