@@ -1,4 +1,4 @@
-"""How a model comes to hold quantized experts."""
+"""Loading, inspecting, saving and restoring models with quantized experts."""
 
 from .checkpoint import Checkpoint, CheckpointError
 from .in_memory import store_experts

@@ -78,15 +78,15 @@ class TensorInfo:
 
 
 def read_object(text: str | bytes, what: str, can_repeat: bool = False) -> dict[str, Any]:
-    """An object of JSON that a file has.
+    """Parses a JSON object.
 
     Args:
         text: of the object.
-        what: it is, for errors.
-        can_repeat: whether a name may be there twice, of which the last counts.
+        what: description of the object, for errors.
+        can_repeat: whether names may repeat; the last one counts.
 
     Raises:
-        CheckpointError: it is no JSON, no object, or has a name twice.
+        CheckpointError: it is not JSON, not an object, or repeats a name.
     """
     try:
         found = json.loads(text, object_pairs_hook=dict if can_repeat else _without_repeats)
@@ -109,10 +109,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def stored_quantization(directory: Path) -> dict[str, Any] | None:
     """The `quantization_config` in config.json, of the model or of its text model; None if there is none.
 
-    ModelOpt once said the same in a file of its own, and nothing in config.json.
+    Older versions of ModelOpt wrote it to a separate file, and nothing to config.json.
 
     Raises:
-        CheckpointError: config.json is no JSON, or its `quantization_config` no object.
+        CheckpointError: config.json is not JSON, or its `quantization_config` is not an object.
     """
     file = directory / "config.json"
     if not file.is_file():
@@ -131,19 +131,19 @@ def stored_quantization(directory: Path) -> dict[str, Any] | None:
 
 
 def read_weight_map(directory: Path, variant: str | None = None) -> dict[str, str] | None:
-    """What the index of a checkpoint says: key -> name of the shard; None for a checkpoint of one file.
+    """The index of a checkpoint: key -> name of the shard; None for a checkpoint of one file.
 
     Args:
         directory: of the checkpoint.
         variant: of `from_pretrained`, a part of the names of the files.
 
     Raises:
-        CheckpointError: there is no checkpoint in safetensors, or there are two; the index is none; a shard is not
-            there, or out of the directory: by its name, or by a link.
+        CheckpointError: there is no checkpoint in safetensors, or there are two; the index is invalid; a shard is
+            missing, or outside of the directory, by its name or by a link.
     """
     single, index = (directory / _of_variant(name, variant) for name in (SINGLE_NAME, INDEX_NAME))
     if single.is_file():
-        # transformers reads this one, and an index of shards that it has removed may lie beside it
+        # transformers reads this file; a stale index of removed shards may be beside it
         shard = next(directory.glob(f"{single.stem}-*-of-*{single.suffix}"), None)
         if shard is not None:
             raise CheckpointError(
@@ -165,7 +165,7 @@ def read_weight_map(directory: Path, variant: str | None = None) -> dict[str, st
             f"{index} is not a checkpoint index: weight_map={weight_map!r:.200}; an object of keys and names of "
             "shards was expected. Download it again."
         )
-    if not isinstance(found.get("metadata"), dict):  # transformers wants it too
+    if not isinstance(found.get("metadata"), dict):  # transformers requires it, too
         raise CheckpointError(
             f"{index} is not a checkpoint index: metadata={found.get('metadata')!r:.200}; an object was expected."
         )
@@ -194,7 +194,7 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 
 def check_inside(file: Path, directory: Path) -> None:
-    """Refuses a file that a link takes from elsewhere.
+    """Rejects a file that is a link out of the directory.
 
     Raises:
         CheckpointError: names the file, and where the link leads.

@@ -1,4 +1,4 @@
-"""What a model's weights are called in its original checkpoint, and how they lie there, one or few at a time."""
+"""Names and layout of a model's weights in its original checkpoint, for one or a few at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 
 
 class CheckpointNames:
-    """transformers' way back from a model to its checkpoint, settled once for many tensors.
+    """transformers' reverse mapping from a model to its checkpoint, computed once for many tensors.
 
     Args:
-        model: whose parameters are named; it may have been taken apart by adapters and quantization.
+        model: whose parameters are named; adapters and quantization may have replaced its modules.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         loaded = [_facts(one) for one in model.__dict__.get("_weight_conversions") or ()]
-        # a prefix is put back where loading has taken one away: a text model of a checkpoint that has towers too
+        # restores a prefix that loading has removed: a text model from a checkpoint that has towers, too
         self._conversions = [
             one
             for one in get_model_conversion_mapping(model, add_legacy=False)
@@ -30,14 +30,14 @@ class CheckpointNames:
         self._converters = [one for one in reversed_ones if isinstance(one, WeightConverter)]
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """The names, those together that become tensors of the checkpoint only together."""
+        """Groups names that are converted to tensors of the checkpoint only together."""
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(self._first_key(name) or name, []).append(name)
         return list(found.values())
 
     def is_plain(self, name: str) -> bool:
-        """Whether a tensor has at most another name in the checkpoint."""
+        """Whether a tensor differs at most by its name in the checkpoint."""
         return self._first_key(name) is None
 
     def _first_key(self, name: str) -> str | None:
@@ -51,7 +51,7 @@ class CheckpointNames:
         """One group under the names and in the order that it has in the checkpoint.
 
         Raises:
-            ValueError: transformers can't do it with the model as it is.
+            ValueError: transformers can't convert them for the model in its present state.
         """
         try:
             return revert_weight_conversion(_Stand(self._conversions, self.model, tensors), dict(tensors))
@@ -62,7 +62,7 @@ class CheckpointNames:
             ) from error
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
-        """Name -> key of plain tensors: all that are wanted at once, since some renamings go by several of them."""
+        """Name -> key of plain tensors; pass all at once, since some renamings depend on several of them."""
         in_order = list(names)
         found = self.convert({name: torch.tensor([number]) for number, name in enumerate(in_order)})
         return {in_order[number.item()]: key for key, number in found.items()}
@@ -73,13 +73,13 @@ class CheckpointNames:
         Args:
             name: of the stack.
             num_experts: in it.
-            num_parts: matrices of equal size under each other that make up one of an expert.
+            num_parts: matrices of equal size, stacked along the rows, that make up one of an expert.
         """
-        # numbers take the place of the weights, 2 x 2 for each part, so that the operations show what goes where
+        # numbers replace the weights, 2 x 2 for each part, so that the operations' results show the mapping
         numbers = torch.arange(num_experts * num_parts * 4).view(num_experts, -1, 2)
         try:
             converted = self.convert({name: numbers})
-        except ValueError:  # operations that ask for the shape of a parameter, or for several stacks at once
+        except ValueError:  # operations that need the shape of a parameter, or several stacks at once
             return None
         in_order = sorted(converted, key=lambda key: converted[key].flatten()[0].item())
         parts = numbers.view(-1, 2, 2)
@@ -89,9 +89,9 @@ class CheckpointNames:
 
 
 class _Stand:
-    """Stands for the model where transformers reverts conversions.
+    """Stand-in for the model when transformers reverts conversions.
 
-    A quantized model knows none of its experts, and has no parameters of their names.
+    A quantized model has no parameters with the names of its experts' weights.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class _Stand:
         self._model, self._tensors = model, tensors
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        """What some operations ask for the shape and the dtype of."""
+        """A tensor whose shape and dtype some operations query."""
         tensor = self._tensors.get(name)
         if tensor is None:
             return self._model.get_parameter(name)
-        # stacks that are loaded either way round are published the other way round than the class has them;
+        # stacks that are loaded in either orientation are published in the opposite one to their class;
         # transformers compares shapes, and would leave them as they are
         return tensor.new_empty(0) if tensor.dim() == 3 else tensor
 

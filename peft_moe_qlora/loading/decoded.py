@@ -1,4 +1,4 @@
-"""A checkpoint that others have quantized, as it would be in floating point: decoded tensor by tensor when read."""
+"""A checkpoint quantized by another tool, presented in floating point: each tensor is decoded when read."""
 
 from __future__ import annotations
 
@@ -86,6 +86,6 @@ class DecodedCheckpoint(Checkpoint):
 
 
 def without_quantization(config: dict) -> dict:
-    """A config.json as a checkpoint in floating point has it."""
+    """The config.json of the same checkpoint in floating point."""
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}

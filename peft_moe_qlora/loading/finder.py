@@ -35,7 +35,7 @@ _PER_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def conversions_of(model: nn.Module) -> list[WeightTransform]:
-    """transformers' conversion mapping of a model, and what we add for experts classes that it has none for."""
+    """transformers' conversion mapping of a model, plus our additions for experts classes without one."""
     return get_model_conversion_mapping(model) + checkpoint_conversions(model)
 
 
@@ -59,12 +59,12 @@ def stack_targets(model: nn.Module) -> list[Target]:
 
 
 def ignored_keys(model: nn.Module) -> list[re.Pattern]:
-    """Of tensors that a model does without: what its class says, and layers for speculative decoding."""
+    """Patterns of tensors that a model doesn't use: those its class lists, and layers for speculative decoding."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or ())
     config = model.config.get_text_config(decoder=True)
     last, more = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
     if isinstance(last, int) and isinstance(more, int):
-        # classes list the numbers that these layers have in the models that were published
+        # classes list the indices of these layers in the published models
         patterns += [rf"\blayers\.{number}\." for number in range(last, last + more)]
     return [re.compile(pattern) for pattern in patterns]
 
@@ -111,7 +111,7 @@ class SourceFinder:
         return isinstance(self.index.layout(key), BitsAndBytesLayout)
 
     def plain_tensors(self) -> dict[str, str]:
-        """Name in the model -> key of each tensor that only has another name in the checkpoint, if that."""
+        """Name in the model -> key of each tensor that differs at most by its name in the checkpoint."""
         found = {}
         for key in self.checkpoint.tensors:
             name, pattern = self._rename(key)
@@ -189,7 +189,7 @@ class SourceFinder:
         return dict(found)
 
     def _check_packed_beside(self, found: Sources) -> None:
-        """Looks at the packed weights of other layers.
+        """Checks the packed weights of other layers.
 
         Raises:
             CheckpointError: one can't be decoded.
@@ -255,8 +255,8 @@ class SourceFinder:
     def _of_single_expert(self, name: str, pattern: str | None) -> tuple[str, str | None]:
         """The stack that a weight of a single expert belongs to, by its usual name.
 
-        transformers knows no conversion where the 16-bit checkpoints of a class are fused, but quantized ones may have
-        an expert's weights apart.
+        transformers has no conversion where the 16-bit checkpoints of a class are fused, but quantized ones may store
+        experts separately.
         """
         match = _OF_EXPERT.fullmatch(name)
         if pattern is not None or match is None:
@@ -295,7 +295,7 @@ class SourceFinder:
         if of_target and lists:
             self._refuse_mixture(target, next(iter(of_target.values())), next(iter(lists.values()))[0])
         if of_target:
-            # by the names that they were saved under: the model may be a part of that one, or have it as a part
+            # by the names that they were saved under: the model may be a submodule of the saved one, or contain it
             is_flipped = any(key.rpartition(".")[0] in self.flipped for key in of_target.values())
             return NativeSource(target, of_target, is_flipped)
         if not lists:

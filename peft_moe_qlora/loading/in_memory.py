@@ -23,7 +23,7 @@ class InMemoryQuantizer(MoeQuantizer):
     """Tells transformers that experts were quantized after loading: `save_pretrained` and `dequantize` work.
 
     Args:
-        inner: the quantizer that the model was loaded with, which goes on caring for its other layers.
+        inner: the quantizer that the model was loaded with, which still handles its other layers.
         storage: of the experts.
     """
 
@@ -81,7 +81,7 @@ def store_experts(model: nn.Module, storage: Format | None, progressbar: bool) -
 
 
 def register_storage(model: nn.Module, storage: Format | None) -> None:
-    """Lets transformers know how the experts of a model are stored, unless it has loaded them so."""
+    """Tells transformers how the experts of a model are stored, unless it has loaded them that way."""
     models = transformers_models(model)
     if any(type(getattr(part, "hf_quantizer", None)) is MoeQuantizer for part in models):
         return
@@ -100,7 +100,7 @@ def register_storage(model: nn.Module, storage: Format | None) -> None:
 
 
 def _quantizers(models: list[PreTrainedModel]) -> dict[PreTrainedModel, HfQuantizer | None]:
-    """What each model's layers are quantized by: transformers tells only the one that it has loaded, not its parts."""
+    """The quantizer of each model's layers: transformers sets it on the model that it has loaded, not on its parts."""
     found: dict[PreTrainedModel, HfQuantizer | None] = {}
     for model in models:  # outer ones first
         quantizer = getattr(model, "hf_quantizer", None) or found.get(model)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what it would take to train, from its config and headers alone."""
+"""The contents of a checkpoint and the memory to train it, from its config and headers alone."""
 
 from __future__ import annotations
 

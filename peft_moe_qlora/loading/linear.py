@@ -11,9 +11,9 @@ from torch import nn
 
 
 def asked_for_dtype(model: nn.Module) -> list[str]:
-    """Paths of linear layers that must stay in 16 bits, since their module casts what they get to their dtype.
+    """Paths of linear layers that must stay in 16 bits, since their module casts their inputs to their dtype.
 
-    In 4 bits that is uint8, and the activations would be cut to whole numbers.
+    In 4 bits that is uint8, which would truncate activations to integers.
     """
     found = []
     for path, module in model.named_modules():
@@ -27,7 +27,7 @@ def asked_for_dtype(model: nn.Module) -> list[str]:
 def _asked_for_dtype(cls: type) -> frozenset[str]:
     try:
         source = inspect.getsource(cls)
-    except (OSError, TypeError):  # of a class that no file has
+    except (OSError, TypeError):  # a class without a source file
         return frozenset()
     return frozenset(re.findall(r"self\.(\w+)\.weight\.dtype", source))
 
@@ -42,8 +42,8 @@ def keep_linear_as_stored(model: nn.Module) -> None:
         model: its `Linear4bit` layers are set to compute from what is stored, which is slower on such a CPU.
 
     Raises:
-        ValueError: a layer is repacked already; the model is then unchanged. bitsandbytes can't undo it: the scales
-            of before are gone.
+        ValueError: a layer is repacked already; the model is then unchanged. bitsandbytes can't undo it: the
+            original scales are lost.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     for name, layer in layers.items():

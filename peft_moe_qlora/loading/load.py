@@ -1,4 +1,4 @@
-"""Loading quantized models: whatever a checkpoint holds, and onto a model that has been built on the meta device."""
+"""Loads quantized models: from any supported checkpoint, and into a model built on the meta device."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def load_quantized(
     directory = Path(model_id, of_hub.get("subfolder") or "")
     if directory.is_dir():
         stored_quantization(directory)
-        read_weight_map(directory, kwargs.get("variant"))  # transformers would look wherever an index says
+        read_weight_map(directory, kwargs.get("variant"))  # transformers would open any path that an index names
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         kwargs |= of_hub
@@ -125,13 +125,13 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def _declare_stored(config: PreTrainedConfig, directory: Path) -> None:
-    """Says in the config of a model what only a file beside its config.json says."""
+    """Adds to the config of a model a quantization that only a file beside its config.json declares."""
     if quantization_of(config) is None and (found := stored_quantization(directory)) is not None:
         _set_quantization(config, found)
 
 
 def _set_quantization(config: PreTrainedConfig, found: dict[str, Any] | None) -> None:
-    """Says in the config of a model, instead of all that its parts say, by what it is quantized; None for nothing."""
+    """Sets the `quantization_config` of a model's config and removes those of its parts; None for unquantized."""
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
@@ -143,7 +143,7 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
     """The config of a checkpoint.
 
     Raises:
-        CheckpointError: config.json is no JSON, or its `quantization_config` no object.
+        CheckpointError: config.json is not JSON, or its `quantization_config` is not an object.
         OSError: there is none.
     """
     stored_quantization(Path(directory))
@@ -242,7 +242,7 @@ def load_experts(
     fill_experts(model, sources, checkpoint, progressbar)
     for name, key in finder.beside_stacks.items():
         module_path, _, parameter_name = name.rpartition(".")
-        # a copy: on the CPU, what is read lies in the file, and would change with it
+        # a copy: on the CPU, tensors are memory-mapped, and would change with the file
         value = checkpoint.read(key).to(device, dtype or model.get_parameter(name).dtype, copy=True)
         setattr(model.get_submodule(module_path), parameter_name, nn.Parameter(value, requires_grad=False))
     packed = [module for module in model.modules() if isinstance(module, QuantizedStack)]

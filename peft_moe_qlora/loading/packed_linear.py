@@ -25,7 +25,7 @@ class PackedWeight(NamedTuple):
     Args:
         name: of the parameter in the model.
         packed: where it comes from.
-        template: the parameter that is to be made of it; None where its codes are kept.
+        template: the parameter to create from it; None where its codes are kept.
     """
 
     name: str
@@ -34,7 +34,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def tensor_names(self) -> list[str]:
-        """What transformers is to find no tensors for."""
+        """Names for which transformers must find no tensors."""
         path = self.name if self.template is not None else self.name.rpartition(".")[0]
         return [f"{path}.{name}" for name in self.packed.storage.tensors(*self.packed.shape)]
 
@@ -42,7 +42,7 @@ class PackedWeight(NamedTuple):
 def attach_packed_weights(
     model: nn.Module, found: Mapping[str, PackedTensor], keeps_codes: bool, skip_modules: list[str] | None = None
 ) -> list[PackedWeight]:
-    """Makes room for quantized weights in a model on the meta device, under names that transformers finds nothing for.
+    """Creates places for quantized weights in a model on the meta device, under names not found in the checkpoint.
 
     Args:
         model: changed in place: plain linear layers are replaced by `QuantizedLinear`, if codes are kept; of all other
@@ -64,7 +64,7 @@ def attach_packed_weights(
                 f"{packed.key} is a quantized weight of shape {list(packed.shape)}, but {name} is "
                 f"{list(parameter.shape)}. Checkpoint and config don't belong together."
             )
-        # a subclass may compute with its weight in a way of its own
+        # a subclass may use its weight differently
         is_skipped = not should_convert_module(path, skip_modules)
         is_kept = keeps_codes and not is_skipped and type(module) is nn.Linear and parameter_name == "weight"
         if is_kept:
@@ -123,7 +123,7 @@ def _replace(model: nn.Module, path: str, layer: QuantizedLinear) -> None:
 
 @torch.no_grad()
 def fill_packed_weights(model: nn.Module, weights: list[PackedWeight], checkpoint: Checkpoint) -> None:
-    """Reads quantized weights into the places that `attach_packed_weights` has made, on the devices where they are.
+    """Reads quantized weights into the places that `attach_packed_weights` has created, on their devices.
 
     Raises:
         CheckpointError: see `PackedTensor.read`.

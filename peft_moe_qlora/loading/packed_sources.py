@@ -1,4 +1,4 @@
-"""Stacks of weights that others have quantized: taken as they are, or decoded into another storage."""
+"""Stacks of weights quantized by other tools: loaded unchanged, or requantized to another storage."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REARRANGING = ("MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionEx
 
 
 class PackedSource(Source):
-    """Weights that others have quantized, one for each expert and projection or one for all experts.
+    """Weights quantized by other tools, one for each expert and projection or one for all experts.
 
-    Codes and scales are taken as they are, those of gate and up projection one behind the other. bitsandbytes' scales
-    in 8 bits are decoded, as it does at use: a stack has one mean of scales per expert, and here each half has one.
+    Codes and scales are loaded unchanged, those of gate and up projection concatenated. bitsandbytes' scales in 8 bits
+    are decoded, as it does at run time: a stack has one mean of scales per expert, but here each half has one.
 
     Args:
         target: the stack.
@@ -30,7 +30,7 @@ class PackedSource(Source):
         turn: which of the stacks that share the lists this is, counted from 0.
 
     Raises:
-        CheckpointError: experts are missing, or the codes can't be put together without decoding them.
+        CheckpointError: experts are missing, or the codes can't be concatenated without decoding them.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PackedSource(Source):
         return self.target.is_transposed == as_declared
 
     def _why_not_joined(self, firsts: list[PackedTensor]) -> str | None:
-        """What keeps codes and scales from being put under each other; None for nothing."""
+        """Why codes and scales can't be concatenated along the rows; None if they can."""
         above = firsts if self.is_fused else firsts[:-1]
         reasons = (self.storage.why_not_joined(*tensor.shape[-2:]) for tensor in above)
         reason = next((reason for reason in reasons if reason is not None), None)
@@ -139,7 +139,7 @@ class PackedSource(Source):
 
 
 class RequantizedSource(Source):
-    """Weights that others have quantized, decoded one expert at a time and stored as something else.
+    """Weights quantized by other tools, decoded one expert at a time and stored in another format.
 
     Args:
         packed: where they come from.

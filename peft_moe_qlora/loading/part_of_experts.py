@@ -25,7 +25,7 @@ class Part:
     device: torch.device | None = None
 
     def experts(self, num_experts: int) -> range:
-        """Those that `Shard(0)` leaves to this process, as `torch.chunk` cuts."""
+        """The experts that `Shard(0)` assigns to this process, split as by `torch.chunk`."""
         size = -(-num_experts // self.world_size)
         return range(min(self.rank * size, num_experts), min((self.rank + 1) * size, num_experts))
 
@@ -63,5 +63,5 @@ def read_part_of_experts(rank: int, world_size: int, device: torch.device | str 
 
 
 def current_part() -> Part | None:
-    """What is to be read here and now; None for all."""
+    """The part to read in the current context; None for all experts."""
     return _PART.get()

@@ -1,4 +1,4 @@
-"""Which names of files, read from a file, may be opened or written; and where links lead."""
+"""Checks of file names that come from a file before they are opened or written, and of link targets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LONGEST_NAME = 255
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a value names a file inside a directory on any system: parts apart by slashes, none of them hidden.
+    """Whether a value names a file inside a directory on any system: parts separated by slashes, none of them hidden.
 
-    `".."`, absolute paths, drives and backslashes are no part of such a name.
+    `".."`, absolute paths, drives and backslashes are not allowed.
     """
     if not isinstance(name, str) or not name.isprintable() or re.search(r"\\|^[A-Za-z]:", name):
         return False

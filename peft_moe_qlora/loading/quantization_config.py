@@ -24,7 +24,7 @@ PACKED_LINEAR = (AS_STORED, "16 bits", "4 bits")
 
 
 def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
-    """Refuses a checkpoint whose experts are in a storage that is not read: by its config, not by its tensors.
+    """Rejects a checkpoint whose experts are in an unsupported storage, by its config, not by its tensors.
 
     Args:
         found: the `quantization_config` in its config.json; None for none.

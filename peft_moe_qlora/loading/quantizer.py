@@ -48,7 +48,7 @@ from .streaming import attach_empty_experts, cast_as_planned, fill_experts, plan
 
 
 class _Loading(NamedTuple):
-    """What is remembered while transformers loads the rest of the model."""
+    """State kept while transformers loads the rest of the model."""
 
     model: PreTrainedModel
     checkpoint: Checkpoint
@@ -74,7 +74,7 @@ class MoeQuantizer(ExpertsQuantizer):
     has_loaded_experts = True
 
     def __init__(self, quantization_config: MoeQuantizationConfig, **kwargs: Any) -> None:
-        # a caller may load several models with one configuration, and packed experts settle their own storage
+        # a caller may load several models with one configuration, and packed experts determine the storage
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         if quantization_config.quantize_linear:
             self.inner = Bnb4BitHfQuantizer(quantization_config.linear_config(), pre_quantized=self.pre_quantized)
@@ -180,7 +180,7 @@ class MoeQuantizer(ExpertsQuantizer):
     def _storage_of(self, source: Source) -> Format | None:
         config = self.quantization_config
         if not isinstance(source, (NativeSource, PackedSource)) and (
-            # what a quantized checkpoint has left in 16 bits stays there
+            # weights that a quantized checkpoint has in 16 bits stay in 16 bits
             self.pre_quantized or not should_convert_module(source.target.path, config.skip_modules)
         ):
             return None
@@ -240,7 +240,7 @@ class MoeQuantizer(ExpertsQuantizer):
         return kept
 
     def _keep_transformers_silent(self, conversions: list[WeightTransform]) -> None:
-        """What is read afterwards is neither missing nor unexpected; anything like it that isn't read is an error.
+        """Tensors read later are reported neither missing nor unexpected; similar ones that aren't read are an error.
 
         Raises:
             CheckpointError: the checkpoint has experts for a layer that the model doesn't have.
@@ -316,7 +316,7 @@ class MoeQuantizer(ExpertsQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        refuse_fsdp1()  # asked by a Trainer when it has set accelerate up
+        refuse_fsdp1()  # a Trainer reads this property after it has set up accelerate
         return True
 
     def get_state_dict_and_metadata(
@@ -330,8 +330,8 @@ class MoeQuantizer(ExpertsQuantizer):
         for _, experts, _ in quantized_stacks(model):
             experts.check_complete()
         model.config.quantization_config = self.quantization_config  # a part has a config of its own
-        # `save_pretrained` undoes the loading, which would cut packed stacks into experts, so it is done here without
-        # them, and nothing is left for it to undo
+        # `save_pretrained` reverts conversions, which would split packed stacks into experts, so this is done here
+        # without them, and nothing is left for it to revert
         before = getattr(model, "_weight_conversions", None)
         if isinstance(before, Undone):
             before = before.before
@@ -353,7 +353,7 @@ class MoeQuantizer(ExpertsQuantizer):
 
 
 def check_skipped(model: nn.Module, skip_modules: Sequence[str] | None) -> None:
-    """Refuses names of modules to leave in 16 bits that name none.
+    """Rejects entries of `skip_modules` that match no module.
 
     Raises:
         ValueError: names the first.
@@ -372,7 +372,7 @@ def check_skipped(model: nn.Module, skip_modules: Sequence[str] | None) -> None:
 
 
 def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, directory: str | Path) -> None:
-    """Refuses codes of this package whose config is not there.
+    """Rejects codes of this package whose config is missing.
 
     Args:
         sources: of a checkpoint.
@@ -391,7 +391,7 @@ def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, di
 
 
 def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
-    """Takes the storage of experts that others have packed over into a configuration.
+    """Copies the storage of experts packed by other tools into a configuration.
 
     Raises:
         CheckpointError: they are in different ones.
@@ -446,7 +446,7 @@ def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransfor
 
 
 def _refuse_saving_adapters(model: PreTrainedModel) -> None:
-    """Refuses to save a model whole that adapters are in: nothing would read their tensors beside the model's.
+    """Refuses to save a full model with adapters inside: nothing would read their tensors beside the model's.
 
     Raises:
         ValueError: it has some.
@@ -468,7 +468,7 @@ def _routers(model: nn.Module) -> list[str]:
 
 
 def _any_number(name: str) -> str:
-    """A pattern for a name and its like in other layers and of other experts."""
+    """A pattern for a name with any layer and expert numbers."""
     return "^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
 
 

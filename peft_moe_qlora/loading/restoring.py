@@ -1,4 +1,4 @@
-"""The way back from quantized experts to the model that transformers' own classes make."""
+"""Converts a model with quantized experts back to transformers' own classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ExpertsQuantizer(HfQuantizer):
-    """What a model with `QuantizedExperts` has as its `hf_quantizer`; subclasses say how it is loaded and saved."""
+    """The `hf_quantizer` of a model with `QuantizedExperts`; subclasses define how it is loaded and saved."""
 
     inner: HfQuantizer | None = None
     """Of the other layers; None where they are in floating point."""
@@ -33,7 +33,7 @@ class ExpertsQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding with a static cache."""
-        # bitsandbytes decodes 4 bits by operators of torch, though its quantizer doesn't say so
+        # bitsandbytes decodes 4 bits with torch operators, though its quantizer doesn't declare it
         return self.inner is None or isinstance(self.inner, Bnb4BitHfQuantizer) or self.inner.is_compileable
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -61,7 +61,7 @@ class ExpertsQuantizer(HfQuantizer):
 
 
 class Undone(list):
-    """The conversions that are left for transformers to undo in a state dict that is as it is to be saved: none.
+    """An empty list of conversions for transformers to revert, for a state dict that is ready to be saved.
 
     Args:
         before: what the model had.
@@ -100,7 +100,7 @@ def restore_linear(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def set_quantizer(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None:
-    """Tells transformers, and whoever asks as it does, which quantizer a model is left with; None for none."""
+    """Sets the quantizer that a model is left with, wherever transformers and others read it; None for none."""
     config = model.config
     is_in_config = getattr(config, "quantization_config", None) is not None
     for owner, name in (
@@ -155,7 +155,7 @@ def dtypes_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, to
         fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     tensors = chain(fresh.named_parameters(remove_duplicate=False), fresh.named_buffers(remove_duplicate=False))
     expected = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
-    # transformers goes by the keys that it loads, so that other buffers are as the class makes them
+    # transformers casts by the keys that it loads, so other buffers stay as the class creates them
     for pattern, planned in fresh._get_dtype_plan(dtype).items():
         pattern = re.compile(pattern.replace("*", ".*"))
         expected |= {name: planned for name in fresh.state_dict() if name in expected and pattern.search(name)}

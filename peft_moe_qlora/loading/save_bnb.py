@@ -130,12 +130,12 @@ def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool)
 
 def keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts: int) -> list[str] | str:
     """The keys of all parts of a stack, expert by expert, gate before up, or the one key that holds all of them."""
-    # numbers take the place of the weights, 2 x 2 for each part, so that transformers' operations show what goes where
+    # numbers replace the weights, 2 x 2 for each part, so that the operations' results show the mapping
     numbers = torch.arange(num_experts * num_parts * 4).view(num_experts, -1, 2)
     try:
         reverted = _reverted(model, {name: numbers})
     except (AttributeError, ValueError):
-        # operations that ask for the shape of a parameter, or for several stacks at once
+        # operations that need the shape of a parameter, or several stacks at once
         return name
     in_order = sorted(reverted, key=lambda key: reverted[key].flatten()[0].item())
     parts = numbers.view(-1, 2, 2)

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint make up which stack of a model, settled from the headers alone.
+"""Maps the tensors of a checkpoint to the stacks of a model, from the headers alone.
 
 transformers knows how the checkpoints of each architecture become fused parameters: its conversion mapping renames
 keys and lists operations on the tensors. Here the same mapping is applied to one expert at a time, so that a stack
-never exists in 16 bits. Keys of weights that bitsandbytes has packed go the way of the keys that they stand for.
+never exists in 16 bits. Keys of weights packed by bitsandbytes are mapped like the keys that they replace.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Target:
         return QuantizedStack(self.stored_shape(is_transposed), dtype, is_transposed, storage, "meta", self.parts)
 
     def empty_stack_as_declared(self, storage: Format | None, dtype: torch.dtype) -> Stack:
-        """A stack on the meta device, None for one in `dtype`, the way round that its class has it if that can be."""
+        """A stack on the meta device, in the class's orientation if possible; storage None for one in `dtype`."""
         if storage is None:
             return DenseStack(torch.empty(self.shape, dtype=dtype, device="meta"), self.is_transposed)
         return self.empty_stack(storage, dtype, self.is_transposed and not storage.is_out_in)
@@ -101,7 +101,7 @@ class Source(ABC):
         """
 
     def _experts(self, stack: Stack, part: Part | None) -> range:
-        """The numbers of those that are read, which the stack remembers."""
+        """The indices of the experts to read, which the stack records."""
         if part is None:
             return range(self.target.num_experts)
         stack.experts_read = part.experts(self.target.num_experts)
@@ -126,7 +126,7 @@ class NativeSource(Source):
         return self.target.empty_stack(storage, dtype, self.is_transposed)
 
     def check(self, stack: Stack, checkpoint: Checkpoint) -> None:
-        """Makes sure that everything the stack needs is there and fits.
+        """Checks that all tensors of the stack are present and match it.
 
         Args:
             stack: an empty one.
@@ -154,7 +154,7 @@ class NativeSource(Source):
 
     @torch.no_grad()
     def copy_into(self, stack: Stack, checkpoint: Checkpoint) -> None:
-        """What transformers' loader does."""
+        """Copies the tensors, as transformers' loader does."""
         for name, parameter in stack.named_parameters():
             parameter.copy_(checkpoint.read(self.tensors[f"{self.target.name}.{name}"]))
 
@@ -191,12 +191,12 @@ class DenseSource(Source):
         target: the stack.
         lists: source pattern -> keys, in the order of the experts; a single key of a 3-D tensor stands for all.
         converter: of transformers' mapping; None where the tensor is the stack.
-        config: of the model, which operations may ask.
+        config: of the model, which operations may query.
         checkpoint: where the keys are.
         turn: which of the stacks that share the lists this is, counted from 0.
 
     Raises:
-        CheckpointError: experts are missing, or what comes out isn't the shape of the stack.
+        CheckpointError: experts are missing, or the result doesn't have the shape of the stack.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class DenseSource(Source):
         examples = ", ".join(str(checkpoint.tensors[keys[0]]) for keys in self.lists.values())
         try:
             found = self._matrix(0, lambda key: torch.empty(self._read_shape(checkpoint, key), device="meta"))
-        except (IndexError, RuntimeError, ValueError) as error:  # some operations ask for all of their tensors
+        except (IndexError, RuntimeError, ValueError) as error:  # some operations need all of their tensors
             raise misfit(self.target, self.converter, self.lists, examples, None) from error
         if tuple(found.shape) != self.target.shape[1:]:
             raise misfit(self.target, self.converter, self.lists, examples, tuple(found.shape))
@@ -308,7 +308,7 @@ class DenseSource(Source):
             start, count = starts[keys.index(key)], counts[keys.index(key)]
             return torch.arange(start, start + count).view(self._read_shape(checkpoint, key))
 
-        # the operations are applied to numbers, which then show what went where
+        # the operations are applied to numbered elements, which then show the rearrangement
         origins = self._matrix(0, number_elements).flatten()
         if origins.bincount(minlength=sum(counts)).max() > 1:
             raise CheckpointError(f"{self.target.name} is computed from {keys[0]} and its like, not rearranged.")
@@ -327,7 +327,7 @@ class DenseSource(Source):
         return (1, *shape[1:]) if self._is_stack[key] else shape
 
     def _keys_of(self, expert: int, keys: list[str]) -> list[str]:
-        # where one list serves several stacks, the experts of one come behind those of the other
+        # where several stacks share a list, the experts of one follow those of the other
         return keys if len(keys) == 1 else keys[expert :: self.target.num_experts]
 
     def _matrix(self, expert: int, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -351,7 +351,7 @@ def each_source(sources: Sources) -> Iterator[Source]:
 
 
 def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
-    """Makes sure that a list of keys has every expert once.
+    """Checks that a list of keys has every expert once.
 
     Raises:
         CheckpointError: names the first that is missing, or too many.
@@ -370,7 +370,7 @@ def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
 
 
 def _expert_id(key: str) -> int:
-    """The number behind `experts`, or the last one."""
+    """The number after `experts`, or the last one."""
     found = re.search(r"experts\.(\d+)\.", key) or re.search(r".*\.(\d+)\.", key)
     return int(found.group(1)) if found else 0
 
@@ -383,9 +383,9 @@ def misfit(
     shape: tuple[int, ...] | None,
     is_transposed: bool | None = None,
 ) -> CheckpointError:
-    """The error for tensors that don't become the stack's matrices, but others of `shape`, or none.
+    """The error for tensors that yield matrices of `shape`, or none, instead of the stack's.
 
-    `is_transposed` says which way round they were expected; None for that of the class.
+    `is_transposed` is the expected orientation; None for that of the class.
     """
     expected = target.stored_shape(target.is_transposed if is_transposed is None else is_transposed)[1:]
     sources = [] if converter is None else converter.source_patterns
@@ -402,7 +402,7 @@ def misfit(
 
 
 class _OneExpert:
-    """Stands for the model where an operation asks for the shape of what it makes: that of one expert."""
+    """Stand-in for the model when an operation queries the shape of its result: that of one expert."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

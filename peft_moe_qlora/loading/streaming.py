@@ -56,7 +56,7 @@ def attach_empty_experts(
     for path, module in list(find_experts(model)):
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
-        if isinstance(getattr(parent, name), QuantizedExperts):  # a parent that is shared brought it here
+        if isinstance(getattr(parent, name), QuantizedExperts):  # replaced already through a shared parent
             continue
         if module not in replaced:
             layout = read_layout(module, path)
@@ -81,7 +81,7 @@ def _without_initialization(experts: QuantizedExperts) -> QuantizedExperts:
 
 
 def in_order_of_reading(sources: Sources, checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """`(path, projection)` of the stacks that are to be filled, as they stand on the disk."""
+    """`(path, projection)` of the stacks to fill, in their order on disk."""
     first = {
         (path, projection): min(checkpoint.position(key) for key in source.keys)
         for path, of_module in sources.items()
@@ -112,7 +112,7 @@ def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, pro
 
 
 def planned_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Name -> dtype of the floating parameters of a model on the meta device, as transformers means to load them."""
+    """Name -> dtype of the floating parameters of a model on the meta device, as transformers will load them."""
     found = {name: tensor.dtype for name, tensor in model.named_parameters() if tensor.is_floating_point()}
     for pattern, dtype in model._get_dtype_plan(model.dtype).items():
         pattern = re.compile(pattern.replace("*", ".*"))
@@ -123,7 +123,7 @@ def planned_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
 def cast_as_planned(model: nn.Module, planned: dict[str, torch.dtype]) -> None:
     """Casts what was loaded in the checkpoint's dtype.
 
-    Some versions of transformers (5.17) leave tensors of quantized checkpoints alone that have another name there.
+    Some versions of transformers (5.17) don't cast tensors of quantized checkpoints that have another name there.
     """
     for name, tensor in model.named_parameters():
         if name in planned and tensor.is_floating_point() and not isinstance(tensor, Params4bit):

@@ -268,7 +268,7 @@ def experts_backward(
         bias_term,
         keeps_value=down_factors is not None and needs_factors,
     )
-    gated = grad_gated  # `gate_backward` has overwritten the gradient in place
+    gated = grad_gated  # with `keeps_value`, overwritten in place by the gated rows
     del grad_gated
 
     up_A = up_B = down_A = down_B = None

@@ -271,7 +271,7 @@ def measured_experts(shape: LayerShape, product: Product) -> int:
 
 
 def _fewest_experts(shape: LayerShape, product: Product) -> int:
-    """With so many a product is compiled as with all: its workspace holds all of them, or not."""
+    """The fewest experts that compile as all of them do: the workspace holds all in both cases, or in neither."""
     return min(measured_experts(shape, product), WORKSPACE_BYTES // (2 * product.n * product.k) + 1)
 
 

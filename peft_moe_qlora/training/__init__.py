@@ -1,4 +1,4 @@
-"""What a training needs beside the layers: a prepared model, the way its layers run, and looks at its gradients."""
+"""Training beyond the experts: preparing a model, how its decoder layers run, and checks of its gradients."""
 
 from ..ops import keep_experts
 from .ddp_broadcast import skip_broadcast

@@ -25,12 +25,12 @@ class compiled_forward:
     """The forward of a layer's class, compiled by `torch.compile` where it pays, bound to the layer.
 
     It is compiled at the first call, for one length of sequences; at the first other length it is compiled again, for
-    all lengths. All layers of the same class and structure share that, in all models. What takes another way through
-    Python is compiled on its own: with and without gradients, training and evaluation, another dtype under autocast,
-    other active adapters.
+    all lengths. All layers of the same class and structure share that, in all models. Each Python
+    control flow is compiled separately: with and without gradients, training and evaluation, another dtype under
+    autocast, other active adapters.
 
-    A call with a cache of keys and values is not compiled: a cache differs by layer and by step. So is nothing that is
-    being compiled from outside, as transformers compiles decoding with a static cache.
+    A call with a KV cache is not compiled, since caches differ by layer and by step. Nor is a call that is being
+    compiled from outside, as when transformers compiles decoding with a static cache.
 
     Args:
         layer: a decoder layer whose forward takes hidden states first, and which is not checkpointed by transformers
@@ -48,7 +48,7 @@ class compiled_forward:
         if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in CACHES):
             return self._plain(self.layer, hidden_states, *args, **kwargs)
         if not torch.is_grad_enabled():
-            hidden_states = hidden_states.detach()  # what it requires would be code of its own, for nothing
+            hidden_states = hidden_states.detach()  # `requires_grad` would cause a needless recompilation
         has_mask = kwargs.get("attention_mask") is not None
         way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask)
         return _compiled(self._plain, self._structure, self._backend, way)(self.layer, hidden_states, *args, **kwargs)

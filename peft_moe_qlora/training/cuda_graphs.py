@@ -1,12 +1,11 @@
 """CUDA graphs of decoder layers: forward and backward of each, captured once for a shape and replayed.
 
-A step of a MoE model launches some ten thousand kernels, which takes the host longer than a GPU needs to run them. A
-replay is one launch for a layer's forward and one for its backward, with the recomputation in it. The kernels are the
-same, and so are the numbers, to the bit.
+A step of a MoE model launches some ten thousand kernels and is launch-bound. A replay is one launch for a layer's
+forward and one for its backward, recomputation included. The kernels are the same, so results are bit-identical.
 
-All graphs of a model share one pool of memory and one set of buffers for inputs and results, since they run one after
-the other. So what a graph gives is copied out before the next one runs. A layer's output lies where the next one reads
-its input, and the gradient of its input where the one before reads that of its output.
+All graphs of a model share one memory pool and one set of input and output buffers, since they run one after the
+other. So results are copied out before the next graph runs. A layer's output is in the buffer from which the next one
+reads its input, and its input's gradient in the one from which the previous layer reads its output's gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Function = Callable[..., Any]
 
 
 class Replayable(Protocol):
-    """What has been captured."""
+    """A captured graph."""
 
     def replay(self) -> None: ...
 
@@ -56,7 +55,7 @@ class CudaBackend:
         self.pool = torch.cuda.graph_pool_handle()
         self.pool_bytes = 0
         self._plain_peak = torch.cuda.max_memory_allocated(device)
-        # a pool can't be used again after its last graph, be it that of a failed capture
+        # a pool can't be reused after its last graph is freed, even that of a failed capture
         self._holds_pool = self.capture(lambda: torch.zeros(1, device=device))
 
     @contextmanager
@@ -68,17 +67,17 @@ class CudaBackend:
         current.wait_stream(self.stream)
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Runs what is to be captured, so that it compiles, loads and allocates before."""
+        """Runs the work before its capture, so that it compiles, loads and allocates."""
         with self._on_stream():
             work()
-        # what plain steps and this one leave in torch's cache, the pool of graphs can't use
+        # the graphs' pool can't use memory that plain steps and this one leave in torch's caching allocator
         torch.cuda.empty_cache()
 
     def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of everything that `work` launches; nothing is computed yet.
 
         Raises:
-            RuntimeError: CUDA can't capture something of it, such as a copy to the host.
+            RuntimeError: CUDA can't capture some of it, such as a copy to the host.
         """
         graph = torch.cuda.CUDAGraph()
         reserved = torch.cuda.memory_reserved(self.device)
@@ -108,8 +107,8 @@ class CudaBackend:
         try:
             graph.capture_end()
         except RuntimeError:
-            # it says that the capture was invalidated, which the error that is on its way explains, and leaves the
-            # random generator as if a capture went on; one that ends well sets it right
+            # it reports an invalidated capture, which the error being raised explains, and leaves the random
+            # generator in the state of a capture; a successful one resets it
             other = torch.cuda.CUDAGraph()
             other.capture_begin()
             torch.zeros(1, device=self.device)
@@ -117,7 +116,7 @@ class CudaBackend:
 
 
 class Call(NamedTuple):
-    """The arguments of a layer: hidden states, other tensors, and how they are put together again."""
+    """The arguments of a layer: hidden states, other tensors, and how to rebuild the arguments from them."""
 
     hidden_states: Tensor
     tensors: list[Tensor]
@@ -133,25 +132,25 @@ class Call(NamedTuple):
 
     @property
     def signature(self) -> tuple:
-        """All but the numbers."""
+        """Everything but the values of the tensors."""
         shapes = [(tensor.shape, tensor.dtype) for tensor in (self.hidden_states, *self.tensors)]
         return (*shapes, *self.rest, self.spec)
 
 
 class _Tensor(NamedTuple):
-    """Stands for a tensor among arguments."""
+    """Placeholder for a tensor among arguments."""
 
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, _Tensor)
 
 
 def flatten(arguments: Any) -> tuple[list[Any], TreeSpec]:
-    """The leaves of tuples, lists and dictionaries; what else holds tensors stays whole, as a leaf."""
+    """The leaves of tuples, lists and dictionaries; other containers of tensors are leaves."""
     return tree_flatten(arguments, is_leaf=lambda node: not isinstance(node, (tuple, list, dict)))
 
 
 def why_not_constant(leaves: Iterable[Any]) -> str | None:
-    """Why leaves that are no tensors could change behind a graph's back: they may hold some, as caches do."""
+    """Why non-tensor leaves could change unnoticed by a graph: they may hold tensors, as caches do."""
     kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _CONSTANTS)})
     return f"arguments of type {', '.join(kinds)} are neither tensors nor constants" if kinds else None
 
@@ -182,7 +181,7 @@ class CapturedLayer:
     def __init__(
         self, function: Function, layer: nn.Module, call: Call, static: StaticTensors, backend: Backend, keep: str
     ) -> None:
-        self._call = call._replace(hidden_states=None, tensors=[])  # what it holds would live as long as the graphs
+        self._call = call._replace(hidden_states=None, tensors=[])  # its tensors would live as long as the graphs
         self._static = static
         self._keeps = keep != "nothing"
         self.trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -192,7 +191,7 @@ class CapturedLayer:
         hidden_states, tensors = self._load(call.hidden_states, call.tensors)
         grad_out = static.buffer("grad_hidden_states", call.hidden_states)
         arguments = self._call.arguments
-        # leaves of their own: those of the model carry the stream on which they were first used into the capture
+        # separate leaves: the model's own would bring the stream of their first use into the capture
         aliases = [nn.Parameter(parameter.detach()) for parameter in self.trained]
         x = hidden_states.detach().requires_grad_()
         of_forward, of_backward = keep_experts() if keep == "experts" else (nullcontext(), nullcontext())
@@ -216,7 +215,7 @@ class CapturedLayer:
         def backward(of_experts: AbstractContextManager) -> None:
             with of_backward, of_experts, torch.enable_grad(), _uncached_autocast(autocast):
                 out = output[0] if keep == "everything" else run(x)
-            # what was kept is read again by every replay
+            # every replay reads the saved tensors again
             kept = keep == "everything"
             grad_x, *grads = torch.autograd.grad(out, [x, *aliases], grad_out, retain_graph=kept, allow_unused=True)
             self._grads = static.store([("grad_hidden_states", grad_x), *enumerate(grads)])
@@ -227,7 +226,7 @@ class CapturedLayer:
                 self._generator = generator
             grad_out.fill_(1)
             backward(without_output("nan"))
-            # where no gradient has read what the experts gave, the recomputation does without
+            # where no gradient has read the experts' output, the recomputation skips it
             is_read = not all(torch.isfinite(grad).all() for grad in self._grads if grad is not None)
             of_experts.append(nullcontext() if is_read else without_output())
             static.changed("hidden_states")
@@ -235,7 +234,7 @@ class CapturedLayer:
             backward(of_experts[0])
 
         generator = _default_generator(call.hidden_states.device)
-        state = generator.get_state()  # of a GPU too it lies on the host
+        state = generator.get_state()  # on the host, for a GPU too
         of_experts: list[AbstractContextManager] = []
         backend.warm_up(warm_up)
         self._forward = backend.capture(forward)
@@ -249,7 +248,7 @@ class CapturedLayer:
         return self._static.load("hidden_states", hidden_states), others
 
     def __call__(self, call: Call) -> Tensor:
-        """The layer's output for other numbers, differentiable in the hidden states and the trained parameters."""
+        """The layer's output for new values, differentiable in the hidden states and the trained parameters."""
         return _Replay.apply(self, call.hidden_states, len(call.tensors), *call.tensors, *self.trained)
 
     def run_forward(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
@@ -272,7 +271,7 @@ class CapturedLayer:
         now = None if state is None else self._generator.get_state()
         self._load(hidden_states, tensors)
         if self._keeps and forward != self._kept_of:
-            # another forward has taken the place of what this one kept
+            # another forward has overwritten what this one saved
             self._rewind(state)
             self._forward.replay()
             self._kept_of = forward
@@ -290,7 +289,7 @@ class CapturedLayer:
         return grads
 
     def _rewind(self, state: Tensor | None) -> None:
-        """Gives the recomputation the random numbers of its forward."""
+        """Restores the random state of the forward for its recomputation."""
         if state is not None:
             self._generator.set_state(state)
 
@@ -314,7 +313,7 @@ class _Replay(torch.autograd.Function):
 
 @contextmanager
 def _swapped(layer: nn.Module, parameters: Sequence[nn.Parameter], aliases: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The layer with other objects for some parameters, of the same memory."""
+    """Replaces some parameters of the layer by aliases of the same memory."""
     alias_of = {id(parameter): alias for parameter, alias in zip(parameters, aliases)}
     places = [
         (module, name, parameter)
@@ -339,7 +338,7 @@ def autocast_state() -> dict[str, torch.dtype]:
 
 
 def _uncached_autocast(state: dict[str, torch.dtype]) -> ExitStack:
-    """Autocast as it was, but that no cast is taken from outside the capture."""
+    """Autocast as it was, without cached casts from outside the capture."""
     stack = ExitStack()
     for device, dtype in state.items():
         stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))

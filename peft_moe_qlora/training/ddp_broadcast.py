@@ -1,4 +1,4 @@
-"""Spares DistributedDataParallel the broadcast of packed weights that every process has read from the same file."""
+"""Skips DDP's broadcast of packed weights that every process has read from the same file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = N
 
 
 def _digest(tensor: torch.Tensor) -> tuple:
-    """Dtype, shape and two sums, one of them over products with the places, that a changed or moved value changes."""
+    """Dtype, shape and two sums, one weighted by position, so that a changed or moved value changes the digest."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     plain = weighted = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, len(flat), _CHUNK):

@@ -1,8 +1,8 @@
 """A CUDA graph of one step of decoding with a static cache, for generation beside training.
 
-A step of one token launches thousands of kernels, which takes the host far longer than a GPU. With
-`generate(cache_implementation="static", disable_compile=True)` the first step after the prompt runs as ever, the
-second is captured, and all that follow replay it. Compiling such a step takes minutes, capturing it as long as a step.
+A step of one token launches thousands of kernels and is launch-bound. With
+`generate(cache_implementation="static", disable_compile=True)` the first step after the prompt runs as usual, the
+second is captured, and all later ones replay it. Compiling such a step takes minutes, capturing it as long as a step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits"
 class DecodeRunner:
     """Takes the place of the `forward` of a model's stack of decoder layers.
 
-    What is no step of one token with a static cache, in evaluation and without gradients, runs as ever.
+    Only steps of one token with a static cache, in evaluation mode and without gradients, are captured.
 
     Args:
         decoder: the stack, `model.get_decoder()`.
@@ -75,7 +75,7 @@ class DecodeRunner:
         return self._step(leaves, cache)
 
     def _capture(self, plain: MethodType, key: tuple, leaves: list[Any], name: str, cache: StaticCache) -> None:
-        """Captures a step, or says why not; that is not tried again before the next prompt."""
+        """Captures a step, or says why not; a failed capture is not retried before the next prompt."""
         if self._reason is not None:
             return
         others = (leaf for leaf in leaves if not isinstance(leaf, Tensor))
@@ -85,7 +85,7 @@ class DecodeRunner:
             try:
                 self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend)
             except RuntimeError as error:
-                # what CUDA's errors come as; nothing has run, so that the cache is as it was
+                # CUDA errors; nothing has run, so the cache is unchanged
                 self._reason = f"the capture failed: {error}"
 
     def _is_step(self, args: tuple, kwargs: dict[str, Any], cache: Any) -> bool:
@@ -121,10 +121,10 @@ class CapturedStep:
     Args:
         plain: the forward of the stack of layers.
         decoder: the stack.
-        key: what the arguments have to be like.
+        key: signature that the arguments must match.
         leaves: of the arguments.
         cache_name: what the stack calls its cache.
-        cache: of keys and values; not held, so that it is freed as without a graph.
+        cache: of keys and values; no reference is held, so that it is freed as without a graph.
         backend: captures.
     """
 
@@ -155,13 +155,13 @@ class CapturedStep:
         def work() -> None:
             output = plain(**inputs, **{cache_name: self._cache()})
             self._output_type = type(output)
-            # the cache is not held by what it is given out with
+            # the output must not hold a reference to the cache
             self._output = {name: value for name, value in output.items() if value is not self._cache()}
 
         self._graph = backend.capture(work)
 
     def fits(self, key: tuple, cache: StaticCache, is_after_prompt: bool) -> bool:
-        """Whether the step can be replayed; all parameters are looked at once for each prompt."""
+        """Whether the step can be replayed; parameters are checked once per prompt."""
         return (
             self._key == key
             and self._cache() is cache

@@ -70,7 +70,7 @@ def _trainable_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name in layer.adapter_layer_names:
             for factors in getattr(layer, name).values():
                 for factor in [factors] if isinstance(factors, torch.Tensor) else factors.parameters():
-                    # replicas of DataParallel have no leaves
+                    # replicas of DataParallel have no leaf tensors
                     if factor.requires_grad and factor.is_leaf:
                         yield path, factor
 

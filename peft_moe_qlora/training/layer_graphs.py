@@ -60,7 +60,7 @@ class LayerGraphs:
         self.forget()
 
     def forget(self) -> None:
-        """Frees all graphs and their memory; layers are captured again when their shapes come again."""
+        """Frees all graphs and their memory; layers are recaptured when their shapes recur."""
         self.reasons: Counter[str] = Counter()
         self._no_room: str | None = None
         self._static = StaticTensors()
@@ -124,7 +124,7 @@ class LayerGraphs:
             except torch.OutOfMemoryError:
                 no_room = "a capture ran out of memory"
             if no_room is not None:
-                # what is captured takes the room that plain layers need
+                # the graphs take memory that plain layers need
                 self.forget()
                 self._no_room = NO_ROOM.format(no_room)
                 return self._no_room
@@ -144,7 +144,7 @@ class LayerGraphs:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
-            # RuntimeError is what CUDA's errors come as
+            # CUDA errors are raised as RuntimeError
             return f"the capture failed: {error}"
 
     def report(self) -> list[str]:
@@ -178,7 +178,7 @@ def why_sequences_are_split(config: PreTrainedConfig) -> str | None:
 def why_not_captured(layer: nn.Module) -> str | None:
     """Why what a layer, or all of them, launch can't be captured."""
     engine = engine_of(layer)
-    if engine is not None:  # it frees what a graph would read, and gathers it elsewhere
+    if engine is not None:  # it frees parameters that a graph would read, and gathers them at other addresses
         return f"its parameters are sharded by {engine}"
     for path, module in layer.named_modules():
         if hasattr(module, "_hf_hook"):
@@ -205,7 +205,7 @@ def _why_experts_copy(experts: QuantizedExperts) -> str | None:
 
 
 def layer_state(layer: nn.Module) -> tuple:
-    """What a graph has taken for granted: where parameters lie, which are trained, and what adapters do."""
+    """What a graph assumes: the addresses of parameters, which are trained, and the state of adapters."""
     state: list[Any] = []
     left = [layer]
     while left:  # `parameters()` and `modules()` would take longer than a replay

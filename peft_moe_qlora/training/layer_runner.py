@@ -46,7 +46,7 @@ class RunSettings:
 class LayerRunner:
     """Takes the place of a decoder layer's `forward`.
 
-    In evaluation, and where no gradients are wanted, it calls that and nothing else.
+    In evaluation mode or without gradients, it only calls that.
 
     Args:
         layer: the decoder layer.
@@ -63,7 +63,7 @@ class LayerRunner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.layer.training and torch.is_grad_enabled()):
             return self.plain_function(*args, **kwargs)
-        # the backward would fill a cache again
+        # recomputation would write to a cache again
         kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
         if self.graphs is None:
             return self.without_graphs(*args, **kwargs)
@@ -92,7 +92,7 @@ class LayerRunner:
         return inspect.signature(self.plain_function)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a compiled function can't be copied, and is made again
+        # a compiled function can't be copied, and is recreated
         return {**self.__dict__, "_function": None}
 
 
@@ -106,7 +106,7 @@ class _BeforeForward:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self.layers:
             if layer.gradient_checkpointing:
-                # a Trainer with gradient_checkpointing=True would checkpoint what is checkpointed already
+                # a Trainer with gradient_checkpointing=True would checkpoint these layers twice
                 layer.gradient_checkpointing = False
         if self.graphs is not None:
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]

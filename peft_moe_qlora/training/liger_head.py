@@ -1,4 +1,4 @@
-"""Refuses Liger's fused linear cross entropy where it would train something else than the model."""
+"""Rejects Liger's fused linear cross entropy where it would bypass parts of the model."""
 
 from __future__ import annotations
 

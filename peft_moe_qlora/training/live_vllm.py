@@ -1,7 +1,7 @@
-"""TRL's online trainers with vLLM generating: what is pushed into the engine are the merged weights, in its names.
+"""TRL's online trainers with generation by vLLM: merged weights are pushed into the engine, under its names.
 
 Needs TRL and vLLM, and isn't imported by the package. TRL's own push merges in the storage of the experts and sends
-codes, which no engine takes.
+codes, which no engine accepts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..merge import LiveWeights
 
 
 def load_into_vllm(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Puts weights in the place of those that a running engine has.
+    """Replaces the weights of a running engine.
 
     Args:
         llm: a `vllm.LLM` in this process: `distributed_executor_backend="external_launcher"`, as TRL starts it, or
             `VLLM_ENABLE_V1_MULTIPROCESSING=0`.
-        weights: key in the checkpoint -> tensor, such as `LiveWeights`; all of a layer that the engine has joined.
+        weights: key in the checkpoint -> tensor, such as `LiveWeights`; all parts of a layer that the engine fuses.
 
     Raises:
         ValueError: the engine is in another process.
@@ -36,14 +36,14 @@ def load_into_vllm(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
             "distributed_executor_backend='external_launcher', or with VLLM_ENABLE_V1_MULTIPROCESSING=0."
         )
     with _kernels_made_anew(executor.driver_worker.model_runner.get_model()):
-        # not the model's own `load_weights`: what the engine has rearranged for its kernels is rearranged again
+        # not the model's own `load_weights`: this repeats the engine's rearrangement of weights for its kernels
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
     llm.reset_prefix_cache()
 
 
 @contextmanager
 def _kernels_made_anew(model: nn.Module) -> Iterator[None]:
-    """On a CPU vLLM 0.32 packs experts only where it makes their kernel, which it does where there is none yet."""
+    """On a CPU, vLLM 0.32 packs experts only when it creates their kernel, which it does only if there is none."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     on_cpu = next(model.parameters()).device.type == "cpu"
     kernels = {method: method.moe_kernel for method in methods if on_cpu and getattr(method, "moe_kernel", None)}
@@ -60,8 +60,8 @@ def _kernels_made_anew(model: nn.Module) -> Iterator[None]:
 class LiveVllmGeneration(VLLMGeneration):
     """Generates with vLLM, in this process or on a server, and pushes `LiveWeights` into it.
 
-    At first all weights are pushed, since the engine has loaded the base as it was before it was quantized, and then
-    what the adapters change. An engine that sleeps loses its weights and gets all each time.
+    The first push sends all weights, since the engine has loaded the unquantized base; later ones send what the
+    adapters change. An engine in sleep mode loses its weights and gets all of them each time.
 
     Args:
         llm: the engine, for one that TRL's arguments don't describe. Default: TRL starts it.
@@ -80,7 +80,7 @@ class LiveVllmGeneration(VLLMGeneration):
             self.llm, self._llm_weights_sleeping = self._given, False
             return
         model = self.model
-        # TRL looks for layers of bitsandbytes, and would have vLLM quantize likewise
+        # TRL looks for layers of bitsandbytes, and would make vLLM quantize the same way
         self.model = _Named(model.name_or_path)
         try:
             super()._init_vllm()
@@ -107,7 +107,7 @@ class LiveVllmGeneration(VLLMGeneration):
 
 
 class _Named(nn.Module):
-    """Stands for the model where an engine is started."""
+    """Stand-in for the model when an engine is started."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Named(nn.Module):
 
 
 class _WithLiveVllm:
-    """Goes before one of TRL's trainers, which makes its `VLLMGeneration` in its constructor."""
+    """Mixin before one of TRL's trainers, which creates its `VLLMGeneration` in its constructor."""
 
     logprobs: int | None = 0
 

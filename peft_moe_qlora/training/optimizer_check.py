@@ -1,4 +1,4 @@
-"""Refuses optimizers that know factors of two dimensions only, before their first step changes anything."""
+"""Rejects optimizers that support 2-D factors only, before their first step changes anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OF_MATRICES = {
     "RiemannianPreconditionedOptimizer": "create_riemannian_optimizer",
 }
 # packages whose optimizers project gradients as matrices, in parameter groups with a rank, and elsewhere are Adam or
-# Adafactor. What they say of a stack is that some shapes don't fit
+# Adafactor. For a stack they only report that some shapes don't match
 _PROJECTING = ("apollo_torch", "galore_torch")
 
 

@@ -97,10 +97,10 @@ def prepare_model_for_training(
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
         if use_gradient_checkpointing == "keep-experts":
             kwargs = {**kwargs, "context_fn": keep_experts}
-        # the name that later versions of transformers know it by, or the one of before
+        # its name in newer versions of transformers, or the older one
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(kwargs)
-        # reentrant checkpointing has gradients only if its input does
+        # reentrant checkpointing computes gradients only if its input requires them
         model.enable_input_require_grads()
     if is_run:
         keep = {True: "nothing", False: "everything"}.get(use_gradient_checkpointing, "experts")

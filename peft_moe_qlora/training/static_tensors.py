@@ -20,7 +20,7 @@ class StaticTensors:
         """An uninitialized, contiguous buffer of the shape, dtype and device of a tensor."""
         key = (role, like.shape, like.dtype, like.device)
         if key not in self._buffers:
-            with torch.inference_mode(False):  # what is made in it can't be written to outside
+            with torch.inference_mode(False):  # inference tensors can't be written to outside of it
                 self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return self._buffers[key]
 
@@ -29,7 +29,7 @@ class StaticTensors:
         """The buffer of a role with the values of a tensor; copied unless they are there already."""
         key = (role, source.shape, source.dtype, source.device)
         buffer = self.buffer(role, source)
-        if source.is_inference():  # nobody counts its changes
+        if source.is_inference():  # has no version counter
             buffer.copy_(source)
             return buffer
         loaded, version = self._loaded.get(key, (None, 0))
@@ -62,7 +62,7 @@ def copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """All in a few launches."""
+    """Copies all in a few launches."""
     if targets:
-        # by `data`: autograd must not take this for a change of what a captured backward reads, which is back then
+        # through `data`: autograd must not count this as an in-place change of what a captured backward reads
         torch._foreach_copy_([target.data for target in targets], sources)

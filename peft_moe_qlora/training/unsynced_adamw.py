@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit AdamW as a queue of launches."""
+"""bitsandbytes' 8-bit AdamW without synchronizing between launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits on a card: the sizes of a model, what training it takes, and which settings to choose.
+"""What fits on a card: the sizes of a model, the memory that training takes, and which settings to choose.
 
-Modules are imported one by one: that of the inspection of checkpoints uses some, and stands beside them.
+Import the modules individually: checkpoint inspection, which is outside of this package, uses some of them.
 """

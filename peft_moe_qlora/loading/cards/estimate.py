@@ -67,7 +67,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a training.
+    """Settings of a training run.
 
     Args:
         storage: of the experts; None for what the checkpoint has, or 16 bits.
@@ -102,7 +102,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that training takes when it takes most, by what for.
+    """Peak memory of training in bytes, by purpose.
 
     Args:
         experts: their codes and scales.
@@ -111,12 +111,12 @@ class MemoryEstimate:
         factors: of LoRA, in fp32.
         gradients: of the factors, in fp32.
         optimizer: its state.
-        layer_inputs: of all decoder layers, in 16 bits, from which the backward computes the rest again.
-        kept_experts: what the experts' backward needs, where it isn't computed again.
-        head: the loss, and what it leaves for the backward.
-        one_layer: of the layer that is computed again: its activations, their gradients, and workspace.
+        layer_inputs: of all decoder layers, in 16 bits, from which the backward recomputes the rest.
+        kept_experts: what the experts' backward needs, where it isn't recomputed.
+        head: the loss, and what it saves for the backward.
+        one_layer: of the layer being recomputed: its activations, their gradients, and workspace.
         graph_buffers: what CUDA graphs read and write.
-        before_capture: what the steps before the capture have taken, and graphs can't use.
+        before_capture: memory cached by the steps before the capture, which graphs can't use.
         libraries: see `LIBRARIES`.
         fragmentation: see `FRAGMENTATION`.
         outside_of_torch: see `OUTSIDE_OF_TORCH`.
@@ -140,17 +140,17 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """What the GPU must have."""
+        """Memory that the GPU must have."""
         return sum(asdict(self).values())
 
     @property
     def reserved(self) -> int:
-        """What torch takes from the GPU (`torch.cuda.max_memory_reserved`)."""
+        """Memory that torch reserves (`torch.cuda.max_memory_reserved`)."""
         return self.total - self.outside_of_torch
 
     @property
     def peak_allocated(self) -> int:
-        """What tensors take (`torch.cuda.max_memory_allocated`); the memory of graphs counts as free between them."""
+        """Memory of tensors (`torch.cuda.max_memory_allocated`); the graphs' pool counts as free between replays."""
         taken = self.reserved - self.fragmentation - self.before_capture
         return taken - (self.one_layer if self.graph_buffers else 0)
 
@@ -167,15 +167,15 @@ class MemoryEstimate:
 
 
 def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
-    """What training takes.
+    """Estimates the memory of training.
 
-    The backward frees the input of a layer when it has the gradients of its factors, so that the peak is at its
-    beginning, at the head or the last layer, or at its end, the first layer. Captured layers have their activations in
-    the graphs' memory, all the time. Graphs can't use what the steps before the capture have taken: that of the first
-    step, where neither the optimizer's state nor later steps take its place, and that of a layer on their own stream.
+    The backward frees the input of a layer once it has the gradients of its factors, so the peak is at its beginning
+    (the head or the last layer) or at its end (the first layer). Captured layers keep their activations in the graphs'
+    pool permanently. Graphs can't use memory cached by the steps before the capture: that of the first step, where
+    neither the optimizer's state nor later steps reuse it, and that of a layer on the graphs' own stream.
 
     Raises:
-        ValueError: experts can't be stored so.
+        ValueError: the experts can't be stored in this format.
     """
     storage, shapes = settings.storage, sizes.factor_shapes(settings.rank, settings.expert_rank)
     double_quant = isinstance(storage, FourBitFormat) and storage.double_quant
@@ -185,7 +185,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
     kept, of_layer = kept_experts(sizes, settings), one_layer(sizes, settings)
     of_head = head(sizes, settings)
     inputs = DTYPE.itemsize * settings.step_tokens * sizes.hidden_size * sizes.num_layers
-    # the logits are gone when the last layer is computed again
+    # the logits are freed before the last layer is recomputed
     at_head = {"layer_inputs": inputs, "head": of_head}
     at_last = {"layer_inputs": inputs, "one_layer": of_layer}
     at_first = {"gradients": values, "one_layer": of_layer}
@@ -228,7 +228,7 @@ def kept_experts(sizes: ModelSizes, settings: Settings) -> int:
 
 
 def one_layer(sizes: ModelSizes, settings: Settings) -> int:
-    """The largest of a layer's backward, which is in its experts.
+    """Peak of a layer's backward, which is in its experts.
 
     Of experts, `ops/fused_steps.py`: for each of the T K rows its gate's input, the gradient of that, and of the
     gate's output or of the input, whichever is larger; the gradient of the output and of the input for each of T

@@ -29,7 +29,7 @@ def known_models() -> Mapping[str, dict[str, Any]]:
 
 
 def read_sizes(model: str | Path) -> tuple[str, ModelSizes]:
-    """What to load the model by, and its sizes; no weight is read.
+    """The path or name to load the model from, and its sizes; no weight is read.
 
     Args:
         model: directory of a checkpoint, a config.json or a directory with nothing else, or a name of `known_models`,

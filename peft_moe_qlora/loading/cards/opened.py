@@ -1,4 +1,4 @@
-"""A checkpoint by its config and headers: the model it is of, and where each of its stacks comes from."""
+"""A checkpoint opened by its config and headers alone: its model, and the source of each stack."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class OpenedCheckpoint:
 
         Args:
             source: of it.
-            storage: that experts in floating point would get.
+            storage: format for experts in floating point.
         """
-        # what a quantized checkpoint has left in 16 bits stays so
+        # weights that a quantized checkpoint has in 16 bits stay in 16 bits
         is_left = self.quantization is not None and isinstance(source, DenseSource)
         of_source = self.saved.format if isinstance(source, NativeSource) else None if is_left else storage
         stack = source.empty_stack(of_source, DTYPE)

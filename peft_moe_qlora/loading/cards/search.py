@@ -1,4 +1,4 @@
-"""Which settings fit on a card: tried in the order in which one would give things up."""
+"""Searches for settings that fit on a card, in order of preference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST = 2**17
 
 @dataclass(frozen=True)
 class Pins:
-    """What is settled before the search; None for what is to be found.
+    """Settings fixed before the search; None for those to be found.
 
     Args:
         storage: of the experts.
@@ -50,7 +50,7 @@ class Pins:
 
 @dataclass(frozen=True)
 class Row:
-    """The best that fits with one length and one rank, or what takes least if nothing does."""
+    """The best settings that fit at one length and rank, or the smallest if none fit."""
 
     settings: Settings
     memory: MemoryEstimate
@@ -84,7 +84,7 @@ class CardAnswer:
 
     @property
     def smallest(self) -> Row:
-        """What takes least."""
+        """The row that takes the least memory."""
         return min(self.rows, key=lambda row: row.memory.total)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,10 +147,10 @@ def _shown(row: Row) -> tuple[str, ...]:
 
 
 def what_fits(model: str, sizes: ModelSizes, card: float, pins: Pins = Pins()) -> CardAnswer:
-    """The settings that fit, for lengths and ranks on experts from the most wished for down.
+    """The settings that fit, for lengths and ranks on experts in order of preference.
 
-    For one length and rank, values of the base and the optimizer come first: the finest storage, then AdamW in fp32
-    before 8 bits before paged. Then what is fast: graphs and kept experts, either, neither.
+    At one length and rank, the precision of base and optimizer comes first: the finest storage, then AdamW in fp32
+    before 8 bits before paged. Then speed: graphs and kept experts, either, neither.
 
     Args:
         model: name or path, for the lines to paste.
@@ -159,7 +159,7 @@ def what_fits(model: str, sizes: ModelSizes, card: float, pins: Pins = Pins()) -
         pins: what is settled.
 
     Raises:
-        ValueError: the experts can't be stored as asked for.
+        ValueError: the experts can't be stored in the requested format.
     """
     rows = []
     for tokens, expert_rank in product(_or(pins.tokens, TOKENS), _or(pins.expert_rank, EXPERT_RANKS)):
@@ -180,7 +180,7 @@ def _or(pinned: Any | None, wished: tuple) -> tuple:
 
 
 def _candidates(sizes: ModelSizes, pins: Pins, tokens: int, expert_rank: int) -> Iterator[Settings]:
-    """From the most wished for to the least."""
+    """In order of preference."""
     # graphs hold what a layer's attention takes, which without SDPA is most of it
     graphs = (False,) if sizes.eager_heads else (True, False)
     for storage, optimizer, cuda_graphs, keep_experts in product(
@@ -247,7 +247,7 @@ def recipe(model: str, settings: Settings, packed_as: Format | None = None) -> l
         f"per_device_train_batch_size={settings.batch}",
         f'optim="{settings.optimizer}"',
         "bf16=True",
-        "gradient_checkpointing=False",  # a Trainer would put its own in the place of what is prepared
+        "gradient_checkpointing=False",  # a Trainer would replace the prepared checkpointing by its own
     ]
     lines = [
         "from peft import get_peft_model",

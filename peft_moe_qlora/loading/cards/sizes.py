@@ -1,4 +1,4 @@
-"""The numbers of a model that its memory in training follows from, without a weight."""
+"""The sizes of a model that determine its memory in training, found without reading weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _nbytes_of_stack(shape: tuple[int, int, int], is_transposed: bool, parts: in
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the memory of a model in training follows from; mappings give how many there are.
+    """Sizes that determine the memory of a model in training; mappings give counts.
 
     Args:
         model_class: its name.
@@ -100,7 +100,7 @@ class ModelSizes:
 
     def experts_nbytes(self, storage: Format | None) -> int:
         """Raises:
-        ValueError: a stack can't be stored so.
+        ValueError: a stack can't be stored in this format.
         """
         return sum(count * stack.nbytes(storage, self.may_repack) for stack, count in self.stacks.items())
 
@@ -141,7 +141,7 @@ def format_nbytes(shape: tuple[int, int], storage: Format) -> int:
 
 
 def quantizable_linear(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> linear layer, but the head and routers."""
+    """Path -> linear layer, except the head and routers."""
     layouts = expert_layouts(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
@@ -209,7 +209,7 @@ def sizes_of(
 
 
 def linear_for_4_bits(model: PreTrainedModel, packed: Iterable[str] = ()) -> dict[str, nn.Linear]:
-    """Path -> linear layer, of those that loading puts into 4 bits.
+    """Path -> linear layer, of those that loading quantizes to 4 bits.
 
     Args:
         model: with its own layers.

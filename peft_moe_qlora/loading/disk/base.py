@@ -48,7 +48,7 @@ class Group:
 
     Args:
         key: that the weight would have in a 16-bit checkpoint.
-        tensors: what each is, by the ending of its key; empty for the one that has the weight's own.
+        tensors: by the suffix of their key; the suffix is empty for the tensor that has the weight's own key.
     """
 
     key: str

@@ -50,7 +50,7 @@ class BitsAndBytesTensor(PackedTensor):
         return f"bitsandbytes {self.storage}"
 
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """Codes as they are, and fp32 scales as bitsandbytes itself computes them at use.
+        """Codes unchanged, and fp32 scales as bitsandbytes itself computes them at run time.
 
         Raises:
             CheckpointError: a scale is not finite.
@@ -96,7 +96,7 @@ class BitsAndBytesLayout(DiskLayout):
 
 
 def packed_tensor(checkpoint: Checkpoint, key: str) -> BitsAndBytesTensor:
-    """Reads the description of a packed weight, and makes sure that all its parts are there and fit each other.
+    """Reads the description of a packed weight, and checks that its parts are complete and consistent.
 
     Raises:
         CheckpointError: a part is missing, of another shape or dtype, or described in an unknown way.

@@ -1,6 +1,6 @@
-"""Weights that are quantized for serving: what becomes of the tensors of a checkpoint in 16 bits, as engines read it.
+"""Weights quantized for serving: how tensors of a 16-bit checkpoint are written in layouts that engines read.
 
-Each layout that can be written so is an `EngineLayout`, in the file that reads it. Merging asks for it by name.
+Each layout that can be written is an `EngineLayout`, in the file that reads it. Merging looks it up by name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 
 class EngineLayout(ABC):
-    """How engines want weights that are quantized, and which they want so."""
+    """How engines expect quantized weights, and which weights they expect quantized."""
 
     name: ClassVar[str]
     """By which it is asked for."""
@@ -48,7 +48,7 @@ class EngineLayout(ABC):
 
     @abstractmethod
     def stored(self, key: str, rows: int, columns: int) -> dict[str, tuple[str, Stored]]:
-        """What is written of a matrix `(out, in)`: name of a tensor of the format -> key and tensor of the file.
+        """What is written for a matrix `(out, in)`: name of a tensor of the format -> key and tensor of the file.
 
         Args:
             key: of the matrix in a checkpoint in 16 bits.
@@ -58,16 +58,16 @@ class EngineLayout(ABC):
 
     @abstractmethod
     def keys_of_stack(self, class_name: str, key: str, parts: int) -> list[str] | None:
-        """The keys of what a stack becomes that a checkpoint in 16 bits has as one tensor.
+        """The keys written for a stack that a 16-bit checkpoint has as one tensor.
 
         Args:
             class_name: of the experts.
             key: of the stack.
-            parts: matrices under each other that one expert's is, such as gate and up.
+            parts: matrices stacked along the rows of one expert's, such as gate and up.
 
         Returns:
             One key for each part, with `{}` for the number of the expert; or a single one without, of all experts.
-            None where nobody knows what engines read.
+            None where it is unknown what engines read.
         """
 
     def takes_single_experts(self, class_name: str) -> bool:
@@ -76,7 +76,7 @@ class EngineLayout(ABC):
 
     @abstractmethod
     def why_not(self, rows: int, columns: int) -> str | None:
-        """What keeps engines from reading a matrix of that size; None for nothing."""
+        """Why engines can't read a matrix of that size; None if they can."""
 
     def takes_linear(self, name: str, rows: int, columns: int) -> bool:
         """Whether engines read a linear layer of that size, by the last part of its name."""
@@ -91,7 +91,7 @@ class EngineLayout(ABC):
         """
 
     def encode(self, key: str, matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Rounds a finite matrix `(out, in)` to the nearest: tensors of the file, and what they stand for, in fp32.
+        """Rounds a finite matrix `(out, in)` to the nearest: tensors of the file, and the values they encode, in fp32.
 
         Raises:
             ValueError: a weight is beyond the range of the format.
@@ -113,7 +113,7 @@ ENGINE_LAYOUTS: dict[str, EngineLayout] = {}
 
 
 def register_engine_layout(cls: type[EngineLayout]) -> type[EngineLayout]:
-    """Lets `engine_layout` find a layout; a class decorator."""
+    """Class decorator: registers a layout for `engine_layout`."""
     ENGINE_LAYOUTS[cls.name] = cls()
     return cls
 

@@ -1,9 +1,9 @@
 """FP8 as it is published: `quant_method: fp8` and `mxfp8`, and compressed-tensors' `float-quantized`.
 
 `KEY` holds the codes, F8_E4M3 `(out, in)`, or `(E, out, in)` for all experts; `KEY_scale_inv` or `KEY_scale` the
-scales, or, where KEY ends in `.weight`, `.scale` in its place. A weight is code times scale: "inv" is of the factor
-that the quantizer had. How many weights share a scale is what the config declares: 192 rows have two scales in blocks
-of 128, though they could be two of 96. Scales of inputs (`activation_scale`, `input_scale`) are not of weights.
+scales, or, where KEY ends in `.weight`, `.scale` in its place. A weight is code times scale: "inv" refers to the
+quantizer's factor. The config declares how many weights share a scale: 192 rows have two scales in blocks of 128, but
+also in blocks of 96. Scales of inputs (`activation_scale`, `input_scale`) are not scales of weights.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Fp8ForEngines(EngineLayout):
         return f"{misfits[0]} is not a multiple of {self.storage.block[0]}" if misfits else None
 
     def takes_linear(self, name: str, rows: int, columns: int) -> bool:
-        if name == "kv_a_proj_with_mqa":  # the last under each other
+        if name == "kv_a_proj_with_mqa":  # the last one concatenated
             rows = self.storage.block[0]
         return super().takes_linear(name, rows, columns)
 
@@ -166,7 +166,7 @@ def _block(scheme: Scheme) -> tuple[int, int]:
     """Rows and columns that share a scale, 0 for all.
 
     Raises:
-        CheckpointError: they are no sizes, or the codes are declared to be of another type.
+        CheckpointError: they are not valid sizes, or another type of codes is declared.
     """
     if scheme["quant_method"] == "compressed-tensors":
         block = _OF_STRATEGY[scheme["strategy"]]

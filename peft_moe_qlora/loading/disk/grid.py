@@ -1,4 +1,4 @@
-"""Codes beside a grid of scales, read as they are: what layouts of formats with blocks of rows and columns share."""
+"""Codes with a grid of scales, read unchanged: shared by the layouts of formats with blocks of rows and columns."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class GridTensor(PackedTensor):
         shape: of the weight, not of its codes.
         storage: likewise.
         keys: likewise.
-        codes: what the file has, a byte to an element.
+        codes: as in the file, one byte per element.
         scales: likewise.
-        parts: matrices under each other that one is made of, each with a grid of its own.
+        parts: matrices stacked along the rows that one is made of, each with its own grid.
     """
 
     storage: BlockScaled
@@ -49,18 +49,18 @@ class GridTensor(PackedTensor):
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
-        """What the file has, in the order of the format's tensors."""
+        """The file's tensors, in the order of the format's."""
         return self.codes, self.scales
 
     def turned(self, codes: torch.Tensor) -> torch.Tensor:
-        """The file's codes as the format has them, and the other way round."""
+        """Converts the file's codes to the format's, and back."""
         return codes
 
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """Codes and scales, bit by bit.
+        """Codes and scales, bit for bit.
 
         Raises:
-            CheckpointError: a code is no number, or a scale none that a quantizer writes.
+            CheckpointError: a code is not a number, or no quantizer writes such a scale.
         """
         rows, columns = self.shape[-2:]
         found = {}
@@ -68,7 +68,7 @@ class GridTensor(PackedTensor):
             tensor = checkpoint.read(info.key) if expert is None else checkpoint.read_slice(info.key, expert)[0]
             bits = tensor.contiguous().view(spec.dtype)
             bits = self.turned(bits) if info is self.codes else bits
-            # one scale may be for all parts
+            # all parts may share one scale
             found[name] = bits.expand(spec.shape).contiguous() if bits.numel() == 1 else bits.reshape(spec.shape)
         self._check_codes(found["codes"], expert)
         scales = self.storage.scales({name: bits[None] for name, bits in found.items()})
@@ -164,7 +164,7 @@ def scale_kind(weight: TensorInfo, scales: TensorInfo) -> str:
     """The kind of a tensor of scales.
 
     Raises:
-        CheckpointError: its dtype is none of scales.
+        CheckpointError: its dtype is not one of scales.
     """
     kind = KIND_OF_SCALE.get(scales.dtype_name)
     if kind is None:
@@ -197,7 +197,7 @@ def only_scale(weight: TensorInfo, group: Group, endings: tuple[str, ...]) -> Te
 
 
 def check_matrix(weight: TensorInfo) -> None:
-    """Refuses what is neither a matrix nor one of each expert.
+    """Rejects a tensor that is neither a matrix nor one matrix per expert.
 
     Raises:
         CheckpointError: names the tensor.

@@ -1,12 +1,12 @@
-"""Whole numbers as compressed-tensors publishes them: a byte each, or several to an integer of 32 bits.
+"""Integers as compressed-tensors stores them: one byte each, or several packed into an int32.
 
 - `int-quantized`: `NAME.weight` I8 `(out, in)`.
 - `pack-quantized`: `NAME.weight_packed` I32 `(out, in / 8)` of 4 bits, `(out, in / 4)` of 8, the first column in the
   lowest; half of the range is added to each number, so that none is negative. `NAME.weight_shape` is `(out, in)`.
 
 `NAME.weight_scale` is `(out, 1)` per channel, `(1,)` per tensor, or one for each group of columns or each block. A
-weight is number times scale; scales of inputs (`input_scale`) are not of weights. Zero points and columns in another
-order are not read: a format here is symmetric, and its groups are of columns that follow each other.
+weight is number times scale; scales of inputs (`input_scale`) are not of weights. Zero points and reordered columns
+are not supported: formats here are symmetric, with groups of consecutive columns.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Int8Layout(DiskLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedIntegers(GridTensor):
-    """A weight of several numbers to an integer of 32 bits.
+    """A weight with several numbers packed into an int32.
 
     Args:
         shape_info: the tensor that says how many rows and columns there are.
@@ -112,7 +112,7 @@ class PackedIntegers(GridTensor):
 
 
 class PackedIntegersLayout(DiskLayout):
-    """int4 and int8 by compressed-tensors, packed into integers of 32 bits.
+    """int4 and int8 by compressed-tensors, packed into int32.
 
     Args:
         schemes: likewise.
@@ -240,7 +240,7 @@ def _scales_of(weight: TensorInfo, group: Group, endings: tuple[str, ...]) -> tu
 def _fitting(
     weight: TensorInfo, found: dict[BlockScaled, tuple[int, int]], scales: TensorInfo, parts: int
 ) -> BlockScaled:
-    """The storage on whose grid the scales are.
+    """The storage whose grid the scales match.
 
     Args:
         weight: the tensor of codes.

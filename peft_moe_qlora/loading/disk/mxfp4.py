@@ -3,7 +3,7 @@
 Codes are e2m1, two to a byte with the even column in the low half; scales are bytes, powers of two, for 32 columns.
 
 - gpt-oss: `KEY_blocks` U8 `(E, out, in / 32, 16)` and `KEY_scales` U8 `(E, out, in / 32)`: `(out, in)`, though the
-  class has its stacks the other way round.
+  class has its stacks transposed.
 - DeepSeek-V4: `NAME.weight` I8 `(out, in / 2)` and `NAME.scale` F8_E8M0 `(out, in / 32)`; others have both as U8.
 - compressed-tensors: `NAME.weight_packed` U8 `(out, in / 2)` and `NAME.weight_scale` U8 `(out, in / 32)`.
 """

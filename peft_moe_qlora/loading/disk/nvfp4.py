@@ -44,10 +44,10 @@ class Nvfp4Tensor(GridTensor):
         return self.codes, self.scales, self.global_scale
 
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """Codes and both levels of scales, bit by bit.
+        """Codes and both levels of scales, bit for bit.
 
         Raises:
-            CheckpointError: likewise, or the second scale is none.
+            CheckpointError: likewise, or the second scale is invalid.
         """
         whole = float(checkpoint.read(self.global_scale.key))
         if not 0 < whole < torch.inf:

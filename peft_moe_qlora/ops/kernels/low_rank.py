@@ -235,7 +235,7 @@ def _sum_of_runs_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Adds the runs of each expert in their order; one that is a single run is done, one without rows gets zeros."""
+    """Sums the runs of each expert in order; an expert with a single run is done, one without rows gets zeros."""
     expert = tl.program_id(1)
     start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ENDS + expert)
