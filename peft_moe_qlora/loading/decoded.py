@@ -12,9 +12,9 @@ from .finder import SourceFinder
 
 
 class DecodedCheckpoint(Checkpoint):
-    """The weights under the keys and in the orientation of a 16-bit checkpoint, without what described their codes.
+    """The weights under the keys and in the orientation of a 16-bit checkpoint, without the tensors of quantization.
 
-    Values are fp32, which codes times scales are exactly or rounded once to.
+    Values are fp32: codes times scales, exact or rounded once.
 
     Args:
         model: that the checkpoint is of, with its own experts modules, on any device.

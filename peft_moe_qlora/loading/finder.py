@@ -89,7 +89,7 @@ class SourceFinder:
         self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         self.prefix = getattr(model, "base_model_prefix", "")
         self.ignored = ignored_keys(model)
-        # what stands behind the name of a stack: of a format's tensors, whichever that is
+        # suffixes of the names of stacks: the tensor names of whichever format
         stored = {found[1] for key in checkpoint.tensors if (found := _OF_STACK.search(key))}
         native = [f"{name}.{parameter}" for name in self.targets for parameter in sorted(stored | {"weight"})]
         self.names = dict.fromkeys([*model.state_dict(), *native], True)

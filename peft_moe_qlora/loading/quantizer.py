@@ -114,7 +114,7 @@ class MoeQuantizer(ExpertsQuantizer):
             raise ValueError(f"distributed_config can't be used with a MoeQuantizationConfig; {SHARD_LATER}")
         refuse_unsupported(model)
         checkpoint = Checkpoint(checkpoint_files)
-        # transformers has not asked, where it knows no such method
+        # transformers doesn't check methods that it doesn't know
         refuse_unreadable(stored_quantization(checkpoint.directory), checkpoint.directory)
         finder = SourceFinder(model, checkpoint, self.quantization_config.flipped_stacks or ())
         if not finder.targets:

@@ -90,7 +90,7 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _reverted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Under the names of the original checkpoint; without what the model was loaded by, which lacks the experts."""
+    """Renamed as in the original checkpoint; without the conversions of the loading, which lack the experts."""
     before = model.__dict__.pop("_weight_conversions", None)
     try:
         return revert_weight_conversion(model, tensors)

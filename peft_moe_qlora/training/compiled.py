@@ -1,7 +1,7 @@
 """A decoder layer's forward, compiled once for all layers of a kind.
 
-A layer is an argument of what is compiled: modules of equal structure then share the code, whatever their weights.
-torch keeps 8 compiled variants of a piece of code and gives up on more, so that each way of running has its own.
+The layer is an argument of the compiled function: modules of equal structure share code, whatever their weights.
+torch keeps at most 8 compiled variants of a code object, so each way of running has a code object of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class compiled_forward:
 
 @cache
 def _compiled(plain: Function, structure: str, backend: str | Callable, way: tuple[bool, ...]) -> Function:
-    """`plain` as code of its own. Which sizes vary is known to all ways of a structure, by the name of the code."""
+    """`plain` with its own code object, whose name lets all variants of a structure share which sizes are dynamic."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return plain(*args, **kwargs)

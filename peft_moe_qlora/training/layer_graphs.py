@@ -44,8 +44,8 @@ MOST_CAPTURES = 8
 class LayerGraphs:
     """The captured decoder layers of a model.
 
-    A shape of inputs is captured when it comes for the second time, layer by layer; the first time warms up what
-    compiles, loads and tunes itself. What can't be captured runs without a graph, for a reason that `report` gives.
+    An input shape is captured layer by layer on its second occurrence; the first warms up compilation, loading and
+    autotuning. What can't be captured runs without a graph; `report` says why.
 
     Args:
         keep: what the forward keeps for the backward; see `CapturedLayer`.

@@ -64,5 +64,6 @@ def copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies all in a few launches."""
     if targets:
-        # through `data`: autograd must not count this as an in-place change of what a captured backward reads
+        # through `data`: autograd must not count this as an in-place change of what a captured backward reads,
+        # which is restored by then
         torch._foreach_copy_([target.data for target in targets], sources)

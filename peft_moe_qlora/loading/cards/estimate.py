@@ -1,6 +1,6 @@
 """The memory that training a model takes on one GPU, part by part.
 
-Held against peaks measured on an H200 (`benchmarks/results`, `tests/test_card.py`); docs/cards.md has the differences.
+Checked against peaks measured on an H200 (`benchmarks/results`, `tests/test_card.py`; differences in docs/cards.md).
 Letters: T tokens of a step, K experts for a token, H hidden size, 2I features of gate and up projection.
 """
 

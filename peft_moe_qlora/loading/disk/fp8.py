@@ -97,9 +97,9 @@ class Fp8Layout(DiskLayout):
 class Fp8ForEngines(EngineLayout):
     """As DeepSeek-V3 was published: blocks of 128 x 128 with scales in fp32, one expert and projection to a weight.
 
-    vLLM 0.33 and SGLang 0.5.23 read experts so, and all linear layers that `modules_to_not_convert` doesn't name. They
-    refuse experts whose width is no whole number of blocks, quantize inputs in runs of 128 columns, and put the layers
-    of a group under each other, of which only the last may end within a block.
+    vLLM 0.33 and SGLang 0.5.23 read experts like this, and all linear layers that `modules_to_not_convert` doesn't
+    name. They reject experts whose width is not a multiple of the block size, quantize inputs in runs of 128 columns,
+    and concatenate the layers of a group along the rows, of which only the last may end within a block.
     """
 
     name: ClassVar[str] = "fp8"

@@ -102,7 +102,7 @@ class Mxfp4Layout(DiskLayout):
 
 @register_engine_layout
 class Mxfp4ForEngines(EngineLayout):
-    """As gpt-oss was published, the only class whose experts engines read so; nothing else of it is quantized."""
+    """As gpt-oss was published, the only class whose experts engines read like this; only they are quantized."""
 
     name: ClassVar[str] = "mxfp4"
     storage: ClassVar[Mxfp4Format] = _STORAGE

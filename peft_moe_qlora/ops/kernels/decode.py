@@ -323,7 +323,7 @@ PART_GRANULE = 256
 
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
-    """Codes, scales, what these need, and dynamic map of a packed weight; the codes stand for what is absent."""
+    """Codes, scales, what these need, and dynamic map of a packed weight; the codes replace absent ones."""
     first, tensors = _pairs_of_codes(weight), weight.tensors[1:]
     if _has_map(weight):
         return (first, *tensors, dynamic_map(first.device))
