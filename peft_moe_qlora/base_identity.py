@@ -186,6 +186,16 @@ def settle_base(config: MoeQLoraConfig, recorded: BaseIdentity | None, found: Ba
             RuntimeWarning,
             stacklevel=2,
         )
+    # files of before may not say how linear layers were stored
+    if recorded.linear and recorded.linear.keys() != found.linear.keys():
+        trained, present = (", ".join(one.linear) or "floating point" for one in (recorded, found))
+        warnings.warn(
+            f"The adapter was trained with linear layers in {trained}; those of this base are in {present}, so that "
+            "outputs differ from those of the training. Load the base with the quantization_config of the training, "
+            "such as MoeQuantizationConfig().",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _stacks(model: nn.Module) -> dict[str, Stack]:

@@ -458,6 +458,25 @@ def test_the_base_is_known_again(tmp_path):
         PeftModel.from_pretrained(tiny_model(std=0.16), tmp_path / "adapter")
 
 
+def test_linear_layers_that_are_stored_otherwise_are_named(tmp_path):
+    """Experts are quantized as in training whatever the base is; linear layers stay as the base has them."""
+    tiny_model().save_pretrained(tmp_path / "base")
+
+    def base(**options):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **options)
+
+    in_4_bits = {"quantization_config": MoeQuantizationConfig(), "device_map": "cpu"}
+    model = get_peft_model(base(**in_4_bits), MoeQLoraConfig(r=2, target_modules="all-linear"))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The adapter was trained with linear layers")
+        again = PeftModel.from_pretrained(base(**in_4_bits), tmp_path / "adapter")
+    assert torch.equal(again(input_ids=token_ids()).logits, model.eval()(input_ids=token_ids()).logits)
+    with pytest.warns(RuntimeWarning, match="linear layers in nf4/64; those of this base are in floating point"):
+        PeftModel.from_pretrained(base(), tmp_path / "adapter")
+
+
 @needs_adapter_methods
 @pytest.mark.parametrize("quantize", [False, True], ids=["in memory", "loaded in 4 bits"])
 def test_transformers_saves_the_factors_of_linear_layers_too(quantize, tmp_path):
