@@ -246,8 +246,8 @@ def test_layouts_at_once(saved, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora=True can't be done"),
-        ({"lora_bias": True}, "lora_bias=True can't be done"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"bias": "lora_only"}, "trains biases"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to a base whose weights"),

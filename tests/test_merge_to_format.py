@@ -398,7 +398,7 @@ class TestRefused:
         assert not list(tmp_path.glob("merged*"))
 
     def test_an_unknown_name(self, tmp_path):
-        with pytest.raises(ValueError, match=r"'fp7' is nothing .*; choose one of \('fp8', 'mxfp4'\)"):
+        with pytest.raises(ValueError, match=r"'fp7' is not a format for serving; choose one of \('fp8', 'mxfp4'\)"):
             merge(tmp_path, serve_as="fp7")
 
     def test_together_with_the_other_kind(self, tmp_path, capsys):
