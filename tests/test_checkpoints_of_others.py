@@ -424,7 +424,10 @@ BROKEN_FILES = {
     "a header is cut off": (cut_header, "model-00002-of-00003.safetensors can't be opened"),
     "values are cut off": (cut_values, "model-00002-of-00003.safetensors can't be opened"),
     "the index promises more": (promise_more, "00002-of-00003.safetensors lacks .*experts.99.up_proj"),
-    "the index is no index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "is not a checkpoint index"),
+    "the index is no index": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+        "is not a checkpoint index",
+    ),
     "no files": (lambda d: [file.unlink() for file in d.glob("model*")], "neither model.safetensors.index.json nor"),
 }
 
