@@ -116,7 +116,8 @@ class MemoryEstimate:
         head: the loss, and what it saves for the backward.
         one_layer: of the layer being recomputed: its activations, their gradients, and workspace.
         graph_buffers: what CUDA graphs read and write.
-        before_capture: memory cached by the steps before the capture, which graphs can't use.
+        before_capture: an allowance for memory cached by the steps before the capture, which graphs can't use; most of
+            it is freed before a capture.
         libraries: see `LIBRARIES`.
         fragmentation: see `FRAGMENTATION`.
         outside_of_torch: see `OUTSIDE_OF_TORCH`.
