@@ -32,16 +32,19 @@ LEFT_OUT = ("step", "qmap", "RMS")
 
 
 def inspected(capsys: pytest.CaptureFixture, *arguments) -> dict:
+    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
     assert main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments) -> str:
+    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
     assert main(["inspect", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments) -> str:
+    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
     assert main(["inspect", *map(str, arguments)]) == 1
     found = capsys.readouterr()
     assert found.out == ""

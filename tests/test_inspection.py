@@ -19,6 +19,7 @@ from peft_moe_qlora.ops import kept_nbytes
 
 
 def inspected(capsys: pytest.CaptureFixture, *arguments) -> dict:
+    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
     assert main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 

@@ -472,6 +472,7 @@ def test_by_the_command_line_and_verified(tmp_path, capsys):
     write_tokenizer(tmp_path / "base")
     write_text(tmp_path / "text.txt", torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(5)))
     places = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
     assert main(["merge", *places, "--serve-as", "fp8", "--verify", str(tmp_path / "text.txt"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["storage"] == "fp8/128x128"
