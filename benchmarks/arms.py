@@ -1,4 +1,4 @@
-"""What is compared: one experts layer, computed by transformers, by PEFT, and by this package.
+"""The arms of the comparison: one experts layer, computed by transformers, PEFT and this package.
 
 All arms of a shape have the same 16-bit weights before quantization and, if they have factors, the same factors.
 """
@@ -21,7 +21,7 @@ RANK = 16
 ALPHA = 32
 B_STD = 0.02
 BATCHED_MM_TOKENS = 128
-"""Up to how many tokens `batched_mm` is tried: it gathers a matrix for every routed pair."""
+"""Largest number of tokens for which `batched_mm` is tried: it gathers one matrix per routed pair."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Factors:
     """The trainable factors of one projection.
 
     Args:
-        A: parameter; seen per expert `(E, R, in)`.
-        B: parameter; seen per expert `(E, out, R)`.
+        A: parameter; per expert `(E, R, in)`.
+        B: parameter; per expert `(E, out, R)`.
         scaling: `delta[e] = scaling * B[e] @ A[e]`.
-        is_packed: both are 2-D as PEFT's `target_parameters` stores them: A `(E * R, in)`, B `(out, R * E)`.
+        is_packed: whether both are 2-D, as in PEFT's `target_parameters`: A `(E * R, in)`, B `(out, R * E)`.
     """
 
     A: nn.Parameter
@@ -41,7 +41,7 @@ class Factors:
     is_packed: bool = False
 
     def per_expert(self, A: torch.Tensor, B: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tensors in the form of the parameters, the parameters themselves or their gradients, seen per expert."""
+        """Reshapes the parameters or their gradients to one matrix per expert."""
         if not self.is_packed:
             return A, B
         return A.unflatten(0, (num_experts, -1)), B.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
@@ -52,14 +52,14 @@ class Layer:
     """One arm, ready to run.
 
     Args:
-        shape: of the layer.
-        module: called with `Inputs.arguments`, gives `(T, H)`.
-        matrix: projection, expert -> its frozen `(out, in)` weights in fp32, as stored.
-        bias: projection, expert -> its `(out,)` bias in fp32, or None.
+        shape: shape of the layer.
+        module: module called with `Inputs.arguments`; returns `(T, H)`.
+        matrix: projection, expert -> frozen `(out, in)` weights in fp32, as stored.
+        bias: projection, expert -> `(out,)` bias in fp32, or None.
         factors: projection -> trainable factors; empty for an arm without LoRA.
-        stack_bytes: bytes of the frozen weights, scales included.
-        computed_by: one line.
-        config: where transformers' forward looks its implementation up; None if that is not what computes.
+        stack_bytes: bytes of the frozen weights, including scales.
+        computed_by: one line on the implementation.
+        config: config from which transformers' forward reads its implementation; None for other forwards.
     """
 
     shape: Shape
@@ -76,7 +76,7 @@ class Layer:
         return [parameter for factors in self.factors.values() for parameter in (factors.A, factors.B)]
 
     def implementations(self, num_tokens: int, needs_gradients: bool) -> tuple[str, ...]:
-        """The forwards of transformers to choose from; one nameless entry where there is no choice."""
+        """Implementations of transformers' forward to try; one empty name if there is no choice."""
         if self.config is None:
             return ("",)
         if needs_gradients or num_tokens > BATCHED_MM_TOKENS:
@@ -89,7 +89,7 @@ class Layer:
 
 
 class Block(nn.Module):
-    """What holds experts in a model."""
+    """The parent of experts in a model."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def _randomize(factors: dict[str, Factors], num_experts: int, seed: int) -> None:
-    """The same values in every arm; B is not zero, or no gradient would reach A."""
+    """Sets the same values in all arms; B is not zero, so that A gets a gradient."""
     for index, of_projection in enumerate(factors.values()):
         A, B = of_projection.per_expert(of_projection.A, of_projection.B, num_experts)
         generator = torch.Generator(A.device).manual_seed(seed + index)
@@ -131,7 +131,7 @@ def _plain_layer(shape: Shape, module: nn.Module, experts: nn.Module, factors: d
 
 
 def build_transformers(shape: Shape, device: torch.device, seed: int) -> Layer:
-    """The class's own layer: no quantization, no LoRA."""
+    """The layer of transformers, without quantization and LoRA."""
     experts = shape.experts(device, seed)
     return _plain_layer(shape, experts, experts, {})
 
@@ -141,7 +141,7 @@ def _adapted(model: PeftModel) -> nn.Module:
 
 
 def build_peft(shape: Shape, device: torch.device, seed: int) -> Layer:
-    """PEFT's LoRA on parameters, which adds the delta to the whole stack in every forward."""
+    """PEFT's LoRA on parameters, which merges the delta into the whole stack in every forward."""
     experts = shape.experts(device, seed)
     config = LoraConfig(
         r=RANK,
@@ -158,7 +158,7 @@ def build_peft(shape: Shape, device: torch.device, seed: int) -> Layer:
     factors = {projection: of_projection[projection] for projection in ("gate_up_proj", "down_proj")}
     _randomize(factors, shape.num_experts, seed)
     layer = _plain_layer(shape, module, experts, factors)
-    layer.computed_by += ", on stacks merged by PEFT in every forward"
+    layer.computed_by += ", with stacks merged by PEFT in every forward"
     return layer
 
 
@@ -207,7 +207,7 @@ ARMS: dict[str, Callable[[Shape, torch.device, int], Layer]] = {
 
 DESCRIPTIONS = {
     "transformers": f"{DTYPE} weights, no LoRA".replace("torch.", ""),
-    "peft": f"PEFT target_parameters, rank {RANK}, on the former",
+    "peft": f"PEFT target_parameters, rank {RANK}, on the transformers layer",
     "ours-bf16": f"this package, rank {RANK}, weights left in 16 bits",
     "ours-nf4": f"this package, rank {RANK}, weights in NF4",
     "ours-nf4-nested": f"this package, rank {RANK}, weights in NF4 with 8-bit scales",

@@ -1,9 +1,9 @@
-"""Times decoding whole stacks into bf16 on a GPU; those in 4 bits of bitsandbytes beside that.
+"""Times the decoding of whole stacks to bf16 on a GPU, for 4-bit formats also with bitsandbytes.
 
     python benchmarks/dequantize.py --shapes qwen3-30b-a3b gpt-oss-20b --storages nf4/64 fp8/128x128
 
-Bytes are those of codes and scales, read, and of the weights, written. The result is compared bit for bit with what
-bitsandbytes gives, or torch.
+Bytes are the codes and scales that are read, plus the weights that are written. The result is compared bit for bit
+with that of bitsandbytes or torch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ DTYPE = torch.bfloat16
 
 
 def measure(stack: QuantizedStack, repeats: int) -> tuple[float, float | None]:
-    """Terabytes per second of ours, and of bitsandbytes where it has the format.
+    """Terabytes per second of this package, and of bitsandbytes if it supports the format.
 
     Raises:
-        ValueError: decoded bits are others than expected.
+        ValueError: the decoded weights differ from the reference.
     """
     weight = packed_weight(stack)
     device, storage = stack.codes.device, stack.storage
@@ -42,7 +42,7 @@ def measure(stack: QuantizedStack, repeats: int) -> tuple[float, float | None]:
         scales = stack.scales(slice(None)).flatten()
         theirs = partial(dequantize, stack.codes.flatten(), scales, math.prod(shape), storage, DTYPE)
     if not torch.equal(ours(), stack.decode(DTYPE) if theirs is None else theirs().view(shape)):
-        raise ValueError(f"decoded weights of {storage} differ from those expected.")
+        raise ValueError(f"Decoded weights of {storage} differ from those of the reference.")
     num_bytes = stack.nbytes + math.prod(shape) * DTYPE.itemsize
     runs = (ours, theirs) if theirs is not None else (ours,)
     found = [num_bytes / time_calls([run], device, repeats, warmup=3).ms / 1e9 for run in runs]
@@ -52,11 +52,11 @@ def measure(stack: QuantizedStack, repeats: int) -> tuple[float, float | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
-    parser.add_argument("--storages", nargs="+", default=["nf4/64"], help="formats by their names")
+    parser.add_argument("--storages", nargs="+", default=["nf4/64"], help="names of formats")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("decoding is timed on a GPU; torch sees none.")
+        sys.exit("This benchmark requires a GPU, but torch finds none.")
     transformers.logging.set_verbosity_error()
     device, rows = torch.device("cuda"), []
     for name in tqdm(args.shapes):

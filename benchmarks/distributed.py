@@ -1,17 +1,18 @@
-"""Times the training step on several GPUs, by DDP and by FSDP2, against one of them in the same run.
+"""Times the training step on several GPUs with DDP and FSDP2, and on one of them in the same run.
 
     torchrun --nproc-per-node 2 benchmarks/distributed.py --json benchmarks/results/h200-x2.json
     torchrun --nproc-per-node 2 benchmarks/distributed.py --modes fsdp2 --shape qwen3-235b-a22b --steps 3
     torchrun --nproc-per-node 2 benchmarks/distributed.py --modes load-part load-whole --shape small --checkpoint DIR
     torchrun --nproc-per-node 2 benchmarks/distributed.py --device cpu --shape tiny --tokens 16  # to try it out
 
-Weights are random, and each process has its own tokens. Under FSDP2 a model never exists whole: each layer is packed,
-sharded, and forgotten before the next one. What each column means is in benchmarks/README.md.
+Weights are random, and each process has different tokens. With FSDP2, the whole model is never in memory: each layer
+is quantized and sharded before the next one is created. benchmarks/README.md explains the columns.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -42,28 +43,28 @@ from peft_moe_qlora import MoeQuantizationConfig, read_part_of_experts
 from peft_moe_qlora.training import shard_layers, skip_broadcast
 
 MODES = {
-    "one": "the first process alone, the others wait",
+    "one": "the first process alone; the others wait",
     "ddp": "DistributedDataParallel",
     "fsdp2": "fully_shard on each decoder layer and the rest",
-    "load-part": "loads a checkpoint of its own, each process its part of the experts",
-    "load-whole": "loads it whole in each process",
+    "load-part": "load a checkpoint, in each process only its part of the experts",
+    "load-whole": "load the whole checkpoint in each process",
 }
 
 
 @dataclass
 class Row:
-    """One mode; of several processes the slowest, and the one that takes most.
+    """Results of one mode; maximum of time and memory over all processes.
 
     Args:
-        mode: of `MODES`.
-        processes: how many work.
-        milliseconds: median of a step, or of loading.
-        tokens_per_second: of all processes together.
-        resident_gib: weights and factors, before the first step; on a CPU the bytes of parameters.
-        peak_gib: most allocated in the timed steps; in modes of loading, most memory that a process has had resident
-            on the host beyond what it had before.
-        build_seconds: until the model was there, wrapped.
-        loss: of the last step, in the first process.
+        mode: name in `MODES`.
+        processes: number of active processes.
+        milliseconds: median time of a step, or of loading.
+        tokens_per_second: tokens per second of all processes.
+        resident_gib: weights and factors before the first step; on a CPU, bytes of the parameters.
+        peak_gib: peak of allocated memory in the timed steps; in loading modes, increase of the peak resident host
+            memory of a process.
+        build_seconds: time to build and wrap the model.
+        loss: loss of the last step in the first process.
     """
 
     mode: str
@@ -81,7 +82,7 @@ class Benchmark:
 
     Args:
         args: options of the command.
-        device: of this process.
+        device: device of this process.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
@@ -90,7 +91,7 @@ class Benchmark:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def run(self, mode: str) -> Row:
-        """What one mode takes; the same in all processes."""
+        """Measures one mode; returns the same in all processes."""
         processes = 1 if mode == "one" else self.world
         row = None
         if self.rank < processes:
@@ -148,7 +149,7 @@ class Benchmark:
 
 
 def slowest(rows: list[Row], processes: int) -> Row:
-    """What stands for all processes."""
+    """Combines the results of all processes."""
     row = rows[0]
     row.processes = processes
     for name in ("milliseconds", "resident_gib", "peak_gib", "build_seconds"):
@@ -158,32 +159,32 @@ def slowest(rows: list[Row], processes: int) -> Row:
 
 
 def forget() -> None:
-    """Frees what refers to itself, which only the collector does, and gives what is free back to the device."""
+    """Collects reference cycles and empties the memory cache of the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def status(name: str) -> int:
-    """Bytes of this process's memory by Linux's name, such as `VmHWM` for the most that was resident."""
+    """Bytes of a field in /proc/self/status, such as `VmHWM`, the peak of resident memory."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def reset_peak() -> int:
-    """Forgets the most that was resident; returns what is."""
+    """Resets the peak of resident memory; returns the current value."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return status("VmRSS")
 
 
 def write_checkpoint(shape: str, directory: Path) -> None:
-    """A checkpoint with random weights in bf16."""
+    """Saves a checkpoint with random bf16 weights."""
     model = AutoModelForCausalLM.from_config(model_config(shape), dtype=torch.bfloat16)
     model.save_pretrained(directory)
 
 
 def report(rows: list[Row], tokens: int, world: int) -> str:
-    """A table, beside the first row of one process."""
+    """A table, relative to the first row with one process."""
     one = next((row for row in rows if row.mode == "one"), None)
 
     def ratio(row: Row, name: str) -> float | None:
@@ -213,31 +214,31 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(name, help=f"{text} (default: %(default)s)" if "default" in options else text, **options)
 
     on_gpu = torch.cuda.is_available()
-    add("--modes", "what is measured, see below", nargs="+", choices=MODES, default=["one", "ddp", "fsdp2"])
-    add("--arm", "what computes the step, as in step.py; FSDP2 runs without graphs", default="ours")
-    add("--storage", "of the experts", default="nf4/64+dq")
-    add("--shape", "of the model", choices=MODELS, default="qwen3-30b-a3b")
-    add("--layers", "how many instead of the model's own number", type=int)
-    add("--tokens", "in each process", type=int, default=4096)
-    add("--rank", "of LoRA on attention and experts", type=int, default=16)
-    add("--optimizer", "of the step", choices=OPTIMIZERS, default="adamw-fused" if on_gpu else "adamw")
-    add("--lr", "of the optimizer", type=float, default=1e-5)
-    add("--attention", "implementation of attention; default: transformers' choice")
-    add("--steps", "timed steps of which the median is taken", type=int, default=8)
-    add("--warmup", "untimed steps before", type=int, default=3)
-    add("--dtype", "of what is not packed", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--modes", "modes to measure, see below", nargs="+", choices=MODES, default=["one", "ddp", "fsdp2"])
+    add("--arm", "configuration of the step, as in step.py; FSDP2 runs without graphs", default="ours")
+    add("--storage", "storage of the experts", default="nf4/64+dq")
+    add("--shape", "model shape", choices=MODELS, default="qwen3-30b-a3b")
+    add("--layers", "number of layers; default: the model's", type=int)
+    add("--tokens", "tokens in each process", type=int, default=4096)
+    add("--rank", "LoRA rank on attention and experts", type=int, default=16)
+    add("--optimizer", "optimizer of the step", choices=OPTIMIZERS, default="adamw-fused" if on_gpu else "adamw")
+    add("--lr", "learning rate", type=float, default=1e-5)
+    add("--attention", "attention implementation; default: transformers' choice")
+    add("--steps", "timed steps; the median is reported", type=int, default=8)
+    add("--warmup", "untimed steps before those", type=int, default=3)
+    add("--dtype", "dtype of unquantized weights", choices=("bfloat16", "float32"), default="bfloat16")
     add("--device", "where", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
-    add("--seed", "of weights, factors and tokens", type=int, default=0)
-    add("--checkpoint", "directory of the checkpoint that is loaded, written if it isn't there")
-    add("--json", "file for all results", type=Path)
+    add("--seed", "seed of weights, factors and tokens", type=int, default=0)
+    add("--checkpoint", "directory of the checkpoint; the benchmark writes one if it does not exist")
+    add("--json", "output file for all results", type=Path)
     args = parser.parse_args(given)
     if any(mode.startswith("load") for mode in args.modes) and args.checkpoint is None:
-        parser.error("modes of loading need --checkpoint.")
+        parser.error("Loading modes require --checkpoint.")
     return args
 
 
 def measure(args: argparse.Namespace, device: torch.device, show: Callable[[str], None] = print) -> list[Row]:
-    """All modes, in a process of a group; the first one shows and saves what is found."""
+    """Measures all modes in one process of the group; the first process prints and saves the results."""
     benchmark, rows = Benchmark(args, device), []
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "checkpoint")}
     for mode in args.modes:
@@ -256,6 +257,7 @@ def measure(args: argparse.Namespace, device: torch.device, show: Callable[[str]
 
 def main() -> None:
     args = parse_arguments()
+    faulthandler.enable()  # torch's and gloo's own threads may abort a process, which otherwise says nothing
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.device == "cuda":
@@ -264,7 +266,7 @@ def main() -> None:
         backend, group = "nccl", {"device_id": device}
     else:
         device, backend, group = torch.device("cpu"), "gloo", {}
-    # the others wait for the first process's own steps
+    # the other processes wait while the first one measures alone
     dist.init_process_group(backend, timeout=timedelta(minutes=60), **group)
     try:
         measure(args, device)

@@ -1,4 +1,4 @@
-"""What a kernel on the GPU does, by its name: the only thing that is known of one that a CUDA graph launches."""
+"""Categories of GPU kernels by name, which is all that is known of kernels launched by a CUDA graph."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ CATEGORIES = (
     OPTIMIZER,
     OTHER,
 )
-"""In the order of the table and the picture."""
+"""Categories in the order of the table and the plot."""
 
-# the first that is found in a name counts
+# the first match is used
 _PATTERNS = (
-    # what inductor fuses has the names of all that it fuses; templates are flex attention or products
+    # names of inductor's kernels contain all fused operations; templates are flex attention or products
     (ELEMENTWISE, r"^triton_(poi|red|per|for)_"),
     (LINEAR, r"^triton_tem_.*mm"),
     (ATTENTION, r"^triton_tem_"),
-    # this package's; PyTorch's grouped products, in which a problem's shape is a group's
+    # kernels of this package, and PyTorch's grouped products, which have GroupProblemShape in their name
     (PRODUCTS, r"^_grouped_gemm_kernel|^_(gated|combined)_pairs_kernel|GroupProblemShape|grouped_(mm|gemm)"),
     (REDUCTIONS, r"^_reduce_kernel|^_reduce_pairs_kernel"),
     (GRADIENTS, r"^_factor_gradient|^_sum_of_runs"),
@@ -53,7 +53,7 @@ _PATTERNS = (
     (OPTIMIZER, r"kOptimizer|FusedAdam|fused_adam"),
     (HEAD, r"cross_entropy|nll_loss|LogSoftMax|log_softmax|^element_mul_kernel"),
     (ATTENTION, r"flash_|fmha|cudnn::fusion|sdpa|attention|[Ss]oft[Mm]ax"),
-    # SIMT or TF32 products of operands in fp32
+    # SIMT or TF32 products of fp32 operands
     (LINEAR_FP32, r"gemm_f32f32|sgemm|tf32"),
     (LINEAR, r"nvjet|gemm|cutlass|xmma|gemv|splitKreduce|cublas"),
     (COPIES, r"Memcpy|Memset|memcpy|memset|copy_kernel|CatArray|FillFunctor"),
@@ -67,7 +67,7 @@ _ANNOTATION = re.compile(r"^(Optimizer\.|ProfilerStep|## )")
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One kernel in a step: milliseconds of all its launches, and their number."""
+    """One kernel in a step: total milliseconds and number of launches."""
 
     milliseconds: float
     count: int
@@ -78,19 +78,19 @@ Kernels = Mapping[str, KernelTime]
 
 
 def category(name: str) -> str:
-    """Of one kernel."""
+    """Category of a kernel."""
     return next((category for category, pattern in _COMPILED if pattern.search(name)), OTHER)
 
 
 def is_annotation(name: str) -> bool:
-    """Whether this is no kernel, but the span of those that a part of the program launched."""
+    """Whether an event is not a kernel but a range of kernels launched by a part of the program."""
     return _ANNOTATION.match(name) is not None
 
 
 def without(kernels: Kernels, part: Kernels) -> dict[str, KernelTime]:
-    """A step's kernels less those of a part of it that was measured alone; nothing gets negative.
+    """Subtracts the kernels of a part, measured separately, from those of a step; no result is negative.
 
-    Where a kernel has as many launches in both, all its time is the part's, however the two runs scatter.
+    A kernel with the same number of launches in both belongs to the part completely, even if its times differ.
     """
     rest = {}
     for name, found in kernels.items():
@@ -102,7 +102,7 @@ def without(kernels: Kernels, part: Kernels) -> dict[str, KernelTime]:
 
 
 def by_category(kernels: Kernels) -> dict[str, float]:
-    """Category -> milliseconds, of those that there are any of."""
+    """Category -> milliseconds, for categories that occur."""
     found = dict.fromkeys(CATEGORIES, 0.0)
     for name, time in kernels.items():
         found[category(name)] += time.milliseconds
@@ -110,7 +110,7 @@ def by_category(kernels: Kernels) -> dict[str, float]:
 
 
 def unclassified(kernels: Kernels, number: int = 8) -> list[tuple[str, float, int]]:
-    """The largest of those without a category: name, milliseconds, launches."""
+    """The slowest kernels without a category: name, milliseconds, launches."""
     rows = [(name, time.milliseconds, time.count) for name, time in kernels.items() if category(name) == OTHER]
     return sorted(rows, key=lambda row: -row[1])[:number]
 

@@ -1,8 +1,8 @@
-"""Where the time of one layer goes on a GPU, kernel by kernel.
+"""Device time of one layer by kernel.
 
     python benchmarks/kernel_times.py --tokens 512 4096 16384
 
-Times are the device's, by torch's profiler; gaps between launches don't count.
+Times are device times of torch's profiler, without gaps between launches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def kernel_times(call, repeats: int) -> list[tuple[str, float, float]]:
-    """Name, launches and microseconds per call of each kernel, the slowest first."""
+    """Name, launches and microseconds per call of each kernel, slowest first."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()

@@ -1,9 +1,9 @@
-"""Times one experts layer, forward and backward: transformers in 16 bits, PEFT on it, and this package.
+"""Times forward and backward of one experts layer: transformers in 16 bits, PEFT on it, and this package.
 
     python benchmarks/layer.py --json layer.json --plot layer.png
     python benchmarks/layer.py --device cpu --shapes tiny --tokens 1 16 --repeats 3
 
-What each column means is in benchmarks/README.md.
+benchmarks/README.md explains the columns.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ CHECK = "check"
 
 
 class Benchmark:
-    """Goes through shapes, arms, tokens and modes, one layer at a time, and fills `results`.
+    """Measures all shapes, arms, tokens and modes, one layer at a time, and fills `results`.
 
     Args:
         args: options of the command.
-        results: what was found; written to `args.json` after every row, so that a run that is cut off leaves them.
+        results: the results; saved to `args.json` after every row, in case the run is interrupted.
     """
 
     def __init__(self, args: argparse.Namespace, results: Results) -> None:
@@ -126,7 +126,7 @@ class Benchmark:
         return random_inputs(shape, tokens, self.args.skew, self.args.device, seed=1000 * (self.args.seed + 1) + index)
 
     def _check(self, layer: Layer, shape_name: str, arm: str, tokens: int) -> None:
-        # other inputs than the timed ones
+        # inputs that are not used in the timing
         inputs = self._inputs(layer.shape, tokens, self.args.input_sets)
         errors, failure = self._attempt(partial(relative_errors, layer, inputs))
         if errors is None:
@@ -135,7 +135,7 @@ class Benchmark:
             self.results.checks.append(Check(shape_name, arm, tokens, errors))
 
     def _attempt(self, action: Callable[[], T]) -> tuple[T | None, str]:
-        """What an action gives, or None and why: one that fails must not take the others' figures with it."""
+        """The result of an action, or None and the reason of its failure, which must not stop the benchmark."""
         try:
             return action(), ""
         except torch.OutOfMemoryError:
@@ -146,7 +146,7 @@ class Benchmark:
             return None, f"{type(error).__name__}: {error}"
 
     def _fill(self, row: Row, layer: Layer, input_sets: list[Inputs]) -> None:
-        """Measures one row, with the fastest of transformers' forwards where there is a choice."""
+        """Measures one row, with the fastest implementation of transformers' forward if there are several."""
         args = self.args
         calls = [partial(step(row.mode), layer, inputs) for inputs in input_sets]
         names = layer.implementations(row.tokens, needs_gradients=row.mode != "fwd")
@@ -174,7 +174,7 @@ class Benchmark:
         row.note = "; ".join(notes)
 
     def _fill_launch_and_graph(self, row: Row, calls: list[Call], name: str) -> list[str]:
-        """Keeps the lower of what the row has already and what this forward takes; returns what went wrong."""
+        """Measures launched and graph times, keeps the lower of old and new; returns notes on failures."""
         args = self.args
         launched_ms = time_launched(calls, args.device, LAUNCHED_CALLS)
         row.launched_ms = min(launched_ms, row.launched_ms or launched_ms)
@@ -193,7 +193,7 @@ def _update(row: Row, values: dict[str, float | None]) -> None:
 
 
 def _free_memory() -> None:
-    """Frees layers and inputs that are out of use: some refer to themselves, so that only the collector does."""
+    """Frees unused layers and inputs; some have reference cycles, which only the garbage collector frees."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -206,7 +206,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what takes part; packages that are not installed are left out."""
+    """Versions of Python and of the installed packages that are compared."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -219,7 +219,7 @@ def versions() -> dict[str, str]:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 was expected")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
     return value
 
 
@@ -234,26 +234,26 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(name, help=f"{text} (default: %(default)s)" if "default" in options else text, **options)
 
     add("--shapes", "which layers", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
-    add("--arms", "what computes them", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--arms", "arms to time, see below", nargs="+", choices=ARMS, default=list(ARMS))
     add("--tokens", "numbers of tokens", nargs="+", type=_positive, default=[1, 16, 128, 512, 4096, 16384])
-    add("--modes", "what is timed; ckpt: with gradient checkpointing", nargs="+", choices=MODES, default=list(MODES))
-    add("--skew", "of the routing: 0 is even up to chance, 1 is Zipf's law", type=float, default=0.0)
-    add("--repeats", "timed calls of which the median is taken", type=_positive, default=20)
-    add("--warmup", "untimed calls before", type=_positive, default=5)
-    add("--input-sets", "sets of inputs that take turns", type=_positive, default=4)
-    add("--seed", "of weights, factors and inputs", type=int, default=0)
+    add("--modes", "modes to time; ckpt: with gradient checkpointing", nargs="+", choices=MODES, default=list(MODES))
+    add("--skew", "skew of the routing: 0 is even up to chance, 1 is Zipf's law", type=float, default=0.0)
+    add("--repeats", "timed calls; the median is reported", type=_positive, default=20)
+    add("--warmup", "untimed calls before those", type=_positive, default=5)
+    add("--input-sets", "sets of inputs, used in turns", type=_positive, default=4)
+    add("--seed", "seed of weights, factors and inputs", type=int, default=0)
     add("--device", "where", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--no-check", "leave out the comparison with fp32", action="store_true")
-    add("--budget", "seconds after which nothing new is started", type=float)
-    add("--json", "file for all results", type=Path)
-    add("--plot", "PNG file for a picture", type=Path)
-    add("--peer-json", "results measured elsewhere, to be shown beside", nargs="+", type=Path)
+    add("--no-check", "skip the comparison with fp32", action="store_true")
+    add("--budget", "seconds after which no measurement is started", type=float)
+    add("--json", "output file for all results", type=Path)
+    add("--plot", "output PNG file", type=Path)
+    add("--peer-json", "results of other runs to show in the same table", nargs="+", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    # before the work, so that a bad file or a missing matplotlib shows at once
+    # before the measurement, to detect an invalid file or a missing matplotlib
     load_rows(args.peer_json or ())
     if args.plot:
         from plot import plot
@@ -261,7 +261,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     for path in filter(None, (args.json, args.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # what is loaded by now stays; collecting the rest takes no time
+    # exclude the modules loaded so far from garbage collection, which makes it fast
     gc.freeze()
 
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "peer_json")}

@@ -1,11 +1,10 @@
-"""Loads a checkpoint of random weights straight into 4 bits: seconds beside reading the files, and memory.
+"""Measures time and memory of loading a checkpoint with random weights directly into 4 bits.
 
     python benchmarks/loading.py --shape qwen3-30b-a3b --layers 4 --directory /data/checkpoint
     python benchmarks/loading.py --shape gemma-4-26b-a4b --directory /data/checkpoint --double-quant --json load.json
 
-The checkpoint is written first, in the layout of the hub, unless the directory has one. Reading and loading are
-measured one after the other, the files dropped from the operating system's cache before each, every load in a process
-of its own.
+The checkpoint is created first, in the layout of the hub, unless the directory contains one. Reading and loading are
+measured sequentially; before each, the files are dropped from the page cache. Every load is in a separate process.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def write_checkpoint(config: PreTrainedConfig, directory: Path) -> None:
-    """Random bf16 weights under the names that the hub's checkpoints have."""
+    """Saves random bf16 weights with the names of checkpoints on the hub."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tensors = revert_weight_conversion(model, dict(model.state_dict()))
@@ -80,7 +79,7 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def time_reading(directory: Path) -> float:
-    """Seconds to read all shards once, one after the other."""
+    """Seconds to read all shards once, sequentially."""
     buffer = bytearray(CHUNK_BYTES)
     started = time.perf_counter()
     for file in sorted(directory.glob("*.safetensors")):
@@ -91,7 +90,7 @@ def time_reading(directory: Path) -> float:
 
 
 class AnonymousMemory:
-    """Samples the process's anonymous memory, which leaves memory-mapped files out."""
+    """Samples the anonymous memory of the process, which does not include memory-mapped files."""
 
     def __init__(self) -> None:
         self.start = self.peak = self.now()
@@ -103,7 +102,7 @@ class AnonymousMemory:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-        raise RuntimeError("/proc/self/status has no RssAnon; this benchmark needs Linux.")
+        raise RuntimeError("/proc/self/status does not contain RssAnon. This benchmark requires Linux.")
 
     def _sample(self) -> None:
         while not self._done.wait(0.005):
@@ -119,7 +118,7 @@ class AnonymousMemory:
 
 
 def measure_loading(directory: Path, device: str, config: MoeQuantizationConfig) -> dict[str, float]:
-    """Loads, in this process; bytes and seconds."""
+    """Loads in this process; returns bytes and seconds."""
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.zeros(1, device=device)
@@ -146,13 +145,13 @@ def measure_loading(directory: Path, device: str, config: MoeQuantizationConfig)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=MODELS, default="small")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--directory", type=Path, required=True, help="of the checkpoint")
+    parser.add_argument("--layers", type=int, help="number of layers; default: the model's")
+    parser.add_argument("--directory", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--device", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
     parser.add_argument("--double-quant", action="store_true")
-    parser.add_argument("--experts-only", action="store_true", help="leave linear layers in 16 bits")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--remove", action="store_true", help="remove the checkpoint afterwards")
+    parser.add_argument("--experts-only", action="store_true", help="keep linear layers in 16 bits")
+    parser.add_argument("--json", type=Path, help="output file for the results")
+    parser.add_argument("--remove", action="store_true", help="remove the checkpoint at the end")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     config = MoeQuantizationConfig(double_quant=args.double_quant, quantize_linear=not args.experts_only)

@@ -1,7 +1,7 @@
 """Time and memory of one layer.
 
-On a GPU a call is timed between two CUDA events that are recorded around it while the host runs ahead: what comes out
-is the device's time or, where launching takes longer, the host's. On a CPU it is wall clock time.
+On a GPU, a call is timed between two CUDA events while the host runs ahead. The result is the device time, or the host
+time if the call is launch-bound. On a CPU, it is wall clock time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from shapes import Inputs
 from torch.utils.checkpoint import checkpoint
 
 MODES = ("fwd", "fwd+bwd", "fwd+bwd+ckpt")
-"""Forward under no_grad; forward and all gradients; the same with the forward recomputed in the backward."""
+"""Forward under no_grad; forward and all gradients; the same with recomputation in the backward."""
 
 LAUNCHED_TOKENS = 128
-"""Up to how many tokens a forward is also timed as launched from Python and as replayed from a CUDA graph."""
+"""Largest number of tokens for which launches from Python and replays of a CUDA graph are timed too."""
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a call: median, and the 20th and 80th percentile."""
+    """Milliseconds of a call: median, 20th and 80th percentile."""
 
     ms: float
     ms_p20: float
@@ -38,11 +38,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """MiB above what was allocated before the call.
+    """Memory of a call in MiB, relative to the memory before.
 
     Args:
-        peak_mib: the most at any time, gradients included.
-        held_mib: after the forward, the output excluded: what is kept for the backward. None for a forward alone.
+        peak_mib: peak, including gradients.
+        held_mib: memory saved for the backward: allocated after the forward, without the output. None for a forward
+            only.
     """
 
     peak_mib: float
@@ -65,7 +66,7 @@ def train_step(
     checkpointing: bool = False,
     after_forward: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Output of one forward; leaves the gradients of hidden states, routing weights and factors in their `.grad`."""
+    """One forward and backward; returns the output, gradients are in `.grad`."""
     _clear_gradients(layer, inputs)
     if checkpointing:
         out = checkpoint(layer.module, *inputs.arguments, use_reentrant=False)
@@ -78,7 +79,7 @@ def train_step(
 
 
 def step(mode: str) -> Callable[..., torch.Tensor]:
-    """What a mode runs, to be called with layer and inputs."""
+    """The function of a mode, to be called with layer and inputs."""
     return forward if mode == "fwd" else partial(train_step, checkpointing=mode.endswith("ckpt"))
 
 
@@ -90,7 +91,7 @@ def _to_timing(samples: list[float]) -> Timing:
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, repeats: int, warmup: int) -> Timing:
-    """Times `repeats` single calls, taking turns among `calls`, after `warmup` untimed ones and all calls once."""
+    """Times `repeats` single calls, using `calls` in turns, after `warmup` untimed calls and all calls once."""
     for index in range(max(warmup, len(calls))):
         calls[index % len(calls)]()
     if device.type != "cuda":
@@ -112,7 +113,7 @@ def _wall_clock_ms(call: Call) -> float:
 
 
 def time_launched(calls: Sequence[Call], device: torch.device, repeats: int) -> float:
-    """Milliseconds of wall clock time per call of many back to back: the larger of the host's and the device's."""
+    """Milliseconds of wall clock time per call, for many calls back to back: maximum of host and device time."""
 
     def all_calls() -> None:
         for index in range(repeats):
@@ -124,10 +125,10 @@ def time_launched(calls: Sequence[Call], device: torch.device, repeats: int) -> 
 
 
 def time_graph(calls: Sequence[Call], device: torch.device, repeats: int) -> float:
-    """Milliseconds of device time per call: all `calls` in one CUDA graph, the median of its replays.
+    """Milliseconds of device time per call: median of the replays of one CUDA graph with all `calls`.
 
     Raises:
-        RuntimeError: a call can't be captured; why.
+        RuntimeError: a call cannot be captured; the error has the reason.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -140,7 +141,7 @@ def time_graph(calls: Sequence[Call], device: torch.device, repeats: int) -> flo
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A single one, since every stream gets a workspace from the libraries, for good."""
+    """A cached stream, since libraries allocate a permanent workspace for every stream."""
     return torch.cuda.Stream(device)
 
 
@@ -148,13 +149,13 @@ def _capture(graph: torch.cuda.CUDAGraph, calls: Sequence[Call], device: torch.d
     stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for call in calls:  # whatever is set up once per stream
+        for call in calls:  # initialization per stream
             call()
         torch.cuda.synchronize(device)
-        # a graph has memory of its own, and what is cached can't be given back while it is captured
+        # a graph uses separate memory, and cached memory cannot be freed during the capture
         gc.collect()
         torch.cuda.empty_cache()
-        # `torch.cuda.graph` would leave its own stream current when a capture fails
+        # `torch.cuda.graph` would leave its stream current after a failed capture
         graph.capture_begin()
         try:
             for call in calls:
@@ -165,7 +166,7 @@ def _capture(graph: torch.cuda.CUDAGraph, calls: Sequence[Call], device: torch.d
 
 
 def _forget_capture(device: torch.device) -> None:
-    """A failed capture leaves torch's default generator believing that it goes on; give it another state."""
+    """Resets torch's default generator, which a failed capture leaves in the state of a capture."""
     torch.cuda.synchronize(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     state = torch.Generator(device).graphsafe_get_state()
@@ -173,14 +174,14 @@ def _forget_capture(device: torch.device) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The first line of the error that set off the others."""
+    """The first line of the original error in a chain of errors."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def measure_memory(layer: Layer, inputs: Inputs, mode: str) -> Memory | None:
-    """None on a device whose memory torch does not count."""
+    """Measures memory; None on a device without memory statistics."""
     device = inputs.hidden_states.device
     if device.type != "cuda":
         return None

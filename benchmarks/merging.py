@@ -1,10 +1,10 @@
-"""Merges an adapter into a checkpoint of random weights, on disk and into 4 bits: seconds and memory.
+"""Measures time and memory of merging an adapter into a checkpoint with random weights, on disk and into 4 bits.
 
     python benchmarks/merging.py --shape qwen3-30b-a3b --layers 4 --directory /data
     python benchmarks/merging.py --shape small --directory /tmp/merging --device cpu
 
-Base and adapter are written first, unless the directory has them. Every merge is in a process of its own. What is said
-of fidelity on random weights is said of nothing: `peft-moe-qlora merge --verify` is for that.
+Base and adapter are created first, unless the directory contains them. Every merge is in a separate process. Random
+weights say nothing about the fidelity of a merge; use `peft-moe-qlora merge --verify` for that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = ("bf16", "nf4 nearest", "nf4 second-order")
 
 
 def write_adapter(directory: Path, device: str) -> None:
-    """Factors of experts and attention, none of them zero."""
+    """Saves an adapter on experts and attention with nonzero factors."""
     model = load_quantized(str(directory / "base"), device_map={"": device})
     model = get_peft_model(model, MoeQLoraConfig(r=16, expert_r=4, lora_alpha=32, target_modules="all-linear"))
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def write_adapter(directory: Path, device: str) -> None:
 
 
 def measure(kind: str, directory: Path, device: str) -> dict[str, float]:
-    """Merges, in this process; seconds and bytes."""
+    """Merges in this process; returns seconds and bytes."""
     base, adapter, out = (directory / name for name in ("base", "adapter", "merged"))
     on_gpu = device.startswith("cuda") and kind != "bf16"
     if on_gpu:
@@ -64,11 +64,11 @@ def measure(kind: str, directory: Path, device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=MODELS, default="small")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--directory", type=Path, required=True, help="of base, adapter and results")
+    parser.add_argument("--layers", type=int, help="number of layers; default: the model's")
+    parser.add_argument("--directory", type=Path, required=True, help="directory of base, adapter and results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="merges to measure")
+    parser.add_argument("--json", type=Path, help="output file for the results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

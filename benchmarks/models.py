@@ -1,4 +1,4 @@
-"""Whole models by name: the sizes that they publish in their config.json, and tiny ones to try a benchmark out."""
+"""Configs of models by name: sizes from their config.json, and tiny models to try a benchmark."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 262144,
         "tie_word_embeddings": True,
     },
-    # one tensor per expert in a checkpoint, and one per stack: for files of some size
+    # checkpoints with one tensor per expert and one per stack, of moderate size
     "small": {
         "model_type": "qwen3_moe",
         "hidden_size": 1024,
@@ -145,16 +145,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Name -> values of the config, its `model_type` among them."""
+"""Name -> values of the config, including `model_type`."""
 
 
 def model_config(name: str, layers: int | None = None, dtype: str = "bfloat16") -> PreTrainedConfig:
     """The config of a model.
 
     Args:
-        name: of `MODELS`.
-        layers: how many it has instead of its own number.
-        dtype: of its weights.
+        name: name in `MODELS`.
+        layers: number of layers. Default: the model's.
+        dtype: dtype of the weights.
     """
     values = dict(MODELS[name])
     if layers is not None:

@@ -1,6 +1,6 @@
-"""Draws results of layer.py: time and peak memory against the number of tokens, a row of panels for each shape.
+"""Plots results of layer.py: time and peak memory against the number of tokens, one row of panels per shape.
 
-Results of step.py are drawn too: where the time of a training step goes.
+Also plots results of step.py: time of a training step by category.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MODE_NAMES = {
     "fwd+bwd+ckpt": "Forward and backward, checkpointed",
 }
 
-# colours that stay apart for the colour-blind (Okabe and Ito)
+# colours for the colour-blind (Okabe and Ito)
 COLORS = ("#555555", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#000000")
 MARKERS = "osv^D<>P"
 
 
 def _draw(panel: Axes, rows: Sequence[Row], arms: Sequence[str], column: str) -> bool:
-    """One line for each arm; False if there is nothing to draw."""
+    """Plots one line per arm; returns False if there is nothing to plot."""
     drawn = False
     for index, arm in enumerate(arms):
         points = sorted(
@@ -50,20 +50,20 @@ def _set_axes(panel: Axes, tokens: Sequence[int], title: str, unit: str) -> None
 
 
 def plot(rows: Sequence[Row], path: Path, mode: str = "fwd+bwd", title: str = "") -> None:
-    """Writes a PNG.
+    """Saves a PNG file.
 
     Args:
-        rows: of any shapes, arms and modes.
-        path: of the picture.
-        mode: which rows are drawn.
-        title: of the whole picture.
+        rows: results of any shapes, arms and modes.
+        path: path of the file.
+        mode: mode of the rows to plot.
+        title: title of the figure.
 
     Raises:
         ValueError: no row has a time in this mode.
     """
     rows = [row for row in rows if row.mode == mode and row.ms is not None]
     if not rows:
-        raise ValueError(f"There is nothing to draw: no row has a time in mode {mode!r}.")
+        raise ValueError(f"Nothing to plot: no row has a time in mode {mode!r}.")
     shapes = list(dict.fromkeys(row.shape for row in rows))
     arms = list(dict.fromkeys(row.arm for row in rows))
     figure = Figure(figsize=(11, 0.8 + 3.8 * len(shapes)), layout="constrained")
@@ -73,7 +73,7 @@ def plot(rows: Sequence[Row], path: Path, mode: str = "fwd+bwd", title: str = ""
         _draw(time_panel, of_shape, arms, "ms")
         _set_axes(time_panel, tokens, f"{shape}: {MODE_NAMES.get(mode, mode).lower()}", "ms")
         if _draw(memory_panel, of_shape, arms, "peak_mib"):
-            _set_axes(memory_panel, tokens, f"{shape}: peak memory over the start", "MiB")
+            _set_axes(memory_panel, tokens, f"{shape}: peak memory increase", "MiB")
         else:
             memory_panel.set_axis_off()
             memory_panel.text(0.5, 0.5, "memory was not measured", ha="center", va="center")

@@ -1,4 +1,4 @@
-"""The layer in fp32, expert by expert from the weights as stored, and how far an arm is from it."""
+"""Reference layer in fp32, computed per expert from the stored weights, and the error of an arm relative to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shapes import Inputs
 from torch.nn.functional import linear
 
 CHUNK_ROWS = 4096
-"""Rows of one expert that are computed at a time, so that memory does not depend on the routing."""
+"""Number of rows of an expert per chunk, so that memory does not depend on the routing."""
 
 
 def _projected(
@@ -23,11 +23,11 @@ def _projected(
 
 
 def reference(layer: Layer, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Output and every gradient, by name, fp32: output and `hidden_states` `(T, H)`, `top_k_weights` `(T, K)`, and of
-    each adapted projection A `(E, R, in)` and B `(E, out, R)`.
+    """Output and all gradients in fp32, by name: output and `hidden_states` `(T, H)`, `top_k_weights` `(T, K)`, and A
+    `(E, R, in)` and B `(E, out, R)` of each adapted projection.
 
-    The gradients are autograd's. The loss is linear in each expert's share of the output, so experts and chunks of
-    rows go one after the other.
+    Gradients are computed by autograd. The loss is linear in the output of each expert, so experts and chunks of rows
+    are processed sequentially.
     """
     E = layer.shape.num_experts
     gate = layer.shape.experts_on_meta()._apply_gate
@@ -62,7 +62,7 @@ def reference(layer: Layer, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 def computed(layer: Layer, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The same of the arm itself, in its own dtypes; and the output under no_grad, where another path may be taken."""
+    """Output and gradients of the arm in its dtypes, and the output under no_grad, which may use another path."""
     implementation, *_ = layer.implementations(len(inputs.hidden_states), needs_gradients=True)
     layer.use(implementation)
     found = {"output": train_step(layer, inputs).detach(), "output, no_grad": forward(layer, inputs)}
@@ -74,13 +74,13 @@ def computed(layer: Layer, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """`||value - expected|| / ||expected||`, not a number if either is not."""
+    """`||value - expected|| / ||expected||`; NaN if either contains NaN."""
     difference = torch.linalg.vector_norm(value.float() - expected, dtype=torch.float64)
     return (difference / torch.linalg.vector_norm(expected, dtype=torch.float64)).item()
 
 
 def relative_errors(layer: Layer, inputs: Inputs) -> dict[str, float]:
-    """Relative L2 error of the output and of every gradient, by name."""
+    """Relative L2 errors of the output and all gradients, by name."""
     expected = reference(layer, inputs)
     expected["output, no_grad"] = expected["output"]
     return {name: relative_error(value, expected[name]) for name, value in computed(layer, inputs).items()}

@@ -1,4 +1,4 @@
-"""What a run of the benchmark found: rows, checks, tables of them, and the JSON file."""
+"""Results of a run of the benchmark: rows, checks, tables, and the JSON file."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from tabulate import tabulate
 
 BASELINES = ("transformers", "peft")
 ERROR_LIMIT = 6e-3
-"""Relative L2 error beyond which a value is marked."""
+"""Relative L2 error above which a value is marked."""
 
 SHOWN_SETTINGS = ("repeats", "warmup", "input_sets", "skew", "seed")
 
 REQUIRED = ("shape", "arm", "tokens", "mode", "ms")
-"""Columns that a row measured elsewhere has to have."""
+"""Required columns of rows from other runs."""
 
 
 @dataclass
 class Row:
-    """One layer, in one mode, with one number of tokens.
+    """Results of one layer in one mode with one number of tokens.
 
     Args:
         shape: name of the layer's shape.
-        arm: what computed it.
-        tokens: T.
+        arm: name of the arm.
+        tokens: number of tokens, T.
         mode: `fwd`, `fwd+bwd` or `fwd+bwd+ckpt`.
-        ms: median of single calls; None if there is none, see `note`.
+        ms: median time of single calls; None if not measured, see `note`.
         ms_p20, ms_p80: percentiles of the same.
-        peak_mib: most memory over the start; None on a CPU.
-        held_mib: memory kept for the backward.
-        launched_ms: wall clock time per call of many back to back; for few tokens only.
-        graph_ms: device time per call in a CUDA graph; for few tokens only.
-        implementation: of transformers' forward, the one that gave the lowest `ms`.
-        graph_implementation: the one that gave the lowest `graph_ms`.
-        note: what could not be measured, and why.
-        device: where it was measured, for rows from elsewhere.
+        peak_mib: peak memory relative to the start; None on a CPU.
+        held_mib: memory saved for the backward.
+        launched_ms: wall clock time per call, for many calls back to back; only for few tokens.
+        graph_ms: device time per call in a CUDA graph; only for few tokens.
+        implementation: implementation of transformers' forward with the lowest `ms`.
+        graph_implementation: implementation with the lowest `graph_ms`.
+        note: failed measurements and their reasons.
+        device: device of the measurement, for rows from other runs.
     """
 
     shape: str
@@ -63,7 +63,7 @@ class Row:
 
 @dataclass
 class Check:
-    """Relative L2 errors of one layer against fp32, by the name of the tensor."""
+    """Relative L2 errors of one layer against fp32, by name of the tensor."""
 
     shape: str
     arm: str
@@ -73,7 +73,7 @@ class Check:
 
 @dataclass
 class LayerInfo:
-    """One layer as built: MiB of its frozen weights, and what computes it."""
+    """One layer: MiB of its frozen weights, and its implementation."""
 
     shape: str
     arm: str
@@ -83,17 +83,17 @@ class LayerInfo:
 
 @dataclass
 class Results:
-    """All of one run.
+    """Results of one run.
 
     Args:
         device: name of the device.
-        versions: package -> version.
-        settings: the options of the command.
-        layers: what was built.
-        rows: what was measured, and what failed.
-        checks: errors against the reference.
-        skipped: what was not started for lack of time.
-        failures: number of errors other than lack of memory.
+    versions: package -> version.
+    settings: the options of the command.
+    layers: the layers.
+    rows: measurements, including failed ones.
+    checks: errors against the reference.
+    skipped: measurements that were not started because of the time limit.
+    failures: number of errors other than out of memory.
     """
 
     device: str
@@ -110,12 +110,12 @@ class Results:
 
 
 def load_rows(paths: Iterable[Path], taken: Iterable[str] = ()) -> list[Row]:
-    """Rows of JSON files written by this benchmark or like it: `{"device": ..., "rows": [{...}, ...]}`.
+    """Rows of JSON files in the format of this benchmark: `{"device": ..., "rows": [{...}, ...]}`.
 
-    An arm whose name is taken, or stands in several files, gets the file's name behind its own.
+    If the name of an arm is taken or occurs in several files, the name of the file is appended.
 
     Raises:
-        ValueError: a row lacks a column.
+        ValueError: a row has not all required columns.
     """
     names = {column.name for column in fields(Row)}
     taken = set(taken)
@@ -126,7 +126,7 @@ def load_rows(paths: Iterable[Path], taken: Iterable[str] = ()) -> list[Row]:
         for found in content["rows"]:
             missing = [name for name in REQUIRED if name not in found]
             if missing:
-                raise ValueError(f"{path}: a row lacks {missing}; {list(REQUIRED)} are needed. The row: {found}")
+                raise ValueError(f"{path}: a row has no {missing}. Expected {list(REQUIRED)}, found {found}.")
             row = Row(**{name: value for name, value in found.items() if name in names})
             row.arm = renamed.setdefault(row.arm, f"{row.arm} ({path.stem})" if row.arm in taken else row.arm)
             row.device = row.device or content.get("device", "")
@@ -150,7 +150,7 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def timing_table(rows: Sequence[Row], modes: Sequence[str]) -> str:
-    """The rows of one shape: times, their ratio to the baselines' of the same tokens and mode, and memory."""
+    """Table of one shape: times, their ratios to the baselines with the same tokens and mode, and memory."""
     arms = _unique(row.arm for row in rows)
     rows = sorted(rows, key=lambda row: (modes.index(row.mode), row.tokens, arms.index(row.arm)))
     at = {(row.arm, row.tokens, row.mode): row for row in rows}
@@ -176,7 +176,7 @@ def timing_table(rows: Sequence[Row], modes: Sequence[str]) -> str:
 
 
 def check_table(checks: Sequence[Check]) -> str:
-    """The errors of one shape; `!` marks what is beyond the limit, or not a number."""
+    """Table of the errors of one shape; `!` marks errors above the limit and NaN."""
     names = _unique(name for check in checks for name in check.errors)
 
     def cell(error: float | None) -> str:
@@ -188,13 +188,13 @@ def check_table(checks: Sequence[Check]) -> str:
 
 
 def report(results: Results, rows: Sequence[Row], titles: dict[str, str], modes: Sequence[str]) -> str:
-    """Everything, for people.
+    """The whole report as text.
 
     Args:
-        results: of this run.
-        rows: its rows and those measured elsewhere.
-        titles: name of a shape -> what it is.
-        modes: in the order in which they are shown.
+        results: results of this run.
+        rows: rows of this run and of others.
+        titles: name of a shape -> description.
+        modes: modes in the order of the report.
     """
     parts = [
         f"{results.device}; " + ", ".join(f"{name} {version}" for name, version in results.versions.items()),
@@ -217,7 +217,9 @@ def report(results: Results, rows: Sequence[Row], titles: dict[str, str], modes:
         parts.append("\n".join([*layers, *notes, *elsewhere]))
         checks = [check for check in results.checks if check.shape == shape]
         if checks:
-            parts.append(f"Relative L2 error against fp32; ! is beyond {ERROR_LIMIT:g}:\n\n{check_table(checks)}")
+            parts.append(
+                f"Relative L2 error against fp32 (! marks errors above {ERROR_LIMIT:g}):\n\n{check_table(checks)}"
+            )
     if results.skipped:
-        parts.append("Not started for lack of time:\n" + "\n".join(results.skipped))
+        parts.append("Not started, out of time:\n" + "\n".join(results.skipped))
     return "\n\n".join(filter(None, parts))

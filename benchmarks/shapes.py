@@ -1,4 +1,4 @@
-"""Shapes of experts layers, the transformers classes that have them, and random instances and inputs.
+"""Shapes of experts layers, their transformers classes, and random instances and inputs.
 
 Letters: T tokens, E experts, K chosen experts per token, H hidden size, I intermediate size.
 """
@@ -21,14 +21,14 @@ class Shape:
     """One experts layer.
 
     Args:
-        model: folder of `transformers.models` that the class lives in.
-        prefix: of the names of the experts class and of its config class.
+        model: directory in `transformers.models` with the class.
+        prefix: prefix of the names of the experts class and its config class.
         num_experts: E.
         hidden: H.
         intermediate: I.
         top_k: K.
-        experts_key: what the config calls E.
-        intermediate_key: what the config calls I.
+        experts_key: name of E in the config.
+        intermediate_key: name of I in the config.
     """
 
     model: str
@@ -60,14 +60,14 @@ class Shape:
         return config
 
     def experts_on_meta(self) -> nn.Module:
-        """The experts module of transformers, without memory: what its class declares, its gate and activation."""
+        """The experts module of transformers on the meta device."""
         modeling = importlib.import_module(f"transformers.models.{self.model}.modeling_{self.model}")
         with torch.device("meta"):
             return getattr(modeling, self.class_name)(self.config())
 
     @torch.no_grad()
     def experts(self, device: torch.device, seed: int) -> nn.Module:
-        """The same with frozen random bf16 weights, equal for equal seeds; filled expert by expert."""
+        """The experts module with frozen random bf16 weights, which depend only on the seed."""
         experts = self.experts_on_meta()
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in list(experts.named_parameters()):
@@ -91,12 +91,12 @@ SHAPES = {
     "tiny": _TINY,
     "tiny-gpt-oss": replace(_GPT_OSS, num_experts=8, hidden=64, intermediate=32, top_k=2),
 }
-"""Name -> layer; the tiny ones are for trying the benchmark out on a CPU."""
+"""Name -> layer; tiny layers are for trying the benchmark on a CPU."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer gets, and the gradient of what it gives.
+    """Inputs of a layer and the gradient of its output.
 
     Args:
         hidden_states: `(T, H)` bf16, requires a gradient.
@@ -123,12 +123,12 @@ def random_inputs(shape: Shape, num_tokens: int, skew: float, device: torch.devi
     """Inputs of variance 1, routed by the normalized top k of a softmax of random logits.
 
     Args:
-        shape: of the layer.
-        num_tokens: T.
-        skew: the logits get `-skew * log(rank)` of their expert, ranks in random order: 0 routes evenly up to chance,
-            1 makes the softmax's odds fall as in Zipf's law.
-        device: where to.
-        seed: equal seeds give equal inputs.
+        shape: shape of the layer.
+        num_tokens: number of tokens, T.
+        skew: `-skew * log(rank)` of the expert, in a random ranking, is added to the logits: 0 routes evenly up to
+            chance, 1 gives probabilities as in Zipf's law.
+        device: device of the inputs.
+        seed: seed of the inputs.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

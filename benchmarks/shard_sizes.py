@@ -1,26 +1,26 @@
-"""What one GPU of several holds of a model in training, computed from shapes alone; nothing is loaded.
+"""Memory of one of several GPUs in training, computed from shapes without loading a model.
 
     python benchmarks/shard_sizes.py --ranks 8 --tokens 4096 8192 16384
 
-Letters: N ranks, L layers with experts, D layers in all, E experts, H hidden size, I intermediate size, T tokens of a
-rank, K experts of a token, r rank of the experts' factors, V words of the vocabulary.
+Letters: N ranks, L layers with experts, D layers in total, E experts, H hidden size, I intermediate size, T tokens of
+a rank, K experts per token, r rank of the experts' factors, V size of the vocabulary.
 
-Under FSDP2 or ZeRO-3 with an experts' adapter, one rank holds, in bytes:
+With FSDP2 or ZeRO-3 and an adapter on experts, the memory of one rank in bytes is:
 
     codes    = L * E * 3 * H * I / 2 / N
-    scales   = L * E * 3 * H * I / 64 / N            with double_quant, and a little; without, four times as much
+    scales   = L * E * 3 * H * I / 64 / N            and a little, with double_quant; four times as much without
     others   = 2 * (all weights outside the experts) / N
     factors  = L * E * r * (2 * H + 3 * I) * 4 / N   in fp32: gate_up r (H + 2I), down r (I + H)
-    gradients of them as much, and Adam's two states twice as much
-    gathered = 2 * (codes + scales + others + factors + gradients) of one layer, whole: the one that computes, and the
-               next, which is fetched meanwhile
+    gradients                                        as much as factors; the states of Adam, twice as much
+    gathered = 2 * (codes + scales + others + factors + gradients) of one unsharded layer: the current layer, and the
+               next, which is prefetched
     kept     = D * T * H * 2                         checkpointing: the input of each decoder layer
     computed = T * K * (2 * I * 2 + I * 2 + 2 * H * 2) + T * H * 2 * 8
-               one layer while the backward computes it again: products of routed rows, and attention's tensors
-    logits   = T * V * 10                            in 16 bits, in fp32, and their gradient; fused losses have none
+               recomputation of one layer in the backward: products of routed rows, and tensors of attention
+    logits   = T * V * 10                            in 16 bits, in fp32, and their gradient; none with fused losses
 
-What a layer computes beside the experts is an estimate; all else follows from shapes. Memory of the CUDA context,
-of NCCL and what the allocator wastes come on top.
+The activations of a layer besides the experts are an estimate; the rest is computed from shapes. Memory of the CUDA
+context, NCCL and fragmentation is not included.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model, as its config has them.
+    """Sizes of a model from its config.
 
     Args:
-        layers: decoder layers.
-        moe_layers: of these, with experts.
-        num_experts: routed ones of a layer.
+        layers: number of decoder layers.
+        moe_layers: number of layers with experts.
+        num_experts: routed experts per layer.
         hidden: H.
-        intermediate: of one expert.
+        intermediate: intermediate size of one expert.
         top_k: K.
         vocabulary: V.
-        other_weights: outside the routed experts: embeddings, attention, shared experts, dense layers, head.
+        other_weights: weights besides the routed experts: embeddings, attention, shared experts, dense layers, head.
     """
 
     layers: int
@@ -67,7 +67,7 @@ MODELS = {
     "qwen3-235b-a22b": ModelSizes(94, 94, 128, 4096, 1536, 8, 151936, 7_997_238_784),
     "qwen3-30b-a3b": ModelSizes(48, 48, 128, 2048, 768, 8, 151936, 1_541_093_376),
 }
-"""Name -> sizes. Weights outside the experts are those of transformers' model, without layers for speculation."""
+"""Name -> sizes. Other weights are those of the model in transformers, without layers for speculative decoding."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Shard:
 
     @property
     def resident(self) -> float:
-        """Between steps."""
+        """Bytes between steps."""
         return self.codes + self.scales + self.others + self.factors + self.optimizer
 
     @property
@@ -105,17 +105,17 @@ def shard(
     state_bytes: int = 8,
     other_bytes: int = 2,
 ) -> Shard:
-    """What one rank holds; the formulas are the module's.
+    """Memory of one rank, by the formulas in the docstring of the module.
 
     Args:
-        sizes: of the model.
-        ranks: N.
-        tokens: T, of one rank.
-        expert_r: r.
-        double_quant: of the experts' scales.
-        factor_bytes: of one value of the factors and of its gradient.
-        state_bytes: of the optimizer's, for each value of the factors: 8 for Adam in fp32.
-        other_bytes: of a weight outside the experts.
+        sizes: sizes of the model.
+        ranks: number of ranks, N.
+        tokens: tokens of one rank, T.
+        expert_r: rank on experts, r.
+        double_quant: whether the scales of experts are in 8 bits.
+        factor_bytes: bytes of one value of the factors, and of its gradient.
+        state_bytes: bytes of optimizer state per value of the factors; 8 for Adam in fp32.
+        other_bytes: bytes of one weight besides the experts.
     """
     codes, scales = _stored(sizes, double_quant)
     factors = sizes.num_experts * expert_r * (2 * sizes.hidden + 3 * sizes.intermediate) * factor_bytes
@@ -138,7 +138,7 @@ def shard(
 
 
 def _stored(sizes: ModelSizes, double_quant: bool) -> tuple[int, int]:
-    """Bytes of the codes and of the scales of one layer's experts."""
+    """Bytes of the codes and scales of the experts of one layer."""
     storage = FourBitFormat("nf4", 64, double_quant)
     matrices = ((2 * sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate))
     nbytes = {
@@ -162,9 +162,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["deepseek-v3"])
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="of one rank")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="tokens of one rank")
     parser.add_argument("--expert-r", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--json", help="write the bytes there too")
+    parser.add_argument("--json", help="output file for the bytes")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Times the whole training step of a MoE model with random weights: forward, loss, backward and optimizer.
+"""Times the training step of a MoE model with random weights: forward, loss, backward and optimizer.
 
     python benchmarks/step.py --arms ours ours+compile+graphs+liger attention peft --tokens 4096 --picture step.png
     python benchmarks/step.py --arms ours+graphs+liger --check 50
@@ -44,9 +44,9 @@ T = TypeVar("T")
 
 SHAPES = [name for name, config in MODELS.items() if not config["model_type"].startswith("gemma")]
 RESERVED_GIB = 1.5
-"""Of a card, for the context, the display and what does not come from torch's allocator."""
+"""Memory of a GPU reserved for the context, the display and allocations outside of torch."""
 NOISE = {"bfloat16": 2**-9, "float32": 2**-24}
-"""Half a unit in the last place: what rounding a value once does to it."""
+"""Half a unit in the last place, the relative error of one rounding."""
 PLAIN = "the plain path"
 NOISE_ARM = "the plain path, factors rounded once more"
 CHECK_BATCHES = 4
@@ -57,7 +57,7 @@ class Benchmark:
 
     Args:
         args: options of the command.
-        results: what was found; written to `args.json` after every row, so that a run that is cut off leaves them.
+        results: the results; saved to `args.json` after every row, in case the run is interrupted.
     """
 
     def __init__(self, args: argparse.Namespace, results: StepResults) -> None:
@@ -70,7 +70,7 @@ class Benchmark:
             self.results.save(self.args.json)
 
     def attempt(self, action: Callable[[], T]) -> tuple[T | None, str]:
-        """What an action gives, or None and why: one that fails must not take the others' figures with it."""
+        """The result of an action, or None and the reason of its failure, which must not stop the benchmark."""
         try:
             return action(), ""
         except torch.OutOfMemoryError:
@@ -97,7 +97,7 @@ class Benchmark:
         )
 
     def plans(self) -> Iterator[Plan]:
-        """All, those last that change classes for the rest of the process."""
+        """All plans; those that change classes for the rest of the process are last."""
         arms = list(
             dict.fromkeys(parse_arm(text, storage) for text in self.args.arms for storage in self.args.storages)
         )
@@ -107,7 +107,7 @@ class Benchmark:
     # ---- steps
 
     def run_steps(self) -> None:
-        """Times the steps of all; the best of several rounds counts."""
+        """Times the steps of all plans; the best of several rounds is reported."""
         args = self.args
         best: dict[tuple, StepRow] = {}
         plans = sorted([*self.plans()] * args.rounds, key=lambda plan: plan.arm.changes_classes)
@@ -125,7 +125,7 @@ class Benchmark:
                         bar.update()
 
     def _shared(self, arm: Arm) -> list[list[tuple[int, str]]]:
-        """Numbers of tokens and optimizers, together where one model is as good as a fresh one."""
+        """Groups of (number of tokens, optimizer) that can use the same model."""
         settings = list(itertools.product(self.args.tokens, self.args.optimizer))
         return [[one] for one in settings] if arm.is_made_for_one_length or self.args.card else [settings]
 
@@ -172,7 +172,7 @@ class Benchmark:
             row.tokens_per_second = 1e3 * row.batch * row.tokens / row.milliseconds
             if plan.arm.has("graphs"):
                 row.graphs = graphs_report(model.get_base_model())
-            # the head alone may need what a small card lacks
+            # the separate profile of the head may exceed the memory of a small GPU
             if args.on_gpu and not (args.no_split or args.card):
                 split = split_step(training)
                 row.device_milliseconds, row.split, row.other = split.milliseconds, split.by_category, split.other
@@ -185,9 +185,9 @@ class Benchmark:
     # ---- losses
 
     def run_check(self) -> None:
-        """Trains with each arm on the same batches, and compares the losses with the plain path's."""
+        """Trains with each arm on the same batches, and compares the losses with those of the plain path."""
         plans = list(self.plans())
-        # the plain paths before Liger is let in
+        # run the plain paths before Liger changes the classes
         first = list(dict.fromkeys(replace(plan, arm=plan.arm.plain) for plan in plans))
         noisy = [replace(plan, noise=NOISE[self.args.dtype]) for plan in first]
         expected: dict[Plan, list[float]] = {}
@@ -221,7 +221,7 @@ class Benchmark:
     # ---- optimizers and generation
 
     def run_optimizers(self) -> None:
-        """Times optimizers on factors like those of the first arm's model, of which one layer is built."""
+        """Times optimizers on factors with the shapes of the first arm's model, of which only one layer is built."""
         args = self.args
         layers = args.layers or MODELS[args.shapes[0]]["num_hidden_layers"]
         plan = replace(next(self.plans()), layers=1)
@@ -267,35 +267,35 @@ class Benchmark:
 
 
 def forget_models() -> None:
-    """Frees models that are out of use, to which what was compiled still refers."""
+    """Frees unused models, to which compiled code still refers."""
     torch.compiler.reset()
     free_memory()
 
 
 def free_memory() -> None:
-    """Frees what refers to itself, which only the collector does, and gives what is free back to the device."""
+    """Collects reference cycles and empties the memory cache of the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def limit_memory(card: float, device: torch.device) -> float:
-    """Lets torch allocate no more than a card of so many GiB would; returns how much that is.
+    """Limits torch's memory to that of a GPU with so many GiB; returns the limit.
 
     Raises:
-        ValueError: the GPU has less.
+        ValueError: the GPU has less memory.
     """
     allowed = card - RESERVED_GIB
     size = torch.cuda.get_device_properties(device).total_memory / GIB
     if allowed > size:
-        raise ValueError(f"--card {card:g}: this GPU has {size:.1f} GiB, and {allowed:g} are to be allowed.")
-    index = torch.cuda.current_device() if device.index is None else device.index  # "cuda" alone is refused
+        raise ValueError(f"--card {card:g} requires {allowed:g} GiB, but this GPU has {size:.1f} GiB.")
+    index = torch.cuda.current_device() if device.index is None else device.index  # requires an index
     torch.cuda.set_per_process_memory_fraction(allowed / size, index)
     return allowed
 
 
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
-    names = {"arms": ARMS, "settings, each appended to an arm after a +": SETTINGS}
+    names = {"arms": ARMS, "settings, appended to an arm with +": SETTINGS}
     epilog = [
         f"{title}:\n" + "\n".join(f"  {name}: {text}" for name, text in of.items()) for title, of in names.items()
     ]
@@ -328,11 +328,11 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--lr", "learning rate", type=float, default=1e-5)
     add("--attention", "attention implementation; default: transformers' choice")
     add("--steps", "timed steps; the median is reported", type=int, default=8)
-    add("--warmup", "untimed steps before those", type=int, default=3)
-    add("--rounds", "rounds over all arms; the best counts", type=int, default=1)
+    add("--warmup", "untimed steps before the timed ones", type=int, default=3)
+    add("--rounds", "rounds over all arms; the best is reported", type=int, default=1)
     add("--no-split", "do not profile the device time by kernel category", action="store_true")
     add("--host", "show this many functions with the most host time", nargs="?", type=int, const=25)
-    add("--card", "limit memory to that of a card of this many GiB, such as 24 or 16", type=float)
+    add("--card", "limit memory to that of a GPU with this many GiB, such as 24 or 16", type=float)
     add("--check", "compare the losses of this many steps instead", nargs="?", type=int, const=50)
     add("--optimizers", "time only the steps of these optimizers instead", nargs="+", choices=OPTIMIZERS)
     add("--generate", "time the generation of this many tokens instead", type=int)
@@ -350,7 +350,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     args.expert_rank = args.expert_rank or [args.rank]
     args.on_gpu = torch.device(args.device).type == "cuda"
     if args.card and not args.on_gpu:
-        parser.error("--card needs a GPU: a part of its memory is what is tried.")
+        parser.error("--card requires a GPU, whose memory it limits.")
     try:
         in_order([parse_arm(text) for text in args.arms])
     except ValueError as error:
@@ -360,14 +360,14 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    # before the work, so that a bad file or a missing matplotlib shows at once
+    # before the measurement, to detect an invalid file or a missing matplotlib
     beside = load_steps(args.beside)
     if args.picture:
         from step_plot import plot_steps
     transformers.logging.set_verbosity_error()
     for path in filter(None, (args.json, args.picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # what is loaded by now stays; collecting the rest takes no time
+    # exclude the modules loaded so far from garbage collection, which makes it fast
     gc.freeze()
     allowed = limit_memory(args.card, torch.device(args.device)) if args.card else None
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "picture", "beside")}

@@ -1,4 +1,4 @@
-"""Generation beside training: time of a token with the adapter on, off and merged, by transformers' own `generate`."""
+"""Times generation with transformers' `generate`, with the adapter on, off and merged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
     "captured": {"cache_implementation": "static", "disable_compile": True},
 }
-"""Name -> options of `generate`: transformers compiles decoding with a static cache; `+graphs` captures it instead."""
+"""Name -> options of `generate`. transformers compiles decoding with a static cache; `+graphs` captures it instead."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Generation:
     """Greedy generation of one batch.
 
     Args:
-        shape: of the model.
-        arm: what computes it.
-        adapter: of `ADAPTERS`.
-        cache: of `CACHES`.
+        shape: shape of the model.
+        arm: configuration.
+        adapter: state of the adapter, in `ADAPTERS`.
+        cache: KV cache, in `CACHES`.
         batch: number of sequences.
-        prompt: tokens of each at the beginning.
-        new_tokens: that were generated for each.
-        milliseconds_per_token: time of all divided by `new_tokens`; the prompt's forward is in it.
-        prompt_milliseconds: of the prompt's forward and the first token.
-        milliseconds_per_later_token: of those after the first.
-        tokens_per_second: of all sequences.
+        prompt: tokens of the prompt per sequence.
+        new_tokens: generated tokens per sequence.
+        milliseconds_per_token: total time, including the prompt's forward, divided by `new_tokens`.
+        prompt_milliseconds: time of the prompt's forward and the first token.
+        milliseconds_per_later_token: time per token after the first.
+        tokens_per_second: generated tokens per second of all sequences.
     """
 
     shape: str
@@ -53,7 +53,7 @@ class Generation:
 
 @contextlib.contextmanager
 def adapter_state(model: PeftModel, name: str) -> Iterator[None]:
-    """The adapter on, off or merged, and on again afterwards."""
+    """Context with the adapter on, off or merged; on again afterwards."""
     if name == "off":
         with model.disable_adapter():
             yield
@@ -70,10 +70,10 @@ def adapter_state(model: PeftModel, name: str) -> Iterator[None]:
 def time_generation(
     model: PeftModel, shape: str, arm: str, adapter: str, cache: str, batch: int, prompt: int, new_tokens: int
 ) -> Generation:
-    """Generates twice untimed, which compiles and captures, and then once timed; the adapter's state is the caller's.
+    """Generates twice untimed, for compilation and captures, and then once timed, in the current adapter state.
 
     Args:
-        model: left in the mode in which it was.
+        model: the model, whose mode is restored.
         shape, arm, adapter, cache, batch, prompt, new_tokens: see `Generation`.
     """
     config = model.get_base_model().config
@@ -103,7 +103,7 @@ def time_generation(
             for number in (min(4, new_tokens), 1):
                 seconds(number)
             first, total = seconds(1), seconds(new_tokens)
-            if cache != "dynamic":  # its length, and with it what was compiled, is that of the longest
+            if cache != "dynamic":  # length and compiled code depend on the longest generation
                 total = seconds(new_tokens)
     finally:
         model.train(was_training)

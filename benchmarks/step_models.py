@@ -1,7 +1,7 @@
-"""Builds a whole model with random weights and its adapter, layer by layer, so that it never exists in 16 bits.
+"""Builds a model with random weights and its adapter, layer by layer, so that it is never whole in 16 bits.
 
-The first layer's experts are drawn and packed; those of the other layers are copies of them, which takes a moment
-where drawing and packing 48 layers takes half a minute. Routers, norms and attention are each layer's own.
+Only the experts of the first layer are sampled and quantized; those of the other layers are copies, which is much
+faster. Routers, norms and attention are sampled for each layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ B_STD = 0.01
 
 
 class Block(nn.Module):
-    """What holds experts in a model."""
+    """The parent of experts in a model."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -38,16 +38,16 @@ class Block(nn.Module):
 
 
 def build(plan: Plan, share_experts: bool = False) -> PeftModel:
-    """The model with its adapter, in training mode; B is not zero, or no gradient would reach A.
+    """Builds the model with its adapter, in training mode; B is not zero, so that A gets a gradient.
 
     Args:
-        plan: what to build.
-        share_experts: whether experts of all layers lie in the memory of the first, for whoever copies them, as
-            sharding does.
+        plan: the configuration.
+        share_experts: whether all layers share the memory of the first layer's experts, for callers that copy them,
+            such as sharding.
 
     Raises:
-        ValueError: Liger has nothing for this model, or unsloth_zoo nothing for its experts.
-        ImportError: Liger or unsloth_zoo are asked for and not installed.
+        ValueError: Liger does not support the model, or unsloth_zoo its experts.
+        ImportError: Liger or unsloth_zoo is required and not installed.
     """
     config = model_config(plan.shape, plan.layers, plan.dtype)
     config.use_cache = False
@@ -66,35 +66,37 @@ def build(plan: Plan, share_experts: bool = False) -> PeftModel:
 
 
 def apply_liger(model_type: str, head_only: bool = False) -> None:
-    """Lets Liger change the classes of a model, for the rest of the process, but not its experts.
+    """Applies Liger to the classes of a model, except its experts, for the rest of the process.
 
     Args:
-        model_type: of the model.
-        head_only: its fused linear cross entropy, without its norms and rotary embedding.
+        model_type: type of the model.
+        head_only: apply only the fused linear cross entropy, without norms and rotary embedding.
 
     Raises:
-        ImportError: it is not installed.
-        ValueError: it has nothing for this model.
+        ImportError: Liger is not installed.
+        ValueError: Liger does not support the model.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise ImportError("+liger needs liger-kernel, which is not installed: pip install liger-kernel.") from error
+        raise ImportError(
+            "+liger requires liger-kernel, which is not installed. Run pip install liger-kernel."
+        ) from error
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(f"+liger: Liger has no kernels for {model_type}. Leave +liger out for this shape.")
+        raise ValueError(f"+liger: Liger has no kernels for {model_type}. Remove +liger for this shape.")
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
-    # its swiglu would take the experts' forward away
+    # Liger's swiglu would replace the experts' forward
     left_out = ("swiglu", "rms_norm", "rope") if head_only else ("swiglu",)
     apply(**{name: False for name in left_out if name in inspect.signature(apply).parameters})
 
 
 def _fill(model: PreTrainedModel, plan: Plan, share_experts: bool) -> None:
-    """Gives a model on the meta device its weights, on the plan's device."""
+    """Replaces the weights of a model on the meta device by random ones on the plan's device."""
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
     first: nn.Module | None = None
-    # before all else, while there is room for a layer in 16 bits
+    # first, while there is enough memory for a 16-bit layer
     for parent in [module for module in model.modules() if hasattr(module, "experts")]:
-        # a copy of unsloth_zoo's would lose the shape that it keeps beside its weights
+        # copies of unsloth_zoo's experts would lose the shape that is stored with the weights
         if first is None or plan.arm.name == "unsloth":
             first = parent.experts = _first_experts(parent.experts, plan, generator)
         else:
@@ -106,17 +108,19 @@ def _fill(model: PreTrainedModel, plan: Plan, share_experts: bool) -> None:
                 setattr(parent, name, _stored(layer, plan.arm))
     for module in model.modules():
         _draw(module, plan, generator)
-    # its buffers are computed, not drawn
+    # buffers are computed, not sampled
     with torch.device(plan.device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise ValueError(f"{plan.shape}: {', '.join(left)} got no weights; only layers like Qwen3's are known here.")
+        raise ValueError(
+            f"{plan.shape}: {', '.join(left)} have no weights. Only layers like those of Qwen3 are supported."
+        )
     if plan.arm.name == "ours":
-        # nothing is left to quantize; transformers and PEFT learn of the storage
+        # the experts are already quantized; this informs transformers and PEFT
         quantize_experts(model, storage=plan.arm.storage, progressbar=False)
     if plan.arm.name == "unsloth":
-        # PEFT looks at these for LoRA on 4-bit linear layers
+        # PEFT reads these attributes for LoRA on 4-bit linear layers
         model.is_loaded_in_4bit = model.is_quantized = True
         model.quantization_method = "bitsandbytes"
 
@@ -133,7 +137,7 @@ def _first_experts(experts: nn.Module, plan: Plan, generator: torch.Generator) -
 
 
 def _copied(experts: nn.Module, shares_memory: bool) -> nn.Module:
-    """With the same config object, which transformers may change for all of a model's layers."""
+    """Copies experts but keeps the config object, which transformers may change for all layers."""
     config = getattr(experts, "config", None)
     same = {} if config is None else {id(config): config}
     if shares_memory:
@@ -143,13 +147,13 @@ def _copied(experts: nn.Module, shares_memory: bool) -> nn.Module:
 
 @torch.no_grad()
 def _draw(module: nn.Module, plan: Plan, generator: torch.Generator) -> None:
-    """Gives a module's own parameters random values, where they have none yet."""
+    """Initializes the direct parameters of a module on the meta device with random values."""
     for name, parameter in list(module._parameters.items()):
         if parameter is None or not parameter.is_meta:
             continue
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=plan.device)
         if values.ndim == 1:
-            values.fill_(1.0 if name == "weight" else 0.0)  # of a norm; biases and attention sinks
+            values.fill_(1.0 if name == "weight" else 0.0)  # norms; biases and attention sinks
         else:
             for part in values if values.ndim == 3 else [values]:
                 part.normal_(std=WEIGHT_STD, generator=generator)
@@ -157,7 +161,7 @@ def _draw(module: nn.Module, plan: Plan, generator: torch.Generator) -> None:
 
 
 def _stored(layer: nn.Linear, arm: Arm) -> nn.Module:
-    """A linear layer as its arm keeps it."""
+    """A linear layer in the storage of the arm."""
     if arm.name == "unsloth":
         return _in_4_bits(layer)
     if arm.name != "ours":
@@ -220,16 +224,16 @@ def _start_factors(model: nn.Module, plan: Plan) -> None:
 
 
 def factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`(name, parameter)` of what is trained."""
+    """`(name, parameter)` of the trainable parameters."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def head_alone(model: PeftModel, hidden_states: torch.Tensor) -> Callable[..., object]:
-    """The model's own forward, on hidden states as they come out of the last layer: head and loss, nothing else.
+    """The forward of head and loss only, on hidden states of the last layer.
 
     Args:
-        model: stays as it is.
-        hidden_states: what takes the place of the decoder's result.
+        model: the model, which is not changed.
+        hidden_states: hidden states that replace the output of the decoder.
     """
     base = model.get_base_model()
     head = copy.copy(base)
@@ -239,7 +243,7 @@ def head_alone(model: PeftModel, hidden_states: torch.Tensor) -> Callable[..., o
 
 
 class _Given(nn.Module):
-    """In the place of a decoder."""
+    """Replaces a decoder by given hidden states."""
 
     def __init__(self, hidden_states: torch.Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Optimizers by name, and what their step alone costs."""
+"""Optimizers by name, and the cost of their steps."""
 
 from __future__ import annotations
 
@@ -33,32 +33,34 @@ OPTIMIZERS: dict[str, Make] = {
     "torchao-fp8": partial(_made, "torchao.optim", "AdamWFp8"),
     "adafactor": partial(_made, "torch.optim", "Adafactor"),
 }
-"""Name -> `(parameters, lr)` -> optimizer; all without weight decay but what is their default."""
+"""Name -> function `(parameters, lr)` -> optimizer, with the optimizer's default weight decay."""
 
 
 def make_optimizer(name: str, parameters: Parameters, lr: float) -> torch.optim.Optimizer:
-    """Raises:
-    ImportError: its package is not installed.
+    """Creates an optimizer by name.
+
+    Raises:
+        ImportError: its package is not installed.
     """
     try:
         return OPTIMIZERS[name](parameters, lr)
     except ModuleNotFoundError as error:
-        raise ImportError(f"The optimizer {name} needs {error.name}, which is not installed.") from error
+        raise ImportError(f"The optimizer {name} requires {error.name}, which is not installed.") from error
 
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """Of one step.
+    """Cost of one step.
 
     Args:
-        optimizer: its name.
-        parameters: number of values.
-        milliseconds: median on the wall.
-        host_milliseconds: median until all is launched.
-        state_gib: of its state, on the device.
-        paged_gib: of its state, in memory that is paged between device and host.
-        peak_gib: most allocated during a step over factors, gradients and state.
-        difference: of what three steps on 3-D factors change, to torch's AdamW, relative.
+        optimizer: name of the optimizer.
+        parameters: number of trained values.
+        milliseconds: median wall clock time.
+        host_milliseconds: median time until all kernels are launched.
+        state_gib: optimizer state on the device.
+        paged_gib: optimizer state in memory that is paged between device and host.
+        peak_gib: peak memory of a step in addition to factors, gradients and state.
+        difference: relative difference from torch's AdamW of the updates of three steps on 3-D factors.
     """
 
     optimizer: str
@@ -103,7 +105,7 @@ def optimizer_cost(
         parameters=sum(parameter.numel() for parameter in parameters),
         milliseconds=statistics.median(on_wall),
         host_milliseconds=statistics.median(on_host),
-        # what the allocator says counts what tensor subclasses keep inside
+        # the allocator's statistics include memory of tensor subclasses
         state_gib=(held - before if on_gpu else plain) / GIB,
         paged_gib=paged / GIB,
         peak_gib=(torch.cuda.max_memory_allocated() - held) / GIB if on_gpu else 0.0,
@@ -124,7 +126,7 @@ def _random_parameters(
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Paged and not."""
+    """Bytes of paged state and of other state."""
     found = [0, 0]
     for state in optimizer.state.values():
         for value in state.values():
@@ -134,7 +136,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 
 
 def _difference_to_adamw(name: str, device: torch.device) -> float:
-    # enough values for bitsandbytes to keep their state in 8 bits
+    # large enough for 8-bit states of bitsandbytes
     shapes = [(4, 16, 128), (4, 96, 16)]
 
     def change(make: Callable[[Parameters], torch.optim.Optimizer]) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Writes the tables of steps in README.md, docs/step.md and docs/optimizers.md from the results of step.py.
+"""Generates the tables of README.md, docs/step.md and docs/optimizers.md from the results of step.py.
 
     python benchmarks/step_page.py
 
-A table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; what stands around it is written by hand.
+Tables are between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; the text around them is written by hand.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _figures(row: StepRow) -> tuple[str, ...]:
 
 
 def steps(*names: str) -> str:
-    """A row for each arm: time, and memory that torch allocates and reserves."""
+    """Table with one row per arm: time, and memory that torch allocates and reserves."""
     lines = [(*_settings(row), *_figures(row)) for row in _rows(*names)]
     return _markdown(lines, (*COLUMNS, "ms", "tokens/s", "peak, GiB", "reserved, GiB"))
 
@@ -61,7 +61,7 @@ CASE = {
 
 
 def case() -> str:
-    """The arms of `CASE`, in short."""
+    """Short table of the arms in `CASE`."""
     rows = {row.arm: row for row in _rows("h200-step-peers")}
     rows |= {row.arm: row for row in _rows("h200-step-4096-emptied") if row.optimizer == "adamw8bit-unsynced"}
     lines = [
@@ -72,7 +72,7 @@ def case() -> str:
 
 
 def fits(**names_of_cards: str) -> str:
-    """The longest sequences that ran on each card, for each rank on experts."""
+    """Table of the longest sequences that fit on each GPU, by rank on experts."""
     longest: dict[tuple, StepRow] = {}
     for card, name in names_of_cards.items():
         for row in _rows(name):
@@ -87,18 +87,18 @@ def fits(**names_of_cards: str) -> str:
 
 
 def losses(*names: str) -> str:
-    """How far losses are from the plain path's, over all steps."""
+    """Table of the largest differences of losses from those of the plain path."""
     lines = []
     for name in names:
         for row in _content(name)["losses"]:
             if row["largest_difference"] is not None:
                 lines.append((f"`{row['arm']}`", len(row["losses"]), f"{row['largest_difference']:.1e}"))
-    # what several runs have in common
+    # without duplicates from several runs
     return _markdown(list(dict.fromkeys(lines)), ("arm", "steps", "largest difference"))
 
 
 def optimizers(name: str) -> str:
-    """What a step of each optimizer takes by itself."""
+    """Table of the cost of a step of each optimizer."""
     lines = [
         (
             f"`{row['optimizer']}`",
@@ -124,21 +124,21 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/optimizers.md": {"times": lambda: optimizers("h200-step-optimizers")},
 }
-"""Page -> name of a table -> what makes it."""
+"""Page -> name of a table -> function that creates it."""
 
 
 def with_tables(text: str, tables: dict[str, Callable[[], str]]) -> str:
-    """A page with its tables written anew.
+    """A page with regenerated tables.
 
     Raises:
-        ValueError: the page lacks a table's marks.
+        ValueError: the page does not contain the markers of a table.
     """
     for name, table in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, has_begin, rest = text.partition(begin)
         _, has_end, after = rest.partition(end)
         if not (has_begin and has_end):
-            raise ValueError(f"The page has no place for the table {name}; {begin} and {end} were expected.")
+            raise ValueError(f"The page does not contain the table {name}. Expected {begin} and {end}.")
         text = f"{before}{begin}\n{table()}\n{end}{after}"
     return text
 

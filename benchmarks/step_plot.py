@@ -1,4 +1,4 @@
-"""Draws results of step.py: where the device's time goes, a bar for each arm, and tokens per second."""
+"""Plots results of step.py: device time by category, one bar per arm, and tokens per second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from step_results import StepRow
 
-# of the categories in their order; products dark, what surrounds them lighter, the rest grey
+# by category: products dark, related kernels lighter, others grey
 COLORS = (
     "#0072B2",
     "#56B4E9",
@@ -30,19 +30,19 @@ SPEED_COLOR = "#0072B2"
 
 
 def plot_steps(rows: Sequence[StepRow], path: Path, title: str = "") -> None:
-    """Writes a PNG.
+    """Saves a PNG file.
 
     Args:
-        rows: of any arms; those without a time are left out. Where there is no profile, the bar is the wall clock's.
-        path: of the picture.
-        title: of it.
+        rows: results of any arms; rows without a time are skipped. Without a profile, the bar is the wall clock time.
+        path: path of the file.
+        title: title of the figure.
 
     Raises:
         ValueError: no row has a time.
     """
     rows = [row for row in rows if row.milliseconds is not None]
     if not rows:
-        raise ValueError("There is nothing to draw: no step has a time.")
+        raise ValueError("Nothing to plot: no step has a time.")
     shapes = list(dict.fromkeys(row.shape for row in rows))
     heights = [1.5 + sum(row.shape == shape for row in rows) for shape in shapes]
     figure = Figure(figsize=(12, 1.4 + 0.45 * sum(heights)), layout="constrained")
@@ -70,7 +70,7 @@ def plot_steps(rows: Sequence[StepRow], path: Path, title: str = "") -> None:
 
 
 def _draw_times(panel: Axes, rows: Sequence[StepRow]) -> None:
-    """A bar for each row, of the categories one after the other, and a line where the wall clock stood."""
+    """One bar per row with the categories, and a line at the wall clock time."""
     places = range(len(rows))
     starts = [0.0] * len(rows)
     for name, color in zip(CATEGORIES, COLORS, strict=True):

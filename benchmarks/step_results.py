@@ -1,4 +1,4 @@
-"""What the benchmark of the training step found: rows, tables of them, and the JSON file."""
+"""Results of the benchmark of the training step: rows, tables, and the JSON file."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tabulate import tabulate
 
 @dataclass
 class StepRow:
-    """One arm with one number of tokens, see `step_times` for what is measured.
+    """Results of one arm with one number of tokens; `step_times` documents the measurements.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
         arm: name and settings.
-        storage: of the experts of `ours`.
-        layers: of the model.
-        batch, tokens: sequences, and tokens in each.
-        rank, expert_rank: of LoRA on attention and on experts.
-        optimizer: its name.
-        milliseconds: None where there is no time, see `note`.
-        tokens_per_second: by that, of all sequences.
-        resident_gib: weights and factors, before the first step.
+        storage: storage of the experts, for `ours`.
+        layers: number of layers.
+        batch, tokens: number of sequences, and tokens per sequence.
+        rank, expert_rank: LoRA rank on attention and on experts.
+        optimizer: name of the optimizer.
+        milliseconds: time of a step; None if not measured, see `note`.
+        tokens_per_second: tokens per second of all sequences.
+        resident_gib: weights and factors before the first step.
         trained_parameters: number of values in the factors.
-        build_seconds: until the model was there.
-        device_milliseconds, kernels, launches, split, other: of one profiled step.
-        host_calls: the functions in which the host is most.
-        graphs: what is captured, and what is not.
-        note: why there is no time.
-        device: where it was measured, for rows from elsewhere.
+        build_seconds: time to build the model.
+        device_milliseconds, kernels, launches, split, other: results of one profiled step.
+        host_calls: functions with the most host time.
+        graphs: report on CUDA graphs.
+        note: reason why there is no time.
+        device: device of the measurement, for rows from other runs.
     """
 
     shape: str = ""
@@ -72,7 +72,7 @@ class StepRow:
 
     @property
     def what(self) -> str:
-        """The arm, and the storage where it isn't plain."""
+        """The arm, with the storage if it has one."""
         return self.arm if self.storage is None else f"{self.arm} {self.storage}"
 
     @property
@@ -84,13 +84,13 @@ class StepRow:
 
 @dataclass
 class LossRow:
-    """Losses of one arm, and how far they are from the plain path's.
+    """Losses of one arm, and their difference from those of the plain path.
 
     Args:
         shape, arm, storage: as in `StepRow`.
-        losses: of every step.
-        largest_difference: to those of the plain path, at any step, without sign; None for that itself.
-        note: why there are none.
+        losses: loss of every step.
+        largest_difference: largest absolute difference from the plain path in any step; None for the plain path.
+        note: reason why there are no losses.
     """
 
     shape: str
@@ -103,7 +103,7 @@ class LossRow:
 
 @dataclass
 class StepResults:
-    """All of one run."""
+    """Results of one run."""
 
     device: str
     versions: dict[str, str]
@@ -120,7 +120,7 @@ class StepResults:
 
 
 def _rounded(value: Any) -> Any:
-    """With five digits for all times and sizes; losses are left as they are."""
+    """Rounds times and sizes to five digits, but not losses."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -139,7 +139,7 @@ def load_steps(paths: Iterable[Path]) -> list[StepRow]:
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "steps" not in content:
-            raise ValueError(f"{path} has no steps; a file that benchmarks/step.py --json has written was expected.")
+            raise ValueError(f"{path} has no steps. Expected a file written by benchmarks/step.py --json.")
         for found in content["steps"]:
             row = StepRow(**{name: value for name, value in found.items() if name in names})
             row.shape = row.shape or content.get("shape", "")
@@ -187,7 +187,7 @@ def step_table(rows: Sequence[StepRow]) -> str:
 
 
 def split_table(rows: Sequence[StepRow]) -> str:
-    """Milliseconds of the device, a column for each row of the other table."""
+    """Device milliseconds by category, with one column per row of `step_table`."""
     rows = [row for row in rows if row.split]
     lines = [
         (name, *(_number(row.split.get(name)) for row in rows))
@@ -200,7 +200,7 @@ def split_table(rows: Sequence[StepRow]) -> str:
 
 
 def card_table(rows: Sequence[StepRow], allowed: float) -> str:
-    """What fits in so many GiB."""
+    """Table of the arms that fit into so many GiB."""
     headers = ("arm", "optimizer", "layers", "batch", "tokens", "r", "experts r", "fits", "ms", "tokens/s")
     headers += ("resident GiB", "peak", "reserved", "of the device")
     lines = [
@@ -278,12 +278,12 @@ def generation_table(rows: Sequence[Generation]) -> str:
 
 
 def report(results: StepResults, rows: Sequence[StepRow], allowed: float | None) -> str:
-    """Everything, for people.
+    """The whole report as text.
 
     Args:
-        results: of this run.
-        rows: its steps and those measured elsewhere.
-        allowed: GiB of the card; None for all that there is.
+        results: results of this run.
+        rows: steps of this run and of others.
+        allowed: memory limit in GiB; None for no limit.
     """
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     parts = [f"{results.device}; {versions}"]

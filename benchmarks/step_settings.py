@@ -1,4 +1,4 @@
-"""Configurations of a timed training step: an arm and its settings, from a name such as `ours+compile+graphs`."""
+"""Configurations of a timed training step: an arm with settings, such as `ours+compile+graphs`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ARMS = {
-    "ours": "this package: experts and attention in the given storage; attention in NF4 if that is a 4-bit one",
+    "ours": "this package: experts and attention in the given storage; attention in NF4 for 4-bit storages",
     "ours-bf16": "this package, all weights in 16 bits",
     "attention": "transformers in 16 bits, LoRA on attention alone",
     "peft": "16-bit experts with LoRA by PEFT's target_parameters",
@@ -29,17 +29,17 @@ _EXCLUSIVE = ("keep-experts", "no-checkpointing", "reentrant")
 _OF_LIGER = ("liger", "liger-head")
 
 CHANGES_NUMBERS = ("bf16-factors",)
-"""Settings with which a model is another, so that the plain path it is compared with has them too."""
+"""Settings that change the numerics, which the plain path of a comparison has too."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What computes a step.
+    """An implementation of the step with settings.
 
     Args:
-        name: of `ARMS`.
-        settings: of `SETTINGS`, in their order.
-        storage: of the experts, for `ours`.
+        name: name in `ARMS`.
+        settings: names in `SETTINGS`, in their order.
+        storage: storage of the experts, for `ours`.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Arm:
 
     @property
     def changes_classes(self) -> bool:
-        """Whether it changes classes of transformers for the rest of the process."""
+        """Whether the arm changes classes of transformers for the rest of the process."""
         return self.has("liger") or self.has("liger-head") or self.name == "unsloth"
 
     @property
     def is_made_for_one_length(self) -> bool:
-        """Whether a model that has seen one length would be slower, or larger, with another."""
+        """Whether a model that has run with one length is slower or larger with another."""
         return self.has("compile") or self.has("graphs")
 
     @property
@@ -73,12 +73,12 @@ class Arm:
 
     @property
     def plain(self) -> Arm:
-        """The same without what must not change the numbers."""
+        """The arm without settings that must not change the results."""
         return Arm(self.name, tuple(one for one in self.settings if one in CHANGES_NUMBERS), self.storage)
 
     @property
     def prepare_options(self) -> dict[str, Any]:
-        """Of `prepare_model_for_training`, those without a default's value left out."""
+        """Options of `prepare_model_for_training` that are not the default."""
         options: dict[str, Any] = {"use_gradient_checkpointing": self.checkpointing}
         if self.has("reentrant"):
             options["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
@@ -89,50 +89,52 @@ class Arm:
 
 
 def parse_arm(text: str, storage: str | None = None) -> Arm:
-    """An arm from its name on the command line.
+    """Parses the name of an arm from the command line.
 
     Args:
         text: name and settings, joined by `+`.
-        storage: of the experts of `ours`.
+        storage: storage of the experts, for `ours`.
 
     Raises:
-        ValueError: an unknown name or setting, or settings that exclude each other or that others don't have.
+        ValueError: a name or setting is unknown, settings are mutually exclusive, or the arm does not support them.
     """
     name, *given = text.split("+")
     if name not in ARMS:
-        raise ValueError(f"{text}: {name!r} is no arm; one of {', '.join(ARMS)} was expected.")
+        raise ValueError(f"{text}: unknown arm {name!r}. Expected one of {', '.join(ARMS)}.")
     for setting in given:
         if setting not in SETTINGS:
-            raise ValueError(f"{text}: {setting!r} is no setting; {', '.join(SETTINGS)} are.")
+            raise ValueError(f"{text}: unknown setting {setting!r}. Expected one of {', '.join(SETTINGS)}.")
     settings = tuple(setting for setting in SETTINGS if setting in given)
     for group in (_EXCLUSIVE, _OF_LIGER):
         exclusive = [setting for setting in settings if setting in group]
         if len(exclusive) > 1:
-            raise ValueError(f"{text}: {' and '.join(exclusive)} exclude each other.")
+            raise ValueError(f"{text}: {' and '.join(exclusive)} are mutually exclusive.")
     if not name.startswith("ours"):
         foreign = [setting for setting in settings if setting in _OURS_ONLY]
         if foreign:
-            raise ValueError(f"{text}: only arms of this package have {', '.join(foreign)}.")
+            raise ValueError(f"{text}: {', '.join(foreign)} requires an arm of this package.")
     if name.startswith("ours") and "reentrant" in settings and {"compile", "graphs"} & {*settings}:
-        raise ValueError(f"{text}: layers that are compiled or captured are not checkpointed by torch; no reentrant.")
+        raise ValueError(
+            f"{text}: reentrant requires torch's checkpointing, which is not used with compiled or captured layers."
+        )
     return Arm(name, settings, storage if name == "ours" else None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model to build.
+    """Configuration of a model.
 
     Args:
-        shape: of `models.MODELS`.
-        arm: what computes it.
-        rank: of LoRA on attention.
-        expert_rank: of LoRA on experts.
-        layers: how many the model has instead of its own number.
-        dtype: of the weights that are not packed, and of activations: `bfloat16` or `float32`.
-        device: where.
-        attention: implementation that transformers is asked for; None for its choice.
-        seed: of weights and factors.
-        noise: relative noise on the factors' start, to see what rounding alone does to a training.
+        shape: name in `models.MODELS`.
+        arm: the arm.
+        rank: LoRA rank on attention.
+        expert_rank: LoRA rank on experts.
+        layers: number of layers; None for the model's.
+        dtype: dtype of unquantized weights and activations, `bfloat16` or `float32`.
+        device: device of the model.
+        attention: attention implementation; None for transformers' choice.
+        seed: seed of weights and factors.
+        noise: relative noise on the initial factors, to measure the effect of rounding on a training.
     """
 
     shape: str
@@ -148,14 +150,14 @@ class Plan:
 
 
 def in_order(arms: list[Arm]) -> list[Arm]:
-    """Those last that change classes of transformers for the rest of the process.
+    """Sorts arms that change classes of transformers for the rest of the process to the end.
 
     Raises:
-        ValueError: Liger and unsloth_zoo both would.
+        ValueError: there are arms with Liger and with unsloth_zoo.
     """
     if any(arm.has("liger") for arm in arms) and any(arm.name == "unsloth" for arm in arms):
         raise ValueError(
-            "Liger and unsloth_zoo both change classes of transformers for the rest of a process. Time them in two "
-            "runs with --json, and show the first beside the second with --beside."
+            "Liger and unsloth_zoo both change classes of transformers for the rest of the process. Run them "
+            "separately with --json, and use --beside to show the first result in the table of the second run."
         )
     return sorted(arms, key=lambda arm: arm.changes_classes)

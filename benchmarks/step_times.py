@@ -1,4 +1,4 @@
-"""Times and memory of a training step: on the wall, on the device, on the host, and where they go."""
+"""Time and memory of a training step: wall clock, device and host time, and device time by category."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunc
 
 
 class Training:
-    """A model, its optimizer, and batches of random tokens, the same ones in the same order for equal seeds.
+    """A model, its optimizer, and batches of random tokens, which depend only on the seed.
 
     Args:
-        model: with its adapter.
-        optimizer: of its factors.
+        model: the model with its adapter.
+        optimizer: optimizer of the factors.
         batch: number of sequences.
-        tokens: of each sequence.
-        batches: number of batches that return in turns; None for ever new ones.
-        seed: of the tokens.
+        tokens: tokens per sequence.
+        batches: number of batches, used in turns; None for a new batch in every step.
+        seed: seed of the tokens.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Training:
         return self._batches[(self._index - 1) % len(self._batches)]
 
     def gradients(self) -> torch.Tensor:
-        """Forward, loss and backward; the loss."""
+        """Runs forward, loss and backward; returns the loss."""
         ids = self._ids()
         loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -80,14 +80,14 @@ class Training:
         self.optimizer.step()
 
     def step(self) -> torch.Tensor:
-        """All of it; the loss."""
+        """Runs a whole step; returns the loss."""
         loss = self.gradients()
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def head(self) -> Callable[[], None]:
-        """Forward and backward of head and loss alone."""
+        """Function that runs forward and backward of only head and loss."""
         config = self.model.get_base_model().config
         dtype = self.model.get_base_model().lm_head.weight.dtype
         hidden_states = torch.randn(*self.size, config.hidden_size, device=self.device, dtype=dtype).requires_grad_()
@@ -106,17 +106,17 @@ class Training:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of the timed steps; memory is 0 on a CPU.
+    """Results of the timed steps; memory is 0 on a CPU.
 
     Args:
-        milliseconds: median on the wall.
-        least_milliseconds: of the fastest step.
-        host_milliseconds: median of the time until all of a step is launched, before it is waited for.
-        peak_gib: most allocated in these steps.
-        warmup_peak_gib: most allocated in the untimed steps before, captures among them.
-        reserved_gib: most that torch had taken from the device.
-        device_gib: taken from the device at the end, by everything: the context and graphs too.
-        loss: of the last step.
+        milliseconds: median wall clock time.
+        least_milliseconds: time of the fastest step.
+        host_milliseconds: median time until all kernels of a step are launched.
+        peak_gib: peak of allocated memory.
+        warmup_peak_gib: peak of allocated memory in the untimed steps before, including captures.
+        reserved_gib: peak of memory reserved by torch.
+        device_gib: memory in use on the device at the end, including context and graphs.
+        loss: loss of the last step.
     """
 
     milliseconds: float
@@ -162,14 +162,14 @@ def time_steps(training: Training, steps: int, warmup: int) -> StepTime:
 
 @dataclass(frozen=True)
 class Split:
-    """Where the device's time of one step goes.
+    """Device time of one step by category.
 
     Args:
-        milliseconds: of all kernels, copies between memories included.
-        by_category: the same by what the kernels do.
-        other: the largest that no category is known of: name, milliseconds, launches.
-        kernels: number of kernels that ran.
-        launches: number of calls by which the host started them; a CUDA graph is one.
+        milliseconds: time of all kernels, including copies between memories.
+        by_category: time by category of the kernels.
+        other: the slowest kernels without a category: name, milliseconds, launches.
+        kernels: number of kernels.
+        launches: number of launches by the host; a CUDA graph counts as one.
     """
 
     milliseconds: float
@@ -182,8 +182,8 @@ class Split:
 def split_step(training: Training) -> Split:
     """Profiles one step, on a GPU.
 
-    The optimizer is profiled apart from the rest. Head and loss are profiled once more alone, and what they take is
-    taken from the rest by the names of the kernels: those of linear layers are the same.
+    The optimizer is profiled separately. Head and loss are also profiled separately, and their kernels are subtracted
+    from the others by name, since linear layers use the same kernels.
     """
     whole, launches = _profiled(training.gradients)
     optimizer, of_optimizer = _profiled(training.update)
@@ -205,7 +205,7 @@ def split_step(training: Training) -> Split:
 
 
 def _profiled(call: Callable[[], object]) -> tuple[Kernels, int]:
-    """Kernels of a call, and the number of the host's launches."""
+    """Kernels of a call, and the number of launches by the host."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as run:
         call()
@@ -222,7 +222,7 @@ def _profiled(call: Callable[[], object]) -> tuple[Kernels, int]:
 
 @dataclass(frozen=True)
 class HostCall:
-    """A function of Python or C, in one step: milliseconds in itself, without what it calls, and number of calls."""
+    """A function of Python or C in one step: milliseconds without called functions, and number of calls."""
 
     name: str
     milliseconds: float
@@ -230,9 +230,9 @@ class HostCall:
 
 
 def host_calls(training: Training, number: int = 25) -> list[HostCall]:
-    """The functions in which the host spends most of a step, the profiler's own time in them."""
+    """The functions with the most host time in a step; times include the overhead of the profiler."""
     recorder = cProfile.Profile()
-    # the backward too in this thread, the only one that is recorded
+    # run the backward in this thread, since only this thread is recorded
     with torch.autograd.set_multithreading_enabled(False):
         recorder.enable()
         training.step()

@@ -1,11 +1,11 @@
-"""Trains one adapter on the quickstart's base in several storages, and merges each back into its storage.
+"""Trains an adapter on the quickstart's base in several storages, and merges each into its storage.
 
     pip install -e ".[examples]" && python benchmarks/storages.py --json storages.json --plot storages.png
     python benchmarks/storages.py --base-steps 30 --steps 20 --storages fp8/128x128 --directory DIR  # to try it out
 
-All trainings have the same batches in the same order, the same initial factors and the same options. A base in a
-storage is written once; the training starts from what is written, and both merges go onto it. With --directory
-everything is kept, and a base that is there is used again.
+All trainings use the same batches in the same order, the same initial factors and the same options. The base is saved
+once in each storage; training and both merges use the saved base. With --directory, all files are kept, and existing
+bases are reused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import quickstart  # isort: skip - first, as it turns a library's warning off before the library is imported
+import quickstart  # isort: skip - first, since it disables a warning of a library before its import
 
 import peft
 import torch
@@ -44,21 +44,21 @@ BASELINE = "16 bits"
 STORAGES = ("nf4/64", "fp8/128x128", "int8/channel", "mxfp4", "int4/32", "nvfp4")
 ROUNDINGS = ("nearest", "second-order")
 SMOOTHED = 20
-"""Steps of training that a smoothed loss is the mean of: the step and those before it, at the beginning fewer."""
+"""Number of steps in the moving average of losses; fewer at the beginning."""
 ADAPTER = {"r": 16, "lora_alpha": 32, "expert_r": 4, "target_modules": "all-linear"}
-"""As in the quickstart."""
+"""Options of the adapter, as in the quickstart."""
 
 
 @dataclass
 class Merge:
-    """What came of a merge.
+    """Results of a merge.
 
     Args:
-        kl: mean over the held-out tokens of the KL divergence from the live adapter, in nats.
-        unchanged: stacks and linear layers that came out as they went in.
-        error: L2 error of the merged experts relative to the exact ones, the largest of all stacks.
-        delta_kept: least share of the delta that is in a merged stack.
-        kl_of_experts: of experts that are rounded beside linear layers that aren't, over the tokens routed alike.
+        kl: mean KL divergence from the live adapter over the held-out tokens, in nats.
+        unchanged: stacks and linear layers that the merge has not changed.
+        error: largest relative L2 error of a merged stack against the exact one.
+        delta_kept: smallest fraction of the delta in a merged stack.
+        kl_of_experts: KL divergence if only the experts are rounded, over tokens with the same routing.
     """
 
     kl: float
@@ -76,22 +76,22 @@ class Merge:
 
 @dataclass
 class Run:
-    """One storage.
+    """Results of one storage.
 
     Args:
         storage: name of the format, or `BASELINE`.
-        expert_bytes: codes and scales.
+        expert_bytes: bytes of codes and scales.
         training: loss of every step.
-        held_out: number of steps done -> loss on the held-out windows.
-        largest_gap: between the smoothed training losses and those in 16 bits, without sign, at any step.
-        gap_at: the step, from 1.
+        held_out: number of steps -> loss on the held-out windows.
+        largest_gap: largest absolute difference between the smoothed training losses and those in 16 bits.
+        gap_at: step of the largest gap, starting at 1.
         held_out_gap: final held-out loss minus that in 16 bits.
         kl_of_base: KL divergence of the base without the adapter from the live adapter.
-        kl_of_linear: of linear layers that are rounded, to 16 bits, beside experts that aren't; over all tokens.
-        rerouted: share of the tokens that a layer sends to other experts than the live adapter does, when only the
-            experts are rounded, in one way or the other. The other tokens are routed alike.
-        merges: back into the storage, by rounding.
-        seconds: of all.
+        kl_of_linear: KL divergence if only the linear layers are rounded, to 16 bits; over all tokens.
+        rerouted: fraction of tokens that some layer routes to other experts than the live adapter does, if only the
+            experts are rounded, by either rounding.
+        merges: rounding -> merge into the storage.
+        seconds: total time.
     """
 
     storage: str
@@ -116,7 +116,7 @@ class Run:
         return self.held_out[len(self.training)]
 
     def compare(self, baseline: Run) -> None:
-        """Sets the gaps."""
+        """Sets the gaps relative to the baseline."""
         gaps = [abs(own - other) for own, other in zip(self.smoothed, baseline.smoothed, strict=True)]
         self.largest_gap = max(gaps)
         self.gap_at = gaps.index(self.largest_gap) + 1
@@ -124,7 +124,7 @@ class Run:
 
 
 def is_registered(name: str) -> bool:
-    """Whether the package has a format of that name."""
+    """Whether the package has a format with this name."""
     try:
         parse_format(name)
     except ValueError:
@@ -137,7 +137,7 @@ def folder_of(args: argparse.Namespace, kind: str, storage: str) -> Path:
 
 
 def write_base(args: argparse.Namespace, storage: str) -> Path:
-    """Saves the base with its experts in a storage, unless that is there; gives its folder."""
+    """Saves the base with its experts in a storage, unless it exists; returns its directory."""
     if storage == BASELINE:
         return args.base
     folder = folder_of(args, "base", storage)
@@ -150,7 +150,7 @@ def write_base(args: argparse.Namespace, storage: str) -> Path:
 
 
 def load(folder: Path, storage: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """A checkpoint as it is stored; `dtype` is what it computes in."""
+    """Loads a checkpoint in its storage, with `dtype` as its compute dtype."""
     if storage == BASELINE:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
     return load_quantized(str(folder), dtype=dtype, device_map=device)
@@ -162,13 +162,13 @@ def train(
     """Trains an adapter and saves it.
 
     Args:
-        args: of the command.
-        storage: of the experts.
-        windows: to train on and to evaluate with.
-        initial: the factors that the first training has started from; empty before it, and then filled.
+        args: options of the command.
+        storage: storage of the experts.
+        windows: data for training and evaluation.
+        initial: initial factors of the first training; empty before it, which fills it.
 
     Raises:
-        RuntimeError: this one would start from others, so that the trainings can't be compared.
+        RuntimeError: the initial factors differ, so that trainings cannot be compared.
     """
     model = load(write_base(args, storage), storage, torch.bfloat16, args.device)
     loss_before = quickstart.evaluate(model, windows.held_out)
@@ -182,9 +182,9 @@ def train(
     different = [name for name in factors.keys() | initial.keys() if not _equal(factors.get(name), initial.get(name))]
     if different:
         raise RuntimeError(
-            f"{storage}: {len(different)} of the adapter's factors don't start as those of the first storage, "
-            f"{min(different)} first, although seed and options are the same. The order in which layers are adapted "
-            "must have changed with the storage."
+            f"{storage}: {len(different)} initial factors of the adapter, such as {min(different)}, differ from those "
+            "of the first storage. Expected equal factors, since seed and options are the same. Check that layers are "
+            "adapted in the same order for all storages."
         )
     curve = quickstart.train(
         model, windows, args.steps, args.learning_rate, args.seed, f"Adapting, {storage}", quickstart.EVALUATIONS
@@ -198,13 +198,13 @@ def _equal(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
 
 
 def load_live(args: argparse.Namespace, storage: str) -> PeftModel:
-    """A trained adapter on its base, to compute in fp32."""
+    """Loads a trained adapter on its base, with fp32 as compute dtype."""
     model = load(write_base(args, storage), storage, torch.float32, args.device)
     return PeftModel.from_pretrained(model, str(folder_of(args, "adapter", storage))).eval()
 
 
 class Said(NamedTuple):
-    """What a model made of some windows.
+    """Outputs of a model for some windows.
 
     Args:
         logits: `(tokens, V)` fp32.
@@ -241,15 +241,15 @@ class Said(NamedTuple):
         return (self.experts == other.experts).flatten(1).all(dim=1)
 
     def kl(self, against: Said, where: torch.Tensor | None = None) -> float:
-        """Mean over all tokens, or some."""
+        """Mean KL divergence over all tokens, or over a subset."""
         mask = slice(None) if where is None else where
         return kl_divergence(self.logits[None, mask], against.logits[None, mask])
 
 
 def merge(args: argparse.Namespace, run: Run, text: Path, windows: torch.Tensor) -> None:
-    """Merges a trained adapter back into its storage; adds what came of it.
+    """Merges a trained adapter into its storage and adds the results to the run.
 
-    Models are compared in fp32: what activations lose in bf16 is alike in all, and would drown what merging loses.
+    Models are compared in fp32, since rounding of activations in bf16 would hide the effect of the merge.
     """
     live = load_live(args, run.storage)
     said = Said.by(live, windows)
@@ -269,14 +269,14 @@ def merge(args: argparse.Namespace, run: Run, text: Path, windows: torch.Tensor)
                 calibration=text if rounding == "second-order" else None,
                 device=args.device,
                 progressbar=False,
-                allow_unchanged=True,  # which is to be seen here
+                allow_unchanged=True,  # reported in the table
             )
             merged = load(Path(folder, "merged"), run.storage, torch.float32, args.device).eval()
         run.merges[rounding] = Merge.of(report, said.kl(Said.by(merged, windows)))
         rounded = weights_of_linear_layers(merged)
         set_linear_layers(merged, linear)
         rounded_experts[rounding] = Said.by(merged, windows)
-    # the linear layers are in 16 bits, and rounded alike in both
+    # the linear layers are in 16 bits, with the same rounding in both
     set_linear_layers(exact, rounded)
     run.kl_of_linear = said.kl(Said.by(exact, windows))
     is_alike = torch.stack([said.is_routed_as(found) for found in rounded_experts.values()]).all(dim=0)
@@ -325,7 +325,7 @@ def _ratio(nearest: float, second_order: float) -> float | None:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Losses, and below the smoothed training losses minus those in 16 bits."""
+    """Plots losses, and below the smoothed training losses minus those in 16 bits."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for run, color in zip(runs, COLORS):
@@ -367,7 +367,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
             merge(args, run, text, windows.held_out)
         run.seconds = time.perf_counter() - started
         if args.json:
-            write_json(args, runs)  # a run that is cut off leaves what it had
+            write_json(args, runs)  # after each storage, in case the run is interrupted
     return runs
 
 
@@ -383,34 +383,40 @@ def write_json(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--storages", nargs="+", help=f"beside {BASELINE}; default: {' '.join(STORAGES)}")
-    parser.add_argument("--steps", type=int, default=200, help="of each adapter (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=640, help="of the base (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the adapters (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, help="evaluate with so many of the held-out windows; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument(
+        "--storages", nargs="+", help=(f"storages in addition to {BASELINE}; default: {' '.join(STORAGES)}")
+    )
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each adapter (default: %(default)s)")
+    parser.add_argument(
+        "--base-steps", type=int, default=640, help=("training steps of the base (default: %(default)s)")
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-2, help=("learning rate of the adapters (default: %(default)s)")
+    )
+    parser.add_argument("--held-out", type=int, help="number of held-out windows in the evaluation; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--directory", type=Path, help="keep bases and adapters there")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--plot", type=Path, help="draw the losses there")
+    parser.add_argument("--directory", type=Path, help="directory in which bases and adapters are kept")
+    parser.add_argument("--json", type=Path, help="output file for the results")
+    parser.add_argument("--plot", type=Path, help="output PNG file with the losses")
     args = parser.parse_args(arguments)
     if min(args.steps, args.base_steps, args.held_out or 1) < 1:
-        parser.error("--steps, --base-steps and --held-out have to be at least 1")
+        parser.error("--steps, --base-steps and --held-out must be at least 1")
     unknown = [name for name in args.storages or STORAGES if not is_registered(name)]
     if args.storages and unknown:
-        parser.error(f"{', '.join(unknown)}: no such format")
+        parser.error(f"unknown formats: {', '.join(unknown)}")
     if unknown:
-        print(f"Left out, as the package doesn't have them: {', '.join(unknown)}")
+        print(f"Skipped, not supported by the package: {', '.join(unknown)}")
     args.storages = [name for name in args.storages or STORAGES if name not in unknown]
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    # PEFT still asks transformers by the old name
+    # PEFT still uses the old name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     disable_progress_bar()
-    torch.set_num_threads(1)  # as in the quickstart; one thread rounds alike on any number of cores
+    torch.set_num_threads(1)  # as in the quickstart; gives the same results on any number of cores
     with TemporaryDirectory() as temporary:
         args.directory = (args.directory or Path(temporary)).resolve()
         args.directory.mkdir(parents=True, exist_ok=True)
@@ -418,7 +424,7 @@ def main() -> None:
         started = time.perf_counter()
         runs = run_all(args)
     print(f"\n{training_table(runs)}\n\n{merge_table(runs)}\n")
-    print(f"Seconds in all: {time.perf_counter() - started:.0f}")
+    print(f"Total seconds: {time.perf_counter() - started:.0f}")
     if args.plot:
         plot(runs, args.plot)
 

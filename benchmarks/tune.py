@@ -1,11 +1,11 @@
-"""Measures which tiles are fastest for each product on this GPU, and writes the table that the package chooses from.
+"""Measures the fastest tiles for each product on this GPU, and writes the table of the package.
 
     python benchmarks/tune.py --output peft_moe_qlora/ops/kernels/tables/sm90.json --shapes qwen3-30b-a3b mixtral-8x7b
 
-For each shape of a layer, number of rows per expert, kind of weight and direction, every candidate computes the same
-product on random inputs, with a low-rank term of rank 16; what is slower or wrong is dropped. An entry holds up to the
-geometric mean of its number of rows and the next. What was measured for the same product before is replaced, all
-other entries of the table stay. `peft-moe-qlora tune` does the same, with fewer candidates, for one model and user.
+For each layer shape, number of rows per expert, weight and direction, all candidates compute the same product on
+random inputs, with a low-rank term of rank 16; the fastest correct candidate is chosen. An entry applies up to the
+geometric mean of its number of rows and the next one. New entries replace those of the same product; other entries are
+kept. `peft-moe-qlora tune` does the same with fewer candidates for a user's model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 RANK = 16
 TOKENS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
 WEIGHTS = {"packed": FourBitFormat(), "e4m3": Fp8Format(), "e2m1": Mxfp4Format(), "dense": None}
-"""Kind of weight in the table -> format that stands for it."""
+"""Weight in the table -> representative format."""
 
 
 def layer_shape(shape: Shape) -> LayerShape:
-    """The sizes that tiles depend on, as the class of the experts stores its matrices."""
+    """Sizes and orientation of the matrices of an experts class."""
     is_transposed = bool(getattr(shape.experts_on_meta(), "is_transposed", False))
     return LayerShape(shape.num_experts, shape.hidden, shape.intermediate, shape.top_k, is_transposed)
 
@@ -44,7 +44,7 @@ def question(entry: dict[str, Any]) -> tuple:
 
 
 def measure(shapes: list[str], weights: list[str], repeats: int, workers: int) -> list[dict[str, Any]]:
-    """The table's entries, each with the time of the best and of the runner-up."""
+    """Measures the entries of the table, with the times of the best and the second best tiles."""
     entries = []
     for name in shapes:
         shape = layer_shape(SHAPES[name])
@@ -60,12 +60,12 @@ def measure(shapes: list[str], weights: list[str], repeats: int, workers: int) -
                 timer=partial(graph_milliseconds, repeats=repeats),
             )
             entries += [{**entry, "weight": weight, "layer": name} for entry in found]
-    # two layers may share a product; the first counts
+    # layers may share a product; the first entry is used
     return list({(*question(entry), entry["measured_at"]): entry for entry in reversed(entries)}.values())[::-1]
 
 
 def most_pairs_without_sorting(repeats: int) -> int:
-    """Up to how many pairs an NF4 layer's forward is faster pair by pair, with the tiles of the table in use."""
+    """Largest number of pairs for which the forward of an NF4 layer is faster pair by pair, with the current table."""
     shape = layer_shape(SHAPES["qwen3-30b-a3b"])
     up, down = (
         Problem(product, shape.experts, shape.top_k, 1, WEIGHTS["packed"], RANK)
@@ -83,7 +83,7 @@ def most_pairs_without_sorting(repeats: int) -> int:
         times = [
             graph_milliseconds(partial(run, *arguments), repeats) for run in (experts_forward_gemv, experts_forward)
         ]
-        tqdm.write(f"{tokens * shape.top_k} pairs: {times[0]:.4f} ms one by one, {times[1]:.4f} ms sorted")
+        tqdm.write(f"{tokens * shape.top_k} pairs: {times[0]:.4f} ms pair by pair, {times[1]:.4f} ms sorted")
         if times[0] >= times[1]:
             break
         most = tokens * shape.top_k
@@ -91,20 +91,26 @@ def most_pairs_without_sorting(repeats: int) -> int:
 
 
 def merged(entries: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured now, and of before what it does not replace."""
+    """New entries, and old ones that they do not replace."""
     new = {question(entry) for entry in entries}
     return entries + [entry for entry in kept if question(entry) not in new]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the table, JSON")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"], help="layers to measure")
+    parser.add_argument("--output", type=Path, required=True, help="output file for the table, JSON")
     parser.add_argument(
-        "--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="the others stay as they are"
+        "--shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"], help=("shapes of layers to measure")
     )
-    parser.add_argument("--repeats", type=int, default=9, help="timed replays of each candidate")
-    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        choices=WEIGHTS,
+        default=list(WEIGHTS),
+        help=("weights to measure; entries of the others are kept"),
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="timed replays per candidate")
+    parser.add_argument("--workers", type=int, default=12, help="number of compilation processes")
     arguments = parser.parse_args()
     before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     entries = measure(arguments.shapes, arguments.weights, arguments.repeats, arguments.workers)

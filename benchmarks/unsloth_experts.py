@@ -1,7 +1,7 @@
-"""Experts of unsloth_zoo in a transformers model: its packed stacks, and its forward by its own patches.
+"""Experts of unsloth_zoo in a transformers model: its packed stacks, and its forward, applied by its patches.
 
-unsloth_zoo's package file asks for all of Unsloth and for a GPU at its import. What is timed here lives in a few of
-its modules, which are imported below empty packages of the same names.
+The import of unsloth_zoo requires all of Unsloth and a GPU. The benchmark needs only a few of its modules, and imports
+them into empty packages with the same names.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def apply(model_type: str) -> None:
-    """Lets unsloth_zoo change the classes of transformers and PEFT, for the rest of the process.
+    """Applies unsloth_zoo's patches to classes of transformers and PEFT for the rest of the process.
 
     Raises:
-        ImportError: it is not installed.
-        ValueError: another model than Qwen3.
+        ImportError: unsloth_zoo is not installed.
+        ValueError: the model is not Qwen3.
     """
     if model_type != "qwen3_moe":
-        raise ValueError(f"The arm unsloth is for Qwen3's experts, not for {model_type}'s.")
+        raise ValueError(f"The arm unsloth supports only Qwen3's experts, not {model_type}'s.")
     if PATCHES in sys.modules:
         return
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise ImportError("The arm unsloth needs unsloth_zoo, which is not installed: pip install unsloth_zoo.")
+        raise ImportError("The arm unsloth requires unsloth_zoo, which is not installed. Run pip install unsloth_zoo.")
     folder = Path(next(iter(found.submodule_search_locations)))
     _add_empty_package(PACKAGE, folder)
     _add_empty_package(PATCHES, folder / "temporary_patches")
@@ -58,7 +58,7 @@ def _add_empty_package(name: str, folder: Path) -> None:
 
 
 def packed(experts: nn.Module) -> nn.Module:
-    """Experts whose stacks are in unsloth_zoo's NF4 instead, the scales in 8 bits."""
+    """Replaces the stacks of experts by unsloth_zoo's NF4 stacks with 8-bit scales."""
     make = sys.modules[f"{PATCHES}.moe_utils_bnb4bit"]._make_expert_params4bit
     for name in PROJECTIONS:
         weights = getattr(experts, name).data

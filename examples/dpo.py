@@ -1,12 +1,12 @@
-"""Direct preference optimization of a mixture-of-experts model with its experts in 4 bits, by TRL.
+"""Direct preference optimization of a mixture-of-experts model with 4-bit experts, with TRL.
 
     python examples/sft.py
-    python examples/dpo.py --adapter examples_output/sft   # trains the same adapter on; the reference is a copy of it
-    python examples/dpo.py                                 # a new adapter; the reference is the model without it
+    python examples/dpo.py --adapter examples_output/sft   # continues with this adapter; the reference is a copy of it
+    python examples/dpo.py                                 # trains a new adapter; the reference is the base model
     python examples/dpo.py --model Qwen/Qwen3-30B-A3B --data preferences.jsonl
 
-DATA has a pair in each line, `{"prompt": [...], "chosen": [...], "rejected": [...]}`, each a list of messages as in a
-chat. Every argument of TRL's `DPOConfig` is one of this program too. `KTOTrainer` goes the same way.
+DATA contains one pair per line, `{"prompt": [...], "chosen": [...], "rejected": [...]}`, each a list of chat messages.
+The script accepts all arguments of TRL's `DPOConfig`. `KTOTrainer` works in the same way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, TrlParser
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training
+from peft_moe_qlora.training import cast_trainable_to_fp32
 
 RECIPE = {
     "output_dir": "examples_output/dpo",
@@ -31,18 +32,21 @@ RECIPE = {
     "logging_steps": 1,
     "save_strategy": "epoch",
     "bf16": torch.cuda.is_available(),
-    # routers are frozen; with it the first loss is not ln 2
+    # routers are frozen; with this loss, the first loss would not be ln 2
     "router_aux_loss_coef": 0.0,
 }
 
 
 @dataclass
 class ScriptArguments:
-    model: str | None = field(default=None, metadata={"help": "Path or name on the hub; a tiny one by default."})
+    model: str | None = field(default=None, metadata={"help": "Path or hub name of the model; default: a tiny model."})
     data: str = field(
-        default=str(Path(__file__).parent / "data" / "preferences.jsonl"), metadata={"help": "JSONL of pairs."}
+        default=str(Path(__file__).parent / "data" / "preferences.jsonl"),
+        metadata={"help": "JSONL file with preference pairs."},
     )
-    adapter: str | None = field(default=None, metadata={"help": "Adapter that is trained on, as sft.py has saved it."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Adapter to continue training, such as the output of sft.py."}
+    )
 
 
 def main() -> None:
@@ -65,8 +69,8 @@ def main() -> None:
             r=16, expert_r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     else:
-        # frozen until there is a trainer: TRL rounds what is trained of a model in 4 bits to bf16, so that the policy
-        # would not start as its reference
+        # frozen until the trainer exists: TRL rounds trainable parameters of a 4-bit model to bf16, and the policy
+        # would differ from its reference at the start
         model = PeftModel.from_pretrained(model, script.adapter)
 
     trainer = DPOTrainer(
@@ -78,12 +82,11 @@ def main() -> None:
     )
     if script.adapter is not None:
         trainer.model.set_adapter("default")
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    # TRL has cast the factors to bf16, in which small updates are lost
+    cast_trainable_to_fp32(trainer.model)
 
     trainer.train()
-    # beside the adapter, TRL saves the copy of it in the folder `ref`
+    # TRL also saves the copy of the adapter, in the folder `ref`
     trainer.save_model()
 
 

@@ -1,22 +1,22 @@
-"""QLoRA on a mixture-of-experts model from start to end, on a CPU, without a download.
+"""QLoRA on a mixture-of-experts model from training to merging, on a CPU, without a download.
 
     pip install -e ".[examples]" && python examples/quickstart.py
 
-1. A small Qwen3-MoE is trained from scratch on the sources of Python's standard library and saved the way checkpoints
-   on the hub are.
-2. It is loaded like any model and adapted to a text it has not seen, Python's language reference as `help()` shows it
-   (`pydoc_data.topics`): once with experts in 16 bits, once with experts in 4 bits, on the same batches.
-3. The adapter of the 4-bit experts is reloaded in a fresh process. Then it is merged on disk, into a bf16 checkpoint
-   that plain transformers loads, and into one with experts in 4 bits.
+1. Trains a small Qwen3-MoE from scratch on the sources of Python's standard library, and saves it in the layout of
+   checkpoints on the hub.
+2. Loads it and trains adapters on new text, Python's language reference as shown by `help()` (`pydoc_data.topics`):
+   once with 16-bit and once with 4-bit experts, on the same batches.
+3. Reloads the adapter of the 4-bit experts in a new process. Then merges it on disk into a bf16 checkpoint, which
+   transformers loads without this package, and into a checkpoint with 4-bit experts.
 
-A table compares sizes and losses on a part of the text that no training sees, and how far what a merged model says is
-from what the adapter says; a picture shows the trainings.
+A table compares sizes, losses on held-out text, and the KL divergence of the merged models from the adapter; a plot
+shows the training losses.
 
     python examples/quickstart.py --model PATH_OR_ID --device cuda
 
-does steps 2 and 3 with a real model.
+runs steps 2 and 3 with a real model.
 """
-# ruff: noqa: E402 - a library's warning is turned off before the library is imported
+# ruff: noqa: E402 - a warning of a library is disabled before the library is imported
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-# when imported it warns that a kernel for 4-bit linear layers is missing; there are none here
+# its import warns about a missing kernel for 4-bit linear layers, which are not used here
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch
@@ -69,13 +69,13 @@ from peft_moe_qlora.merge import kl_divergence, merge_checkpoint, merge_quantize
 BATCH_SIZE = 8
 WINDOW = 128  # tokens
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
-MODULE_LENGTH = 8_000  # characters: a part of every module has more variety than the whole of a few
+MODULE_LENGTH = 8_000  # characters; parts of many modules have more variety than a few whole ones
 HELD_OUT_MODULES = 15
 HELD_OUT_SHARE = 0.1  # of the language reference
-EVALUATIONS = 4  # during an adaptation
+EVALUATIONS = 4  # during the training of an adapter
 
 QUANT_TYPES = {"16-bit": None, "4-bit": "nf4"}
-LOOKS = {  # the 4-bit line is drawn over the 16-bit one
+LOOKS = {  # the 4-bit line is drawn over the 16-bit line
     "16-bit": {"color": "#8ecae6", "linewidth": 5, "marker": "o", "markersize": 11},
     "4-bit": {"color": "#d1495b", "linewidth": 1.5, "marker": "x", "markersize": 8},
 }
@@ -92,23 +92,25 @@ class Windows(NamedTuple):
 
 
 def python_sources(seed: int) -> list[str]:
-    """The standard library's modules, shuffled."""
+    """Modules of the standard library, shuffled."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(root.rglob("*.py")) if not NOT_SOURCES & set(path.relative_to(root).parts)]
     if len(paths) <= HELD_OUT_MODULES:
-        raise SystemExit(f"{root} has no sources of the standard library. Pass --model PATH_OR_ID instead.")
+        raise SystemExit(
+            f"{root} does not contain the sources of the standard library. Pass --model PATH_OR_ID instead."
+        )
     random.Random(seed).shuffle(paths)
     return [path.read_text(encoding="utf-8", errors="replace")[:MODULE_LENGTH] for path in paths]
 
 
 def language_reference() -> str:
-    """Each paragraph once: topics contain one another, and held-out paragraphs must not be trained on."""
+    """The unique paragraphs of all topics; topics overlap, and training must not contain held-out paragraphs."""
     paragraphs = [paragraph for topic in topics.values() for paragraph in topic.split("\n\n")]
     return "\n\n".join({" ".join(paragraph.split()): paragraph for paragraph in paragraphs}.values())
 
 
 def to_windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], at_most: float = math.inf) -> torch.Tensor:
-    """The first `(N, WINDOW)` tokens; texts that are not needed are not tokenized."""
+    """The first `(N, WINDOW)` tokens; tokenizes only as many texts as needed."""
     ids: list[int] = []
     for text in texts:
         if len(ids) >= at_most * WINDOW:
@@ -126,7 +128,7 @@ def reference_windows(tokenizer: PreTrainedTokenizerBase) -> Windows:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE."""
+    """Trains a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -148,8 +150,8 @@ class Curve:
     """Losses of a training.
 
     Args:
-        training: of every step.
-        held_out: number of steps done -> loss on the held-out windows.
+        training: loss of every step.
+        held_out: number of steps -> loss on the held-out windows.
     """
 
     training: list[float] = field(default_factory=list)
@@ -168,7 +170,7 @@ def evaluate(model: nn.Module, windows: torch.Tensor) -> float:
 
 
 def first_logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """What a model makes of the first 16 windows; of all, it could be too much for the memory."""
+    """Logits for the first 16 windows; those for all windows may exceed the memory."""
     return next_token_logits(model.eval(), windows[:16])
 
 
@@ -181,7 +183,7 @@ def train(
     description: str,
     evaluations: int,
 ) -> Curve:
-    """Trains all parameters that require gradients; evaluates after equal shares of the steps."""
+    """Trains all parameters that require gradients; evaluates at equal intervals."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = max(1, steps // 10)
@@ -210,11 +212,11 @@ def train(
     return curve
 
 
-# --- What is shown ---------------------------------------------------------------------------------------------------
+# --- Results ---------------------------------------------------------------------------------------------------------
 
 
 class Results:
-    """A table that grows by a row with each part of the work done."""
+    """A table to which each part of the script adds a row."""
 
     header = ("", "experts, MiB", "held-out loss", "KL from the adapter", "seconds")
 
@@ -230,7 +232,7 @@ class Results:
     def add_evaluated(
         self, name: str, model: nn.Module, windows: torch.Tensor, adapted: torch.Tensor | None = None
     ) -> float:
-        """Adds a model; what the adapter made of the first windows shows how far it is from that."""
+        """Adds a model, with its KL divergence from the adapter if the adapter's logits are given."""
         loss = evaluate(model, windows)
         divergence = "" if adapted is None else f"{kl_divergence(adapted, first_logits(model, windows)):.1e}"
         self.add(name, experts_report(model).nbytes, loss, divergence)
@@ -241,13 +243,13 @@ class Results:
 
 
 def moving_average(losses: list[float], width: int) -> list[float]:
-    """Each loss averaged with those before it; fewer at the beginning."""
+    """Mean of each loss and those before it; of fewer values at the beginning."""
     spans = [losses[max(0, end - width) : end] for end in range(1, len(losses) + 1)]
     return [sum(span) / len(span) for span in spans]
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
-    """All losses; if there are two trainings, their difference below."""
+    """Plots all losses, and below the difference between two trainings."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     panels = figure.subplots(len(curves), sharex=True, squeeze=False, height_ratios=(3, 1)[: len(curves)])[:, 0]
     for name, curve in curves.items():
@@ -256,7 +258,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
         losses = moving_average(curve.training, width=max(1, len(steps) // 10))
         panels[0].plot(steps, losses, **look | {"marker": ""}, label=f"{name} experts, training (moving average)")
         panels[0].plot(*zip(*curve.held_out.items()), **look | {"linewidth": 0}, label=f"{name} experts, held out")
-    panels[0].set(ylabel="loss (nats per token)", title="Adapting a mixture of experts to a text it has not seen")
+    panels[0].set(ylabel="loss (nats per token)", title="Adapting a mixture of experts to new text")
     panels[0].legend()
     if len(curves) == len(LOOKS):
         differences = [a - b for a, b in zip(curves["4-bit"].training, curves["16-bit"].training)]
@@ -269,7 +271,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# --- The work --------------------------------------------------------------------------------------------------------
+# --- Steps -----------------------------------------------------------------------------------------------------------
 
 
 def build_base(args: argparse.Namespace) -> None:
@@ -299,29 +301,30 @@ def build_base(args: argparse.Namespace) -> None:
     model.to(torch.bfloat16).save_pretrained(args.base)
     tokenizer.save_pretrained(args.base)
     print(
-        f"The base has learnt Python sources: on held-out modules its loss is {curve.held_out[args.base_steps]:.3f}; "
-        f"guessing gives ln({config.vocab_size}) = {math.log(config.vocab_size):.3f}."
+        "The base is trained on Python sources. Its loss on held-out modules is "
+        f"{curve.held_out[args.base_steps]:.3f}; uniform guessing gives ln({config.vocab_size}) = "
+        f"{math.log(config.vocab_size):.3f}."
     )
     with safe_open(args.base / "model.safetensors", framework="pt") as checkpoint:
         key = next(key for key in sorted(checkpoint.keys()) if "gate_proj" in key)
-    print(f"It is stored expert by expert, as on the hub: {key}, ...")
+    print(f"It is saved with one tensor per expert, like checkpoints on the hub: {key}, ...")
 
 
 def free_memory() -> None:
-    """Frees models that are out of use: they refer to themselves, so that only the collector does."""
+    """Frees unused models; only the garbage collector can, since they have reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def load(path: str | Path, device: str) -> nn.Module:
-    """As anyone loads a model."""
+    """Loads a model without this package's options."""
     free_memory()
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=device)
 
 
 def load_adapted(args: argparse.Namespace) -> PeftModel:
-    """The 4-bit adapter on the base; how the experts are stored is read from the adapter."""
+    """Loads the 4-bit adapter on the base; the storage of the experts is read from the adapter."""
     return PeftModel.from_pretrained(load(args.base, args.device), adapter_folder(args, "4-bit"))
 
 
@@ -330,7 +333,7 @@ def adapter_folder(args: argparse.Namespace, name: str) -> Path:
 
 
 def adapt(name: str, windows: Windows, args: argparse.Namespace, results: Results) -> Curve:
-    """Trains and saves an adapter of attention and experts, the experts stored in 16 or in 4 bits."""
+    """Trains and saves an adapter on attention and experts, with 16-bit or 4-bit experts."""
     quant_type = QUANT_TYPES[name]
     model = load(args.base, args.device)
     if quant_type is not None:
@@ -350,13 +353,13 @@ def adapt(name: str, windows: Windows, args: argparse.Namespace, results: Result
 
     report = model.experts_report()
     results.add(f"adapted, {name} experts", report.nbytes, curve.held_out[args.steps])
-    # of a real model the whole report has hundreds of lines
+    # for a real model, the whole report has hundreds of lines
     print(report if args.model is None else str(report).splitlines()[-1])
     return curve
 
 
 def evaluate_in_fresh_process(args: argparse.Namespace) -> dict[str, float]:
-    """Runs this file again, up to `evaluate_saved`."""
+    """Runs `evaluate_saved` in a new process."""
     command = [sys.executable, __file__, "--evaluate-saved", "--output", args.output, "--device", args.device]
     if args.model is not None:
         command += ["--model", args.model]
@@ -366,7 +369,7 @@ def evaluate_in_fresh_process(args: argparse.Namespace) -> dict[str, float]:
 
 
 def evaluate_saved(args: argparse.Namespace) -> None:
-    """What the fresh process does; the last line it prints is the result."""
+    """Evaluates the saved adapter in the new process; the last line of its output is the result."""
     windows = reference_windows(AutoTokenizer.from_pretrained(args.base))
     model = load_adapted(args)
     loss = evaluate(model, windows.held_out)
@@ -374,24 +377,24 @@ def evaluate_saved(args: argparse.Namespace) -> None:
 
 
 def add_merged(args: argparse.Namespace, windows: torch.Tensor, results: Results) -> None:
-    """Merges the 4-bit adapter on disk, into 16 and into 4 bits, and loads what was written."""
+    """Merges the 4-bit adapter on disk into 16 and 4 bits, and loads the results."""
     adapted = first_logits(load_adapted(args), windows)
     adapter = adapter_folder(args, "4-bit")
     free_memory()
     report = merge_checkpoint(args.base, adapter, args.output / "merged-bf16")
-    # plain transformers needs nothing of peft_moe_qlora
+    # loaded by transformers without peft_moe_qlora
     merged = load(args.output / "merged-bf16", args.device)
     results.add_evaluated("adapter merged into bf16, reloaded", merged, windows, adapted)
     del merged
     for rounding in ("nearest", "second-order"):
         folder = args.output / f"merged-nf4-{rounding}"
         free_memory()
-        # to the nearest, a small delta may be lost altogether, which is to be seen here
+        # nearest rounding may remove a small delta completely; the table shows the effect
         merge_quantized(args.base, adapter, folder, rounding=rounding, device=args.device, allow_unchanged=True)
         merged = load_quantized(str(folder), device_map=args.device)
         results.add_evaluated(f"adapter merged into nf4, {rounding} rounding", merged, windows, adapted)
         del merged
-    # of a real model the whole report has hundreds of lines
+    # for a real model, the whole report has hundreds of lines
     print(f"\n{report if args.model is None else str(report).splitlines()[-1]}")
 
 
@@ -414,24 +417,30 @@ def run(args: argparse.Namespace) -> None:
     difference = fresh["loss"] - curves["4-bit"].held_out[args.steps]
     print(f"Loss in the fresh process minus loss at the end of training: {difference}")
     print(f"In {args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
-    print(f"Seconds in all: {time.perf_counter() - started:.0f}")
+    print(f"Total seconds: {time.perf_counter() - started:.0f}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a MoE model to adapt, path or hub id; default: a small one trained here")
-    parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="folder for what is written")
-    parser.add_argument("--steps", type=int, default=160, help="steps of each adaptation (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=640, help="steps of the base (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, help="of the adapters; default: 1e-2, with --model 2e-4")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument(
+        "--model", help=("path or hub id of the MoE model to adapt; default: a small model trained by this script")
+    )
+    parser.add_argument("--output", type=Path, default=Path("quickstart_output"), help="output directory")
+    parser.add_argument("--steps", type=int, default=160, help="training steps of each adapter (default: %(default)s)")
+    parser.add_argument(
+        "--base-steps", type=int, default=640, help=("training steps of the base (default: %(default)s)")
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help=("learning rate of the adapters; default: 1e-2, with --model 2e-4")
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="default: %(default)s")
-    parser.add_argument("--skip-16bit", action="store_true", help="leave out the training with 16-bit experts")
+    parser.add_argument("--skip-16bit", action="store_true", help="skip the training with 16-bit experts")
     parser.add_argument("--evaluate-saved", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if min(args.steps, args.base_steps) < 1:
-        parser.error("--steps and --base-steps have to be at least 1")
+        parser.error("--steps and --base-steps must be at least 1")
     if args.learning_rate is None:
         args.learning_rate = 1e-2 if args.model is None else 2e-4
     args.output = args.output.resolve()
@@ -441,12 +450,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    # PEFT still asks transformers by the old name
+    # PEFT still uses the old name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if args.model is None:
         disable_progress_bar()
-        # the matrices are too small to share: a second thread gains little on an idle machine and costs much on a busy
-        # one, and one thread rounds alike on any number of cores
+        # a second thread gains little for such small matrices, and costs much on a busy machine; one thread also gives
+        # the same results on any number of cores
         torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.evaluate_saved:

@@ -1,10 +1,10 @@
-"""A reward model from a mixture-of-experts model with its experts in 4 bits, by TRL.
+"""Training of a reward model from a mixture-of-experts model with 4-bit experts, with TRL.
 
     python examples/reward.py
     python examples/reward.py --model Qwen/Qwen3-30B-A3B --data preferences.jsonl
 
-DATA has pairs as for `dpo.py`. The head that gives the score is new: it is trained in full and saved with the adapter.
-Every argument of TRL's `RewardConfig` is one of this program too.
+DATA contains pairs as for `dpo.py`. The score head is new: it is trained in full and saved with the adapter. The
+script accepts all arguments of TRL's `RewardConfig`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer, TrlParser
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training
+from peft_moe_qlora.training import cast_trainable_to_fp32
 
 RECIPE = {
     "output_dir": "examples_output/reward",
@@ -34,9 +35,10 @@ RECIPE = {
 
 @dataclass
 class ScriptArguments:
-    model: str | None = field(default=None, metadata={"help": "Path or name on the hub; a tiny one by default."})
+    model: str | None = field(default=None, metadata={"help": "Path or hub name of the model; default: a tiny model."})
     data: str = field(
-        default=str(Path(__file__).parent / "data" / "preferences.jsonl"), metadata={"help": "JSONL of pairs."}
+        default=str(Path(__file__).parent / "data" / "preferences.jsonl"),
+        metadata={"help": "JSONL file with preference pairs."},
     )
 
 
@@ -50,7 +52,7 @@ def main() -> None:
         with args.main_process_first():
             script.model = tiny_checkpoint(Path(args.output_dir).parent / "tiny-moe")
 
-    # the head starts with random weights, alike in all processes
+    # the head is initialized randomly, with the same weights in all processes
     torch.manual_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         script.model, dtype="auto", num_labels=1, quantization_config=MoeQuantizationConfig()
@@ -64,13 +66,11 @@ def main() -> None:
         train_dataset=pairs["train"],
         eval_dataset=pairs["test"],
         processing_class=AutoTokenizer.from_pretrained(script.model),
-        # PEFT adds the head to modules_to_save by itself
+        # PEFT adds the head to modules_to_save
         peft_config=MoeQLoraConfig(r=16, expert_r=4, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS"),
     )
-    # TRL rounds factors of a model in 4 bits to bf16, in which small updates are lost
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    # TRL has cast the factors to bf16, in which small updates are lost
+    cast_trainable_to_fp32(trainer.model)
 
     trainer.train()
     trainer.save_model()

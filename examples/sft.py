@@ -1,13 +1,13 @@
-"""Supervised fine-tuning of a mixture-of-experts model with its experts in 4 bits, by TRL.
+"""Supervised fine-tuning of a mixture-of-experts model with 4-bit experts, with TRL.
 
     pip install peft-moe-qlora trl
-    python examples/sft.py                                   # a tiny model on a CPU, without a download
+    python examples/sft.py                                   # tiny model on a CPU, without a download
     python examples/sft.py --model Qwen/Qwen3-30B-A3B --data chats.jsonl
-    python examples/sft.py --resume                          # goes on from the last checkpoint
+    python examples/sft.py --resume                          # resumes from the last checkpoint
     accelerate launch --config_file CONFIG examples/sft.py   # several processes
 
-DATA has a chat in each line, `{"messages": [{"role": ..., "content": ...}, ...]}`. Every argument of TRL's `SFTConfig`
-is one of this program too: `--learning_rate 1e-4`, `--report_to trackio`, `--use_liger_kernel`.
+DATA contains one chat per line, `{"messages": [{"role": ..., "content": ...}, ...]}`. The script accepts all arguments
+of TRL's `SFTConfig`, such as `--learning_rate 1e-4`, `--report_to trackio` and `--use_liger_kernel`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training
+from peft_moe_qlora.training import cast_trainable_to_fp32
 
 RECIPE = {
     "output_dir": "examples_output/sft",
@@ -37,28 +38,28 @@ RECIPE = {
     "load_best_model_at_end": True,
     "logging_steps": 1,
     "bf16": torch.cuda.is_available(),
-    # routers are frozen, and CUDA graphs can't record what they say
+    # routers are frozen, and CUDA graphs cannot record their logits
     "router_aux_loss_coef": 0.0,
 }
 
 
 @dataclass
 class ScriptArguments:
-    model: str | None = field(default=None, metadata={"help": "Path or name on the hub; a tiny one by default."})
+    model: str | None = field(default=None, metadata={"help": "Path or hub name of the model; default: a tiny model."})
     data: str = field(
-        default=str(Path(__file__).parent / "data" / "chats.jsonl"), metadata={"help": "JSONL of chats."}
+        default=str(Path(__file__).parent / "data" / "chats.jsonl"), metadata={"help": "JSONL file with chats."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the last checkpoint in the output directory."})
     fast: bool = field(
         default=torch.cuda.is_available(),
-        metadata={"help": "Compiled layers and CUDA graphs, on one GPU, for models without a state."},
+        metadata={"help": "Use compiled layers and CUDA graphs, on one GPU, for models without stateful layers."},
     )
 
 
 class FixedLengthCollator(DataCollatorForLanguageModeling):
-    """Gives every batch one shape, as CUDA graphs want it.
+    """Makes all batches the same shape, as CUDA graphs require.
 
-    Lengths of documents are left out: they differ from batch to batch, and masks are made from position ids.
+    Document lengths are removed, since they differ between batches; masks are computed from position ids.
     """
 
     def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -69,7 +70,7 @@ class FixedLengthCollator(DataCollatorForLanguageModeling):
 def main() -> None:
     parser = TrlParser((ScriptArguments, SFTConfig))
     parser.set_defaults(**RECIPE, learning_rate=None)
-    # before the model: this tells each process which GPU is its own
+    # before the model: parsing TrainingArguments sets the GPU of each process
     script, args = parser.parse_args_and_config()
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if script.model else 1e-2
@@ -81,7 +82,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         script.model, dtype="auto", quantization_config=MoeQuantizationConfig()
     )
-    # layers with a state, as of linear attention, read lengths of documents that are left out for graphs
+    # stateful layers, such as linear attention, read the document lengths that are removed for graphs
     is_fast = script.fast and args.world_size == 1 and not model._is_stateful
     prepare_model_for_training(model, compile_layers=is_fast, cuda_graphs=is_fast)
 
@@ -99,10 +100,8 @@ def main() -> None:
     if is_fast:
         length = args.max_length * args.per_device_train_batch_size
         trainer.data_collator = FixedLengthCollator(tokenizer.pad_token_id, True, pad_to_multiple_of=length)
-    # TRL rounds factors of a model in 4 bits to bf16, in which small updates are lost
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    # TRL has cast the factors to bf16, in which small updates are lost
+    cast_trainable_to_fp32(trainer.model)
 
     trainer.train(resume_from_checkpoint=script.resume)
     trainer.save_model()

@@ -1,6 +1,6 @@
 """Tiny models with random weights, so that the examples run on a CPU without a download.
 
-They are written to a directory like checkpoints of the hub, with a tokenizer that knows bytes and the marks of a chat.
+They are saved like checkpoints on the hub, with a byte-level tokenizer and a chat template.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 VOCABULARY = [*MARKS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 IDS = {token: number for number, token in enumerate(VOCABULARY)}
-# ChatML; what stands in `generation` is what assistant_only_loss trains
+# ChatML; assistant_only_loss trains on the text inside of `generation`
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
     "{%- if message.role == 'assistant' -%}{% generation %}{{ text(message.content) }}<|im_end|>{% endgeneration %}"
@@ -44,7 +44,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # the least that vLLM takes on a CPU
+    "head_dim": 32,  # minimum of vLLM on a CPU
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
@@ -57,7 +57,7 @@ SIZES = {
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Each byte is a token."""
+    """A tokenizer with one token per byte."""
     tokenizer = Tokenizer(models.BPE(vocab=IDS, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,12 +71,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_checkpoint(directory: str | Path) -> str:
-    """Writes a Qwen3-MoE of 0.2 million parameters, unless it is there; its path."""
+    """Saves a Qwen3-MoE with 0.2 million parameters, unless it exists; returns its path."""
     return _write(directory, Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES))
 
 
 def tiny_vision_checkpoint(directory: str | Path) -> str:
-    """Writes a Qwen3-VL-MoE, unless it is there; its path."""
+    """Saves a Qwen3-VL-MoE, unless it exists; returns its path."""
     text = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}}
     vision = {
         "depth": 2,
@@ -108,7 +108,7 @@ def _write(directory: str | Path, model_class: type, config) -> str:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=0.1)
-        # a directory that is there is whole
+        # rename at the end, so that an existing directory is complete
         partial = directory.with_name(f"{directory.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
@@ -118,7 +118,7 @@ def _write(directory: str | Path, model_class: type, config) -> str:
 
 
 class TinyProcessor(ProcessorMixin):
-    """The part of Qwen3-VL's processor that is for images; that for videos needs torchvision."""
+    """Qwen3-VL's processor without videos, which require torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -134,7 +134,7 @@ class TinyProcessor(ProcessorMixin):
         features = {}
         if images is not None:
             features = dict(self.image_processor(images=images, return_tensors=return_tensors))
-            # each mark of an image becomes as many as the language model is given of it
+            # repeat each image token for the number of image embeddings
             counts = iter((features["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
             parts = [one.split("<|image_pad|>") for one in text]
             text = ["".join(p + "<|image_pad|>" * next(counts) for p in some[:-1]) + some[-1] for some in parts]

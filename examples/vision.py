@@ -1,11 +1,11 @@
-"""Fine-tuning of a vision-language mixture-of-experts model, its text experts in 4 bits and adapted, by TRL.
+"""Fine-tuning of a vision-language mixture-of-experts model with adapted 4-bit text experts, with TRL.
 
     pip install peft-moe-qlora trl pillow
     python examples/vision.py
     python examples/vision.py --model Qwen/Qwen3-VL-30B-A3B-Instruct
 
-The data are made here: pictures of one colour, and questions for it. Vision tower and attention stay as they are.
-Every argument of TRL's `SFTConfig` is one of this program too.
+The data are generated: images of one colour, and questions for the colour. Vision tower and attention are not trained.
+The script accepts all arguments of TRL's `SFTConfig`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training
+from peft_moe_qlora.training import cast_trainable_to_fp32
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (30, 60, 220), "white": (250, 250, 250)}
 RECIPE = {
     "output_dir": "examples_output/vision",
-    # a truncated text may have lost marks of its image
+    # truncation could remove image tokens
     "max_length": None,
     "per_device_train_batch_size": 4,
     "max_steps": 40,
@@ -39,11 +40,11 @@ RECIPE = {
 
 @dataclass
 class ScriptArguments:
-    model: str | None = field(default=None, metadata={"help": "Path or name on the hub; a tiny one by default."})
+    model: str | None = field(default=None, metadata={"help": "Path or hub name of the model; default: a tiny model."})
 
 
 def coloured_squares(sizes: tuple[int, ...] = (64, 96)) -> Dataset:
-    """Two squares of each colour; of the larger one the model sees more tokens."""
+    """Two squares of each colour, in two sizes, which have different numbers of tokens."""
     return Dataset.from_list(
         [
             {
@@ -79,13 +80,11 @@ def main() -> None:
         args,
         train_dataset=coloured_squares(),
         processing_class=processor,
-        # without target_modules: the routed experts, which are in the language model, and nothing else
+        # the default target_modules are the routed experts, all of which are in the language model
         peft_config=MoeQLoraConfig(r=8, lora_alpha=16),
     )
-    # TRL rounds factors of a model in 4 bits to bf16, in which small updates are lost
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    # TRL has cast the factors to bf16, in which small updates are lost
+    cast_trainable_to_fp32(trainer.model)
 
     trainer.train()
     trainer.save_model()

@@ -2,28 +2,28 @@
 
 Importing the package registers the method with PEFT; importing it again changes nothing.
 
-Its rooms, each of which uses those above it only:
+Modules, in order of their dependencies: each imports only those above it.
 
-    quiet_import        bitsandbytes, without a notice that is not for users
-    progress            when a bar of progress appears
-    sharded             which parameters an engine has sharded
-    quantization        how a stack of weights is stored
-    ops                 how a layer of experts is computed
-    experts             what an experts module is, adapted or not
-    quantized_linear    a linear layer whose weight is stored in a format
-    options             of an adapter's config, in one table
-    saved_adapter       the files of an adapter
+    quiet_import        import of bitsandbytes without its log messages
+    progress            progress bars
+    sharded             parameters sharded by FSDP2 or ZeRO-3
+    quantization        storage formats of weights
+    ops                 computation of a layer of experts
+    experts             experts modules, with or without an adapter
+    quantized_linear    linear layers with a weight in one of the formats
+    options             table of the adapter's options
+    saved_adapter       files of a saved adapter
     config, layer, linear_lora, quantized_linear_lora
-                        the configuration; LoRA on one stack, on a linear layer, and on one that is stored in a format
+                        the configuration; LoRA on stacks of experts, linear layers and quantized linear layers
     factor_shapes, unadaptable, targets, base_identity, base_names, report
-                        what a config asks for in a model, what is refused, what the model was, and has become
-    loading             checkpoints into models and back
-    layouts             of saved adapters: one file for each, which reads and writes it
-    merge               in memory, on disk, and whether the result is what the adapter was
-    training            what a training needs beside the layers
-    weighted_adapter    several adapters as one
-    model               the tuner, which PEFT calls
-    cli
+                        matching a config with a model: shapes, targets, rejected layers, identity, names, report
+    loading             loading and saving checkpoints
+    layouts             layouts of saved adapters: one module per layout, which reads and writes it
+    merge               merging in memory and on disk, and its verification
+    training            preparation of a model for training, CUDA graphs, checks
+    weighted_adapter    weighted combination of adapters
+    model               the tuner, called by PEFT
+    cli                 the command line
 """
 
 __version__ = "0.1.0"
@@ -66,8 +66,8 @@ __all__ = [
     "save_bitsandbytes",
 ]
 
-# `peft.utils.register_peft_method` insists on a prefix that no other method has. Ours is LoRA's, because one adapter
-# covers linear layers, whose keys stay LoRA's, and experts.
+# `peft.utils.register_peft_method` requires a unique prefix. This method uses the prefix of LoRA: one adapter covers
+# experts and linear layers, and the keys of linear layers are the same as LoRA's.
 _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MoeQLoraPeftType.MOE_QLORA] = MoeQLoraConfig
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[MoeQLoraPeftType.MOE_QLORA] = MoeQLoraModel
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MoeQLoraPeftType.MOE_QLORA] = MoeQLoraModel.prefix

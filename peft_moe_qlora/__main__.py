@@ -1,4 +1,4 @@
-"""`python -m peft_moe_qlora` is the command line."""
+"""Runs the command line with `python -m peft_moe_qlora`."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""Which weights an adapter was trained on: enough to tell them from others of the same shape, and to make them anew.
+"""The identity of the weights that an adapter was trained on, to recognize and to reproduce them.
 
-Stored in the adapter's config. Samples are scales of quantized experts, or weights of those in 16 bits: few, of
-experts spread over the model. Scales are the same whatever device quantizes; codes might not be, where two are near.
+It is stored in the adapter's config. Samples are scales of quantized experts, or weights of 16-bit experts, of a few
+stacks spread over the model. Scales do not depend on the device that quantizes; codes may differ for a weight halfway
+between two values.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ _SAMPLED_STACKS = 8
 _SAMPLES = 16
 _TOLERANCE, _TOLERANCE_ACROSS_DTYPES = 1e-4, 2.0**-7
 _LEAST_EQUAL = 0.9
-"""Of the samples; scales in 8 bits may differ in the last of them from device to device."""
+"""Share of the samples that must be equal. A few scales in 8 bits may differ between devices."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What an adapter's config says of its base.
+    """The base model as recorded in an adapter's config.
 
     Args:
-        model_type: of transformers.
-        dtype: that weights were cast to before they were quantized, such as `"bfloat16"`.
-        dense_stacks: experts that were left in `dtype` although the others are quantized.
+        model_type: `model_type` of the transformers config.
+        dtype: dtype of the weights before quantization, such as `"bfloat16"`.
+        dense_stacks: names of the experts stacks in `dtype` if other experts are quantized.
         linear: format, such as `"nf4/64+dq"` -> linear layers stored in it; `*` stands for any number.
-        samples: name of a stack -> scales of the first blocks of expert 0, or its first weights.
+        samples: name of a stack -> scales of the first blocks of expert 0, or its first weights in a 16-bit stack.
     """
 
     model_type: str
@@ -52,10 +53,10 @@ class BaseIdentity:
 
     @classmethod
     def of(cls, recorded: dict[str, Any] | None) -> BaseIdentity | None:
-        """What an adapter's config has; None if it has nothing.
+        """Parses `base` of an adapter's config; None if there is none.
 
         Raises:
-            ValueError: it has something else.
+            ValueError: it is not a valid `BaseIdentity`.
         """
         if recorded is None:
             return None
@@ -63,8 +64,7 @@ class BaseIdentity:
             found = cls(**recorded)
         except TypeError as error:
             raise ValueError(
-                f"What the adapter's config says of its base can't be read: {error}. An object with model_type and "
-                "dtype was expected."
+                f"base in the adapter's config cannot be read: {error}. Expected an object with model_type and dtype."
             ) from error
         found._check_values()
         return found
@@ -80,34 +80,33 @@ class BaseIdentity:
         expected = {
             "model_type": ("a string", isinstance(self.model_type, str)),
             "dtype": (
-                "the name of a dtype of torch",
+                "the name of a torch dtype",
                 isinstance(dtype, str)
                 and (isinstance(getattr(torch, dtype, None), torch.dtype) if dtype else not self.linear),
             ),
             "dense_stacks": ("a list of names", are_names(self.dense_stacks)),
             "linear": (
-                "an object of formats and lists of names",
+                "an object that maps formats to lists of names",
                 isinstance(self.linear, dict) and all(map(are_names, self.linear.values())),
             ),
             "samples": (
-                "an object of names and lists of numbers",
+                "an object that maps names to lists of numbers",
                 isinstance(self.samples, dict) and all(map(are_numbers, self.samples.values())),
             ),
         }
         for name, (values, fits) in expected.items():
             if not fits:
                 raise ValueError(
-                    f"What the adapter's config says of its base has {name}={getattr(self, name)!r:.200}; "
-                    f"{values} was expected."
+                    f"base in the adapter's config has {name}={getattr(self, name)!r:.200}. Expected {values}."
                 )
         for storage in self.linear:
             try:
                 parse_format(storage)
             except ValueError as error:
-                raise ValueError(f"What the adapter's config says of its base has, in linear, {error}") from error
+                raise ValueError(f"base.linear in the adapter's config: {error}") from error
 
     def linear_storage(self, name: str) -> Format | None:
-        """How a linear layer was stored, None for floating point."""
+        """Storage format of a linear layer, None for floating point."""
         for storage, patterns in self.linear.items():
             if name in patterns or _any_number(name) in patterns:
                 return parse_format(storage)
@@ -115,11 +114,11 @@ class BaseIdentity:
 
 
 def identify_base(model: nn.Module, adapted: Collection[str] = ()) -> BaseIdentity:
-    """Describes a model whose experts are stored as they are trained on; nothing is read of weights on meta.
+    """Describes a model whose experts are stored as in training. Weights on the meta device are not sampled.
 
     Args:
-        model: with its experts converted.
-        adapted: stacks that are adapted, which most samples are of: a merge changes these.
+        model: model with converted experts.
+        adapted: names of the adapted stacks. Most samples are taken from these, because merging changes them.
     """
     stacks = _stacks(model)
     quantized = [name for name, stack in stacks.items() if stack.storage is not None]
@@ -138,7 +137,7 @@ def identify_base(model: nn.Module, adapted: Collection[str] = ()) -> BaseIdenti
 
 
 def _can_be_sampled(stack: Stack) -> bool:
-    """Whether its first expert is here."""
+    """Whether the first expert is loaded in this process."""
     return stack.device.type != "meta" and (stack.experts_read is None or 0 in stack.experts_read)
 
 
@@ -147,14 +146,14 @@ def _evenly_picked(names: list[str], most: int) -> list[str]:
 
 
 def sample(stack: Stack) -> list[float]:
-    """What is kept of a stack to know it again."""
+    """Values of a stack that identify it."""
     if stack.storage is None:
         return stack.decode_expert(0, torch.float32).flatten()[:_SAMPLES].tolist()
     return stack.scales(slice(0, 1))[0, :_SAMPLES].tolist()
 
 
 def differing_sample(recorded: BaseIdentity, found: BaseIdentity) -> str | None:
-    """Name of the first stack whose samples are others than recorded; None if all that both have agree."""
+    """Name of the first stack whose samples differ; None if all stacks sampled in both agree."""
     tolerance = _TOLERANCE if recorded.dtype == found.dtype else _TOLERANCE_ACROSS_DTYPES
     for name, expected in recorded.samples.items():
         values = found.samples.get(name)
@@ -168,12 +167,12 @@ def differing_sample(recorded: BaseIdentity, found: BaseIdentity) -> str | None:
 
 
 def settle_base(config: MoeQLoraConfig, recorded: BaseIdentity | None, found: BaseIdentity) -> None:
-    """Remembers what a new adapter is trained on; warns where one is put on weights that it wasn't trained on.
+    """Records the base of a new adapter; warns if a saved adapter is loaded onto another base.
 
     Args:
-        config: of the adapter.
-        recorded: what the adapter's file says; None for a new one.
-        found: of the model.
+        config: config of the adapter.
+        recorded: base recorded in the adapter file; None for a new adapter.
+        found: identity of the model.
     """
     if recorded is None:
         config.base = found.to_dict()
@@ -181,18 +180,18 @@ def settle_base(config: MoeQLoraConfig, recorded: BaseIdentity | None, found: Ba
     differing = differing_sample(recorded, found)
     if differing is not None:
         warnings.warn(
-            f"The adapter was trained on other weights: {differing} differs. It has the same shape, so it is "
-            f"loaded; it was made for {config.base_model_name_or_path}.",
+            f"The adapter was trained on other weights: {differing} differs. Shapes match, so the adapter is loaded "
+            f"anyway. It was trained on {config.base_model_name_or_path}; load that base instead.",
             RuntimeWarning,
             stacklevel=2,
         )
-    # files of before may not say how linear layers were stored
+    # older files may lack the storage of linear layers
     if recorded.linear and recorded.linear.keys() != found.linear.keys():
         trained, present = (", ".join(one.linear) or "floating point" for one in (recorded, found))
         warnings.warn(
-            f"The adapter was trained with linear layers in {trained}; those of this base are in {present}, so that "
-            "outputs differ from those of the training. Load the base with the quantization_config of the training, "
-            "such as MoeQuantizationConfig().",
+            f"The adapter was trained with linear layers in {trained}, but this base has them in {present}, so "
+            "outputs differ from training. Load the base with the quantization_config used in training, such as "
+            "MoeQuantizationConfig().",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -208,7 +207,7 @@ def _stacks(model: nn.Module) -> dict[str, Stack]:
 
 
 def _linear_storage(model: nn.Module) -> dict[str, list[str]]:
-    """Linear layers by their storage, as patterns where all that fit one are stored alike."""
+    """Storage -> linear layers, as patterns where all layers that match a pattern have the same storage."""
     storages = {
         path.removesuffix(".base_layer"): _storage(module)
         for path, module in model.named_modules()
@@ -226,7 +225,7 @@ def _linear_storage(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _storage(module: nn.Linear) -> str:
-    """By its format's name, empty for floating point."""
+    """Name of the layer's storage format, empty for floating point."""
     if isinstance(module, QuantizedLinear):
         return str(module.storage)
     if not isinstance(module, Linear4bit):

@@ -1,4 +1,4 @@
-"""Stacks in floating point keep the names that they had in the base model's state dict before the conversion."""
+"""Keeps the names of unquantized stacks in the base model's state dict as they were before the conversion."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .quantization import DenseStack, Stack
 
 
 def keep_base_names(model: nn.Module) -> None:
-    """Lets `model.state_dict()` say `experts.down_proj` for `experts.down_proj.weight`; loading takes both.
+    """Renames `experts.down_proj.weight` to `experts.down_proj` in `model.state_dict()`; loading accepts both names.
 
-    PEFT's `get_base_model_state_dict` and `set_base_model_state_dict` go through these. The state dict of a module
-    around the model, such as a `PeftModel`, keeps the names of the parameters.
+    PEFT's `get_base_model_state_dict` and `set_base_model_state_dict` use these names. The state dict of a module that
+    wraps the model, such as a `PeftModel`, keeps the names of the parameters.
 
     Args:
         model: the base model, with its adapters.
@@ -33,13 +33,13 @@ def _lengthen(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
 
 
 def _dense_stacks(model: nn.Module) -> list[str]:
-    """Paths of all stacks; none if some are packed, since such a model is saved under the names of the parameters."""
+    """Paths of all stacks; empty if some are packed, since such a model is saved with the names of the parameters."""
     stacks = {path: module for path, module in model.named_modules() if isinstance(module, Stack)}
     return list(stacks) if all(isinstance(stack, DenseStack) for stack in stacks.values()) else []
 
 
 def _rename(state_dict: dict[str, torch.Tensor], names: dict[str, str]) -> None:
-    """In place and in the same order."""
+    """Renames keys in place and keeps their order."""
     if names.keys() & state_dict.keys():
         for key in list(state_dict):
             state_dict[names.get(key, key)] = state_dict.pop(key)

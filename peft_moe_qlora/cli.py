@@ -49,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         "--onto",
         choices=ONTO,
         default="quantized",
-        help="merge onto the weights as quantized in training, or onto the checkpoint's (default: %(default)s)",
+        help="merge into the weights as quantized in training, or into those of the checkpoint (default: %(default)s)",
     )
-    merge.add_argument("--dtype", choices=_DTYPES, help="dtype of the result; default: the checkpoint's")
+    merge.add_argument("--dtype", choices=_DTYPES, help="dtype of the result; default: that of the checkpoint")
     kinds = merge.add_mutually_exclusive_group()
     kinds.add_argument(
         "--quantize",
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--layout",
         choices=LAYOUTS,
-        help="layout of a quantized result; default: the base's if it is quantized, else native",
+        help="layout of a quantized result; default: the layout of the base if it is quantized, else native",
     )
     merge.add_argument(
         "--rounding",
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", metavar="TEXT", help="text file on which to compare the live adapter and the result"
     )
     _add_verify_options(merge, "device for --quantize and --verify (default: %(default)s)")
-    _add_read_options(merge, "storage that an adapter from another tool was trained on; default: none")
+    _add_read_options(merge, "storage of the experts during training, for an adapter from another tool; default: none")
     merge.add_argument("--allow-unchanged", action="store_true", help="continue if a delta is too small for the dtype")
     merge.add_argument("--dry-run", action="store_true", help="run all checks, write nothing")
     merge.set_defaults(run=_merge)
@@ -91,12 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("text", help="plain text file")
     _add_verify_options(verify, "device of the models (default: %(default)s)")
     verify.set_defaults(run=_verify)
-    convert = commands.add_parser("convert", help="convert a saved adapter, also from another tool, to another layout")
+    convert = commands.add_parser(
+        "convert", help="convert a saved adapter, including one from another tool, to another layout"
+    )
     convert.add_argument("adapter", help="directory of the adapter")
     convert.add_argument("out", help="output directory")
     convert.add_argument("--to", choices=TARGETS, required=True, help="layout to write")
-    convert.add_argument("--base", help="directory of the base model; default: the one that the adapter names")
-    _add_read_options(convert, "storage of the experts that an adapter from another tool was trained on; default: nf4")
+    convert.add_argument(
+        "--base", help="directory of the base model; default: the base model named in the adapter's config"
+    )
+    _add_read_options(
+        convert, "storage of the experts during training, for an adapter from another tool; default: nf4"
+    )
     convert.set_defaults(run=_convert)
     _add_tune(commands)
     return parser
@@ -105,36 +111,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
-        help="show what a checkpoint contains and the memory of training it; with --card, settings that fit on a GPU",
+        help="show a checkpoint's contents and the memory needed to train it; with --card, settings that fit on a GPU",
     )
     inspect.add_argument(
         "checkpoint",
         metavar="MODEL",
         help="directory with config.json and safetensors; with --card, also a config.json or a known name",
     )
-    inspect.add_argument("--card", metavar="GIB", type=_gib, help="memory of a GPU, to find settings that fit on it")
+    inspect.add_argument("--card", metavar="GIB", type=_gib, help="memory of the GPU in GiB; finds settings that fit")
     inspect.add_argument("--quant-type", choices=QUANT_TYPES, help="4-bit type for unquantized experts (default: nf4)")
-    inspect.add_argument("--storage", metavar="FORMAT", help="storage of experts by format name, such as 'mxfp4'")
+    inspect.add_argument("--storage", metavar="FORMAT", help="format of the experts, such as 'mxfp4'")
     inspect.add_argument("--blocksize", type=int, choices=BLOCKSIZES, help="weights per scale (default: 64)")
     inspect.add_argument("--double-quant", action="store_true", help="store scales in 8 bits")
     inspect.add_argument("--r", "--rank", type=_positive, default=16, help="rank on linear layers (default: 16)")
-    inspect.add_argument("--expert-r", "--expert-rank", type=_positive, help="rank on experts (default: that of --r)")
+    inspect.add_argument("--expert-r", "--expert-rank", type=_positive, help="rank on experts (default: --r)")
     inspect.add_argument("--seq", "--tokens", type=_positive, help="tokens per sequence (default: 2048)")
     inspect.add_argument("--batch", type=_positive, default=1, help="sequences per step (default: 1)")
     inspect.add_argument(
         "--keep-experts", action="store_true", help='assume use_gradient_checkpointing="keep-experts"'
     )
-    inspect.add_argument("--optimizer", choices=OPTIMIZERS, help="optim of TrainingArguments; only with --card")
+    inspect.add_argument("--optimizer", choices=OPTIMIZERS, help="optim of TrainingArguments (only with --card)")
     inspect.add_argument(
-        "--logits", action="store_true", help="assume an unfused loss, without TRL or Liger; only with --card"
+        "--logits", action="store_true", help="assume an unfused loss, without TRL or Liger (only with --card)"
     )
     inspect.add_argument(
-        "--no-accumulation", action="store_true", help="assume gradient_accumulation_steps=1; only with --card"
+        "--no-accumulation", action="store_true", help="assume gradient_accumulation_steps=1 (only with --card)"
     )
-    inspect.add_argument("--json", action="store_true", help="print plain data instead of tables")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     inspect.epilog = (
-        "With --card, the command searches for the values not given: storage, expert rank, tokens, optimizer and "
-        "keep-experts."
+        "With --card, the command searches for the values that are not given: storage, expert rank, tokens, optimizer "
+        "and keep-experts."
     )
     inspect.set_defaults(run=_inspect)
 
@@ -145,7 +151,7 @@ def _add_tune(commands: Any) -> None:
         help="measure the fastest tile sizes for a model on this GPU, and store them in the user's cache directory",
     )
     tune.add_argument("model", nargs="?", help="directory or hub name of a model; only its config is read")
-    tune.add_argument("--hidden", type=_positive, help="instead of a model: hidden size")
+    tune.add_argument("--hidden", type=_positive, help="hidden size, instead of a model")
     tune.add_argument("--intermediate", type=_positive, help="intermediate size of an expert")
     tune.add_argument("--experts", type=_positive, help="experts per layer")
     tune.add_argument("--top-k", type=_positive, help="experts per token")
@@ -157,27 +163,28 @@ def _add_tune(commands: Any) -> None:
     )
     tune.add_argument("--rank", type=_positive, default=16, help="LoRA rank on experts (default: %(default)s)")
     tune.add_argument(
-        "--rows", type=_positive, nargs="+", help="mean rows per expert; by default, those of 4 sequence lengths"
+        "--rows", type=_positive, nargs="+", help="mean rows per expert (default: the rows of 4 sequence lengths)"
     )
-    tune.add_argument("--workers", type=_positive, help="compilation processes; by default, up to 8")
+    tune.add_argument("--workers", type=_positive, help="number of compilation processes (default: at most 8)")
     tune.set_defaults(run=_tune)
 
 
 def _add_verify_options(parser: argparse.ArgumentParser, use_of_device: str) -> None:
     parser.add_argument(
-        "--verify-dtype", choices=_DTYPES, help="dtype to run both models in; default: that of the training"
+        "--verify-dtype", choices=_DTYPES, help="dtype in which both models run; default: the dtype of the training"
     )
     parser.add_argument("--device", default="cpu", help=use_of_device)
-    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_read_options(parser: argparse.ArgumentParser, use_of_quant_type: str) -> None:
     parser.add_argument("--quant-type", choices=QUANT_TYPE_NAMES, help=use_of_quant_type)
     parser.add_argument(
-        "--written-by", help="PEFT version that wrote the adapter, such as peft==0.18.1, if its config has none"
+        "--written-by",
+        help="PEFT version that wrote the adapter, such as peft==0.18.1, if its config does not contain one",
     )
     parser.add_argument(
-        "--lora-b-order", choices=LORA_B_ORDERS, help="order of fused lora_B, if the config does not state it"
+        "--lora-b-order", choices=LORA_B_ORDERS, help="order of fused lora_B, if the config does not contain it"
     )
     parser.add_argument("--partial", action="store_true", help="treat missing layers as not adapted")
 
@@ -189,13 +196,13 @@ def _read_options(args: argparse.Namespace) -> ReadOptions:
 def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
-    except (AssertionError, RuntimeError) as error:  # what torch raises depends on how it was built
-        raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from error
+    except (AssertionError, RuntimeError) as error:  # depends on the build of torch
+        raise ValueError(f"--device {name} is not available: {str(error).splitlines()[0]}") from error
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -205,7 +212,7 @@ def _gib(text: str) -> float:
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB, such as 24")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in GiB, such as 24")
     return found
 
 
@@ -241,7 +248,7 @@ def _merge(args: argparse.Namespace) -> str:
         if args.quantize is None:
             _check_unused(args, "--quantize and --verify", device="cpu")
     else:
-        # before the work
+        # check the options before the merge
         plan = plan_unmerged(args.base, args.adapter)
         read_windows(args.verify, args.base, plan.revision)
     if args.quantize is None:
@@ -289,10 +296,10 @@ def _shown(report: Any, args: argparse.Namespace) -> str:
 
 
 def _check_unused(args: argparse.Namespace, place: str, **defaults: Any) -> None:
-    """Refuses options that would have no effect."""
+    """Rejects options that would have no effect."""
     for name, default in defaults.items():
         if getattr(args, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} is an option of {place}. Leave it out.")
+            raise ValueError(f"--{name.replace('_', '-')} is only valid with {place}. Remove it.")
 
 
 def _convert(args: argparse.Namespace) -> str:
@@ -302,7 +309,7 @@ def _convert(args: argparse.Namespace) -> str:
 
 def _tune(args: argparse.Namespace) -> str:
     if not torch.cuda.is_available():
-        raise ValueError("tiles are measured on a GPU, and torch finds none here. Run it where the model is trained.")
+        raise ValueError("tune requires a GPU, but torch finds none. Run it on the machine that is used for training.")
     from .ops.kernels.tuning import forget_tables, gpu_of, tiles_origin
     from .ops.kernels.user_table import read_user_table, write_user_table
     from .ops.tune import measure_layer, today  # needs Triton
@@ -311,7 +318,7 @@ def _tune(args: argparse.Namespace) -> str:
     storage = None if args.storage == "16-bit" else parse_format(args.storage)
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = gpu_of(device)
-    read_user_table(gpu)  # a broken one is refused before the work
+    read_user_table(gpu)  # rejects an invalid table before the measurement
     lines = []
     for shape in shapes:
         entries = measure_layer(shape, storage, args.rank, args.rows or (), args.workers)
@@ -329,14 +336,14 @@ def _layer_shapes(args: argparse.Namespace) -> list[LayerShape]:
     options = ", ".join(f"--{name.replace('_', '-')}" for name in sizes)
     if args.model is None:
         if None in sizes.values():
-            raise ValueError(f"name a model, or give all of {options}.")
+            raise ValueError(f"no model and no complete shape given. Pass a model, or all of {options}.")
         return [LayerShape(**sizes)]
     given = {name: None for name in sizes if name != "top_k"}
     _check_unused(args, "a shape instead of a model", **given)
     layouts, top_k = read_expert_shapes(args.model)
     top_k = args.top_k or top_k
     if top_k is None:
-        raise ValueError(f"the config of {args.model} does not say how many experts a token has. Give --top-k.")
+        raise ValueError(f"the config of {args.model} does not contain the number of experts per token. Pass --top-k.")
     return [
         LayerShape(
             layout.num_experts,
@@ -351,10 +358,10 @@ def _layer_shapes(args: argparse.Namespace) -> list[LayerShape]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; errors of the checkpoint are one line on stderr, and 1; an interruption is 130."""
+    """Runs a command. Errors print one line on stderr and return 1; an interruption returns 130."""
     args = _parser().parse_args(arguments)
     try:
-        # other libraries log to stdout when they are imported, as DeepSpeed does, and a program may read the result
+        # some libraries, such as DeepSpeed, print to stdout when imported; keep stdout for the result
         with redirect_stdout(sys.stderr):
             found = args.run(args)
     except (ValueError, OSError) as error:
@@ -362,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         next_time = (
-            ". Rerun the same command to resume; with --quantize it starts over" if args.command == "merge" else ""
+            ". Rerun the same command to resume; a merge with --quantize starts over"
+            if args.command == "merge"
+            else ""
         )
         print(f"peft-moe-qlora {args.command}: interrupted{next_time}.", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The configuration of a MoE-QLoRA adapter: PEFT's `LoraConfig` plus what concerns experts."""
+"""The configuration of a MoE-QLoRA adapter: PEFT's `LoraConfig` plus options for experts."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ FORMAT_VERSION = 1
 """Version of the adapter file: key names, shapes of the factors, meaning of the config's fields."""
 
 ALL_EXPERTS = "experts"
-"""As a target name: every routed experts module, whatever its path."""
+"""Target name that matches every routed experts module, at any path."""
 
 
 class MoeQLoraPeftType(str, enum.Enum):
-    """The adapter's type in `adapter_config.json`. A type of our own: an enum that has members can't be extended."""
+    """The adapter's type in `adapter_config.json`. A separate enum, because an enum with members can't be extended."""
 
     MOE_QLORA = "MOE_QLORA"
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """The adapter file beside a config, and what of the config its shapes follow from.
+    """The adapter file next to a config, and the config's options that determine the shapes in the file.
 
     Args:
-        shapes: key -> shape of the tensors.
+        shapes: key -> shape of each tensor.
         expert_r: rank of the experts' factors.
-        rank_pattern: the exceptions from it.
-        reach: the options that decide which layers are adapted.
+        rank_pattern: ranks of single layers, as in the config.
+        reach: values of the options that determine which layers are adapted.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -57,11 +57,11 @@ class StoredAdapter:
         return cls(shapes, config.resolved_expert_r, dict(config.rank_pattern), _reach(config))
 
     def belongs_to(self, config: MoeQLoraConfig) -> bool:
-        """Whether the config still is the one of the file: someone may have read it to start from."""
+        """Whether the config still has the ranks of the file; a user may have changed a config after reading it."""
         return (self.expert_r, self.rank_pattern) == (config.resolved_expert_r, config.rank_pattern)
 
     def has_layers_of(self, config: MoeQLoraConfig) -> bool:
-        """Whether the config, its targets not yet resolved, still names the layers of the file."""
+        """Whether the config still selects the layers of the file. Call it before the targets are resolved."""
         return self.reach == _reach(config)
 
 
@@ -72,41 +72,43 @@ def _reach(config: MoeQLoraConfig) -> tuple[Any, ...]:
 
 @dataclass
 class MoeQLoraConfig(LoraConfig):
-    """Config of LoRA on the fused experts of a MoE model, quantized to 4 bits or another format, and on linear layers.
+    """Config of LoRA on linear layers and on the fused experts of a MoE model, quantized to 4 bits by default.
 
     Every option of `LoraConfig` either applies to experts as it does to linear layers, or is rejected.
 
     Args:
-        target_modules: what to adapt. Default: the routed experts of every layer and nothing else. A list may name
-            linear layers, experts modules (`"experts"` for all), projections of them (`"experts.gate_up_proj"`,
-            `"experts.down_proj"`; `"experts.up_proj"` where the class has no gate), or use the names from when each
-            expert was a module (`"gate_proj"`, `"up_proj"`, `"down_proj"`, `"w1"`, `"w2"`, `"w3"`). `"all-linear"` is
-            every linear layer and the experts, routers and layers that LoRA can't train (`UNADAPTABLE`) excepted.
-            Names that match nothing raise an error. Once an adapter is created, the config names projections by their
-            paths.
-        expert_r: rank of the factors of each expert. Default: `r`. Experts are many: for one projection a rank costs
-            `num_experts * (in_features + out_features)` parameters, so that rank 16 on all experts of a 30B-A3B model
-            is 629 million parameters; `max(1, r // experts_per_token)` gives a token about as many active ones as rank
-            `r` gives a dense layer of the same width.
+        target_modules: modules to adapt. Default: the routed experts of every layer and nothing else. A list may
+            contain linear layers, experts modules (`"experts"` for all), their projections (`"experts.gate_up_proj"`,
+            `"experts.down_proj"`; `"experts.up_proj"` if the class has no gate), and the names used in checkpoints
+            with one module per expert (`"gate_proj"`, `"up_proj"`, `"down_proj"`, `"w1"`, `"w2"`, `"w3"`).
+            `"all-linear"` is every linear layer and all experts, except routers and layers that LoRA can't train
+            (`UNADAPTABLE`). Names that match nothing raise an error. When an adapter is created, the projections are
+            written to the config with their full paths.
+        expert_r: rank of the factors of each expert. Default: `r`. Models have many experts: each rank of a projection
+            adds `num_experts * (in_features + out_features)` parameters, so rank 16 on all experts of a 30B-A3B model
+            has 629 million parameters. With `max(1, r // experts_per_token)`, a token uses about as many LoRA
+            parameters as with rank `r` on a dense layer of the same width.
         expert_alpha: numerator of the experts' scaling, which is `expert_alpha / expert_r`, or
-            `expert_alpha / sqrt(expert_r)` with `use_rslora`. Default: so that the scaling equals the linear layers'.
-        storage: format of the experts of the whole model, adapted or not, by its name, such as `"fp8/128x128"`.
-            Default: what the next three say, or for a model that was loaded in a format that they can't say, that.
+            `expert_alpha / sqrt(expert_r)` with `use_rslora`. Default: the value that gives experts the same scaling
+            as linear layers.
+        storage: name of the storage format of all experts of the model, adapted or not, such as `"fp8/128x128"`.
+            Default: the format given by `quant_type`, `blocksize` and `double_quant`, or the format in which the model
+            was loaded if these options cannot express it.
         quant_type: the 4-bit format of the experts: `"nf4"`, `"fp4"`, or None to leave them in 16 bits.
         blocksize: number of weights that share a scale; 64 is the block size of QLoRA.
-        double_quant: store the scales in 8 bits, 0.37 bits a weight less at block size 64.
-        rank_pattern, alpha_pattern: of linear layers and of projections of experts, by path, such as
-            `"layers.3.mlp.experts.down_proj"`.
-        base: what the adapter was trained on (`BaseIdentity`); set by this package when the adapter is created.
-        format_version: of the adapter file; set by this package.
+        double_quant: store the scales in 8 bits, which saves 0.37 bits per weight at block size 64.
+        rank_pattern, alpha_pattern: ranks and alphas of single linear layers or projections of experts, by path, such
+            as `"layers.3.mlp.experts.down_proj"`.
+        base: identity of the base model (`BaseIdentity`); set by this package when the adapter is created.
+        format_version: version of the adapter file; set by this package.
 
     Raises:
-        ValueError: an option can't be honoured for experts, has no such value, or comes from a later version.
+        ValueError: an option is not supported for experts, has an invalid value, or was written by a later version.
     """
 
     expert_r: int | None = field(default=None, metadata={"help": "Rank of each expert's factors. Default: r."})
     expert_alpha: float | None = field(
-        default=None, metadata={"help": "Alpha of the experts. Default: such that their scaling is that of r."}
+        default=None, metadata={"help": "Alpha of the experts. Default: gives experts the scaling of linear layers."}
     )
     storage: str | None = field(
         default=None, metadata={"help": "Format of the experts, such as 'fp8/128x128', instead of quant_type."}
@@ -114,22 +116,22 @@ class MoeQLoraConfig(LoraConfig):
     quant_type: str | None = field(
         default="nf4", metadata={"help": "Storage of the experts: 'nf4', 'fp4', or None to leave them in 16 bits."}
     )
-    blocksize: int = field(default=64, metadata={"help": "Weights of an expert that share a scale."})
+    blocksize: int = field(default=64, metadata={"help": "Number of weights of an expert that share a scale."})
     double_quant: bool = field(default=False, metadata={"help": "Store the scales in 8 bits."})
-    base: dict | None = field(default=None, metadata={"help": "What the adapter was trained on; set when created."})
+    base: dict | None = field(default=None, metadata={"help": "Identity of the base model; set by this package."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
 
     stored: ClassVar[StoredAdapter | None] = None
-    """What stands beside the file that the config was read from; set on instances, never saved."""
+    """The adapter file next to the config file that was read; set on instances, never saved."""
 
     is_read: ClassVar[bool] = False
-    """Whether `base` comes from a file; set on instances, never saved."""
+    """Whether the config, including `base`, was read from a file; set on instances, never saved."""
 
     def __post_init__(self) -> None:
         self._check_values()
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"The adapter has format_version {self.format_version}; this peft-moe-qlora reads up to "
+                f"The adapter has format_version {self.format_version}. This version of peft-moe-qlora reads up to "
                 f"{FORMAT_VERSION}. Upgrade peft-moe-qlora."
             )
         if self.storage is not None:
@@ -139,7 +141,7 @@ class MoeQLoraConfig(LoraConfig):
         self.peft_type = MoeQLoraPeftType.MOE_QLORA
 
     def _check_values(self) -> None:
-        """Refuses what would fail, or mean something else, when layers are made: the experts are converted by then."""
+        """Rejects values that would otherwise fail, or be misread, after the experts have been converted."""
         can_be_none = {"quant_type", *(one.name for one in fields(self) if one.default is None)}
         known = values_of("lora", "own")
         for name in (*names_of(matches=True), *names_of(owner="own"), "lora_dropout", "bias"):
@@ -147,14 +149,14 @@ class MoeQLoraConfig(LoraConfig):
             if value is None and name in can_be_none:
                 continue
             if not known[name].include(list(value) if isinstance(value, (set, tuple)) else value):
-                raise ValueError(f"{name}={shown(value)}: {known[name].expected} was expected.")
+                raise ValueError(f"{name}={shown(value)}: expected {known[name].expected}.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; where an adapter lies beside it, its README says how that is loaded.
+        """Saves the config as PEFT does, and adds loading instructions to the README of an adapter in the directory.
 
         Raises:
-            ValueError: the adapter beside it was just saved as a pickle (`safe_serialization=False`), or has empty
-                tensors.
+            ValueError: the adapter in the directory was just saved as a pickle (`safe_serialization=False`), or has
+                empty tensors.
         """
         refuse_pickled_just_saved(Path(save_directory))
         refuse_parts_just_saved(Path(save_directory))
@@ -164,11 +166,11 @@ class MoeQLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """As PEFT's, and remembers the shapes in a local adapter file, to be checked before a model is changed.
+        """Reads the config as PEFT does, and the shapes in a local adapter file, to check them before a model changes.
 
         Raises:
-            ValueError: the config has what experts can't honour, or no target_modules; the tensors beside it, on the
-                hub too, are pickled, or their file is cut off. The error names the file.
+            ValueError: the config has an option that is not supported for experts, or no target_modules; or the
+                adapter file, local or on the hub, is a pickle or truncated. The message has the file.
         """
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -176,8 +178,8 @@ class MoeQLoraConfig(LoraConfig):
             raise ValueError(f"The config of {pretrained_model_name_or_path}: {error}") from error
         if config.target_modules is None:
             raise ValueError(
-                f"The config of {pretrained_model_name_or_path} has no target_modules; those of a saved adapter are "
-                f"written out. {REMEDY}"
+                f"The config of {pretrained_model_name_or_path} has no target_modules. Expected the list of names "
+                f"that every saved adapter contains. {REMEDY}"
             )
         config.is_read = True
         directory = Path(pretrained_model_name_or_path, subfolder or "")
@@ -191,11 +193,11 @@ class MoeQLoraConfig(LoraConfig):
 
     @property
     def format(self) -> Format | None:
-        """How the experts are stored, None for 16 bits."""
+        """Storage format of the experts, None for 16 bits."""
         return format_of(self.storage, self.quant_type, self.blocksize, self.double_quant)
 
     def set_format(self, found: Format | None) -> None:
-        """Asks for a format, None for 16 bits."""
+        """Sets the storage format of the experts, None for 16 bits."""
         self.storage, self.quant_type, self.blocksize, self.double_quant = spelled(found)
 
     @property
@@ -215,7 +217,7 @@ class MoeQLoraConfig(LoraConfig):
         return self.lora_alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
 
     def of_experts(self) -> MoeQLoraConfig:
-        """A copy with the experts' rank and alpha in the place of `r` and `lora_alpha`, as PEFT reads them."""
+        """A copy whose `r` and `lora_alpha` are the experts' rank and alpha."""
         config = copy.copy(self)
         config.r, config.lora_alpha = self.resolved_expert_r, self.resolved_expert_alpha
         return config
@@ -226,11 +228,11 @@ class MoeQLoraConfig(LoraConfig):
 
 
 def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
-    """Rank and alpha of a layer, as PEFT settles them.
+    """Rank and alpha of a layer, resolved as in PEFT.
 
     Args:
-        config: with the patterns; for a projection of experts, `MoeQLoraConfig.of_experts()`.
-        names: all that the layer may be called in them; the first counts that a pattern matches.
+        config: config with the patterns; for a projection of experts, `MoeQLoraConfig.of_experts()`.
+        names: names that patterns may use for the layer; the first one matched by a pattern counts.
     """
     return _by_pattern(config.rank_pattern, names, config.r), _by_pattern(
         config.alpha_pattern, names, config.lora_alpha

@@ -1,4 +1,4 @@
-"""Whether the tensors of an adapter file are the ones that a model wants, told before any of them is used."""
+"""Checks that the tensors of an adapter file match the model, before any of them is used."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _FACTOR_KEY = re.compile(r".*\.(gate_up|up|down)_proj\.lora_[AB]\.(.*\.)?weight"
 _LORA_KEY = re.compile(r"(.*)\.lora_[AB]\.weight")
 _OLD_KEY = re.compile(r"(.*\.)lora_((?:gate_up|up|down)_proj)_([AB])(\..*)?")
 _PEFT_PREFIX = "base_model.model."
-_REMEDY = "The adapter belongs to another base model, or the file is damaged; load the base it was trained on."
+_REMEDY = "The adapter belongs to another base model, or the file is damaged. Load the base that it was trained on."
 
 
 def check_stored_shapes(
     config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout], targets: Collection[str]
 ) -> None:
-    """Holds the adapter file that a config came from, if any, against the experts of a model.
+    """Compares the shapes in the adapter file of a config, if there is one, with the experts of a model.
 
     Args:
-        config: one read by `MoeQLoraConfig.from_pretrained`, or any other.
+        config: a config, read by `MoeQLoraConfig.from_pretrained` or not.
         layouts: path -> layout of every experts module.
-        targets: paths of the projections that get factors.
+        targets: paths of the projections to adapt.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or fits no experts of the model.
+        ValueError: a tensor is missing, has another shape, or matches no experts of the model.
     """
     if config.stored is None or not config.stored.belongs_to(config):
         return
@@ -47,42 +47,42 @@ def check_stored_shapes(
 
 
 def check_stored_layers(found: Iterable[str], adapted: Collection[str]) -> None:
-    """Makes sure that no factors of an adapter file would be left out.
+    """Checks that every factor in an adapter file belongs to an adapted layer.
 
     Args:
         found: keys in the file.
-        adapted: paths of all layers that get factors.
+        adapted: paths of all adapted layers.
 
     Raises:
-        ValueError: names the first tensor that fits none of them.
+        ValueError: a tensor matches no adapted layer; the message has the first.
     """
     for key in found:
         layer = _LORA_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX))
         if layer is not None and layer[1] not in adapted:
-            raise ValueError(f"The adapter's tensor {key} fits no adapted layer of the model. {_REMEDY}")
+            raise ValueError(f"The adapter's tensor {key} matches no adapted layer of the model. {_REMEDY}")
 
 
 def check_factor_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares the shapes of experts' factors; other tensors in `found` don't count.
+    """Compares the shapes of experts' factors; other tensors in `found` are ignored.
 
     Raises:
-        ValueError: names the first tensor that is missing, too many, of another shape, or spelled as before version
-            0.1.0.
+        ValueError: a tensor is missing, unexpected, of another shape, or has a key from before version 0.1.0; the
+            message has the first.
     """
     for old in filter(None, map(_OLD_KEY.fullmatch, found)):
         raise ValueError(
-            f"The adapter's tensor {old[0]} is spelled as before version 0.1.0. Rename it in the file to "
-            f"{old[1]}{old[2]}.lora_{old[3]}.weight, and its like; the tensors themselves stay as they are."
+            f"The adapter's tensor {old[0]} has a key from before version 0.1.0. Rename it in the file to "
+            f"{old[1]}{old[2]}.lora_{old[3]}.weight, and all such keys accordingly. The tensors do not change."
         )
     for key, shape in expected.items():
         if key not in found:
-            raise ValueError(f"The adapter has no tensor for {key}; one of shape {shape} was expected. {_REMEDY}")
+            raise ValueError(f"The adapter has no tensor {key}. Expected one of shape {shape}. {_REMEDY}")
         if found[key] != shape:
-            raise ValueError(f"{key} has shape {found[key]} in the adapter; {shape} was expected. {_REMEDY}")
+            raise ValueError(f"{key} has shape {found[key]} in the adapter. Expected {shape}. {_REMEDY}")
     for key, shape in found.items():
-        # linear layers may have the same names, and factors of two dimensions
+        # linear layers may have the same names, but their factors are 2-D
         if key not in expected and len(shape) == 3 and _FACTOR_KEY.fullmatch(key):
             raise ValueError(
-                f"The adapter's tensor {key} fits no adapted experts of the model. {_REMEDY} XLoraModel and other "
-                "methods that load adapters can't adapt experts."
+                f"The adapter's tensor {key} matches no adapted experts of the model. {_REMEDY} XLoraModel and other "
+                "methods that combine adapters do not support experts."
             )

@@ -1,7 +1,7 @@
-"""PEFT's LoRA on frozen linear layers, with a forward that costs what its products cost.
+"""PEFT's LoRA on frozen linear layers, with a faster forward.
 
-PEFT's own casts activations to the dtype of the factors, multiplies in it, and adds copies of the output. Factors,
-their keys, merging and all that is not the plain sum of a layer and its adapters stay PEFT's.
+PEFT's forward casts activations to the dtype of the factors, multiplies in that dtype, and copies the output several
+times. Factors, their keys, merging and all variants other than plain LoRA are PEFT's.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .quantization.formats.four_bit import NESTED_BLOCKSIZE
 
 
 class Base(NamedTuple):
-    """How a layer without adapters computes.
+    """Computation of a layer without adapters.
 
     Args:
-        matrix: its weight.
-        matrix_of: gives it again, for the backward.
-        dtype: of the product.
-        out_dtype: of what the layer gives.
+        matrix: the weight.
+        matrix_of: function that returns the weight again, for the backward.
+        dtype: dtype of the product.
+        out_dtype: dtype of the output.
     """
 
     matrix: StoredMatrix
@@ -38,7 +38,7 @@ class Base(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What an adapter adds: `scaling * (dropout(x) A^T) B^T`; dropout is None where it does nothing."""
+    """Low-rank term of an adapter: `scaling * (dropout(x) A^T) B^T`; dropout is None if inactive."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -47,14 +47,14 @@ class Term(NamedTuple):
 
 
 class FastForward:
-    """Goes before a class of PEFT's, whose forward it replaces where `base` and every active adapter are plain."""
+    """Mixin before a LoRA layer of PEFT; replaces its forward if the base layer and all active adapters are plain."""
 
     def base(self, x: torch.Tensor) -> Base | None:
-        """How the base layer computes; None where PEFT's forward has to call it."""
+        """Computation of the base layer; None if PEFT's forward must call it."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # adapter names of a mixed batch, offsets of activated LoRA
+        # arguments are adapter names of a mixed batch or offsets of activated LoRA
         terms = None if args or kwargs else self._terms()
         base = self.base(x) if terms else None
         if base is None:
@@ -71,7 +71,7 @@ class FastForward:
         return out.to(base.out_dtype)
 
     def _terms(self) -> list[Term] | None:
-        """Those of active adapters; None where there are none, or one of them is more than that."""
+        """Terms of the active adapters; None if there are none or one of them is not plain LoRA."""
         if self.disable_adapters or self.merged_adapters:
             return None
         terms, adapters = [], self.lora_A
@@ -85,7 +85,7 @@ class FastForward:
             if not drops and type(dropout) not in (nn.Dropout, nn.Identity):
                 return None
             B, scaling = B.weight, self.scaling[name]
-            if isinstance(scaling, torch.Tensor):  # where adapters are swapped in compiled models
+            if isinstance(scaling, torch.Tensor):  # prepared for hotswapping in compiled models
                 B, scaling = B * scaling, 1.0
             terms.append(Term(A.weight, B, float(scaling), dropout if drops else None))
         return terms
@@ -102,14 +102,14 @@ _LINEAR = (nn.Linear,)
 
 
 def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether calling it does what its class does: hooks shard, offload and watch layers."""
+    """Whether a module is of one of the classes and has no hooks, which may shard, offload or observe it."""
     return (
         type(module) in kinds
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and not module._backward_pre_hooks
         and not module._backward_hooks
-        and "forward" not in module.__dict__  # where accelerate hooks in
+        and "forward" not in module.__dict__  # replaced by accelerate's hooks
     )
 
 
@@ -121,7 +121,7 @@ class LoraLinear(FastForward, lora.Linear):
         if not is_plain(layer, _LINEAR):
             return None
         weight, dtype = layer.weight, linear_dtype(x)
-        # a weight of another dtype is an error outside autocast, and for fp64 in it
+        # another dtype of the weight is an error outside of autocast, and for fp64 under autocast
         has_dtype = weight.dtype == dtype or (dtype != torch.float64 and torch.is_autocast_enabled(x.device.type))
         if weight.requires_grad or not has_dtype or type(weight) not in (nn.Parameter, torch.Tensor):
             return None
@@ -150,11 +150,11 @@ class LoraLinear4bit(FastForward, lora.Linear4bit):
         matrix = None if x.is_meta or not is_plain(layer, _LINEAR_4BIT) else four_bit_matrix(layer)
         if matrix is None:
             return None
-        if not layer.compute_type_is_set:  # as the layer's own forward settles it
+        if not layer.compute_type_is_set:  # as in the layer's own forward
             layer.set_compute_type(x)
             layer.compute_type_is_set = True
         dtype = layer.compute_dtype or x.dtype
-        # wider activations: PEFT multiplies them with factors as they are, but under autocast
+        # outside of autocast, PEFT multiplies wider activations with the factors without a cast
         is_narrower = dtype.itemsize < x.dtype.itemsize and not torch.is_autocast_enabled(x.device.type)
         if is_narrower or torch.float64 in (dtype, x.dtype):
             return None
@@ -162,11 +162,11 @@ class LoraLinear4bit(FastForward, lora.Linear4bit):
 
 
 def four_bit_matrix(layer: StoredLinear4bit) -> StoredMatrix | None:
-    """The weight of a layer as a `FourBitFormat` has it, without a copy; None where the format can't say it."""
+    """The weight of a layer as a matrix in a `FourBitFormat`, without a copy; None if no such format fits."""
     weight, shape = layer.weight, (layer.out_features, layer.in_features)
     state = getattr(weight, "quant_state", None)
     if state is None:
-        state = layer.quant_state  # sharding makes other parameters, without it
+        state = layer.quant_state  # sharding replaces the parameter by one without it
     if state is None or getattr(state, "packing_format_for_cpu", False) or tuple(state.shape) != shape:
         return None
     key = (state.quant_type, state.blocksize, state.nested)
@@ -185,7 +185,7 @@ def four_bit_matrix(layer: StoredLinear4bit) -> StoredMatrix | None:
 
 
 def with_fast_forward(layer: nn.Module) -> nn.Module:
-    """The same layer, of a class of this module where PEFT has made it of one that is known here."""
+    """Changes the class of a PEFT layer to the one with the fast forward, if there is one; returns the layer."""
     if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = LoraLinear
     elif type(layer) is lora.Linear4bit and _has_known_scales(layer.base_layer):
@@ -194,9 +194,9 @@ def with_fast_forward(layer: nn.Module) -> nn.Module:
 
 
 def _has_known_scales(layer: nn.Module) -> bool:
-    """Whether nested scales, if any, have the map of bitsandbytes; files can hold another."""
+    """Whether nested scales, if any, use the code map of bitsandbytes; checkpoints may contain another one."""
     state = getattr(layer.weight, "quant_state", None)
-    if state is None or not state.nested:  # or quantized by bitsandbytes when it is moved to a GPU
+    if state is None or not state.nested:  # without a state, bitsandbytes quantizes on the move to a GPU
         return True
     code = state.state2.code
     return not code.is_meta and torch.equal(code, dynamic_map(code.device))

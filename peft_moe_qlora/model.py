@@ -55,30 +55,30 @@ from .weighted_adapter import Combination
 class MoeQLoraModel(LoraModel):
     """LoRA for MoE models: PEFT's `LoraModel` with `ExpertsLora` layers on the stacks of experts.
 
-    When the first adapter is added, the experts of the whole model are converted to the storage that its config names,
-    in place and stack by stack; experts converted before (`quantize_experts`) are used as they are.
+    Adding the first adapter converts all experts of the model to the storage in its config, in place and stack by
+    stack. Experts that are already converted (`quantize_experts`) are used as they are.
 
     Args:
         model: the model to adapt.
         config: a `MoeQLoraConfig`.
         adapter_name: name of the adapter.
-        low_cpu_mem_usage: create the factors on the meta device, to be filled from a file.
+        low_cpu_mem_usage: create the factors on the meta device, to be loaded from a file.
     """
 
     merge_check: MergeCheck | None = None
-    """Of the last `merge_and_unload` with second-order rounding."""
+    """Check of the last `merge_and_unload` with second-order rounding."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         keep_base_names(self.model)
         refuse_optimizers_of_matrices(self)
-        # PeftModel passes a dictionary and casts afterwards. transformers passes a config and fills the factors in the
-        # dtype that they have, which for a 16-bit model would round those of a file
+        # PeftModel passes a dictionary and casts the factors afterwards. transformers passes a config and loads the
+        # factors in their current dtype, which would round those of a file to 16 bits for a 16-bit model
         if isinstance(peft_config, MoeQLoraConfig):
             self._cast_adapter_dtype(adapter_name)
 
     def train(self, mode: bool = True) -> MoeQLoraModel:
-        if mode:  # a Trainer calls this between Liger's patches and the first forward
+        if mode:  # Trainer calls this after Liger's patches and before the first forward
             refuse_liger_head(self.model)
         return super().train(mode)
 
@@ -88,7 +88,7 @@ class MoeQLoraModel(LoraModel):
         return peft_config
 
     def _prepare_model(self, peft_config: MoeQLoraConfig, model: nn.Module) -> None:
-        """Settles what the config asks for, refuses what can't be had, and only then converts the experts."""
+        """Resolves and checks the config, then converts the experts."""
         recorded = BaseIdentity.of(peft_config.base) if peft_config.is_read else None
         stored = peft_config.stored
         is_loaded = stored is not None and stored.has_layers_of(peft_config)
@@ -111,32 +111,32 @@ class MoeQLoraModel(LoraModel):
             check_stored_layers(stored.shapes, {*linear, *stacks})
         peft_config.stored = None
         if linear or stacks:
-            # PEFT registers parameters on the meta device meanwhile, if asked for low_cpu_mem_usage
+            # with low_cpu_mem_usage, PEFT creates parameters on the meta device here
             skip_init_on_device(store_experts)(model, peft_config.format, progressbar=True)
         settle_base(peft_config, recorded, identify_base(model, stacks))
 
     def _check_new_adapter_config(self, config: MoeQLoraConfig) -> None:
-        _adopt_format(config, self.model)  # before it is compared with that of the other adapters
+        _adopt_format(config, self.model)  # before the comparison with the other adapters' formats
         super()._check_new_adapter_config(config)
         for name, other in self.peft_config.items():
             if other.format != config.format:
                 raise ValueError(
-                    f"The new adapter wants the experts stored as {config.format or '16 bits'}, but adapter {name!r} "
-                    f"has them as {other.format or '16 bits'}. Adapters of one model share its experts: give both "
-                    "the same storage, or the same quant_type, blocksize and double_quant."
+                    f"The new adapter requests experts stored as {config.format or '16 bits'}, but adapter {name!r} "
+                    f"uses {other.format or '16 bits'}. Adapters of one model share its experts: set the same "
+                    "storage, or the same quant_type, blocksize and double_quant, for both."
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             self.peft_config.pop(adapter_name, None)
             raise ValueError(
-                f"{adapter_name!r} can't be the name of an adapter: torch's containers have no place for an empty "
-                "name, a dot, or the name of one of their own attributes. Choose another."
+                f"{adapter_name!r} is not a valid adapter name. torch.nn.ModuleDict rejects empty names, names with a "
+                "dot, and names of its own attributes. Choose another name."
             )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            # PeftModel takes the config back by itself, transformers' add_adapter does not
+            # PeftModel removes the config itself, transformers' add_adapter does not
             self.peft_config.pop(adapter_name, None)
             raise
         if not self.peft_config[adapter_name].inference_mode:
@@ -161,7 +161,7 @@ class MoeQLoraModel(LoraModel):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, QuantizedLinearLora):
-            # PEFT asks for the weight, which would be decoded many times, to move factors that are where it is
+            # PEFT would decode the weight several times to move factors that are on its device already
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -188,15 +188,15 @@ class MoeQLoraModel(LoraModel):
         state_dict: dict[str, torch.Tensor],
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """As PEFT's, with whole tensors of a model that is sharded by FSDP2; then all processes have to call it.
+        """Like PEFT's, but gathers tensors of a model sharded by FSDP2; all processes must then call it.
 
         Raises:
-            ValueError: tensors of experts are missing, or are parts that ZeRO-3 has left here.
+            ValueError: tensors of experts are missing, or are shards of ZeRO-3.
         """
         found = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
-        # PEFT takes modules trained in full and embeddings out of this dictionary afterwards
+        # PEFT reads modules trained in full and embeddings from this dictionary afterwards
         parts = (f".{adapter_name}.", *EMBEDDING_LAYER_NAMES)
         others = [name for name in state_dict if name not in found and any(part in name for part in parts)]
         state_dict.update(gathered({name: state_dict[name] for name in others}))
@@ -214,8 +214,8 @@ class MoeQLoraModel(LoraModel):
     ) -> dict[str, torch.Tensor]:
         if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, LoraLayer)):
             raise ValueError(
-                f"Adapter {adapter_name!r} is merged, so that its factors can't be replaced: linear layers are "
-                "unmerged by them. Call unmerge_adapter() first."
+                f"Adapter {adapter_name!r} is merged, and its factors cannot be replaced: linear layers need them to "
+                "unmerge. Call unmerge_adapter() first."
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         factors = _expert_factors(model, adapter_name)
@@ -230,25 +230,25 @@ class MoeQLoraModel(LoraModel):
         return (module for module in self.model.modules() if isinstance(module, ExpertsLora))
 
     def experts_report(self) -> ExpertsReport:
-        """What is stored how, what is adapted with which rank, what is trainable, what computes it."""
+        """Reports storage, ranks, trainable adapters and computation path of all experts."""
         return experts_report(self.model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands `adapter_names`, one for each sample of the batch, to every layer for the time of a call."""
+        """Passes `adapter_names`, one for each sample of the batch, to all layers during a call."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
             return
         if self.training:
-            raise ValueError("adapter_names can't be passed in training mode; call model.eval() first.")
+            raise ValueError("adapter_names is not supported in training mode. Call model.eval() first.")
         self._check_adapter_names([name for name in adapter_names if name != BASE])
         num_beams = kwargs.get("num_beams") or 1
         batch = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         if batch is not None and len(batch) != len(adapter_names):
             raise ValueError(
-                f"Length of adapter_names should be the number of samples, but got {len(adapter_names)} names for "
-                f"{len(batch)} samples."
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(batch)} samples. Pass one name "
+                "for each sample."
             )
         per_sequence = [name for name in adapter_names for _ in range(num_beams)]
 
@@ -260,7 +260,7 @@ class MoeQLoraModel(LoraModel):
             for module in self.modules()
             if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
         ]
-        # a compiled model doesn't look at hooks again, but at attributes, and is then compiled with these hooks
+        # a compiled model checks attributes but not hooks; the changed attribute causes a recompilation with the hooks
         experts = [module for module in self.modules() if isinstance(module, QuantizedExperts)]
         for module in experts:
             module.adapter_names = tuple(per_sequence)
@@ -285,28 +285,28 @@ class MoeQLoraModel(LoraModel):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Combines adapters into a new one by PEFT's formulas, on experts for each of them.
+        """Combines adapters into a new one with PEFT's methods, for experts separately for each expert.
 
         Args:
-            adapters: names of adapters.
-            weights: one for each; may be negative.
-            adapter_name: name of the new one; nothing happens if it exists.
-            combination_type: of those that PEFT's `add_weighted_adapter` has, which describes the other options too.
-            svd_rank: rank of the result of the `svd` forms. Default: the largest.
-            svd_clamp: quantile at which values of the factors are cut, for the `svd` forms.
-            svd_full_matrices: of `torch.linalg.svd`, on linear layers; the result doesn't depend on it.
-            svd_driver: of `torch.linalg.svd`.
-            density: share of the values that ties, dare and magnitude_prune keep.
-            majority_sign_method: of ties, `"total"` or `"frequency"`.
+            adapters: names of the adapters.
+            weights: weight of each adapter; may be negative.
+            adapter_name: name of the new adapter; if it exists, nothing is done.
+            combination_type: as in PEFT's `add_weighted_adapter`, which documents the other options too.
+            svd_rank: rank of the result of the `svd` types. Default: the largest rank of the adapters.
+            svd_clamp: quantile at which the `svd` types clamp values of the factors.
+            svd_full_matrices: argument of `torch.linalg.svd` on linear layers; does not change the result.
+            svd_driver: argument of `torch.linalg.svd`.
+            density: fraction of the values that ties, dare and magnitude_prune keep.
+            majority_sign_method: method of ties, `"total"` or `"frequency"`.
 
         Raises:
-            ValueError: an unknown combination type or adapter, ranks that differ where one is needed, or adapters of
-                which no config reaches all layers.
+            ValueError: the combination type or an adapter is unknown, the ranks differ for a type that requires equal
+                ranks, or no config covers the layers of all adapters.
         """
         if adapter_name in self.peft_config:
             return
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"One weight for each adapter was expected, got adapters={adapters}, weights={weights}.")
+            raise ValueError(f"Expected one weight for each adapter, found adapters={adapters}, weights={weights}.")
         kind, rank, targets = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         combination = Combination(
             adapters, weights, kind, density, majority_sign_method, svd_clamp, svd_full_matrices, svd_driver
@@ -320,15 +320,14 @@ class MoeQLoraModel(LoraModel):
                 if isinstance(layer, LoraLayer) and adapter_name in layer.r:
                     combination.fill(self, layer, adapter_name)
         except BaseException:
-            # filled in part it would be in the way of the next call, which finds the name taken and does nothing
+            # remove the incomplete adapter: the next call would find the name and do nothing
             self.delete_adapter(adapter_name)
             raise
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters into the stacks, in their storage; `unmerge_adapter` gives the stacks back bit for bit.
+        """Merges adapters into the stacks, in their storage; `unmerge_adapter` restores the stacks bit for bit.
 
-        So it is with linear layers that are stored in a format. After an error experts and these are as they were
-        before the call.
+        The same holds for quantized linear layers. After an error, experts and quantized linear layers are unchanged.
         """
         refuse_sharded(self.model, "merging")
         self._check_mergeable(adapter_names)
@@ -337,7 +336,7 @@ class MoeQLoraModel(LoraModel):
             super().merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Takes merged adapters out again; see `merge_adapter`."""
+        """Unmerges all merged adapters; see `merge_adapter`."""
         refuse_sharded(self.model, "unmerging")
         super().unmerge_adapter()
 
@@ -350,36 +349,36 @@ class MoeQLoraModel(LoraModel):
         rounding: str = "second-order",
         calibration: torch.Tensor | None = None,
     ) -> nn.Module:
-        """Merges adapters and takes the tuner off the model.
+        """Merges adapters and removes the tuner from the model.
 
-        Rounding to the nearest 4-bit value can lose much of what was trained. By default the model is run once, and
-        each layer of experts is rounded such that what it gives for its inputs changes least (`second_order`). Random
-        tokens do for that; a text like the one that the model is for does a little better. Should the forward fail,
-        the layers that it has passed are merged for good, and the same call goes on with the others.
+        Rounding to the nearest 4-bit value can remove much of the trained delta. By default, one forward of the model
+        collects the inputs of each layer of experts, and the layer is rounded such that its outputs for these inputs
+        change least (`second_order`). Random tokens are sufficient; text of the intended domain is slightly better.
+        If the forward fails, the layers before the failure stay merged, and the same call continues with the others.
 
-        Of modules trained in full and of tokens, the result has those of the adapters that are merged.
+        The result has the modules trained in full and the trained tokens of the merged adapters.
 
-        After second-order rounding the merged model is run too, on 512 of these tokens, and a warning tells if it is
-        far from the live adapter; `merge_check` has the figures (`MergeCheck`).
+        After second-order rounding, the merged model is compared with the live adapter on 512 of these tokens. A large
+        divergence gives a warning; `merge_check` has the figures (`MergeCheck`).
 
         Args:
-            progressbar: show one; PEFT's own default is not to.
-            safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always refused.
-            adapter_names: what to merge. Default: the active adapters.
-            dtype: None requantizes the merged experts; a floating dtype gives the classes' own experts modules back,
-                with dequantized and merged stacks, and the model as `from_pretrained(dtype=dtype)` would, ready for
-                `save_pretrained`. Linear layers of bitsandbytes stay in 4 bits; a `QuantizedLinear` becomes an
-                `nn.Linear`.
-            rounding: of quantized experts, `"second-order"` or `"nearest"`, which needs no forward.
+            progressbar: show a progress bar; unlike in PEFT, the default is True.
+            safe_merge: as in PEFT, for linear layers; adapters with values that are not finite are always rejected.
+            adapter_names: adapters to merge. Default: the active adapters.
+            dtype: None requantizes the merged experts. A floating-point dtype restores the experts modules of
+                transformers with dequantized and merged stacks, and casts the model as `from_pretrained(dtype=dtype)`
+                does, ready for `save_pretrained`. Linear layers of bitsandbytes stay in 4 bits; a `QuantizedLinear`
+                becomes an `nn.Linear`.
+            rounding: rounding of quantized experts, `"second-order"` or `"nearest"`, which needs no forward.
             calibration: `(N, L)` token ids for the forward. Default: `random_token_ids`.
 
         Returns:
             The base model, changed in place.
 
         Raises:
-            ValueError: an adapter is unknown, named twice or has values that are not finite, two of them have a module
-                trained in full, `dtype` is none of floating point, `rounding` is unknown, `calibration` is given
-                where nothing is rounded by it, or the model is sharded.
+            ValueError: an adapter is unknown, named twice or has values that are not finite, two adapters have a
+                module trained in full, `dtype` is not a floating-point dtype, `rounding` is unknown, `calibration` is
+                given but not used, or the model is sharded.
         """
         refuse_sharded(self.model, "merging")
         in_memory.refuse_taken_apart(self.model)
@@ -395,31 +394,31 @@ class MoeQLoraModel(LoraModel):
         if dtype is not None:
             cast_as_loaded(merged, dtype)
         if reference is not None:
-            self.merge_check = reference.check(merged)
+            self.merge_check = reference.check(merged, progressbar)
         return merged
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        refuse_sharded(self.model, "taking an adapter off its layers")
+        refuse_sharded(self.model, "unloading an adapter")
         in_memory.refuse_taken_apart(self.model)
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         experts = (module for module in model.modules() if isinstance(module, QuantizedExperts))
         has_packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
         if not has_packed and all(module.is_dense for module in experts):
-            # nothing is packed: the classes' own modules do
+            # nothing is packed: restore the modules of transformers
             restore_experts(model, None)
         return model
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"There is no adapter {unknown}; there are {sorted(self.peft_config)}.")
+            raise ValueError(f"The model has no adapter {unknown}. Choose from {sorted(self.peft_config)}.")
 
     def _check_mergeable(self, adapter_names: Sequence[str] | None) -> Sequence[str]:
-        """The names of what is to be merged, by default of the active adapters; what can't be merged is refused."""
+        """Checks that adapters can be merged and returns their names, by default those of the active adapters."""
         adapter_names = self.active_adapters if adapter_names is None else adapter_names
         self._check_adapter_names(adapter_names)
         if len(set(adapter_names)) < len(adapter_names):
-            raise ValueError(f"adapter_names={list(adapter_names)} names an adapter twice; name each once.")
+            raise ValueError(f"adapter_names={list(adapter_names)} contains an adapter twice. Pass each name once.")
         for module in self.model.modules():
             if isinstance(module, QuantizedExperts):
                 module.check_complete()
@@ -428,7 +427,7 @@ class MoeQLoraModel(LoraModel):
 
 
 def _expert_factors(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Of all layers on experts that an adapter has, by their names in the model."""
+    """Factors of an adapter on experts, by their names in the model."""
     return {
         f"{path}.lora_{factor}.{adapter_name}.weight": weight
         for path, layer in model.named_modules()
@@ -438,9 +437,9 @@ def _expert_factors(model: nn.Module, adapter_name: str) -> dict[str, nn.Paramet
 
 
 def _adopt_format(config: MoeQLoraConfig, model: nn.Module) -> None:
-    """Lets a new config ask for the format that a model was loaded in, if it asks for none itself; changes the config.
+    """Sets the format of a new config to that of the loaded model, if the config has the default format.
 
-    Where `quant_type` could name the format, it has to, as ever: its default may be meant.
+    Formats that `quant_type` can express are not adopted, since the default may be intended.
     """
     found = stored_format(model)
     if config.is_read or config.format != FourBitFormat() or found is None:

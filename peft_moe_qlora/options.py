@@ -1,7 +1,7 @@
-"""The options of an adapter's config, one row for each: its values, which of them experts honour, where it is used.
+"""The options of an adapter config, one entry each: allowed values, which of them experts support, where it is used.
 
-Config, readers and writers go by this table. Files are edited by hand and come from other tools, so that readers look
-at every value that they use.
+The config class, readers and writers share this table. Config files are edited by hand or written by other tools, so
+readers validate every value that they use.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .quantization import BLOCKSIZES, QUANT_TYPES, parse_format
 
 @dataclass(frozen=True)
 class Values:
-    """The values that an option may have.
+    """The allowed values of an option.
 
     Args:
-        expected: them in words.
-        include: whether a value, as JSON has it, is one of them.
+        expected: description of the values, for errors: `Expected {expected}.`
+        include: returns whether a value, as parsed from JSON, is allowed.
     """
 
     expected: str
@@ -33,17 +33,17 @@ class Values:
 
 @dataclass(frozen=True)
 class Option:
-    """What there is to know of an option.
+    """Properties of an option.
 
     Args:
-        values: that it may have in a file; None where readers only look at whether it is honoured.
-        honoured: the values that experts can have, the default first; None for all.
-        owner: whose option it is: `"lora"`, `"own"` or `"unsloth"`.
-        is_needed: by readers of this package's adapters: its default would decide what the tensors mean.
-        at_start: after training it says no more than how the factors began.
-        matches: it decides which layers are adapted, with what rank and alpha.
-        is_carried: from an adapter of others into one of this package.
-        is_written: into PEFT's LoRA, as it is.
+        values: allowed values in a file; None if readers only check that experts support the value.
+        honoured: the values that experts support, the default first; None for all.
+        owner: who defines the option: `"lora"`, `"own"` or `"unsloth"`.
+        is_needed: an adapter config of this package must contain it, because the meaning of the tensors depends on it.
+        at_start: only affects the initialization of the factors, so it has no meaning after training.
+        matches: determines which layers are adapted, or their rank and alpha.
+        is_carried: copied when an adapter of another tool is converted to this package's format.
+        is_written: copied unchanged when an adapter is converted to PEFT's LoRA.
     """
 
     values: Values | None = None
@@ -57,10 +57,10 @@ class Option:
 
 
 def compiles(pattern: str) -> bool:
-    """Whether a string is a regular expression."""
+    """Whether a string is a valid regular expression."""
     try:
         re.compile(pattern)
-    except (re.error, OverflowError):  # the second of a count of repetitions
+    except (re.error, OverflowError):  # OverflowError: a repetition count is too large
         return False
     return True
 
@@ -88,7 +88,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_pattern_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether keys are what PEFT matches the ends of names with."""
+    """Checks the keys (patterns that PEFT matches against the ends of module names) and values of an object."""
     return lambda value: (
         isinstance(value, dict)
         and all(compiles(rf"(.*\.)?({key})$") for key in value)
@@ -97,7 +97,7 @@ def _is_pattern_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_name_in_regex(value: Any) -> bool:
-    return is_name(value) and compiles(rf"(^|.*\.){value}($|\..*)")  # as PEFT does it with modules_to_save
+    return is_name(value) and compiles(rf"(^|.*\.){value}($|\..*)")  # as PEFT matches modules_to_save
 
 
 def _is_format(value: Any) -> bool:
@@ -117,7 +117,7 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _are_unsloths_notes(value: Any) -> bool:
-    """Whether what unsloth notes of fused experts has the types that it writes."""
+    """Whether unsloth's metadata on fused experts has the types that unsloth writes."""
     if not isinstance(value, dict) or not isinstance(value.get("lora_B_layout"), (str, type(None))):
         return False
     nested = [value.get("unsloth_fused_expert_lora"), value.get("parameters")]
@@ -142,15 +142,17 @@ INT = Values("a whole number", is_int)
 COUNT = Values("a whole number of at least 1", lambda value: is_int(value) and value >= 1)
 NUMBER = Values("a finite number", is_number)
 PROBABILITY = Values("a probability below 1", lambda value: is_number(value) and 0 <= value < 1)
-TARGETS = Values("a list of names, or a string that is a valid regular expression,", _are_targets)
+TARGETS = Values("a list of names, or a string that is a valid regular expression", _are_targets)
 BIAS = one_of("none", "all", "lora_only")
-FORMAT = Values("the name of a format, such as 'fp8/128x128',", _is_format)
-_UNSLOTHS_NOTES = Values("an object, with unsloth's notes as it writes them if it has any,", _are_unsloths_notes)
+FORMAT = Values("the name of a format, such as 'fp8/128x128'", _is_format)
+_UNSLOTHS_NOTES = Values(
+    "an object whose unsloth entries, if any, have the types that unsloth writes", _are_unsloths_notes
+)
 
 OPTIONS = {
     "alora_invocation_tokens": Option(honoured=(None,)),
     "alpha_pattern": Option(
-        Values("an object of regular expressions and finite numbers", _is_pattern_of(is_number)),
+        Values("an object that maps regular expressions to finite numbers", _is_pattern_of(is_number)),
         is_needed=True,
         matches=True,
     ),
@@ -173,13 +175,13 @@ OPTIONS = {
     "layer_replication": Option(honoured=(None,)),
     "layers_pattern": Option(
         Values(
-            "a regular expression or a list of them",
+            "a regular expression or a list of regular expressions",
             lambda value: all(is_name(one) and compiles(rf"(?:^|.*?\.){one}\.") for one in _listed(value)),
         ),
         matches=True,
     ),
     "layers_to_transform": Option(
-        Values("the number of a layer or a list of them", lambda value: all(map(_is_index, _listed(value)))),
+        Values("a layer index or a list of layer indices", lambda value: all(map(_is_index, _listed(value)))),
         matches=True,
     ),
     "loftq_config": Option(honoured=(None, {}), at_start=True),
@@ -195,7 +197,7 @@ OPTIONS = {
     "peft_version": Option(TEXT),
     "r": Option(COUNT, is_needed=True, matches=True, is_written=True),
     "rank_pattern": Option(
-        Values("an object of regular expressions and ranks of at least 1", _is_pattern_of(COUNT.include)),
+        Values("an object that maps regular expressions to ranks of at least 1", _is_pattern_of(COUNT.include)),
         is_needed=True,
         matches=True,
     ),
@@ -207,7 +209,7 @@ OPTIONS = {
     ),
     "task_type": Option(one_of(*(one.value for one in TaskType)), is_carried=True, is_written=True),
     "trainable_token_indices": Option(
-        Values("a list of tokens' indices, or an object of such lists,", _are_tokens), matches=True, is_carried=True
+        Values("a list of token indices, or an object of such lists", _are_tokens), matches=True, is_carried=True
     ),
     "use_bdlora": Option(honoured=(None, False)),
     "use_dora": Option(FLAG, honoured=(False,)),
@@ -225,11 +227,11 @@ OPTIONS = {
     "unsloth_fused_expert_lora": Option(_UNSLOTHS_NOTES, owner="unsloth"),
 }
 
-REMEDY = "The config is damaged, or was edited: correct it, or save the adapter again."
+REMEDY = "The config is damaged or was edited. Correct it, or save the adapter again."
 
 
 def names_of(**facts: Any) -> tuple[str, ...]:
-    """The options of which all these facts hold, by the names of `Option`'s fields."""
+    """Names of the options whose `Option` fields have all of these values."""
     return tuple(
         name
         for name, option in OPTIONS.items()
@@ -238,27 +240,27 @@ def names_of(**facts: Any) -> tuple[str, ...]:
 
 
 def values_of(*owners: str) -> dict[str, Values]:
-    """Name -> values of the options that these owners have and readers look at."""
+    """Name -> allowed values, for the options of these owners that readers validate."""
     return {name: one.values for name, one in OPTIONS.items() if one.owner in owners and one.values is not None}
 
 
 def check_honoured(options: Mapping[str, Any]) -> None:
-    """Refuses options of LoRA that experts can't have.
+    """Rejects LoRA options that are not supported for experts.
 
     Args:
-        options: name -> value; what isn't there has its default.
+        options: name -> value; a missing option has its default value.
 
     Raises:
-        ValueError: names the option and its value.
+        ValueError: an option is not supported; the message has its name and value.
     """
     for name, option in OPTIONS.items():
         if option.honoured is None:
             continue
         value = options.get(name, option.honoured[0])
         if value not in option.honoured:
-            remedy = "Leave it out, or use PEFT's LoraConfig without adapting experts."
+            remedy = "Remove it, or use PEFT's LoraConfig without adapting experts."
             if name == "target_parameters":
-                remedy = "Name the experts, or projections of them, in target_modules."
+                remedy = "Name the experts or their projections in target_modules."
             raise ValueError(f"{name}={value!r} is not supported for fused experts. {remedy}")
 
 
@@ -270,31 +272,31 @@ def check_saved(
     can_be_null: Collection[str],
     prefix: str = "",
 ) -> None:
-    """Refuses a saved config that says too little, or has values of a wrong type or range.
+    """Rejects a saved config that lacks a required option, or has a value of a wrong type or range.
 
     Args:
-        file: for errors.
-        options: what JSON has.
-        known: the options that are looked at.
-        needed: those that have to be there.
-        can_be_null: those for which null has a meaning, or counts as left out.
-        prefix: of the options' names, for errors.
+        file: path of the config, for errors.
+        options: the parsed JSON object.
+        known: the options to check.
+        needed: names of the required options.
+        can_be_null: names of the options that may be null.
+        prefix: prefix of the options' names in errors.
 
     Raises:
-        ValueError: names the file, the option, what was found and what was expected.
+        ValueError: an option is missing or invalid; the message has the file, the option, and the expected values.
     """
     for name, values in known.items():
         if name not in options:
             if name in needed:
-                raise ValueError(f"{file} has no {prefix}{name}; {values.expected} was expected. {REMEDY}")
+                raise ValueError(f"{file} has no {prefix}{name}. Expected {values.expected}. {REMEDY}")
             continue
         value = options[name]
         if value is None and name in can_be_null:
             continue
         if value is None or not values.include(value):
-            raise ValueError(f"{file}: {prefix}{name}={shown(value)}; {values.expected} was expected. {REMEDY}")
+            raise ValueError(f"{file}: {prefix}{name}={shown(value)}. Expected {values.expected}. {REMEDY}")
 
 
 def shown(value: Any) -> str:
-    """A value for an error, however long it is."""
+    """The repr of a value, cut off after 200 characters, for errors."""
     return f"{value!r:.200}"

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is kept in a `Format`, and decoded for each product."""
+"""A linear layer whose weight is stored in a `Format` and decoded for each product."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .quantization.stack import check_names
 
 
 class DecodedWeight(torch.Tensor):
-    """What `QuantizedLinear.weight` gives: a tensor like any other, but that setting its `data` is refused.
+    """Type of `QuantizedLinear.weight`: a tensor whose `data` cannot be assigned.
 
-    PEFT's own layers merge by `base_layer.weight.data += delta`, which would be lost with the decoded weight.
+    PEFT's layers merge with `base_layer.weight.data += delta`, which would have no effect on the stored weight.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -29,15 +29,15 @@ class DecodedWeight(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         raise ValueError(
-            "The weight of a QuantizedLinear is decoded anew each time it is asked for, so that what is written to it "
-            "is lost. Merge adapters of MoeQLoraConfig, which are stored anew, or call layer.set_weight(matrix)."
+            "The weight of a QuantizedLinear is decoded at each access, so values assigned to its data are lost. "
+            "Merge adapters of MoeQLoraConfig, which quantizes the merged weight, or call layer.set_weight(matrix)."
         )
 
 
 def _decode(
     tensors: Iterable[torch.Tensor], storage: Format, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The matrix of a shape, of the format's tensors in its order."""
+    """Decodes a matrix from the tensors of the format, in the order of the format."""
     return decode_matrix(list(tensors), storage, *shape, dtype)
 
 
@@ -48,11 +48,11 @@ def _product(
 
 
 class _StoredLinear(torch.autograd.Function):
-    """`nn.functional.linear` with the weight of a layer, which is decoded again for the gradient."""
+    """`nn.functional.linear` with the weight of a layer, which the backward decodes again."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, bias: torch.Tensor | None, layer: QuantizedLinear) -> torch.Tensor:
-        # the layer, not its tensors: whoever shards them has others there in the backward
+        # save the layer, not its tensors: a sharding engine may replace them before the backward
         ctx.layer = layer
         return _product(inputs, bias, layer.decode(inputs.dtype), False)
 
@@ -63,7 +63,7 @@ class _StoredLinear(torch.autograd.Function):
         return grad_inputs, bias_gradient(grad_out) if of_bias else None, None
 
 
-# The same for torch.compile, as operators: it would trace the decoding, and save the weight for the backward
+# The same as custom operators: torch.compile would trace the decoding and save the weight for the backward
 
 
 @torch.library.custom_op("peft_moe_qlora::decode_matrix", mutates_args=())
@@ -95,7 +95,7 @@ def _(inputs, bias, tensors, storage, shape, for_input_gradient):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    # frozen, and shared by every step: not activations
+    # not saved tensors: they are frozen and shared by all steps
     ctx.tensors, ctx.storage, ctx.shape, ctx.for_input_gradient = inputs[2:]
 
 
@@ -112,18 +112,18 @@ _linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class QuantizedLinear(nn.Linear):
-    """An `nn.Linear` without a 16-bit weight; the format's tensors are its parameters, by the format's names.
+    """An `nn.Linear` with a quantized weight; its parameters are the tensors of the format, with the format's names.
 
-    They are frozen and all integers, as those of `QuantizedStack`. A bias is an ordinary parameter. `weight` is there
-    to be read, for models that ask a layer for its dtype or compute with the weight themselves.
+    They are frozen integer tensors, as in `QuantizedStack`. A bias is an ordinary parameter. `weight` is read-only; it
+    exists for models that read the dtype of a layer or compute with the weight directly.
 
     Args:
         in_features: columns of the weight.
-        out_features: its rows.
+        out_features: rows of the weight.
         storage: the format.
-        bias: whether there is one.
-        dtype: of the weight that it stands for. Default: torch's.
-        device: of the tensors, which are left as they are allocated.
+        bias: whether the layer has a bias.
+        dtype: dtype of the decoded weight. Default: torch's default dtype.
+        device: device of the tensors, which are not initialized.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class QuantizedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features = in_features
         self.out_features = out_features
         self._storage = storage
-        self.storage_name = str(storage)  # torch.compile can't put numbers into text
+        self.storage_name = str(storage)  # torch.compile cannot format numbers into strings
         self._dtype = dtype or torch.get_default_dtype()
         specs = storage.tensors(out_features, in_features)
         check_names(specs, self, storage)
@@ -151,14 +151,14 @@ class QuantizedLinear(nn.Linear):
         values = torch.empty(out_features, dtype=self._dtype, device=device) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self.fidelity: Fidelity | None = None
-        """Of the stored weight to the exact merged one; None if nothing was merged."""
+        """Difference of the stored weight from the exact merged weight; None if nothing was merged."""
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, storage: Format) -> QuantizedLinear:
-        """Quantizes a linear layer on its own device; its bias is taken over.
+        """Quantizes a linear layer on its device and keeps its bias.
 
         Raises:
-            ValueError: a weight is not finite, or the format can't store a matrix of this shape.
+            ValueError: a weight is not finite, or the format does not support the shape.
         """
         weight = layer.weight
         stored = cls(layer.in_features, layer.out_features, storage, False, weight.dtype, weight.device)
@@ -172,7 +172,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight that it stands for."""
+        """Dtype of the decoded weight."""
         return self._dtype
 
     @property
@@ -185,62 +185,60 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """`(out, in)` in `dtype`, decoded anew each time; to be read only."""
+        """Decoded weight, `(out, in)` in `dtype`; read-only."""
         weight = self.decode(self.dtype)
-        # a compiler knows no class of tensor but its own, and writes to no attribute of it
+        # torch.compile does not support the subclass
         return weight if torch.compiler.is_compiling() else weight.as_subclass(DecodedWeight)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is stored of the weight, by the format's names."""
+        """The stored tensors by the format's names."""
         return {name: self._parameters[name] for name in self._names}
 
     @property
     def stored_matrix(self) -> StoredMatrix:
-        """The same with all that is needed to decode it."""
+        """The stored tensors with shape and format."""
         return StoredMatrix(tuple(self.tensors.values()), *self._shape, self.storage, self.storage_name)
 
     @torch.no_grad()
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies tensors into those of the weight.
+        """Copies tensors into the stored ones.
 
         Args:
-            tensors: all of them, of the format's names, shapes and dtypes.
+            tensors: all tensors, with the format's names, shapes and dtypes.
 
         Raises:
-            ValueError: they are others, or the layer is on the meta device.
+            ValueError: names, shapes or dtypes do not match, or the layer is on the meta device.
         """
         if self.device.type == "meta":
             raise ValueError(
-                "A QuantizedLinear on the meta device can hold no tensors; call to_empty(device=...) first."
+                "A QuantizedLinear on the meta device cannot store tensors. Call to_empty(device=...) first."
             )
         expected = self.storage.tensors(*self._shape)
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         if found != {name: (spec.shape, spec.dtype) for name, spec in expected.items()}:
             raise ValueError(
-                f"{self.out_features} x {self.in_features} weights in {self.storage} are "
-                f"{ {name: tuple(spec) for name, spec in expected.items()} }, but {found} were given."
+                f"Expected tensors { {name: tuple(spec) for name, spec in expected.items()} } for {self.out_features} "
+                f"x {self.in_features} weights in {self.storage}, found {found}."
             )
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
 
     @torch.no_grad()
     def set_weight(self, matrix: torch.Tensor) -> None:
-        """Quantizes a `(out, in)` weight.
+        """Quantizes and stores a `(out, in)` weight.
 
         Raises:
-            ValueError: it is not finite, of another shape, or of one that the format can't store.
+            ValueError: a weight is not finite, or the shape does not match.
         """
         if list(matrix.shape) != self._shape:
-            raise ValueError(
-                f"A weight of {self.out_features} x {self.in_features} was expected, not {tuple(matrix.shape)}."
-            )
+            raise ValueError(f"Expected a weight of shape {tuple(self._shape)}, found {tuple(matrix.shape)}.")
         _check_finite(matrix)
         self.set_tensors(self.storage.quantize(matrix.detach().contiguous()))
 
     @torch.no_grad()
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """The `(out, in)` weight."""
+        """Decodes the `(out, in)` weight."""
         if self.device.type == "meta":
             return torch.empty(self._shape, dtype=dtype, device="meta")
         if torch.compiler.is_compiling():
@@ -255,16 +253,16 @@ class QuantizedLinear(nn.Linear):
         return _StoredLinear.apply(inputs, bias, self)
 
     def restore(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary frozen layer of the decoded weight; this one stays as it is.
+        """Returns a frozen `nn.Linear` with the decoded weight; this layer is not changed.
 
         Args:
-            dtype: of the layer, the bias included. Default: the dtype that this one stands for.
+            dtype: dtype of weight and bias. Default: `self.dtype`.
         """
         return self._dense(self.decode(dtype or self.dtype))
 
     @torch.no_grad()
     def merged_dense(self, delta: torch.Tensor, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary frozen layer of weight plus delta, added in fp32 and rounded once to `dtype`.
+        """Returns a frozen `nn.Linear` with weight plus delta, added in fp32 and rounded once to `dtype`.
 
         Raises:
             ValueError: a rounded weight is not finite.
@@ -275,10 +273,10 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self, delta: torch.Tensor) -> QuantizedLinear:
-        """A new layer of weight plus delta in the same format, each weight as the nearest value that its block has.
+        """Returns a new layer with weight plus delta in the same format, rounded to the nearest value of each block.
 
         Args:
-            delta: `(out, in)`; where it is all zero, the tensors are copied.
+            delta: `(out, in)`; if all zero, the tensors are copied.
 
         Raises:
             ValueError: a merged weight is not finite.
@@ -303,7 +301,7 @@ class QuantizedLinear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        # `model.to(dtype)` means the weight that it stands for, whose dtype an empty one of it shows
+        # `model.to(dtype)` changes the dtype of the decoded weight; apply `fn` to an empty tensor to get it
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -319,4 +317,4 @@ class QuantizedLinear(nn.Linear):
 
 def _check_finite(weight: torch.Tensor) -> None:
     if not torch.isfinite(weight).all():
-        raise ValueError("NaNs detected in the weights of a linear layer, or values out of range.")
+        raise ValueError("NaNs or infinite values detected in the weights of a linear layer.")

@@ -1,4 +1,4 @@
-"""LoRA on a linear layer whose weight is kept in a `Format`: PEFT's, but for merging and the forward."""
+"""LoRA on a linear layer whose weight is stored in a `Format`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .quantized_linear import QuantizedLinear
 class QuantizedLinearLora(FastForward, Linear):
     """PEFT's `lora.Linear` on a `QuantizedLinear`.
 
-    Factors and their keys are PEFT's. Its merging is not: that writes to a weight that isn't there.
+    Factors and their keys are PEFT's. Merging is overridden, since PEFT's writes to a floating-point weight.
 
     Args:
         base_layer: the layer.
-        adapter_name: the first adapter.
-        config: of the adapter.
-        kwargs: what PEFT passes to all layers.
+        adapter_name: name of the first adapter.
+        config: configuration of the adapter.
+        kwargs: other arguments that PEFT passes to all layers.
     """
 
     def __init__(self, base_layer: QuantizedLinear, adapter_name: str, config: MoeQLoraConfig, **kwargs: Any) -> None:
@@ -44,20 +44,20 @@ class QuantizedLinearLora(FastForward, Linear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the layer, in its format. The layer of before is kept for `unmerge`.
+        """Merges adapters into the layer, in its format. The unmerged layer is kept for `unmerge`.
 
         Args:
-            safe_merge: for PEFT's sake; weights that are not finite are always refused, since no code could show them.
-            adapter_names: what to merge. Default: the active adapters that are not merged yet.
+            safe_merge: ignored; weights that are not finite are always rejected, since codes cannot represent them.
+            adapter_names: adapters to merge. Default: the active adapters that are not merged yet.
 
         Raises:
-            ValueError: a merged weight is not finite; the layer is then as it was.
+            ValueError: a merged weight is not finite; the layer is then unchanged.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not adapter_names:
             return
         names = [*self.merged_adapters, *adapter_names]
-        # from the layer of before: rounding a merged one would round twice
+        # start from the unmerged layer: requantizing a merged one would round twice
         unmerged = self.unmerged_layer()
         self._put(unmerged.merged(self._delta(names)))
         self._unmerged = [unmerged]
@@ -65,7 +65,7 @@ class QuantizedLinearLora(FastForward, Linear):
 
     @torch.no_grad()
     def merged_dense(self, dtype: torch.dtype, adapter_names: Iterable[str]) -> nn.Linear:
-        """A new, ordinary layer: decoded weights plus delta in fp32, rounded once to `dtype`.
+        """Returns a new `nn.Linear`: decoded weights plus delta in fp32, rounded once to `dtype`.
 
         Raises:
             ValueError: a rounded weight is not finite.
@@ -76,7 +76,7 @@ class QuantizedLinearLora(FastForward, Linear):
         return layer
 
     def unmerge(self) -> None:
-        """Puts the layer of before the merge back, bit for bit."""
+        """Restores the unmerged layer bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -88,7 +88,7 @@ class QuantizedLinearLora(FastForward, Linear):
         current = self.base_layer
         if not self._unmerged:
             return current
-        # the model may have been moved or cast since, and a bias been trained or loaded
+        # the model may have been moved or cast after the merge, and the bias trained or loaded
         unmerged = self._unmerged[0].to(current.device, current.dtype)
         unmerged.bias = current.bias
         return unmerged
@@ -98,7 +98,7 @@ class QuantizedLinearLora(FastForward, Linear):
         self.base_layer = layer
 
     def _delta(self, adapter_names: Iterable[str]) -> torch.Tensor:
-        """`(out, in)` fp32: what adapters add. PEFT's `get_delta_weight` rounds to the dtype of the factors."""
+        """Delta of the adapters, `(out, in)` in fp32; PEFT's `get_delta_weight` rounds to the dtype of the factors."""
         device = self.base_layer.device
         delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=device)
         for name in adapter_names:
@@ -109,7 +109,7 @@ class QuantizedLinearLora(FastForward, Linear):
                 delta += self.scaling[name] * (B @ A)
         return delta
 
-    # as of an ordinary layer, without decoding a weight for it
+    # like those of PEFT, but without decoding the weight
 
     def _get_in_out_features(self, module: QuantizedLinear) -> tuple[int, int]:
         return module.in_features, module.out_features

@@ -1,7 +1,8 @@
-"""Imports bitsandbytes, before PEFT does, without a notice that says nothing of this package.
+"""Imports bitsandbytes before PEFT does, and suppresses a notice that does not concern this package.
 
-On a CPU with AVX512-BF16 it asks for the package `kernels`, for a kernel that 4-bit layers don't use here: it repacks
-their weights for good. A process that has imported bitsandbytes or PEFT before has had the notice already.
+On a CPU with AVX512-BF16, bitsandbytes recommends the package `kernels` for a kernel that 4-bit layers don't use here,
+because it repacks their weights permanently. If bitsandbytes or PEFT is imported before this package, the notice has
+already been printed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _NOTICE = "Failed to load CPU gemm_4bit_forward"
 
 
 def is_of_interest(record: logging.LogRecord) -> bool:
-    """Whether a record of bitsandbytes is anything but the notice."""
+    """Whether a log record of bitsandbytes is not the notice."""
     return not record.getMessage().startswith(_NOTICE)
 
 

@@ -1,4 +1,4 @@
-"""What is stored how, what is adapted, and what computes it, for every experts module of a model."""
+"""Report on storage, adapters and computation path of all experts modules of a model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .sharded import whole_shape
 
 @dataclass(frozen=True)
 class StackReport:
-    """One stack.
+    """Report on one stack.
 
     Args:
-        path: of its experts module.
+        path: path of the experts module.
         architecture: class name of the experts.
         projection: name of the stack.
         shape: `(E, rows, columns)` of the 16-bit parameter.
-        storage: 4-bit format or dtype.
-        nbytes: bytes stored, scales included.
+        storage: format or dtype.
+        nbytes: stored bytes, including scales.
         dense_nbytes: bytes of the 16-bit parameter.
         ranks: adapter -> rank of its factors.
         num_adapter_parameters: adapter -> number of parameters in both factors.
         trainable: adapters whose factors require gradients.
         merged: adapters merged into the stack.
         merge_error: relative L2 error of the stack against the exact merged weights; None if nothing was merged.
-        delta_kept: share of the delta that the stack holds, 1 for all of it; None if nothing was merged.
-        merge_notes: what to know of how a merge has rounded the stack.
-        compute_path: what computes it with the active adapters, in the mode that the model is in, and why.
+        delta_kept: fraction of the delta that the stack contains; None if nothing was merged.
+        merge_notes: notes on the rounding in a merge.
+        compute_path: implementation used with the active adapters in the current mode, and the reason.
     """
 
     path: str
@@ -55,11 +55,11 @@ class StackReport:
 
 @dataclass(frozen=True)
 class ExpertsReport:
-    """The storage and computation path of all stacks of a model; prints as a table, `to_dict` returns plain data.
+    """Report on all stacks of a model; `str()` gives a table, `to_dict` returns plain data.
 
     Args:
-        stacks: in the order of the model's modules.
-        left_alone: path -> why, for experts that are neither quantized nor adapted.
+        stacks: reports on the stacks, in the order of the model's modules.
+        left_alone: path -> reason, for experts that are neither quantized nor adapted.
     """
 
     stacks: tuple[StackReport, ...]
@@ -75,7 +75,7 @@ class ExpertsReport:
 
     @property
     def num_weights(self) -> int:
-        """Number of weights of the experts, however they are stored."""
+        """Number of weights of the experts, independent of their storage."""
         return sum(stack.shape[0] * stack.shape[1] * stack.shape[2] for stack in self.stacks)
 
     @property
@@ -121,7 +121,7 @@ class ExpertsReport:
         )
         lines = [tabulate(rows, header, disable_numparse=True)]
         lines += [f"{stack.path}.{stack.projection}: {note}" for stack in self.stacks for note in stack.merge_notes]
-        lines += [f"left alone: {path} ({reason})" for path, reason in self.left_alone.items()]
+        lines += [f"not adapted: {path} ({reason})" for path, reason in self.left_alone.items()]
         lines.append(
             f"{self.num_weights:,} weights in {self.nbytes / 2**20:.2f} MiB ({self.dense_nbytes / 2**20:.2f} MiB "
             f"before); {self.num_adapter_parameters:,} adapter parameters, {self.num_trainable_parameters:,} trainable"

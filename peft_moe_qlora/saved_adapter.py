@@ -1,4 +1,4 @@
-"""The files of a saved adapter: its tensors, in safetensors or refused, and its README, which tells how to load it."""
+"""The files of a saved adapter: its tensors, which must be in safetensors, and a README with loading instructions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 _IMPORT = "import peft_moe_qlora"
 _PLACE = "Use the code below to get started with the model.\n\n[More Information Needed]"
-"""In the template that PEFT fills in (huggingface_hub's model card)."""
+"""Placeholder in the model card template of huggingface_hub, which PEFT fills in."""
 
 _REMEDY = (
-    f"is a pickle, which is never read; {SAFETENSORS_WEIGHTS_NAME} was expected. Save the adapter again with "
+    f"is a pickle, which is never read. Expected {SAFETENSORS_WEIGHTS_NAME}. Save the adapter again with "
     "save_pretrained(..., safe_serialization=True)."
 )
 
@@ -23,7 +23,7 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]] | None:
     """Key -> shape of the tensors of an adapter in a directory; None if there is none.
 
     Raises:
-        ValueError: the tensors are pickled, or their file is cut off. The error names the file.
+        ValueError: the file is a pickle or cannot be read; the message has its path.
     """
     file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
     if not file.is_file():
@@ -34,19 +34,22 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]] | None:
         with safe_open(file, framework="pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
+        raise ValueError(
+            f"{file} cannot be read: {error}. It is truncated or not a safetensors file. Copy or save the adapter "
+            "again."
+        ) from error
 
 
 def refuse_pickled_on_hub(name: str, subfolder: str | None, options: dict[str, Any]) -> None:
-    """Refuses an adapter on the hub that PEFT would unpickle, for want of safetensors.
+    """Rejects an adapter on the hub that has no safetensors file, which PEFT would unpickle.
 
     Args:
-        name: on the hub.
-        subfolder: of the adapter in there.
-        options: of `from_pretrained`; those of the hub count.
+        name: name of the repository on the hub.
+        subfolder: folder of the adapter in the repository.
+        options: keyword arguments of `from_pretrained`; only those of the hub are used.
 
     Raises:
-        ValueError: the tensors are pickled.
+        ValueError: the adapter file is a pickle.
     """
     if not _is_on_hub(name, subfolder, SAFETENSORS_WEIGHTS_NAME, options) and _is_on_hub(
         name, subfolder, WEIGHTS_NAME, options
@@ -55,7 +58,7 @@ def refuse_pickled_on_hub(name: str, subfolder: str | None, options: dict[str, A
 
 
 def _is_on_hub(name: str, subfolder: str | None, file: str, options: dict[str, Any]) -> bool:
-    """As PEFT asks: without a connection, whether the cache has it."""
+    """Whether the hub has a file, checked as in PEFT: offline, whether the cache has it."""
     place = {key: options[key] for key in ("revision", "repo_type") if options.get(key) is not None}
     file = f"{subfolder}/{file}" if subfolder else file
     if constants.HF_HUB_OFFLINE or options.get("local_files_only"):
@@ -64,10 +67,10 @@ def _is_on_hub(name: str, subfolder: str | None, file: str, options: dict[str, A
 
 
 def refuse_pickled_just_saved(directory: Path) -> None:
-    """Refuses what `save_pretrained(..., safe_serialization=False)` has written, before its config is there.
+    """Rejects a pickle written by `save_pretrained(..., safe_serialization=False)`, before its config is written.
 
     Raises:
-        ValueError: the newest tensors in the directory are pickled.
+        ValueError: the newest adapter file in the directory is a pickle.
     """
     file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
     if not pickled.is_file():
@@ -77,7 +80,7 @@ def refuse_pickled_just_saved(directory: Path) -> None:
 
 
 def refuse_parts_just_saved(directory: Path) -> None:
-    """Rejects the incomplete file that a process wrote of a model sharded by ZeRO-3, before its config is written.
+    """Rejects an incomplete file written by one process of a model sharded by ZeRO-3, before its config is written.
 
     Raises:
         ValueError: a tensor in the directory is empty.
@@ -85,18 +88,19 @@ def refuse_parts_just_saved(directory: Path) -> None:
     for name, shape in (stored_shapes(directory) or {}).items():
         if 0 in shape:
             raise ValueError(
-                f"{directory / SAFETENSORS_WEIGHTS_NAME} has been written with an empty {name}, since DeepSpeed's "
-                "ZeRO-3 has the rest of it in other processes. Save again, with is_main_process and state_dict."
+                f"{directory / SAFETENSORS_WEIGHTS_NAME} was written with an empty tensor {name}: DeepSpeed ZeRO-3 "
+                "shards it over processes. Gather the state dict, and save again with the arguments state_dict and "
+                "is_main_process of save_pretrained."
             )
 
 
 def add_loading(directory: str | Path, base: str | None, format_version: int) -> None:
-    """Writes how the adapter is loaded into a directory's README.md, once.
+    """Adds loading instructions to the README.md of an adapter, unless it already has them.
 
     Args:
-        directory: of the adapter.
-        base: what it was trained on, as its config names it.
-        format_version: of the adapter file.
+        directory: directory of the adapter.
+        base: name of the base model in the adapter's config.
+        format_version: version of the adapter file.
     """
     file = Path(directory, "README.md")
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -104,12 +108,12 @@ def add_loading(directory: str | Path, base: str | None, format_version: int) ->
         return
     model = base or "a mixture-of-experts model"
     section = (
-        f"An adapter of `peft-moe-qlora`, format version {format_version}, for {model}. "
-        "One import makes it known to PEFT.\n\n"
+        f"A `peft-moe-qlora` adapter, format version {format_version}, for {model}. "
+        "Install `peft-moe-qlora`, and import it before you load the adapter:\n\n"
         "```python\n"
         f"{_IMPORT}\n"
         "from peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("this directory, or its name on the hub")\n'
+        'model = AutoPeftModelForCausalLM.from_pretrained("path of this directory, or name on the hub")\n'
         "```"
     )
     if _PLACE in text:

@@ -1,4 +1,4 @@
-"""Which modules a configuration asks for: experts by their own and by older names, and linear layers."""
+"""Resolves the modules that a configuration targets: linear layers, and experts by current or per-expert names."""
 
 from __future__ import annotations
 
@@ -18,44 +18,43 @@ from .layer import ExpertsLora
 from .quantized_linear import QuantizedLinear
 from .unadaptable import why_unadaptable
 
-# names that a projection, or half of a fused one, had when each expert was a module of its own
+# names of the projections in models with one module per expert
 GATE_NAMES = ("gate_proj", "w1")
 UP_NAMES = ("up_proj", "w3")
 DOWN_NAMES = ("down_proj", "w2")
 
 UNTIE = (
-    "Give them weights of their own before the adapter is loaded: model.lm_head.weight = "
-    "torch.nn.Parameter(model.lm_head.weight.clone()) and model.config.tie_word_embeddings = False; to merge on disk, "
-    "save that and merge into it."
+    "Untie them before the adapter is loaded: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone()) "
+    "and model.config.tie_word_embeddings = False. To merge on disk, save the untied model and merge into it."
 )
-"""What to do where embeddings and head are tied."""
+"""Remedy for tied embeddings and head."""
 
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Heads that PEFT adds to `modules_to_save` by itself, by task; a model has one of them."""
+"""Task type -> names of heads that PEFT adds to `modules_to_save`; a model has one of them."""
 
 _ROUTER_NAMES = re.compile(r"(gate|router|wg|.*_router|.*router_proj)")
 
 
 def parents(path: str) -> Iterator[str]:
-    """The paths above a path, the nearest first."""
+    """Paths of the parents of a module, nearest first."""
     while path := path.rpartition(".")[0]:
         yield path
 
 
 def check_not_shared(model: nn.Module) -> None:
-    """Refuses experts that stand in several places of the model: PEFT would adapt the first of them only."""
+    """Rejects experts modules shared by several paths, since PEFT would adapt only the first path."""
     first: dict[nn.Module, str] = {}
     for path, module in find_experts(model):
         if module in first:
             raise ValueError(
-                f"{path} and {first[module]} are one experts module, which can't be adapted in two places. Give each "
-                "layer a module of its own; they may share parameters."
+                f"{path} and {first[module]} are the same experts module. Adapting one module at two paths is not "
+                "supported. Use a separate module for each layer; the modules may share parameters."
             )
         first[module] = path
 
 
 def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
-    """Path -> layout of every routed experts module, converted or not."""
+    """Path -> layout of all routed experts modules, converted or not."""
     return {
         path: module.layout if isinstance(module, QuantizedExperts) else read_layout(module, path)
         for path, module in find_experts(model)
@@ -63,7 +62,7 @@ def expert_layouts(model: nn.Module) -> dict[str, ExpertsLayout]:
 
 
 def module_names(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> list[str]:
-    """Paths of all modules but the parts of experts and of adapters."""
+    """Paths of all modules except those inside of experts and adapters."""
     return [
         name
         for name, _ in model.named_modules()
@@ -72,24 +71,24 @@ def module_names(model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> list
 
 
 def is_all_linear(config: LoraConfig) -> bool:
-    """Whether a config asks for "all-linear", which has a meaning for a model only."""
+    """Whether a config has `target_modules="all-linear"`, which depends on the model."""
     names = config.target_modules
     return isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def resolve_targets(config: MoeQLoraConfig, model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> None:
-    """Rewrites `target_modules` such that PEFT's own matching finds the linear layers and the stacks that are meant.
+    """Rewrites `target_modules` such that PEFT's matching finds the targeted linear layers and stacks.
 
-    "all-linear" is written out as PEFT's linear layers without heads, routers and what LoRA can't train, and all
-    experts. Names of experts modules, and names from when each expert was a module, become paths of projections.
+    "all-linear" becomes the list of PEFT's linear layers and all experts, without heads, routers and layers that LoRA
+    cannot train. Names of experts modules and per-expert names become paths of projections.
 
     Args:
-        config: changed in place; what PEFT finds by itself stays as it is.
-        model: with its experts converted or not.
+        config: changed in place; names that PEFT matches as intended are kept.
+        model: the model, with experts converted or not.
         layouts: path -> layout of every experts module.
 
     Raises:
-        ValueError: the names single out half of a fused stack, or some of the experts.
+        ValueError: the names match half of a fused stack, or only some of the experts.
     """
     if is_all_linear(config):
         _maybe_include_all_linear_layers(config, model)
@@ -111,7 +110,7 @@ def resolve_targets(config: MoeQLoraConfig, model: nn.Module, layouts: Mapping[s
         others = {name for name in names if check_target_module_exists(config, name)}
     else:
         others = set(config.target_modules) & {suffix for name in names for suffix in _suffixes(name)}
-    # short names where they reach the same
+    # use short names if they match the same projections
     for paths in ({".".join(name.split(".")[-2:]) for name in wanted}, wanted):
         config.target_modules = others | paths
         if _reached(config, layouts) == wanted:
@@ -125,13 +124,13 @@ def _names(
 
 
 def reached_stacks(config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout]) -> list[str]:
-    """Paths of the projections that PEFT finds by a config whose targets are resolved."""
+    """Paths of the projections that PEFT matches for a config with resolved targets."""
     stacks = _names(layouts, lambda _, layout: layout.projections)
     return [name for name in stacks if check_target_module_exists(config, name)]
 
 
 def _reached(config: MoeQLoraConfig, layouts: Mapping[str, ExpertsLayout]) -> set[str]:
-    """The projections that PEFT finds, and experts modules, which it couldn't adapt."""
+    """Projections that PEFT matches, and experts modules, which it could not adapt."""
     modules = (path for path in layouts if check_target_module_exists(config, path))
     return {*modules, *reached_stacks(config, layouts)}
 
@@ -143,10 +142,10 @@ def _with_names(option: Iterable[str] | str | None, names: list[str]) -> list[st
 
 
 def targeted_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayout) -> tuple[str, ...]:
-    """The projections of an experts module that a configuration adapts, in the order of the forward.
+    """Projections of an experts module that a configuration adapts, in the order of the forward.
 
     Raises:
-        ValueError: the names single out half of a fused stack, or some of the experts.
+        ValueError: the names match half of a fused stack, or only some of the experts.
     """
 
     def is_targeted(key: str) -> bool:
@@ -161,7 +160,7 @@ def targeted_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayou
 
 
 def _excluded_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayout) -> set[str]:
-    """The projections of an experts module that `exclude_modules` names."""
+    """Projections of an experts module that `exclude_modules` matches."""
     if is_excluded(config, path):
         return set(layout.projections)
     return _matching_projections(config, "exclude_modules", partial(is_excluded, config), path, layout)
@@ -170,7 +169,7 @@ def _excluded_projections(config: MoeQLoraConfig, path: str, layout: ExpertsLayo
 def _matching_projections(
     config: MoeQLoraConfig, option: str, matches: Callable[[str], bool], path: str, layout: ExpertsLayout
 ) -> set[str]:
-    """The projections that an option names, by their names or by those of a time when experts were linear layers."""
+    """Projections that an option matches by their current or by per-expert names."""
     value = getattr(config, option) or ()
     counts_experts = isinstance(value, str) or any(re.search(r"(^|\.)\d+\.", name) for name in value)
 
@@ -183,8 +182,8 @@ def _matching_projections(
         hits = [any(matches(f"{path}.{e}.{name}") for name in names) for e in range(layout.num_experts)]
         if any(hits) and not all(hits):
             raise ValueError(
-                f"{path}: {option} names {names[0]} of some experts only, but all {layout.num_experts} are one stack "
-                "here. Name all of them, or the stack."
+                f"{path}: {option} contains {names[0]} of some experts only, but the weights of all "
+                f"{layout.num_experts} experts are one stack. Name {names[0]} of all experts, or the stack."
             )
         return any(hits)
 
@@ -196,14 +195,14 @@ def _matching_projections(
     up = matches_old(UP_NAMES)
     if layout.has_gate and matches_old(GATE_NAMES) != up:
         raise ValueError(
-            f"{path}: {option} names {'the up projection' if up else 'the gate'} alone, but gate and up projection "
-            "are one fused stack here. Name both, or 'gate_up_proj'."
+            f"{path}: {option} contains {'the up projection' if up else 'the gate projection'} alone, but gate and up "
+            "projections are one fused stack. Name both, or 'gate_up_proj'."
         )
     return found | {layout.up_name} if up else found
 
 
 def is_excluded(config: MoeQLoraConfig, path: str) -> bool:
-    """Whether `exclude_modules` names a path."""
+    """Whether `exclude_modules` matches a path."""
     excluded = config.exclude_modules
     if not excluded:
         return False
@@ -213,7 +212,7 @@ def is_excluded(config: MoeQLoraConfig, path: str) -> bool:
 
 
 def check_targets(config: MoeQLoraConfig, module_names: list[str], layouts: Mapping[str, ExpertsLayout]) -> None:
-    """Refuses names that reach nothing, and modules to be trained in full that can't be.
+    """Rejects names that match nothing, and entries of `modules_to_save` that are not supported.
 
     Args:
         config: the configuration.
@@ -221,12 +220,12 @@ def check_targets(config: MoeQLoraConfig, module_names: list[str], layouts: Mapp
         layouts: path -> layout of every experts module.
 
     Raises:
-        ValueError: names the entries at fault and the experts modules there are.
+        ValueError: the error names the invalid entries and the experts modules of the model.
     """
-    experts = f"Experts modules here: {_shorten(list(layouts))}; 'experts' names them all."
+    experts = f"Experts modules of this model: {_shorten(list(layouts))}; 'experts' matches all of them."
     unmatched = [] if is_all_linear(config) else unmatched_names(config, module_names, layouts)
     if unmatched or not config.target_modules:
-        raise ValueError(f"target_modules={unmatched} match no module. Correct or remove them. {experts}")
+        raise ValueError(f"target_modules={unmatched} match no module of the model. Correct or remove them. {experts}")
     _check_layers(config, module_names)
 
     def is_module(name: str) -> bool:
@@ -235,22 +234,22 @@ def check_targets(config: MoeQLoraConfig, module_names: list[str], layouts: Mapp
     for name in config.modules_to_save or ():
         if not is_module(name) and not may_be_absent(name, config, is_module):
             raise ValueError(
-                f"modules_to_save names {name!r}, which is not a module of the model. Correct or remove it."
+                f"modules_to_save contains {name!r}, which is not a module of the model. Correct or remove it."
             )
         for path in layouts:
             if re.match(rf"(^|.*\.){name}($|\..*)", path):
                 raise ValueError(
-                    f"modules_to_save names {name!r}, which includes the experts {path}; they can't be trained in "
-                    "full. Take it out; to train a router, name the router alone."
+                    f"modules_to_save contains {name!r}, which includes the experts {path}. Training experts in full "
+                    f"is not supported. Remove {name!r}; to train a router, name only the router."
                 )
 
 
 def check_matched_modules(config: MoeQLoraConfig, model: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> None:
-    """Refuses what PEFT would refuse too, but in the middle of the injection.
+    """Rejects modules that PEFT would reject too, but only in the middle of the injection.
 
     Raises:
-        ValueError: `target_modules` reaches a router that is no linear layer, or a module without a weight matrix, or
-            `modules_to_save` a linear layer that is stored in a format.
+        ValueError: `target_modules` matches a router that is not a linear layer or a module without a weight matrix,
+            or `modules_to_save` matches a quantized linear layer.
     """
     for name, module in model.named_modules():
         if any(name == one or name.endswith(f".{one}") for one in config.modules_to_save or ()):
@@ -259,15 +258,15 @@ def check_matched_modules(config: MoeQLoraConfig, model: nn.Module, layouts: Map
             continue
         if not isinstance(module, (nn.Linear, BaseTunerLayer)) and is_router(name, module, layouts):
             raise ValueError(
-                f"target_modules reaches the router {name}, a {type(module).__name__}, which LoRA can't adapt. Take "
-                f"it out, or train it in full with modules_to_save=[{name.rpartition('.')[2]!r}]."
+                f"target_modules matches the router {name} of type {type(module).__name__}, which LoRA does not "
+                f"support. Remove it, or train it in full with modules_to_save=[{name.rpartition('.')[2]!r}]."
             )
         if isinstance(module, BaseTunerLayer) or hasattr(module, "in_features"):
             continue
         if all(parameter is None or parameter.dim() < 2 for parameter in module._parameters.values()):
             raise ValueError(
-                f"target_modules reaches {name}, a {type(module).__name__}, which has no weight matrix of its own for "
-                "LoRA to adapt. Name the linear layers, inside it or elsewhere."
+                f"target_modules matches {name} of type {type(module).__name__}, which has no weight matrix of its "
+                "own. Name linear layers instead."
             )
 
 
@@ -275,13 +274,13 @@ def _check_in_floating_point(path: str, module: nn.Module) -> None:
     for name, layer in module.named_modules(prefix=path):
         if isinstance(layer, QuantizedLinear):
             raise ValueError(
-                f"modules_to_save reaches {name}, a linear layer that is stored as {layer.storage}, which can't be "
-                "trained in full. Name it in target_modules, or dequantize the model first."
+                f"modules_to_save matches {name}, a linear layer stored as {layer.storage}, which cannot be trained "
+                "in full. Name it in target_modules, or dequantize the model first."
             )
 
 
 def may_be_absent(name: str, config: LoraConfig, exists: Callable[[str], bool]) -> bool:
-    """Whether an entry of `modules_to_save` is one of PEFT's for the task, and another of these is there."""
+    """Whether an entry of `modules_to_save` is a head that PEFT adds for the task, and the model has another one."""
     heads = _HEADS.get(config.task_type, ())
     return name in heads and any(map(exists, heads))
 
@@ -289,12 +288,12 @@ def may_be_absent(name: str, config: LoraConfig, exists: Callable[[str], bool]) 
 def _check_layers(config: MoeQLoraConfig, module_names: list[str]) -> None:
     wanted = config.layers_to_transform
     wanted = {wanted} if isinstance(wanted, int) else set(wanted or ())
-    # as PEFT counts layers: the first number of a path
+    # like PEFT, take the first number in a path as the layer index
     found = {int(number) for key in module_names for number in re.findall(r"\.(\d+)(?:\.|$)", key)[:1]}
     if wanted - found:
         raise ValueError(
-            f"layers_to_transform names the layers {sorted(wanted - found)}, which the model doesn't have; it has "
-            f"{len(found)}, from {min(found)} to {max(found)}."
+            f"layers_to_transform contains the layers {sorted(wanted - found)}, which the model does not have. It has "
+            f"{len(found)} layers, from {min(found)} to {max(found)}."
         )
 
 
@@ -305,10 +304,10 @@ def _shorten(paths: list[str], most: int = 3) -> str:
 def unmatched_names(
     config: MoeQLoraConfig, module_names: list[str], layouts: Mapping[str, ExpertsLayout]
 ) -> list[str]:
-    """The entries of `target_modules` that name neither a module nor experts.
+    """Entries of `target_modules` that match neither a module nor experts.
 
     Args:
-        config: its layer and exclusion options don't count here.
+        config: the configuration; options for layers and exclusions are ignored.
         module_names: paths of all modules.
         layouts: path -> layout of every experts module.
     """
@@ -337,9 +336,9 @@ def _suffixes(key: str) -> list[str]:
 
 
 def check_patterns(config: MoeQLoraConfig, adapted: list[str], layouts: Mapping[str, ExpertsLayout]) -> None:
-    """Refuses patterns of ranks and alphas that mean experts modules, and those of which the order matters.
+    """Rejects rank and alpha patterns that match experts modules, and patterns whose order matters.
 
-    PEFT sorts patterns when it saves, and the first that matches counts.
+    PEFT applies the first pattern that matches, and sorts patterns when it saves an adapter.
 
     Args:
         config: the configuration.
@@ -347,32 +346,33 @@ def check_patterns(config: MoeQLoraConfig, adapted: list[str], layouts: Mapping[
         layouts: path -> layout of every experts module.
 
     Raises:
-        ValueError: names the pattern, or two patterns and what both match.
+        ValueError: the error names the pattern, or two patterns and the module that both match.
     """
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, option) or {}
         for pattern in patterns:
             if any(_matches(pattern, path) for path in layouts) and not any(_matches(pattern, key) for key in adapted):
                 raise ValueError(
-                    f"{option} names experts modules by {pattern!r}, but ranks belong to their projections. Name "
-                    f"these: {pattern + '.gate_up_proj'!r}, {pattern + '.down_proj'!r}; or set expert_r for all."
+                    f"{option} matches experts modules by {pattern!r}, but ranks are set for their projections. Use "
+                    f"{pattern + '.gate_up_proj'!r} and {pattern + '.down_proj'!r}, or set expert_r for all experts."
                 )
         for key in adapted if len(patterns) > 1 else ():
             matching = [pattern for pattern in patterns if _matches(pattern, key)]
             if matching and patterns[matching[0]] != patterns[min(matching)]:
                 raise ValueError(
-                    f"{option}: {matching[0]!r} and {min(matching)!r} both match {key}. The adapter file has them "
-                    "sorted, so that the second would count after loading. Make them exclude each other."
+                    f"{option}: {matching[0]!r} and {min(matching)!r} both match {key}. Patterns are sorted when the "
+                    "adapter is saved, so the second would apply after loading. Change the patterns so that only one "
+                    "matches."
                 )
 
 
 def _matches(pattern: str, key: str) -> bool:
-    # get_pattern_key gives the key back where nothing matches, and where the pattern is the key
+    # get_pattern_key returns the key if nothing matches, and if the pattern equals the key
     return pattern == key or get_pattern_key([pattern], key) != key
 
 
 def is_router(name: str, module: nn.Module, layouts: Mapping[str, ExpertsLayout]) -> bool:
-    """Whether a linear layer is, or belongs to, the router of one of the experts modules.
+    """Whether a linear layer is a router of one of the experts modules, or a part of it.
 
     Args:
         name: path of the linear layer.
@@ -385,7 +385,7 @@ def is_router(name: str, module: nn.Module, layouts: Mapping[str, ExpertsLayout]
             continue
         parts = name.removeprefix(block).split(".")
         if any("attn" in part or "attention" in part for part in parts):
-            continue  # where experts hang on the layer itself, attention and its gates are beside them
+            continue  # attention and its gates are siblings if the experts are a child of the decoder layer
         if any(_ROUTER_NAMES.fullmatch(part) for part in parts):
             return True
         if len(parts) == 1 and getattr(module, "out_features", None) == layout.num_experts:
@@ -394,7 +394,7 @@ def is_router(name: str, module: nn.Module, layouts: Mapping[str, ExpertsLayout]
 
 
 def trained_expert_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """`(name, parameter)` of the experts' biases that a config's `bias` makes trainable."""
+    """`(name, parameter)` of the experts' biases that are trained with the given `bias` option."""
     if bias == "none":
         return
     adapted = {id(layer.get_base_layer()) for layer in model.modules() if isinstance(layer, ExpertsLora)}

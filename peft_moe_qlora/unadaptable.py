@@ -1,17 +1,17 @@
-"""Layers that LoRA can't train although they look like any other: which, by class, and why."""
+"""Linear layers that LoRA cannot train, by class, with the reasons."""
 
 from __future__ import annotations
 
 from torch import nn
 
-BYPASSED = "its module reads the weight without calling the layer, so that LoRA on it has no effect"
-SELECTS = "it only scores what attention selects, so that LoRA on it gets no gradient"
-GROUPED = "it has a weight for each group of features, so that the shape of LoRA's result doesn't fit"
+BYPASSED = "its module reads the weight without calling the layer, so LoRA on it has no effect"
+SELECTS = "it only selects tokens for attention, so LoRA on it gets no gradient"
+GROUPED = "it has one weight for each group of features, so the shape of the LoRA output does not match"
 
 _INDEXER = ("wq_b", "wk", "weights_proj")
 
 UNADAPTABLE = {
-    # out_proj in training on a GPU only, dt_proj where linear layers are in 16 bits
+    # out_proj only in training on a GPU, dt_proj only with 16-bit linear layers
     BYPASSED: {
         **dict.fromkeys(("GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"), ("conv1d", "out_proj")),
         "JambaMambaMixer": ("conv1d", "dt_proj"),
@@ -53,11 +53,11 @@ UNADAPTABLE = {
     },
     GROUPED: {"DeepseekV4Attention": ("o_a_proj",)},
 }
-"""Reason -> class that has the layers -> their names in it."""
+"""Reason -> class that contains the layers -> names of the layers."""
 
 
 def why_unadaptable(path: str, model: nn.Module) -> str | None:
-    """Why LoRA can't train the layer at a path, None where it can."""
+    """The reason why LoRA cannot train the layer at a path; None if it can."""
     parent, _, name = path.rpartition(".")
     classes = {cls.__name__ for cls in type(model.get_submodule(parent)).__mro__}
     for reason, layers in UNADAPTABLE.items():
@@ -67,16 +67,16 @@ def why_unadaptable(path: str, model: nn.Module) -> str | None:
 
 
 def check_adaptable(paths: list[str], model: nn.Module, is_read: bool = False) -> None:
-    """Refuses layers that LoRA can't train.
+    """Rejects layers that LoRA cannot train.
 
     Args:
-        paths: of the layers that are to be adapted.
-        model: that has them.
-        is_read: whether the adapter comes from a file. What selects is taken then: it has its effect, and was trained
-            in some other way, or not at all.
+        paths: paths of the layers to adapt.
+        model: the model with the layers.
+        is_read: whether the adapter comes from a file. Selecting layers are then accepted: LoRA on them has an effect,
+            and may have been trained in another way.
 
     Raises:
-        ValueError: names the first, the reason, and what excludes all of them.
+        ValueError: the error names the first layer, the reason, and the exclude_modules for all of them.
     """
     reasons = {path: reason for path in paths if (reason := why_unadaptable(path, model))}
     if is_read:
@@ -85,6 +85,6 @@ def check_adaptable(paths: list[str], model: nn.Module, is_read: bool = False) -
         path, reason = next(iter(reasons.items()))
         names = sorted({".".join(path.split(".")[-2:]) for path in reasons})
         raise ValueError(
-            f"target_modules reaches {path}, which LoRA can't train: {reason}. Leave it out of target_modules, or "
-            f"exclude it with exclude_modules={names}."
+            f"target_modules matches {path}, which LoRA cannot train: {reason}. Remove it from target_modules, or set "
+            f"exclude_modules={names}."
         )

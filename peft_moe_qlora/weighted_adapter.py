@@ -1,4 +1,4 @@
-"""Several adapters combined into one, by PEFT's formulas, on experts for each of them."""
+"""Weighted combination of adapters with PEFT's methods, on experts separately for each expert."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def combined_rank(kind: str, ranks: Sequence[int], svd_rank: int | None) -> int:
-    """The rank that a combination of adapters of the given ranks has on experts.
+    """Rank on experts of a combination of adapters with the given ranks.
 
     Raises:
-        ValueError: the ranks differ, and `kind` adds factors.
+        ValueError: the ranks differ, and `kind` requires equal ranks.
     """
     if kind == "cat":
         return sum(ranks)
     if kind.endswith("svd"):
         return svd_rank or max(ranks)
     if len(set(ranks)) > 1:
-        raise ValueError(f"combination_type={kind!r} needs adapters of one rank for experts, got {list(ranks)}.")
+        raise ValueError(
+            f"combination_type={kind!r} requires adapters of the same rank on experts, found ranks {list(ranks)}."
+        )
     return ranks[0]
 
 
@@ -47,17 +49,17 @@ class Combination:
     def config(
         self, model: LoraModel, rank: int, target_modules: set[str] | str, svd_rank: int | None
     ) -> MoeQLoraConfig:
-        """The config of the combination, whose scaling is 1.
+        """Config of the combination, with a scaling of 1.
 
         Args:
-            model: that the adapters are in.
-            rank: of linear layers.
-            target_modules: of all adapters.
-            svd_rank: rank on experts of the `svd` forms. Default: the largest.
+            model: model with the adapters.
+            rank: rank on linear layers.
+            target_modules: target modules of all adapters.
+            svd_rank: rank on experts of the `svd` types. Default: the largest rank of the adapters.
 
         Raises:
-            ValueError: the adapters' ranks differ where one is needed, or a layer that one of them has would be left
-                out.
+            ValueError: the ranks differ for a type that requires equal ranks, or a layer of one of the adapters would
+                be missing.
         """
         configs = [model.peft_config[name] for name in self.adapters]
         expert_rank = combined_rank(self.kind, [config.largest_expert_r for config in configs], svd_rank)
@@ -76,19 +78,20 @@ class Combination:
             is_adapted = isinstance(layer, LoraLayer) and any(name in layer.r for name in self.adapters)
             if is_adapted and not check_target_module_exists(config, path):
                 raise ValueError(
-                    f"The adapters {list(self.adapters)} reach different layers by layers_to_transform or "
-                    f"exclude_modules: {path} would be left out. Combine adapters that share these options."
+                    f"The adapters {list(self.adapters)} have different layers, by layers_to_transform or "
+                    f"exclude_modules: {path} would be missing from the combination. Combine adapters that share "
+                    "these options."
                 )
         return config
 
     @torch.no_grad()
     def fill(self, model: LoraModel, layer: LoraLayer, adapter_name: str) -> None:
-        """Fills the factors of `adapter_name`, of scaling 1, on one layer.
+        """Fills the factors of `adapter_name`, which has a scaling of 1, on one layer.
 
         Args:
-            model: whose methods are PEFT's formulas.
-            layer: linear, embedding, or on a stack of experts.
-            adapter_name: an adapter of at least the rank of the combination.
+            model: the tuner, which has PEFT's methods.
+            layer: LoRA layer on a linear layer, an embedding or a stack of experts.
+            adapter_name: an adapter with at least the rank of the combination.
         """
         new_A, new_B = _factors(layer, adapter_name)
         if self.kind == "cat":
@@ -100,7 +103,7 @@ class Combination:
             A, B = self._of_layer(model, layer, new_A, new_B)
         new_A.zero_()
         new_B.zero_()
-        # where a layer has fewer features than the rank, an SVD gives one of the two less than the other
+        # if a layer has fewer features than the rank, the SVD returns smaller factors
         new_A[..., : A.shape[-2], :] = A
         new_B[..., : B.shape[-1]] = B
 
@@ -113,9 +116,9 @@ class Combination:
         return torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs])
 
     def _truncated_sum(self, layer: ExpertsLora, rank: int) -> Pair:
-        """The best rank-`rank` approximation of the weighted sum, by QR of the factors and an SVD of the small core.
+        """Best rank-`rank` approximation of the weighted sum, by QR of the factors and an SVD of the small core.
 
-        As PEFT's SVD of the sum itself, for all experts at once and without their dense matrices.
+        Equal to PEFT's SVD of the sum, but for all experts at once and without dense matrices.
         """
         pairs = self._scaled_pairs(layer)
         Q_out, R_out = torch.linalg.qr(torch.cat([B.float() for _, B in pairs], dim=2))
@@ -130,7 +133,7 @@ class Combination:
         return A, B
 
     def _scaled_pairs(self, layer: LoraLayer) -> list[Pair]:
-        """The factors of the adapters that a layer has, weight and scaling in A."""
+        """Factors of the adapters on a layer, with weight and scaling in A."""
         found = [(name, weight) for name, weight in zip(self.adapters, self.weights) if name in layer.r]
         pairs = [(weight * layer.scaling[name], *_factors(layer, name)) for name, weight in found]
         return [(scale * A, B) for scale, A, B in pairs]
@@ -163,7 +166,7 @@ def _factors(layer: LoraLayer, adapter_name: str) -> Pair:
 
 
 def _of_expert(layer: ExpertsLora, expert: int) -> SimpleNamespace:
-    """One expert as PEFT's formulas see a linear layer."""
+    """One expert with the interface of a linear LoRA layer, for PEFT's methods."""
     factors = {name: layer.factors(name) for name in layer.lora_A}
     return SimpleNamespace(
         lora_A={name: SimpleNamespace(weight=A[expert]) for name, (A, _) in factors.items()},

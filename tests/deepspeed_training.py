@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from calling_backend import CallingBackend
 from peft import PeftModel, get_peft_model
 from tiny_models import VOCABULARY, randomize_adapter
@@ -24,6 +25,8 @@ from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_
 from peft_moe_qlora.training import UnsyncedAdamW8bit, layer_runner
 
 STEPS, RESUMED_AT, BATCH, LENGTH = 3, 2, 4, 12
+EPSILON = 1e-4
+"""AdamW's. With its default of 1e-8, rounding alone decides how far a value of such a gradient is moved."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Case:
         is_whole: parameters as small as these stay whole under ZeRO-3, as is the default.
         graphs: ask for CUDA graphs of the layers.
         eight_bit: AdamW with states in 8 bits.
+        accumulation: parts of each batch, whose gradients are accumulated.
     """
 
     double_quant: bool = False
@@ -47,6 +51,7 @@ class Case:
     is_whole: bool = False
     graphs: bool = False
     eight_bit: bool = False
+    accumulation: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,12 +60,13 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "bf16": Case(bf16=True, double_quant=True),
+    "bf16": Case(bf16=True, double_quant=True, linear=True),
     "bf16, small ones whole": Case(bf16=True, double_quant=True, is_whole=True),
     "linear": Case(linear=True, checkpointing=True),
     "keep-experts": Case(checkpointing="keep-experts", double_quant=True),
     "graphs": Case(graphs=True),
     "8 bits": Case(eight_bit=True),
+    "accumulated": Case(accumulation=2),
 }
 
 
@@ -80,14 +86,17 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": one, "labels": one} for one in ids]
 
 
-def arguments(output: Path, world: int, **options: Any) -> TrainingArguments:
+def arguments(output: Path, world: int, accumulation: int = 1, **options: Any) -> TrainingArguments:
     """Those of one process, or of one of several; there they are made before the model, as in any script."""
     of_world = {"use_cpu": True} if world == 1 else {"ddp_backend": "gloo"}
     return TrainingArguments(
         output,
-        per_device_train_batch_size=BATCH // world,
+        per_device_train_batch_size=BATCH // world // accumulation,
+        gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         learning_rate=1e-2,
+        adam_epsilon=EPSILON,
+        max_grad_norm=0.5,  # clips every step
         lr_scheduler_type="constant",
         logging_steps=1,
         save_steps=RESUMED_AT,
@@ -99,12 +108,14 @@ def arguments(output: Path, world: int, **options: Any) -> TrainingArguments:
 
 
 def trainer(model: PeftModel, args: TrainingArguments, case: Case) -> Trainer:
-    optimizer = (UnsyncedAdamW8bit, {"lr": 1e-2}) if case.eight_bit else None
+    optimizer = (UnsyncedAdamW8bit, {"lr": 1e-2, "eps": EPSILON}) if case.eight_bit else None
     return Trainer(model, args, train_dataset=batches(), optimizer_cls_and_kwargs=optimizer)
 
 
-def losses(trained: Trainer) -> list[float]:
-    return [line["loss"] for line in trained.state.log_history if "loss" in line]
+def logged(trained: Trainer) -> dict[str, list[float]]:
+    """Losses, and norms of the gradients before they were clipped."""
+    lines = [line for line in trained.state.log_history if "loss" in line]
+    return {"losses": [line["loss"] for line in lines], "norms": [float(line["grad_norm"]) for line in lines]}
 
 
 def stored(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
@@ -112,6 +123,8 @@ def stored(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     named = {name: one.detach().clone() for name, one in model.named_parameters()}
     factors = {name: one.float() for name, one in named.items() if ".lora_" in name}
     packed = {name: one for name, one in named.items() if not one.is_floating_point()}
+    of_4_bits = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    packed |= {f"{name}.absmax": module.weight.quant_state.absmax.clone() for name, module in of_4_bits.items()}
     return {"factors": factors, "packed": packed}
 
 
@@ -134,7 +147,7 @@ def main(directory: Path) -> None:
             found["made whole"] = refusal(lambda: quantize_whole(directory))
         one = trainer(build(directory, case), args, case)
         one.train()
-        found[name] = {"losses": losses(one), "sharded": sharded(one), **whole(one.model)}
+        found[name] = {**logged(one), "sharded": sharded(one), **whole(one.model)}
         if case.graphs:
             found["graphs report"] = layer_runner.graphs_report(one.model)
         if name == "plain":
@@ -142,12 +155,13 @@ def main(directory: Path) -> None:
             found["refused"] = refused(one, directory) if is_zero3 else {}
             found["gathered"] = in_gathered(one, directory, args.process_index)
             found["resumed"] = resumed(directory, name)
-    torch.save(found, directory / f"found-{args.process_index}.pt")
+    torch.save(found, directory / f"{args.process_index}.pt")
 
 
 def shared_arguments(directory: Path, name: str) -> TrainingArguments:
-    args = arguments(directory / name, world=2, save_strategy="steps" if name == "plain" else "no")
-    config, case = args.deepspeed_plugin.deepspeed_config, CASES[name]
+    case, save_strategy = CASES[name], "steps" if name == "plain" else "no"
+    args = arguments(directory / name, world=2, accumulation=case.accumulation, save_strategy=save_strategy)
+    config = args.deepspeed_plugin.deepspeed_config
     if config["zero_optimization"]["stage"] == 3 and not case.is_whole:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if case.bf16:

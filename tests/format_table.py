@@ -59,9 +59,9 @@ def documentation() -> str:
         "",
         "`load_quantized(DIRECTORY)` loads the codes and scales of experts and linear layers bit for bit.",
         "*Back*: `peft-moe-qlora merge BASE ADAPTER OUT --quantize FORMAT` writes the layout of the base, and copies",
-        "what the adapter doesn't change. *16 bits*: the same without `--quantize`.",
+        "tensors that the adapter doesn't change. *16 bits*: the same without `--quantize`.",
         "",
-        "| layout | `quant_method` | experts are | linear layers are | load | train | merge: 16 bits | merge: back |",
+        "| layout | `quant_method` | experts | linear layers | load | train | merge: 16 bits | merge: back |",
         "|--|--|--|--|--|--|--|--|",
     ]
     for name, layout in PER_EXPERT.items():

@@ -420,7 +420,7 @@ TABLE: dict[str, Works | Refused] = {
     "create_arrow_model": Refused(_arrow, "LoRA adapters must only target Linear-like layers", "Merge them instead."),
     "XLoraModel": Refused(
         _xlora,
-        "XLoraModel and other methods that load adapters can't adapt experts",
+        "XLoraModel and other methods that combine adapters do not support experts",
         "`add_weighted_adapter` combines adapters.",
     ),
     "PeftMixedModel": Refused(
@@ -479,7 +479,7 @@ TABLE: dict[str, Works | Refused] = {
         _transformers_hotswap, "Hotswapping is currently only supported for LoRA", "As for `hotswap_adapter`."
     ),
     "prepare_model_for_compiled_hotswap": Refused(
-        _padded, "A stack of experts has no weight matrix", "As for `hotswap_adapter`."
+        _padded, "A stack of experts has no attribute `weight`", "As for `hotswap_adapter`."
     ),
     "hotswap_adapter_from_state_dict": Works(
         _swapped, "For adapters of one rank without expert_alpha; PEFT checks neither."
@@ -488,12 +488,12 @@ TABLE: dict[str, Works | Refused] = {
     "create_loraplus_optimizer": Works(_loraplus),
     "create_lorafa_optimizer": Refused(
         partial(_optimized, optimizers.create_lorafa_optimizer, r=4, lora_alpha=6, lr=1e-2),
-        "create_lorafa_optimizer is for factors that are matrices",
+        "create_lorafa_optimizer supports only 2-D factors",
         INSTEAD_OPTIMIZER,
     ),
     "create_riemannian_optimizer": Refused(
         partial(_optimized, optimizers.create_riemannian_optimizer, optimizer_cls=torch.optim.SGD, lr=1e-2),
-        "create_riemannian_optimizer is for factors that are matrices",
+        "create_riemannian_optimizer supports only 2-D factors",
         INSTEAD_OPTIMIZER,
     ),
     "torch.optim.Muon": Refused(

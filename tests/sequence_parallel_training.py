@@ -183,7 +183,7 @@ def main(directory: Path) -> None:
         found |= {"factors": factors(trained.model), "packed": packed(trained.model)}
     if config["stage"] == 3:
         found |= by_hand(directory, rank)
-    torch.save(found, place / f"found-{rank}.pt")
+    torch.save(found, place / f"{rank}.pt")
 
 
 def by_hand(directory: Path, rank: int) -> dict[str, Any]:

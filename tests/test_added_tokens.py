@@ -27,7 +27,7 @@ def test_the_error_says_what_to_do(tie_word_embeddings, in_full, tmp_path):
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     live = logits(model, token_ids())
-    with pytest.raises(ValueError, match=rf"of {tokens} tokens, .*model\.resize_token_embeddings\({tokens}\)"):
+    with pytest.raises(ValueError, match=rf"has {tokens} tokens, but .*model\.resize_token_embeddings\({tokens}\)"):
         merge(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     base.resize_token_embeddings(tokens)

@@ -70,5 +70,5 @@ def test_llama_4_learns_merges_and_saves(device, tmp_path):
 
 def test_one_adapter_for_each_sample_is_refused(device):
     model = get_peft_model(llama4(device), MoeQLoraConfig(r=4)).eval()
-    with pytest.raises(ValueError, match="adapter_names can't be passed to Llama4TextExperts"):
+    with pytest.raises(ValueError, match="adapter_names is not supported for Llama4TextExperts"):
         model(input_ids=token_ids(device), adapter_names=["default", "__base__"])

@@ -60,17 +60,17 @@ def copied(request, saved, tmp_path):
 def test_cut_off(copied):
     _, directory, file, _ = copied
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{file.name} can't be read: .*It is cut off"):
+    with pytest.raises(ValueError, match=rf"{file.name} is unreadable: .*It is truncated"):
         read_adapter(directory)
     file.unlink()
-    with pytest.raises(ValueError, match=f"has no {file.name}"):
+    with pytest.raises(ValueError, match=f"contains no {file.name}"):
         read_adapter(directory)
 
 
 def test_pickled(copied):
     _, directory, file, _ = copied
     file.rename(file.with_suffix(".bin"))
-    with pytest.raises(ValueError, match="is a pickle, which is never read"):
+    with pytest.raises(ValueError, match="is a pickle, which is not supported"):
         read_adapter(directory)
 
 
@@ -80,7 +80,7 @@ def test_not_finite(copied, value):
     tensor = next(tensor for name, tensor in tensors_of(directory, file.name).items() if name.endswith(key))
     tensor[..., 0, 0] = value
     edit_tensors(directory, {key: tensor}, file.name)
-    with pytest.raises(ValueError, match=f"{key} has values that are not finite"):
+    with pytest.raises(ValueError, match=f"{key} contains values that are not finite"):
         read_adapter(directory)
 
 
@@ -98,7 +98,7 @@ def test_transposed(copied):
     else:
         A, B = B.mT, A.mT
     edit_tensors(directory, {a: A, b: B}, file.name)
-    with pytest.raises(ValueError, match=r"transposed|has shape .* in the adapter; .* was expected"):
+    with pytest.raises(ValueError, match=r"transposed|has shape .* in the adapter\. Expected"):
         read_adapter(directory)
 
 
@@ -113,7 +113,7 @@ def test_a_layer_is_missing(copied):
     layout, directory, file, _ = copied
     gone = [key for key in tensors_of(directory, file.name) if "layers.1.mlp" in key]
     edit_tensors(directory, dict.fromkeys(gone), file.name)
-    with pytest.raises(ValueError, match=r"no (factors of|tensor for) model\.layers\.1\.mlp\.experts"):
+    with pytest.raises(ValueError, match=r"no (factors of|tensor) model\.layers\.1\.mlp\.experts"):
         read_adapter(directory)
     if layout != "ours":
         found = read_adapter(directory, options=ReadOptions(partial=True))
@@ -176,7 +176,7 @@ def test_extra_keys(copied, key):
 def test_another_base(copied, tmp_path):
     layout, directory, _, _ = copied
     save_base(tmp_path / "narrow", "qwen3_moe", moe_intermediate_size=16)
-    with pytest.raises(ValueError, match=r"of another base|belongs to another base|has shape"):
+    with pytest.raises(ValueError, match=r"belongs? to another base|has shape"):
         read_adapter(directory, tmp_path / "narrow")
     save_base(tmp_path / "deeper", "qwen3_moe", num_hidden_layers=3)
     if layout in ("ours", "peft-lora"):
@@ -204,7 +204,7 @@ def test_an_expert_is_missing(saved, tmp_path):
     keys = [key for key in tensors_of(tmp_path / "adapter") if "layers.0.mlp.experts.5." in key]
     edit_tensors(tmp_path / "adapter", dict.fromkeys(keys))
     with pytest.raises(
-        ValueError, match=r"projection of expert 5 of model\.layers\.0\.mlp\.experts, but of 7 of its 8"
+        ValueError, match=r"expert 5 of model\.layers\.0\.mlp\.experts\. Expected .* all 8 experts, found 7"
     ):
         read_adapter(tmp_path / "adapter", options=ReadOptions(partial=True))
 
@@ -214,7 +214,7 @@ def test_half_of_a_stack(saved, tmp_path):
     for write in (write_per_expert, write_stacked, write_mlx):
         some = {at: pair for at, pair in experts.items() if at[1] != "up"}
         write(tmp_path / write.__name__, saved / "base", some, linear)
-        with pytest.raises(ValueError, match="gate and up projection are one stack"):
+        with pytest.raises(ValueError, match="gate and up projection are one fused stack"):
             read_adapter(tmp_path / write.__name__)
         # a whole projection may be absent
         some = {at: pair for at, pair in some.items() if at[1] == "down"}
@@ -230,7 +230,7 @@ def test_experts_that_differ(saved, tmp_path):
     with pytest.raises(ValueError, match=r"up projections .* differ in rank, alpha"):
         read_adapter(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", alpha_pattern={"up_proj": 9})
-    with pytest.raises(ValueError, match=r"have the scalings 1\.5 and 4\.5"):
+    with pytest.raises(ValueError, match=r"have scalings 1\.5 and 4\.5"):
         read_adapter(tmp_path / "adapter")
 
 
@@ -239,7 +239,7 @@ def test_layouts_at_once(saved, tmp_path):
     for name in ("stacked", "per-expert"):
         tensors |= {key.removeprefix("base_model.model."): t for key, t in tensors_of(saved / name).items()}
     write_lora(tmp_path / "adapter", tensors, saved / "base", ["q_proj"])
-    with pytest.raises(ValueError, match="several layouts at once"):
+    with pytest.raises(ValueError, match="mixes tensors of several layouts"):
         read_adapter(tmp_path / "adapter")
 
 
@@ -249,11 +249,11 @@ def test_layouts_at_once(saved, tmp_path):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"bias": "lora_only"}, "trains biases"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to a base whose weights"),
+        ({"bias": "lora_only"}, "trained biases are not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
-        ({"r": None}, r"adapter_config\.json has no r; a whole number of at least 1 was expected"),
-        ({"lora_alpha": "16"}, "lora_alpha='16'; a finite number was expected"),
+        ({"r": None}, r"adapter_config\.json has no r\. Expected a whole number of at least 1"),
+        ({"lora_alpha": "16"}, "lora_alpha='16'. Expected a finite number"),
         ({"peft_type": "LOHA"}, "type LOHA"),
         ({"format_of_tomorrow": 1}, None),
     ],
@@ -263,7 +263,7 @@ def test_options_that_experts_cannot_have(saved, options, message, tmp_path):
     write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
     edit_config(tmp_path / "adapter", **options)
     if message is None:
-        with pytest.warns(UserWarning, match=r"\['format_of_tomorrow'\] of its config are not known"):
+        with pytest.warns(UserWarning, match=r"ignoring unknown options \['format_of_tomorrow'\]"):
             read_adapter(tmp_path / "adapter")
         return
     with pytest.raises(ValueError, match=message):
@@ -293,7 +293,7 @@ class TestWhoWroteIt:
     @pytest.mark.parametrize("recorded", [None, "0.19.0.dev0@abc", "0.19.1.dev0"])
     def test_is_asked_for_where_nothing_tells(self, square, recorded):
         edit_config(square, peft_version=recorded)
-        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts has as many .*--written-by"):
+        with pytest.raises(ValueError, match=r"factors of model\.layers\.0\.mlp\.experts is ambiguous.*--written-by"):
             read_adapter(square)
         new = read_adapter(square, options=ReadOptions(written_by="peft==0.19.1")).experts[0]
         for version in ("0.17.1", "0.18.0", "0.19.0"):
@@ -306,10 +306,10 @@ class TestWhoWroteIt:
         edit_config(directory / "adapter", peft_version=None)
         found = read_adapter(directory / "adapter")
         assert all(torch.equal(one.A, other.A) for one, other in zip(found.experts, expected.experts))
-        with pytest.raises(ValueError, match=r"transposed against what PEFT 0\.18\.1 writes"):
+        with pytest.raises(ValueError, match=r"transposed compared to those that PEFT 0\.18\.1 writes"):
             read_adapter(directory / "adapter", options=ReadOptions(written_by="peft==0.18.1"))
         edit_config(directory / "adapter", peft_version="new")
-        with pytest.raises(ValueError, match="peft_version='new' is no version"):
+        with pytest.raises(ValueError, match="peft_version='new' is not a valid version"):
             read_adapter(directory / "adapter")
 
 
@@ -317,8 +317,8 @@ def test_options_have_values():
     for options, message in (
         ({"quant_type": "int8"}, "quant_type='int8' is unknown"),
         ({"lora_b_order": "both"}, "lora_b_order='both' is unknown"),
-        ({"written_by": "peft-0.18"}, "'peft==' and a version"),
-        ({"written_by": "peft==old"}, "'peft==' and a version"),
+        ({"written_by": "peft-0.18"}, "'peft==' followed by a version"),
+        ({"written_by": "peft==old"}, "'peft==' followed by a version"),
     ):
         with pytest.raises(ValueError, match=message):
             ReadOptions(**options)
@@ -330,18 +330,18 @@ def test_options_have_values():
 def test_options_that_say_nothing_of_a_layout(saved, options):
     """An option without effect is refused, even where it says what the file says."""
     for name in ["ours"] if "quant_type" in options else ["ours", "per-expert", "mlx"]:
-        with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' says nothing of an adapter that is"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' does not apply to an adapter (of|in)"):
             read_adapter(saved / name, options=ReadOptions(**options))
 
 
 def test_configs_that_are_none(saved, tmp_path):
-    for text, message in (("{", "can't be read"), ("[]", "holds a list"), ("{}", "of type None")):
+    for text, message in (("{", "is not valid JSON"), ("[]", "value of type list"), ("{}", "of type None")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_adapter(tmp_path)
     write_mlx(tmp_path / "mlx", saved / "base", *random_factors())
     edit_config(tmp_path / "mlx", fine_tune_type="dora")
-    with pytest.raises(ValueError, match="fine_tune_type 'dora'"):
+    with pytest.raises(ValueError, match="fine_tune_type='dora' is not supported"):
         read_adapter(tmp_path / "mlx")
 
 
@@ -365,13 +365,13 @@ def test_the_command_reads_others(saved, tmp_path, capsys):
     assert read_adapter(out).config.quant_type == "fp4"
     command = ["convert", str(out), str(tmp_path / "again"), "--to", "moe-qlora", "--quant-type", "fp4"]
     assert main(command) == 1
-    assert "quant_type='fp4' says nothing of an adapter that is this package's own" in capsys.readouterr().err
+    assert "quant_type='fp4' does not apply to an adapter of this package" in capsys.readouterr().err
     command[command.index("moe-qlora")] = "per-expert"
     assert main(command) == 1
-    assert "quant_type='fp4' (--quant-type) says nothing of per-expert" in capsys.readouterr().err
+    assert "quant_type='fp4' (--quant-type) does not apply to per-expert" in capsys.readouterr().err
     edit_config(out, peft_type=None)
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "per-expert"]) == 1
-    assert "type None; MOE_QLORA, LORA, or one of mlx-lm was expected" in capsys.readouterr().err
+    assert "type None. Expected MOE_QLORA, LORA, or an adapter of mlx-lm" in capsys.readouterr().err
 
 
 def test_without_a_base_ours_is_held_against_itself(tmp_path):
@@ -379,7 +379,7 @@ def test_without_a_base_ours_is_held_against_itself(tmp_path):
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     read_adapter(tmp_path / "adapter")
     edit_tensors(tmp_path / "adapter", {"optimizer.step": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"optimizer\.step is nothing that this adapter's config asks for"):
+    with pytest.raises(ValueError, match=r"config does not call for the tensor optimizer\.step"):
         read_adapter(tmp_path / "adapter")
 
 
@@ -444,7 +444,7 @@ class TestOfThemAndTheConfig:
         directory = written(target_modules=["experts", "q_proj"], trainable_token_indices=[4, 5])
         read_adapter(directory)
         edit_config(directory, trainable_token_indices=[4, 5, 6])
-        with pytest.raises(ValueError, match=r"embed_tokens have shape \(2, 64\); \(3, 64\) was expected"):
+        with pytest.raises(ValueError, match=r"embed_tokens have shape \(2, 64\)\. Expected \(3, 64\)"):
             read_adapter(directory)
         edit_config(directory, trainable_token_indices={"embed_tokens": [4, 5], "lm_head": [4, 5]})
         with pytest.raises(ValueError, match="no tensor of trained tokens of lm_head"):
@@ -455,7 +455,7 @@ class TestOfThemAndTheConfig:
             read_adapter(directory)
         elsewhere = {"base_model.model.model.norm.token_adapter.trainable_tokens_delta": torch.zeros(2, 64)}
         edit_tensors(directory, elsewhere)
-        with pytest.raises(ValueError, match=r"model\.norm has trained tokens, but .* no embedding of that name"):
+        with pytest.raises(ValueError, match=r"trained tokens of model\.norm, but .* no embedding with this name"):
             read_adapter(directory)
 
     def test_layers_that_are_not_targeted(self, written):
@@ -467,13 +467,13 @@ class TestOfThemAndTheConfig:
         }
         edit_tensors(directory, pair)
         with pytest.raises(
-            ValueError, match=r"factors of model\.layers\.1\.self_attn\.k_proj, but its config doesn't"
+            ValueError, match=r"factors of model\.layers\.1\.self_attn\.k_proj, which its config does not"
         ):
             read_adapter(directory)
         edit_tensors(directory, dict.fromkeys(pair))
         edit_config(directory, exclude_modules=["layers.1.self_attn.q_proj"])
         with pytest.raises(
-            ValueError, match=r"factors of model\.layers\.1\.self_attn\.q_proj, but its config doesn't"
+            ValueError, match=r"factors of model\.layers\.1\.self_attn\.q_proj, which its config does not"
         ):
             read_adapter(directory)
         edit_config(directory, exclude_modules=None)
@@ -493,7 +493,7 @@ class TestOfThemAndTheConfig:
         rows = tensors_of(directory.parent / "base", "model.safetensors")["model.embed_tokens.weight"].shape[0]
         pair = {"lora_embedding_A": torch.zeros(4, rows), "lora_embedding_B": torch.zeros(64, 4)}
         edit_tensors(directory, {f"base_model.model.model.embed_tokens.{end}": one for end, one in pair.items()})
-        with pytest.raises(ValueError, match=r"factors of model\.embed_tokens, but its"):
+        with pytest.raises(ValueError, match=r"factors of model\.embed_tokens, which its"):
             read_adapter(directory)
 
     def test_without_a_base(self, tmp_path):
@@ -502,7 +502,7 @@ class TestOfThemAndTheConfig:
         (tmp_path / "base").rename(tmp_path / "gone")
         read_adapter(tmp_path / "adapter")
         edit_config(tmp_path / "adapter", target_modules=["experts", "q_proj"])
-        with pytest.raises(ValueError, match=r"self_attn\.k_proj, but its config doesn't target it"):
+        with pytest.raises(ValueError, match=r"self_attn\.k_proj, which its config does not target"):
             read_adapter(tmp_path / "adapter")
         edit_config(tmp_path / "adapter", target_modules="all-linear")
         read_adapter(tmp_path / "adapter")

@@ -152,7 +152,7 @@ def test_a_broken_option_is_named(copied, layout, option, value):
     """No option ends in a traceback, or is taken for another value: file and option stand in the error."""
     directory = copied(layout)
     set_option(directory, option, value)
-    with pytest.raises(ValueError, match="expected") as caught:
+    with pytest.raises(ValueError, match="Expected") as caught:
         read_adapter(directory)
     assert str(directory / "adapter_config.json") in str(caught.value)
     assert re.search(rf"\b{option.rpartition('.')[2]}\b", str(caught.value)) is not None
@@ -182,9 +182,9 @@ def test_what_is_said_of_the_base_is_checked_wherever_it_is_read():
     good = {"model_type": "x", "dtype": "bfloat16", "linear": {"nf4/64+dq": ["q_proj"]}, "samples": {"x": [1, 0.5]}}
     assert BaseIdentity.of(good).linear_storage("q_proj").double_quant
     assert BaseIdentity.of({**good, "dtype": "", "linear": {}}) is not None
-    with pytest.raises(ValueError, match="has dtype=''; the name of a dtype of torch was expected"):
+    with pytest.raises(ValueError, match=r"has dtype=''\. Expected the name of a torch dtype"):
         BaseIdentity.of({**good, "dtype": ""})
-    with pytest.raises(ValueError, match=r"has samples=\{'x': \['1'\]\}; an object of names and lists of numbers"):
+    with pytest.raises(ValueError, match=r"has samples=\{'x': \['1'\]\}\. Expected .* names to lists of numbers"):
         BaseIdentity.of({**good, "samples": {"x": ["1"]}})
 
 
@@ -198,7 +198,7 @@ def test_factors_of_a_dtype_that_is_none(copied, layout, dtype):
     name = "adapters.safetensors" if layout == "mlx" else "adapter_model.safetensors"
     key = next(key for key in tensors_of(directory, name) if "experts" in key or "switch_mlp" in key)
     edit_tensors(directory, {key: tensors_of(directory, name)[key].to(dtype)}, name)
-    with pytest.raises(ValueError, match=rf"{name}: {re.escape(key)} is stored as {str(dtype)[6:]}; 16, 32 or 64"):
+    with pytest.raises(ValueError, match=rf"{name}: {re.escape(key)} is stored as {str(dtype)[6:]}\. Expected float"):
         read_adapter(directory)
 
 

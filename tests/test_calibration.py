@@ -60,7 +60,7 @@ def test_rows_that_are_not_finite_do_not_count(value, place):
         assert torch.equal(stack.codes, expected[name].codes)
         assert torch.equal(stack.block_absmax, expected[name].block_absmax)
         (note,) = stack.merge_notes
-        assert note.startswith("28 of 192 rows of calibration inputs are not finite and were left out (")
+        assert note.startswith("28 of 192 rows of calibration inputs are not finite and were ignored (")
         assert {int(e): int(n) for n, e in re.findall(r"(\d+) of expert (\d+)", note)} == {
             expert: count for expert, count in enumerate(counts) if count
         }
@@ -70,7 +70,7 @@ def test_rows_that_are_not_finite_do_not_count(value, place):
 def test_no_row_is_finite():
     hidden_states, chosen, weights = routed()
     found = merged(hidden_states * torch.nan, chosen, weights)
-    assert all("none is left" in stack.merge_notes[0] for stack in found.values())
+    assert all("no rows are left" in stack.merge_notes[0] for stack in found.values())
     assert all(stack.fidelity.relative_error < 0.2 for stack in found.values())
 
 
@@ -123,7 +123,8 @@ def test_moments_that_can_not_be_factorized():
     found, expected = quantize(break_two), quantize(lambda _: None)
     nearest = quantize(flatten_two)
     assert found.merge_notes == (
-        "the second moments of the inputs can't be factorized, so that experts 0, 2 are rounded to the nearest",
+        "the Cholesky factorization of the inputs' second moments failed; "
+        "experts 0, 2 were rounded to the nearest value",
     )
     assert torch.equal(found.codes[1::2], expected.codes[1::2])
     assert torch.equal(found.codes[::2], nearest.codes[::2])

@@ -236,10 +236,10 @@ def test_what_is_settled_stays(capsys):
 
 def test_nothing_fits(capsys):
     found = printed(capsys, "mixtral-8x7b-v0.1", "--card", 16)
-    least, more = map(float, re.search(r"needs ([\d.]+) GiB, ([\d.]+) more", found).groups())
+    least, more = map(float, re.search(r"requires ([\d.]+) GiB, ([\d.]+) more", found).groups())
     assert least - more == pytest.approx(16, abs=0.11)
-    assert "The smallest card for it has 32 GiB" in found
-    assert "No single card" in printed(capsys, "deepseek-v3", "--card", 80)
+    assert "The smallest card that fits has 32 GiB" in found
+    assert "No known single card" in printed(capsys, "deepseek-v3", "--card", 80)
     assert inspected(capsys, "deepseek-v3", "--card", 80)["recommended"] is None
 
 
@@ -260,7 +260,7 @@ def test_a_quantized_checkpoint_keeps_its_storage(tmp_path, capsys):
     assert {row["storage"] for row in found["rows"]} == {"as stored"}
     assert found["rows"][0]["memory"]["experts"] == experts_report(model).nbytes
     assert "as stored" in printed(capsys, tmp_path / "packed", "--card", 8)
-    assert "can't be stored as nf4/64" in refused(capsys, tmp_path / "packed", "--card", 8, "--quant-type", "nf4")
+    assert "cannot be stored as nf4/64" in refused(capsys, tmp_path / "packed", "--card", 8, "--quant-type", "nf4")
 
 
 def test_packed_experts_can_be_stored_anew():
@@ -300,7 +300,7 @@ def test_options_that_make_no_sense(option, capsys):
 
 def test_options_of_cards_alone(tmp_path, capsys):
     for option in ("--optimizer=adafactor", "--logits", "--no-accumulation"):
-        assert "is an option of --card" in refused(capsys, tmp_path, option)
+        assert "is only valid with --card" in refused(capsys, tmp_path, option)
 
 
 @pytest.mark.parametrize(

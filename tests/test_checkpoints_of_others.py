@@ -132,7 +132,7 @@ def test_linear_layers_of_which_some_have_their_codes_as_another_dtype(tmp_path)
     tensors[key] = tensors[key].flatten().view(torch.bfloat16)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head"])
-    with pytest.raises(CheckpointError, match=r"q_proj\.weight \(U8 .* \(BF16 .* codes as different dtypes"):
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight \(U8 .* \(BF16 .* codes in different dtypes"):
         load_quantized(tmp_path, device_map="cpu")
 
 
@@ -278,7 +278,7 @@ BROKEN_DENSE = {
     "an expert is missing": (without(GATE), "lacks expert 2"),
     "a projection of all experts is missing": (
         lambda t: [t.pop(key) for key in list(t) if "layers.1." in key and "up_proj" in key],
-        "needs tensors .*up_proj",
+        "has no tensors .*up_proj",
     ),
     "a layer is missing": (
         lambda t: [t.pop(key) for key in list(t) if "layers.1.mlp.experts" in key],
@@ -288,20 +288,20 @@ BROKEN_DENSE = {
     "a layer too many": (added(GATE.replace("layers.1", "layers.7"), torch.zeros(64, 64)), "layers.7.mlp.experts"),
     "a tensor that no expert has": (
         added(GATE.replace("gate_proj.weight", "gate_proj.bias"), torch.zeros(64)),
-        "gate_proj.bias .* fits none",
+        "gate_proj.bias .* matches none",
     ),
     "of another shape": (replaced(DOWN, torch.zeros(64, 32)), r"experts.2.down_proj.weight \(F32 \[64, 32\]"),
     "all of another shape": (
         lambda t: [t.update({key: t[key][:, :32]}) for key in list(t) if "down_proj" in key],
-        r"shape \(64, 32\) for model.layers.0.mlp.experts.down_proj; \(64, 64\) was expected",
+        r"shape \(64, 32\) for model.layers.0.mlp.experts.down_proj. Expected shape \(64, 64\)",
     ),
     "scaled by another scheme": (
         replaced(GATE, torch.zeros(64, 64, dtype=torch.float8_e4m3fn)),
-        "gate_proj.weight .*F8_E4M3.* storage that is not known",
+        "gate_proj.weight .*F8_E4M3.* dtype that is not supported",
     ),
     "packed by another scheme": (
         replaced(GATE, torch.zeros(64, 32, dtype=torch.int32)),
-        "gate_proj.weight .*I32.* storage that is not known",
+        "gate_proj.weight .*I32.* dtype that is not supported",
     ),
     "fused beside apart": (
         added("model.layers.1.mlp.experts.gate_up_proj", torch.zeros(8, 128, 64)),
@@ -324,7 +324,7 @@ def test_a_projection_is_missing_where_the_operation_asks_for_all(tmp_path):
     shrunken_model("ernie4_5_vl_moe").save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
     write_tensors(tmp_path, {key: tensor for key, tensor in tensors.items() if "up_proj" not in key})
-    with pytest.raises(CheckpointError, match=r"experts.gate_up_proj needs tensors .*up_proj.* beside .*gate_proj"):
+    with pytest.raises(CheckpointError, match=r"no tensors .*up_proj.* for .*gate_up_proj, .*addition to .*gate_proj"):
         load_quantized(tmp_path, device_map="cpu")
 
 
@@ -338,7 +338,7 @@ def test_scales_that_only_a_quantized_checkpoint_has(tmp_path):
     assert torch.equal(stack.codes, expected.codes)
     scales = torch.full((*tensors[key].shape[:2], tensors[key].shape[2] // 32), 127, dtype=torch.uint8)
     write_tensors(tmp_path, {**tensors, key: tensors[key].to(torch.float8_e4m3fn), f"{key}_scale": scales})
-    with pytest.raises(CheckpointError, match=r"w2_weight \(F8_E4M3 .*storage that is not known"):
+    with pytest.raises(CheckpointError, match=r"w2_weight \(F8_E4M3 .*dtype that is not supported"):
         load_quantized(tmp_path, device_map="cpu")
 
 
@@ -346,12 +346,12 @@ BROKEN_PACKED = {
     "no scales": (without(f"{GATE}.absmax"), "lacks .*gate_proj.weight.absmax"),
     "no state": (without(f"{GATE}.quant_state.bitsandbytes__nf4"), "has 0 tensors .quant_state"),
     "scales of the wrong length": (replaced(f"{GATE}.absmax", torch.ones(63)), r"absmax \(F32 \[63\].* 64 values"),
-    "codes cut off": (replaced(GATE, torch.zeros(2047, 1, dtype=torch.uint8)), "2048 values was expected"),
-    "codes without their weight": (without(GATE), "which the checkpoint doesn't have"),
+    "codes cut off": (replaced(GATE, torch.zeros(2047, 1, dtype=torch.uint8)), "2048 values"),
+    "codes without their weight": (without(GATE), "which the checkpoint does not have"),
     "another table": (replaced(f"{GATE}.quant_map", torch.linspace(-1, 1, 16)), "not the table of nf4"),
     "a state that is no text": (
         replaced(f"{GATE}.quant_state.bitsandbytes__nf4", torch.full((9,), 255, dtype=torch.uint8)),
-        "no quantization state",
+        "not a quantization state",
     ),
     "another storage": (lambda t: t.update(packed(DOWN, torch.randn(64, 64), blocksize=128)), "nf4/128.* nf4/64"),
     "another shape": (lambda t: t.update(packed(DOWN, torch.randn(128, 32))), r"\[128, 32\]"),
@@ -419,11 +419,11 @@ def promise_more(directory: Path) -> None:
 BROKEN_FILES = {
     "a shard is missing": (
         lambda d: (d / "model-00002-of-00003.safetensors").unlink(),
-        "index.json names model-00002-of-00003.safetensors, which is not there",
+        "index.json lists model-00002-of-00003.safetensors, which does not exist",
     ),
-    "a header is cut off": (cut_header, "model-00002-of-00003.safetensors can't be opened"),
-    "values are cut off": (cut_values, "model-00002-of-00003.safetensors can't be opened"),
-    "the index promises more": (promise_more, "00002-of-00003.safetensors lacks .*experts.99.up_proj"),
+    "a header is cut off": (cut_header, "model-00002-of-00003.safetensors cannot be opened"),
+    "values are cut off": (cut_values, "model-00002-of-00003.safetensors cannot be opened"),
+    "the index promises more": (promise_more, "00002-of-00003.safetensors has no tensor .*experts.99.up_proj"),
     "the index is no index": (
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
         "is not a checkpoint index",
@@ -466,5 +466,5 @@ def test_unknown_schemes(method, tmp_path):
 def test_quantizing_what_is_quantized_already(tmp_path):
     write_tensors(tmp_path, pack(save_tiny(tmp_path), is_expert))
     set_bitsandbytes_config(tmp_path, ["lm_head"])
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="already quantized"):
         load_quantized(tmp_path, MoeQuantizationConfig())

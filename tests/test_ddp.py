@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from distributed_training import (
     CASES,
     WORLD,
@@ -15,22 +16,20 @@ from distributed_training import (
     assert_same_training,
     build,
     graphs_by_calling,
-    launch,
-    saved_keys,
     start,
     train,
     write_checkpoint,
 )
-from tiny_models import assert_same_bytes
+from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp_module
-from trained_by_trainer import SAVED_AT, run_all
+from trained_by_trainer import assert_as_one_process, assert_resumed, trained_by_both
 
 from peft_moe_qlora.training import graphs_report, skip_broadcast
 
 
-def train_all(rank: int, directory: Path) -> None:
+def train_all(rank: int, directory: Path) -> dict[str, object]:
     found = {}
     for name, case in CASES.items():
         with graphs_by_calling(case):
@@ -39,7 +38,7 @@ def train_all(rank: int, directory: Path) -> None:
         if case.by_graphs:
             found["report"] = graphs_report(model.get_base_model())
     found["sent"] = {name: broadcast(rank, directory, name) for name in ("all", "none", "different")}
-    torch.save(found, directory / f"{rank}.pt")
+    return found
 
 
 def broadcast(rank: int, directory: Path, which: str) -> dict[str, object]:
@@ -81,30 +80,28 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(directory) -> list[dict]:
-    start(train_all, directory)
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return start(train_all, directory)
 
 
 @pytest.fixture(scope="module")
 def by_trainer(directory, tmp_path_factory) -> list[dict]:
     """What a Trainer has found in one process, and in each of several."""
-    one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
-    launch("ddp.yaml", "trained_by_trainer.py", directory, several)
-    found = [torch.load(several / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    return [run_all(directory, one, 1), *found]
+    return trained_by_both("ddp.yaml", directory, tmp_path_factory.mktemp("by trainer"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training(directory, found, name):
     expected = alone(directory, CASES[name])
+    # where rounding decides between two values of a state in 8 bits, a factor is moved less or more
+    of_factors = 1e-3 if name == "8-bit AdamW" else 1e-5
     for of_rank in found:
-        assert_same_training(of_rank[name], expected)
+        assert_same_training(of_rank[name], expected, of_factors)
     first, second = (of_rank[name].factors for of_rank in found)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_layers_ran_from_graphs(found):
-    assert found[0]["report"] == "2 graphs of layers, for 1 shapes of inputs"
+    assert found[0]["report"] == "2 graphs of layers, for 1 input shapes"
 
 
 def test_packed_weights_are_not_sent(directory, found):
@@ -124,16 +121,14 @@ def test_what_differs_is_sent(directory, found):
         assert 0 < sent["skipped"] < sent["integers"]
         assert sent["sent"] == of_rank["sent"]["all"]["sent"] - sent["skipped"]
         assert len(sent["warnings"]) == 1
-        assert (
-            "1 packed weights are not the same in all processes, base_model.model.model.layers.0"
-            in sent["warnings"][0]
-        )
+        assert "1 packed weights, such as base_model.model.model.layers.0" in sent["warnings"][0]
+        assert "differ between processes" in sent["warnings"][0]
         assert sent["run"].losses == of_rank["sent"]["all"]["run"].losses
         assert_same_training(sent["run"], expected)
 
 
 def test_weights_are_compared_in_a_group_only():
-    with pytest.raises(RuntimeError, match=r"no process group yet.*TrainingArguments first"):
+    with pytest.raises(RuntimeError, match=r"has no process group.*TrainingArguments first"):
         skip_broadcast(nn.Linear(2, 2))
 
 
@@ -142,16 +137,14 @@ def test_trainer(by_trainer):
     for found in several:
         assert found["wrapped"] == "DistributedDataParallel"
         assert found["skipped"] > 0
-        assert_same_training(found["straight"], expected["straight"])
-        assert found["evaluated"] == pytest.approx(expected["evaluated"], abs=1e-5)
-        assert_same_bytes(found["saved"], saved_keys(found["straight"].factors))
+        assert_as_one_process(found, expected)
 
 
 def test_trainer_resumes(by_trainer):
     for found in by_trainer:
         if "resumed" not in found:
+            assert Version(transformers.__version__) < Version("5.24")
             pytest.skip(
                 "this transformers reads files to cpu:0, which torch doesn't know: pip install --upgrade transformers"
             )
-        assert found["resumed"].losses == found["straight"].losses[SAVED_AT:]
-        assert_same_bytes(found["resumed"].factors, found["straight"].factors)
+        assert_resumed(found)

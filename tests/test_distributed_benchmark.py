@@ -92,4 +92,4 @@ def test_loading_needs_a_directory(capsys):
 
     with pytest.raises(SystemExit):
         parse_arguments(["--modes", "load-part"])
-    assert "modes of loading need --checkpoint" in capsys.readouterr().err
+    assert "Loading modes require --checkpoint" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_gemma_4_is_stacked_for_llama_cpp(tmp_path):
     for projection in ("gate_up_proj", "down_proj"):
         name = f"model.layers.0.experts.{projection}"
         assert_same(written.delta(name), deltas[name])
-    with pytest.raises(ValueError, match=r"SGLang .* no LoRA for experts of this model\. Merge it instead"):
+    with pytest.raises(ValueError, match=r"SGLang .* not support LoRA on experts of this model\. Merge the"):
         convert_adapter(tmp_path / "adapter", tmp_path / "out", "sglang")
     assert "base_model.model.model.layers.0.experts.3.up_proj.lora_B.weight" in Written(tmp_path, "vllm").tensors
 
@@ -289,33 +289,33 @@ def test_layers_of_zeros_leave_the_scaling_alone(target, tmp_path):
             "vllm",
             "cohere2_moe",
             {},
-            r"vLLM .* Cohere2MoeForCausalLM: it has no LoRA for this model\. Merge it instead",
+            r"vLLM .* Cohere2MoeForCausalLM: it does not support LoRA on this model\. Merge the adapter instead",
         ),
-        ("vllm", "llama4_text", {}, r"where Llama 4 weighs their input\. Merge"),
-        ("vllm", "zaya", {}, "ZayaForCausalLM is not among the models"),
-        ("llama.cpp", "gpt_oss", {}, r"llama\.cpp .* no adapter of experts of this model\. Merge it instead"),
-        ("llama.cpp", "granitemoe", {}, r"no adapter of experts of this model\. Merge it instead"),
-        ("sglang", "llama4_text", {}, r"no LoRA for experts of this model\. Merge"),
-        ("mlx", "zaya", {}, "ZayaForCausalLM is not among"),
-        ("vllm", "qwen3_moe", {"expert_r": 513}, "takes ranks up to 512; the adapter has 513"),
+        ("vllm", "llama4_text", {}, r"while Llama 4 multiplies their inputs\. Merge"),
+        ("vllm", "zaya", {}, "ZayaForCausalLM is not on the list of models"),
+        ("llama.cpp", "gpt_oss", {}, r"llama\.cpp .* not accept LoRA on experts of this model\. Merge"),
+        ("llama.cpp", "granitemoe", {}, r"not accept LoRA on experts of this model\. Merge the adapter instead"),
+        ("sglang", "llama4_text", {}, r"does not support LoRA on experts of this model\. Merge"),
+        ("mlx", "zaya", {}, "ZayaForCausalLM is not on the list"),
+        ("vllm", "qwen3_moe", {"expert_r": 513}, "adapter has rank 513, but .* supports ranks up to 512"),
         (
             "vllm",
             "deepseek_v3",
             {"target_modules": "all-linear"},
-            r"no LoRA on .*kv_b_proj\. Merge .* without kv_b_proj",
+            r"not support LoRA on .*kv_b_proj\. Merge .* without kv_b_proj",
         ),
-        ("sglang", "deepseek_v3", {"target_modules": "all-linear"}, r"SGLang .* no LoRA on .*self_attn\.kv_a_proj"),
-        ("llama.cpp", "deepseek_v3", {"target_modules": "all-linear"}, r"no LoRA on .*kv_b_proj"),
-        ("mlx", "deepseek_v3", {"target_modules": "all-linear"}, r"no LoRA on .*kv_b_proj"),
+        ("sglang", "deepseek_v3", {"target_modules": "all-linear"}, r"SGLang .* support LoRA on .*self_attn\.kv_a"),
+        ("llama.cpp", "deepseek_v3", {"target_modules": "all-linear"}, r"not support LoRA on .*kv_b_proj"),
+        ("mlx", "deepseek_v3", {"target_modules": "all-linear"}, r"not support LoRA on .*kv_b_proj"),
         (
             "vllm",
             "qwen3_vl_moe",
             {"target_modules": ["experts", "linear_fc1"]},
-            "outside the layers that have the exp",
+            "outside the decoder layers of the text model",
         ),
-        ("vllm", "qwen3_moe", {"target_modules": ["experts", "embed_tokens"]}, "embed_tokens.*which readers of LoRA"),
-        ("mlx", "qwen3_moe", {"modules_to_save": ["norm"]}, "norm.*which readers of LoRA don't know"),
-        ("sglang", "qwen3_moe", {"bias": "all", "target_modules": ["experts"]}, "readers of LoRA don't know"),
+        ("vllm", "qwen3_moe", {"target_modules": ["experts", "embed_tokens"]}, "embed_tokens.*readers of this layout"),
+        ("mlx", "qwen3_moe", {"modules_to_save": ["norm"]}, "norm.*which readers of this layout do not support"),
+        ("sglang", "qwen3_moe", {"bias": "all", "target_modules": ["experts"]}, "readers of this layout do not"),
     ],
 )
 def test_refused(target, model_type, options, match, tmp_path):
@@ -332,7 +332,7 @@ def test_routers_are_none_of_sglangs(tmp_path):
     factors = {f"{router}.lora_A.weight": torch.ones(4, 64), f"{router}.lora_B.weight": torch.ones(4, 4)}
     save_file({**load_file(file), **factors}, file)
     edit_config(tmp_path / "adapter", target_modules=["experts", "q_proj", "layers.0.mlp.router"])
-    with pytest.raises(ValueError, match=r"SGLang .* reads no LoRA on model\.layers\.0\.mlp\.router"):
+    with pytest.raises(ValueError, match=r"SGLang .* does not support LoRA on model\.layers\.0\.mlp\.router"):
         convert_adapter(tmp_path / "adapter", tmp_path / "out", "sglang")
 
 
@@ -355,7 +355,7 @@ def test_bases_that_engines_have_no_lora_on(quantization, refused, tmp_path):
     file.write_text(json.dumps({**in_16_bits, "quantization_config": quantization}))
     for target in ("vllm", "sglang", "mlx"):
         if target in refused:
-            with pytest.raises(ValueError, match=rf"quantized by {quantization['quant_method']}.* merge it instead"):
+            with pytest.raises(ValueError, match=rf"quantized by {quantization['quant_method']}.* merge the adapter"):
                 convert_adapter(tmp_path / "adapter", tmp_path / target, target)
             convert_adapter(tmp_path / "adapter", tmp_path / target, target, tmp_path / "in 16 bits")
         else:
@@ -367,7 +367,7 @@ def test_the_command(target, tmp_path, capsys):
     saved_deltas(tmp_path)
     command = ["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", target]
     assert main([*command, "--base", str(tmp_path / "nowhere")]) == 1
-    assert "Name the directory of the base model" in capsys.readouterr().err
+    assert "Pass the directory of the base model" in capsys.readouterr().err
     assert main(command) == 0
     assert f"written to {tmp_path / 'out'} as {target}" in capsys.readouterr().out
     assert target in TARGETS

@@ -62,5 +62,5 @@ def test_loading_sharded_into_4_bits_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     config = tiny_config("qwen3_moe")
     config.distributed_config = DistributedConfig()  # as from_pretrained does it with the argument of that name
-    with pytest.raises(ValueError, match="distributed_config can't be used with a MoeQuantizationConfig"):
+    with pytest.raises(ValueError, match="distributed_config is not supported with a MoeQuantizationConfig"):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=config, quantization_config=MoeQuantizationConfig())

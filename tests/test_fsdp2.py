@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from distributed_training import (
     CASES,
     STEPS,
@@ -20,7 +23,6 @@ from distributed_training import (
     build,
     factors,
     graphs_by_calling,
-    launch,
     packed,
     saved_keys,
     start,
@@ -42,10 +44,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from trained_by_trainer import SAVED_AT, run_all
+from trained_by_trainer import assert_as_one_process, assert_resumed, trained_by_both
 from transformers import AutoModelForCausalLM
 
-from peft_moe_qlora import MoeQuantizationConfig, QuantizedExperts, prepare_model_for_training, read_part_of_experts
+from peft_moe_qlora import (
+    MoeQuantizationConfig,
+    QuantizedExperts,
+    prepare_model_for_training,
+    read_part_of_experts,
+    save_bitsandbytes,
+)
 from peft_moe_qlora.loading import Checkpoint
 from peft_moe_qlora.training import graphs_report, shard_layers
 from peft_moe_qlora.training.fsdp2 import OLDEST_TORCH
@@ -55,12 +63,17 @@ needs_fsdp2 = pytest.mark.skipif(
     not HAS_FSDP2, reason=f"FSDP2 takes integers as parameters from torch {OLDEST_TORCH}: pip install --upgrade torch"
 )
 PLAIN = CASES["plain"]
-DOUBLE_QUANT = CASES["double_quant, checkpointing"]
+MIXED = replace(CASES["double_quant, checkpointing"], quantize_linear=True)
 GATHERED = {
     "merge_adapter": lambda model: model.merge_adapter(),
     "unmerge_adapter": lambda model: model.unmerge_adapter(),
     "merge_and_unload": lambda model: model.merge_and_unload(),
     "unload": lambda model: model.unload(),
+}
+OF_BASE = {
+    "save_pretrained": lambda model, directory: model.save_pretrained(directory),
+    "save_bitsandbytes": lambda model, directory: save_bitsandbytes(model, directory),
+    "dequantize": lambda model, directory: model.dequantize(),
 }
 WHOLE = {
     "add_adapter": lambda model: model.add_adapter("other", model.peft_config["default"]),
@@ -68,7 +81,7 @@ WHOLE = {
 }
 
 
-def train_all(rank: int, directory: Path) -> None:
+def train_all(rank: int, directory: Path) -> dict[str, object]:
     found = {"train": {}}
     mesh = init_device_mesh("cpu", (WORLD,))
     for name, case in CASES.items():
@@ -85,13 +98,14 @@ def train_all(rank: int, directory: Path) -> None:
         if case is PLAIN:
             found["share"] = sum(one.to_local().nbytes for one in model.parameters()) / size
             found["after"] = {**used_sharded(model, directory, rank), "factors": factors(model)}
+    found["base"] = base_alone(rank, directory, mesh)
     found["experts"] = only_experts(rank, directory, mesh)
     found["as one"] = as_one(rank, directory, mesh)
     found["precision"] = mixed_precision(rank, directory, mesh)
     found["resumed"] = resumed(rank, directory, mesh)
     found["adapters"] = two_adapters(rank, directory, mesh)
     found["parts"] = {str(size): in_parts(rank, directory, mesh, size) for size in (8, 3)}
-    torch.save(found, directory / f"{rank}.pt")
+    return found
 
 
 def error_of(action: Callable[[], object]) -> str:
@@ -127,6 +141,16 @@ def used_sharded(model: PeftModel, directory: Path, rank: int) -> dict[str, obje
     }
 
 
+def base_alone(rank: int, directory: Path, mesh: object) -> dict[str, object]:
+    """What is said of a sharded model without an adapter, and whether it is as before."""
+    model = build(directory, PLAIN).unload()
+    before = packed(model)
+    shard_layers(model, mesh=mesh)
+    refused = {name: error_of(partial(action, model, directory / "base")) for name, action in OF_BASE.items()}
+    after = packed(model)
+    return {"refused": refused, "is the same": all(torch.equal(after[name], one) for name, one in before.items())}
+
+
 def only_experts(rank: int, directory: Path, mesh: object) -> object:
     """Experts as units, beside which nothing but the root is one."""
     model = build(directory, PLAIN)
@@ -147,15 +171,24 @@ def as_one(rank: int, directory: Path, mesh: object) -> tuple[object, str]:
 
 
 def mixed_precision(rank: int, directory: Path, mesh: object) -> dict[str, object]:
-    """What experts are decoded to in the forward, against before."""
-    model = build(directory, DOUBLE_QUANT)
+    """What experts and linear layers are decoded to in the forward, against before."""
+    model = build(directory, MIXED)
     experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    linear = [module for module in model.modules() if isinstance(module, Linear4bit)]
 
     def decoded(module: QuantizedExperts) -> list[torch.Tensor]:
         return [module.stack(projection).decode(torch.float32) for projection in module.layout.projections]
 
+    def of_4_bits(module: Linear4bit) -> torch.Tensor:
+        return dequantize_4bit(module.weight.detach(), module.quant_state)
+
     expected = {id(module): decoded(module) for module in experts}
-    seen = []
+    of_linear = {id(module): of_4_bits(module) for module in linear}
+    seen, seen_linear = [], []
+
+    def look_at_linear(module: Linear4bit, args: tuple) -> None:
+        seen_linear.append(torch.equal(of_4_bits(module), of_linear[id(module)]))
+        seen_linear.append(args[0].dtype == torch.bfloat16)
 
     def look(module: QuantizedExperts, args: tuple) -> None:
         seen.append(all(torch.equal(*pair) for pair in zip(decoded(module), expected[id(module)])))
@@ -167,9 +200,11 @@ def mixed_precision(rank: int, directory: Path, mesh: object) -> dict[str, objec
             lambda module, args: setattr(module, "lora_dtype", module.down_proj.factors("default")[0].dtype)
         )
         module.register_forward_pre_hook(look)
+    for module in linear:
+        module.register_forward_pre_hook(look_at_linear)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard_layers(model, mesh=mesh, mp_policy=policy)
-    return {"run": train(model, DOUBLE_QUANT, rank=rank, world=WORLD), "seen": seen}
+    return {"run": train(model, MIXED, rank=rank, world=WORLD), "seen": seen, "seen linear": seen_linear}
 
 
 def resumed(rank: int, directory: Path, mesh: object) -> dict[str, object]:
@@ -255,17 +290,13 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(directory) -> list[dict]:
-    start(train_all, directory)
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return start(train_all, directory)
 
 
 @pytest.fixture(scope="module")
 def by_trainer(directory, tmp_path_factory) -> list[dict]:
     """What a Trainer has found in one process, and in each of several."""
-    one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
-    launch("fsdp2.yaml", "trained_by_trainer.py", directory, several)
-    found = [torch.load(several / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    return [run_all(directory, one, 1), *found]
+    return trained_by_both("fsdp2.yaml", directory, tmp_path_factory.mktemp("by trainer"))
 
 
 @needs_fsdp2
@@ -302,13 +333,16 @@ def test_the_model_as_one_unit(directory, found):
 
 
 @needs_fsdp2
-def test_mixed_precision_touches_no_weight_of_experts(directory, found):
-    expected = alone(directory, DOUBLE_QUANT)
+def test_mixed_precision_touches_no_packed_weight(directory, found):
+    expected = alone(directory, MIXED)
     for of_rank in found:
         run, seen = of_rank["precision"]["run"], of_rank["precision"]["seen"]
         # two looks of two layers, in two forwards of each step with checkpointing
         assert len(seen) == 2 * 2 * 2 * STEPS
         assert all(seen)
+        # of four linear layers each
+        assert len(of_rank["precision"]["seen linear"]) == 4 * len(seen)
+        assert all(of_rank["precision"]["seen linear"])
         assert run.is_packed_the_same
         torch.testing.assert_close(run.losses, expected.losses, rtol=0, atol=0.02)
 
@@ -316,7 +350,7 @@ def test_mixed_precision_touches_no_weight_of_experts(directory, found):
 @needs_fsdp2
 def test_bitsandbytes_optimizers_are_refused(found):
     for of_rank in found:
-        assert "UnsyncedAdamW8bit can't step parameters that are sharded" in of_rank["8-bit AdamW"]
+        assert "UnsyncedAdamW8bit does not support parameters that are sharded" in of_rank["8-bit AdamW"]
 
 
 @needs_fsdp2
@@ -324,20 +358,31 @@ def test_bitsandbytes_optimizers_are_refused(found):
 def test_what_needs_whole_weights_is_refused(found, name):
     for of_rank in found:
         assert "is sharded over processes by FSDP2" in of_rank["after"]["refused"][name]
-        assert "Gather first: save_pretrained(" in of_rank["after"]["refused"][name]
+        assert "Save the adapter with save_pretrained(" in of_rank["after"]["refused"][name]
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("name", OF_BASE)
+def test_models_are_saved_whole_before(directory, found, name):
+    for of_rank in found:
+        assert "is sharded over processes by FSDP2" in of_rank["base"]["refused"][name]
+        assert of_rank["base"]["is the same"]
+    assert not list((directory / "base").glob("*.safetensors"))
 
 
 @needs_fsdp2
 @pytest.mark.parametrize("name", WHOLE)
 def test_adapters_are_added_before(found, name):
     for of_rank in found:
-        assert "shard it when it has all its adapters" in of_rank["after"]["refused"][name]
+        assert "shard it after all adapters are added" in of_rank["after"]["refused"][name]
 
 
 @needs_fsdp2
 def test_merging_while_gathered_is_refused(found):
     """FSDP2 would throw away what is merged into linear layers meanwhile."""
-    assert all("Gather first" in of_rank["after"]["refused"]["unshard, merge_adapter"] for of_rank in found)
+    assert all(
+        "requires the whole tensor" in of_rank["after"]["refused"]["unshard, merge_adapter"] for of_rank in found
+    )
 
 
 @needs_fsdp2
@@ -400,16 +445,13 @@ def test_trainer(by_trainer):
     for found in several:
         assert found["wrapped"] == "FSDPPeftModelForCausalLM"
         assert found["share"] == pytest.approx(expected["share"] / 2, rel=0.01)
-        assert_same_training(found["straight"], expected["straight"])
-        assert found["evaluated"] == pytest.approx(expected["evaluated"], abs=1e-5)
-        assert_same_bytes(found["saved"], saved_keys(found["straight"].factors))
+        assert_as_one_process(found, expected)
 
 
 @needs_fsdp2
 def test_trainer_resumes(by_trainer):
     for found in by_trainer:
-        assert found["resumed"].losses == found["straight"].losses[SAVED_AT:]
-        assert_same_bytes(found["resumed"].factors, found["straight"].factors)
+        assert_resumed(found)
 
 
 @needs_fsdp2
@@ -424,20 +466,16 @@ def test_trainer_of_a_part(by_trainer):
 @needs_fsdp2
 def test_trainer_with_4_bit_linear(by_trainer):
     """accelerate leaves bitsandbytes' linear layers whole in each process."""
-    expected, *several = by_trainer
-    for found in several:
-        assert_same_training(found["4-bit linear"], expected["4-bit linear"])
+    for found in by_trainer[1:]:
         assert found["left whole"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 def test_a_rank_beyond_the_last_is_refused():
-    with pytest.raises(ValueError, match="rank=2 was given for 2 processes"), read_part_of_experts(2, 2):
+    with pytest.raises(ValueError, match="rank=2 is out of range for world_size=2"), read_part_of_experts(2, 2):
         pass
 
 
 def test_models_without_decoder_layers_are_refused():
-    message = (
-        "no layers that transformers can checkpoint" if HAS_FSDP2 else f"torch {OLDEST_TORCH} or later was expected"
-    )
+    message = "has no GradientCheckpointingLayer" if HAS_FSDP2 else f"Expected torch {OLDEST_TORCH} or later"
     with pytest.raises((RuntimeError, ValueError), match=message):
         shard_layers(nn.Linear(2, 2))

@@ -87,9 +87,9 @@ def test_graphs_change_no_number(device, keep, model_type):
     model = trained_model(device, model_type=model_type, use_gradient_checkpointing=keep, cuda_graphs=True)
     found = train(model, batches)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert graphs_report(model) == "4 graphs of layers, for 2 shapes of inputs"
+    assert graphs_report(model) == "4 graphs of layers, for 2 input shapes"
     release_graphs(model)
-    assert graphs_report(model) == "0 graphs of layers, for 0 shapes of inputs"
+    assert graphs_report(model) == "0 graphs of layers, for 0 input shapes"
 
 
 @pytest.mark.parametrize("keep", POLICIES)
@@ -111,7 +111,7 @@ def test_dropout_draws_what_it_would(device, keep):
     expected = train(trained_model(device, dtype, 0.3, use_gradient_checkpointing=True), batches)
     model = trained_model(device, dtype, 0.3, use_gradient_checkpointing=keep, cuda_graphs=True)
     torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
-    assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+    assert graphs_report(model) == "2 graphs of layers, for 1 input shapes"
 
 
 @pytest.mark.gpu
@@ -119,7 +119,7 @@ def test_experts_that_are_computed_one_by_one_are_not_captured():
     model = trained_model("cuda", lora_dropout=0.3, cuda_graphs=True)
     for _ in range(3):
         model(**batch("cuda", 12)).loss.backward()
-    assert "4 times: its experts are computed one by one, torch's grouped product is in" in graphs_report(model)
+    assert "4 times: its experts are computed one at a time: torch's grouped_mm requires" in graphs_report(model)
 
 
 @pytest.mark.gpu
@@ -182,9 +182,9 @@ def test_graphs_that_do_not_fit_are_freed(monkeypatch, keep, backend, why, layer
     report = graphs_report(model)
     assert "0 graphs of layers" in report
     # of two layers in four steps, the first of which only warms up
-    assert f"without a graph, {layers} times: the GPU has no room for graphs ({why})" in report
+    assert f"without a graph, {layers} times: the GPU has too little memory for graphs ({why})" in report
     release_graphs(model)
-    assert "no room" not in graphs_report(model)
+    assert "too little memory" not in graphs_report(model)
 
 
 @pytest.mark.gpu
@@ -199,7 +199,7 @@ def test_room_beside_graphs():
     try:
         torch.cuda.set_per_process_memory_fraction(allowed)
         backend._plain_peak = torch.cuda.memory_reserved()
-        assert "graphs take 0.25 more" in backend.why_no_room()
+        assert "graphs need 0.25 GiB more" in backend.why_no_room()
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
 
@@ -345,7 +345,7 @@ def test_few_shapes_are_captured(device, monkeypatch):
     expected = train(trained_model(device), batches)
     model = trained_model(device, cuda_graphs=True)
     torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
-    assert "without a graph, 2 times: 1 shapes of inputs are captured; pad or pack" in graphs_report(model)
+    assert "without a graph, 2 times: 1 input shapes are captured already; pad or pack" in graphs_report(model)
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
@@ -356,7 +356,7 @@ def test_checkpointing_turned_on_again_adds_nothing(device, monkeypatch):
         model(**batch(device, 12)).loss.backward()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(**batch(device, 12)).loss.backward()
-    assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+    assert graphs_report(model) == "2 graphs of layers, for 1 input shapes"
     calls = []
     run_forward = CapturedLayer.run_forward
     monkeypatch.setattr(CapturedLayer, "run_forward", lambda *args: calls.append(1) or run_forward(*args))
@@ -371,7 +371,7 @@ def test_copies_capture_their_own(device):
         model(**batch(device, 12)).loss.backward()
     twin = copy.deepcopy(model)
     assert not {id(graphs) for graphs in graphs_of(twin)} & {id(graphs) for graphs in graphs_of(model)}
-    assert graphs_report(twin) == "0 graphs of layers, for 0 shapes of inputs"
+    assert graphs_report(twin) == "0 graphs of layers, for 0 input shapes"
     for one in (model, twin):
         one.zero_grad()
         for _ in range(2):
@@ -391,13 +391,13 @@ def test_cuda_graphs_need_a_gpu(monkeypatch):
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="use_gradient_checkpointing='experts' is not known"):
+    with pytest.raises(ValueError, match="use_gradient_checkpointing='experts' is not valid"):
         trained_model("cpu", use_gradient_checkpointing="experts")
-    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs are those of torch's"):
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs apply to torch's"):
         trained_model("cpu", gradient_checkpointing_kwargs={}, cuda_graphs=True)
     model = tiny_model()
     prepare_model_for_training(model, cuda_graphs=True)
-    with pytest.raises(ValueError, match="have been set up before"):
+    with pytest.raises(ValueError, match="are already prepared"):
         prepare_model_for_training(model, compile_layers=True)
 
 
@@ -420,7 +420,7 @@ def test_data_parallel(device):
                 optimizer.step()
             results.append((losses, [parameter.detach() for parameter in model.parameters()]))
             if is_captured:
-                assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+                assert graphs_report(model) == "2 graphs of layers, for 1 input shapes"
         torch.testing.assert_close(*results, rtol=0, atol=0)
     finally:
         dist.destroy_process_group()
@@ -459,7 +459,7 @@ def test_trainer(tmp_path):
     plain, captured = (
         run_trainer(tmp_path / str(is_captured), "cpu", 4, cuda_graphs=is_captured) for is_captured in (False, True)
     )
-    assert graphs_report(captured.model) == "2 graphs of layers, for 1 shapes of inputs"
+    assert graphs_report(captured.model) == "2 graphs of layers, for 1 input shapes"
     expected, found = (
         [log.get("loss", log.get("eval_loss")) for log in trainer.state.log_history] for trainer in (plain, captured)
     )

@@ -258,7 +258,7 @@ def test_tokens_that_another_adapter_has_trained_stay_out(names, options):
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_an_adapter_named_twice_is_refused(merge):
     model = adapted_model(target_modules=["experts"])
-    with pytest.raises(ValueError, match="names an adapter twice"):
+    with pytest.raises(ValueError, match="contains an adapter twice"):
         getattr(model, merge)(adapter_names=["default", "default"])
     assert not any(layer.merged for layer in model.base_model.expert_layers())
 

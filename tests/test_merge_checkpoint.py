@@ -326,7 +326,7 @@ def test_tensors_that_are_only_copied(tmp_path):
     assert found["model.norm.weight"].dtype == torch.bfloat16
     tensors["model.norm.weight"][0] = 1e5
     write_tensors(tmp_path / "base", tensors)
-    with pytest.raises(ValueError, match=r"norm\.weight has values that are beyond the range of torch\.float16"):
+    with pytest.raises(ValueError, match=r"norm\.weight contains values that exceed the range of torch\.float16"):
         merge(tmp_path, out="half", dtype=torch.float16)
     assert not list(tmp_path.glob("half*"))
 
@@ -338,7 +338,7 @@ def test_merged_weights_that_are_beyond_the_range(tmp_path):
     key = "model.layers.1.mlp.experts.5.down_proj.weight"
     tensors[key][0, 0] = 1e5
     write_tensors(tmp_path / "base", tensors)
-    with pytest.raises(ValueError, match=r"experts\.5\.down_proj\.weight has values that are beyond the range of"):
+    with pytest.raises(ValueError, match=r"experts\.5\.down_proj\.weight contains values that exceed the range of"):
         merge(tmp_path, dtype=torch.float16)
     assert not list(tmp_path.glob("merged*"))
 
@@ -391,7 +391,7 @@ def test_an_adapter_of_others(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     report = merge(tmp_path)
     assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
-    assert "doesn't say what it was trained on" in report.notes[0]
+    assert "does not record the storage of its base" in report.notes[0]
     assert report.notes[0] in str(report)
     with pytest.raises(ValueError, match="Convert it first"):
         merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "packed")
@@ -509,7 +509,7 @@ def test_the_table_of_stacks_and_what_verifying_found():
     )
     lines = str(report).splitlines()
     assert next(line for line in lines if "row 0" in line).split() == ["row", "0", "5.00e-01", "1.25e-01", "0.9000"]
-    assert "1.00e-03 (the base's: 5.00e-01), same likeliest token at 75.00% of 200 positions" in lines[-1]
+    assert "1.00e-03 (base without adapter: 5.00e-01), top-1 agreement: 75.00% of 200 positions" in lines[-1]
     assert MergeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -520,11 +520,11 @@ def test_merging_the_command(tmp_path, capsys):
     assert main(["merge", *paths, "--dtype", "bfloat16"]) == 0
     output = capsys.readouterr().out
     assert "model.layers.0.mlp.experts.gate_up_proj" in output
-    assert "merged onto quantized as bfloat16" in output
+    assert "merged onto quantized weights as bfloat16" in output
     assert main(["merge", *paths]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert main(["merge", *paths[:2], str(tmp_path / "again"), "--rounding", "nearest"]) == 1
-    assert "--rounding is an option of --quantize" in capsys.readouterr().err
+    assert "--rounding is only valid with --quantize" in capsys.readouterr().err
 
 
 def test_memory_stays_at_one_shard(tmp_path):

@@ -158,7 +158,7 @@ def test_by_the_command_line_and_verified(tmp_path, capsys):
     assert main(["merge", *places, str(tmp_path / "dense")]) == 0
     assert "fp8/128x128" in capsys.readouterr().out
     assert main(["merge", *places, str(tmp_path / "other"), "--quantize", "nf4"]) == 1
-    assert "trained on experts in fp8/128x128, not nf4" in capsys.readouterr().err
+    assert "trained on experts in fp8/128x128, not in nf4" in capsys.readouterr().err
     assert main(["merge", *places, str(tmp_path / "bnb"), "--quantize", "fp8", "--layout", "bitsandbytes"]) == 1
     assert not (tmp_path / "bnb").exists()
 
@@ -221,7 +221,7 @@ def test_the_layout_of_the_base_is_not_written_for_experts_in_another_format(lay
     publish(qwen(), tmp_path / "base", PER_EXPERT[layout])
     trained(tmp_path / "base", tmp_path / "adapter", MoeQuantizationConfig(quantize_linear=False))
     places = tmp_path / "base", tmp_path / "adapter"
-    with pytest.raises(ValueError, match="not quantized by others in nf4/64"):
+    with pytest.raises(ValueError, match="base that another tool has quantized in nf4/64"):
         merge_quantized(*places, tmp_path / "merged", "nf4", layout="base", progressbar=False)
     merge_quantized(*places, tmp_path / "merged", "nf4", progressbar=False)
     merged = load_quantized(tmp_path / "merged", dtype=torch.float32, device_map="cpu")

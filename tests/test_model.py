@@ -326,7 +326,7 @@ def test_layers_with_fewer_features_than_the_rank_of_a_combination():
 def test_linear_combination_of_different_ranks_is_refused():
     model = adapted_model(expert_r=2)
     model.add_adapter("other", MoeQLoraConfig(r=4, expert_r=3))
-    with pytest.raises(ValueError, match="needs adapters of one rank"):
+    with pytest.raises(ValueError, match="requires adapters of the same rank"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
 
 
@@ -356,8 +356,8 @@ def test_mixed_batch_generates_with_beams(two_adapters):
     ("names", "prepare", "message"),
     [
         (["default", "nobody"], lambda model: None, "no adapter .*nobody"),
-        (["default"] * 7, lambda model: None, "7 names for 2 samples"),
-        (["default"], lambda model: None, "1 names for 2 samples"),
+        (["default"] * 7, lambda model: None, "7 entries for a batch of 2 samples"),
+        (["default"], lambda model: None, "1 entries for a batch of 2 samples"),
         (["default"] * 2, lambda model: model.merge_adapter(), "merged"),
         (["default"] * 2, lambda model: model.train(), "training"),
     ],

@@ -126,7 +126,9 @@ def test_projections_of_stacks_are_refused(package):
     model = with_gradients()
     before = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     optimizer = projecting(package)([{"params": trained(model).values(), "rank": 2}])
-    message = rf"{package}'s AdamW is for factors that are matrices, but those of .*experts\.gate_up_proj are stacks"
+    message = (
+        rf"{package}'s AdamW supports only 2-D factors, but the factors of .*experts\.gate_up_proj are 3-D stacks"
+    )
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert all(torch.equal(parameter, before[name]) for name, parameter in trained(model).items())

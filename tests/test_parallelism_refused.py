@@ -43,7 +43,7 @@ def accelerate_fsdp(monkeypatch):
     return set_up
 
 
-FSDP1 = r"accelerate is set up for FSDP1 \(fsdp_version: 1\).* Set fsdp_version: 2"
+FSDP1 = r"accelerate is configured for FSDP1 \(fsdp_version: 1\).* Set fsdp_version: 2"
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -91,7 +91,7 @@ def test_replicas_are_refused(quant_type):
     experts = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
     rows, ids = torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.long)
     experts(rows, ids, torch.ones(3, 2))
-    with pytest.raises(ValueError, match=r"Qwen3MoeExperts is a replica of nn\.DataParallel, .* one process for each"):
+    with pytest.raises(ValueError, match=r"Qwen3MoeExperts is a replica of nn\.DataParallel, .* one process per GPU"):
         experts._replicate_for_data_parallel()(rows, ids, torch.ones(3, 2))
     assert model(input_ids=token_ids()).logits.isfinite().all()
 
@@ -106,7 +106,7 @@ def test_distributed_config_is_refused(sizes, tmp_path):
     except TypeError:
         pytest.skip("this transformers has no expert parallelism of its own")
     model.config.distributed_config = distributed_config  # as from_pretrained does it, which wants processes
-    with pytest.raises(ValueError, match=r"distributed_config can't be used with .* shard it when it has all"):
+    with pytest.raises(ValueError, match=r"distributed_config is not supported with .* shard it after all adapters"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path, config=model.config, quantization_config=MoeQuantizationConfig()
         )

@@ -89,6 +89,20 @@ def test_what_this_package_saved_is_read_whole(tmp_path):
     found(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list mapped files")
+def test_what_this_package_saved_is_mapped(tmp_path):
+    """A process reads what it uses of it, and sharding uses its own experts only."""
+    dense(tmp_path / "dense")
+    load_quantized(tmp_path / "dense", device_map="cpu").save_pretrained(tmp_path)
+    found = stacks(load_quantized(tmp_path, device_map="cpu"))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    of_file = [line.split()[0].split("-") for line in lines if line.endswith(str(tmp_path / "model.safetensors"))]
+    mapped = [range(int(start, 16), int(end, 16)) for start, end in of_file]
+    assert len(found) == 4
+    for tensor in (one for stack in found.values() for one in stack.parameters()):
+        assert any(tensor.data_ptr() in addresses for addresses in mapped)
+
+
 @pytest.mark.parametrize(("num_experts", "world_size"), [(8, 2), (3, 2), (4, 3), (2, 4)])
 def test_experts_are_cut_as_torch_does(num_experts, world_size):
     parts = [list(Part(rank, world_size).experts(num_experts)) for rank in range(world_size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, quantize_experts
 from peft_moe_qlora.experts import convert_experts
 from peft_moe_qlora.quantization import QuantizedStack
+from peft_moe_qlora.training import cast_trainable_to_fp32
 
 
 def test_each_16_bit_stack_is_freed_before_the_next(monkeypatch):
@@ -144,3 +146,28 @@ def test_casting_and_moving_after_quantizing(device):
     quantize_experts(model, progressbar=False)
     model.to(device, torch.bfloat16)
     assert logits(model, token_ids(device)).dtype == torch.bfloat16
+
+
+def test_trainable_parameters_are_cast_to_fp32_and_frozen_ones_are_not():
+    config = MoeQLoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), config)
+    randomize_adapter(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("lm_head.modules_to_save" in name for name in trained)
+    cast_trainable_to_fp32(model)
+    for name, parameter in model.named_parameters():
+        expected = before[name].float() if name in trained else before[name]
+        assert parameter.dtype == expected.dtype
+        assert torch.equal(parameter, expected)
+
+
+def test_sharded_parameters_are_not_cast():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).bfloat16()
+    model[1].weight.ds_status = SimpleNamespace(name="NOT_AVAILABLE")  # as DeepSpeed marks them
+    with pytest.raises(ValueError, match=r"1\.weight is sharded over processes by ZeRO-3.* before train\(\)"):
+        cast_trainable_to_fp32(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -49,63 +49,63 @@ BY_HEADERS = {
     "no scales": (
         "fp8",
         lambda t, n: t.pop(f"{n}.{SCALES}"),
-        r"_proj\.weight \(F8_E4M3 .*no scales beside it.*_scale_inv",
+        r"_proj\.weight \(F8_E4M3 .*has no scales. Expected .*_scale_inv",
     ),
     "no weight": (
         "fp8",
         lambda t, n: t.pop(f"{n}.weight"),
-        "describes .*_proj.weight, which the checkpoint doesn't have",
+        "belongs to .*_proj.weight, which the checkpoint does not have",
     ),
     "a weight in 16 bits": (
         "fp8",
         lambda t, n: change(t, f"{n}.weight", lambda w: w.bfloat16()),
-        r"weight_scale_inv .*describes .*, but .*_proj\.weight \(BF16 .* is not quantized|mixture",
+        r"weight_scale_inv .*belongs to .*, but .*_proj\.weight \(BF16 .* is not quantized|mixture",
     ),
     "scales of another grid": (
         "fp8",
         lambda t, n: change(t, f"{n}.{SCALES}", lambda s: s[:-1]),
-        r"_scale_inv \(F32 .*doesn't fit .*\[32, 32\].* was expected",
+        r"_scale_inv \(F32 .*does not match .*Expected .*\[32, 32\]",
     ),
     "scales as if blocks were even": (
         "fp8",
         lambda t, n: change(t, f"{n}.{SCALES}", lambda s: s[: len(s) // 2]),
-        "doesn't fit",
+        "does not match",
     ),
     "scales the other way round": (
         "fp8",
         lambda t, n: change(t, f"{n}.{SCALES}", lambda s: s.flatten()),
-        "doesn't fit",
+        "does not match",
     ),
     "two spellings": (
         "fp8",
         lambda t, n: t.update({f"{n}.weight_scale": t[f"{n}.{SCALES}"]}),
-        "has scales twice, .*_scale_inv .* and .*_scale ",
+        "has two tensors of scales, .*_scale_inv .* and .*_scale ",
     ),
     "scales in a type of codes": (
         "fp8",
         lambda t, n: change(t, f"{n}.{SCALES}", lambda s: s.to(torch.float8_e4m3fn)),
-        "not known for scales; one of F32",
+        "not supported for scales. Expected one of F32",
     ),
     "e5m2": (
         "fp8",
         lambda t, n: change(t, f"{n}.weight", lambda w: w.float().to(torch.float8_e5m2)),
-        r"\(F8_E5M2 .*is in e5m2.*; F8_E4M3 was expected",
+        r"\(F8_E5M2 .*is in e5m2.*Expected F8_E4M3",
     ),
     "e4m3fnuz": (
         "fp8",
         lambda t, n: change(t, f"{n}.weight", lambda w: w.view(torch.float8_e4m3fnuz)),
-        r"\(F8_E4M3FNUZ .*is in e4m3fnuz.*; F8_E4M3 was expected",
+        r"\(F8_E4M3FNUZ .*is in e4m3fnuz.*Expected F8_E4M3",
     ),
-    "no scales in 4 bits": ("mxfp4 experts beside fp8", lambda t, n: t.pop(f"{n}.scale"), "no scales beside it"),
+    "no scales in 4 bits": ("mxfp4 experts beside fp8", lambda t, n: t.pop(f"{n}.scale"), "has no scales"),
     "scales of another group": (
         "mxfp4 experts beside fp8",
         lambda t, n: change(t, f"{n}.scale", lambda s: s[:, :-1]),
-        r"scale \(F8_E8M0 .*doesn't fit",
+        r"scale \(F8_E8M0 .*does not match",
     ),
     "a scale for each row": (
         "fp8 per tensor",
         lambda t, n: change(t, f"{n}.{SCALES}", lambda s: s.expand(len(t[f"{n}.weight"]), 1)),
-        "doesn't fit",
+        "does not match",
     ),
 }
 BY_VALUES = {
@@ -120,15 +120,15 @@ BY_VALUES = {
         "fp8",
         SCALES,
         put(torch.finfo(torch.float32).min, ...),
-        "by which vLLM marks those that are not set",
+        "the value of vLLM for scales that are not set",
     ),
     "scales of 1": ("fp8", SCALES, put(1.0, ...), "a scale of exactly 1 for each of its .* blocks"),
-    "reciprocals": ("fp8", SCALES, lambda s: 1 / s, "decodes to weights of .* in the middle.*reciprocals"),
-    "a scale that is too large": ("fp8", SCALES, put(1000.0, 1, 1), "scales up to 1000; less than 128 was expected"),
-    "scales of another model": ("fp8", SCALES, lambda s: s * 1e-6, "1e-05 to 10 was expected"),
+    "reciprocals": ("fp8", SCALES, lambda s: 1 / s, "decodes to weights with a median magnitude of .*reciprocals"),
+    "a scale that is too large": ("fp8", SCALES, put(1000.0, 1, 1), "scales up to 1000. Expected less than 128"),
+    "scales of another model": ("fp8", SCALES, lambda s: s * 1e-6, "Expected 1e-05 to 10"),
     "a byte that is NaN": ("mxfp4 experts beside fp8", "scale", put(255, 1, 1), r"scale \(F8_E8M0 .*NaN or infinite"),
     "bytes of 1": ("mxfp4 experts beside fp8", "scale", put(127, ...), "a scale of exactly 1"),
-    "bytes of 0": ("mxfp4 experts beside fp8", "scale", put(0, ...), "1e-05 to 10 was expected"),
+    "bytes of 0": ("mxfp4 experts beside fp8", "scale", put(0, ...), "Expected 1e-05 to 10"),
     "a byte of 255 beside codes of 8 bits": ("mxfp8", SCALES, put(255, 1, 1), "NaN or infinite"),
 }
 
@@ -162,13 +162,13 @@ def test_what_is_odd_but_fine(fine, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight_block_size": ...}, "no weight_block_size.*; their size was expected there"),
-        ({"weight_block_size": None}, "doesn't fit .*one scale to a matrix"),
-        ({"weight_block_size": [64, 64]}, r"doesn't fit .*\[64, 64\]"),
-        ({"weight_block_size": [32]}, r"weight_block_size=\[32\]; rows and columns of a block"),
+        ({"weight_block_size": ...}, "no weight_block_size. Expected the size of the blocks"),
+        ({"weight_block_size": None}, "does not match .*one scale per matrix"),
+        ({"weight_block_size": [64, 64]}, r"does not match .*\[64, 64\]"),
+        ({"weight_block_size": [32]}, r"weight_block_size=\[32\]\. Expected rows and columns of a block"),
         ({"weight_block_size": [0, 32]}, r"weight_block_size=\[0, 32\]"),
         ({"weight_block_size": "32x32"}, "weight_block_size='32x32'"),
-        ({"fmt": "e5m2"}, "fmt='e5m2'; 'e4m3' was expected"),
+        ({"fmt": "e5m2"}, "fmt='e5m2'. Expected 'e4m3'"),
     ],
     ids=str,
 )
@@ -184,17 +184,17 @@ def test_configs_that_do_not_fit(changes, message, fine, tmp_path):
 
 GPT_OSS = "model.layers.1.mlp.experts.down_proj"
 BROKEN_BLOCKS = {
-    "no scales": (lambda t: t.pop(f"{GPT_OSS}_scales"), "no scales beside it.*down_proj_scales"),
-    "no blocks": (lambda t: t.pop(f"{GPT_OSS}_blocks"), "describes .*down_proj, which the checkpoint doesn't have"),
+    "no scales": (lambda t: t.pop(f"{GPT_OSS}_scales"), "has no scales. Expected .*down_proj_scales"),
+    "no blocks": (lambda t: t.pop(f"{GPT_OSS}_blocks"), "belongs to .*down_proj, which the checkpoint does not have"),
     "both": (lambda t: t.update({GPT_OSS: torch.zeros(4, 64, 64)}), "are both the weight"),
-    "scales of another shape": (lambda t: change(t, f"{GPT_OSS}_scales", lambda s: s[:, :-1]), "doesn't fit"),
+    "scales of another shape": (lambda t: change(t, f"{GPT_OSS}_scales", lambda s: s[:, :-1]), "does not match"),
     "blocks of another size": (
         lambda t: change(t, f"{GPT_OSS}_blocks", lambda b: b.flatten(2).unflatten(2, (-1, 8))),
-        "doesn't hold whole blocks of 32",
+        "does not consist of complete blocks. Expected blocks of 32",
     ),
     "experts of another model": (
         lambda t: [change(t, f"{GPT_OSS}_{part}", lambda s: s[:3]) for part in ("blocks", "scales")],
-        "holds 3 experts",
+        "contains 3 experts",
     ),
     "the other way round": (
         lambda t: [
@@ -226,7 +226,7 @@ def test_a_layer_that_the_model_does_not_have(fine, tmp_path):
         tensors[f"{QUERY.replace('layers.1', 'layers.7')}.{part}"] = tensors[f"{QUERY}.{part}"]
     write(tmp_path, config, tensors)
     with pytest.raises(
-        CheckpointError, match=r"layers\.7\.self_attn\.q_proj.* belongs to a layer that the model doesn't have"
+        CheckpointError, match=r"layers\.7\.self_attn\.q_proj.* belongs to a layer that the model does not have"
     ):
         load(tmp_path)
 
@@ -241,7 +241,7 @@ def test_groups_of_which_one_is_not_read(changes, tmp_path):
     publish(qwen(), tmp_path, layout)
     set_config(tmp_path, {**layout.config, **changes})
     for read in (inspect_checkpoint, load):
-        with pytest.raises(CheckpointError, match="is quantized by 'compressed-tensors', whose experts are not read"):
+        with pytest.raises(CheckpointError, match="by 'compressed-tensors', which is not supported for experts"):
             read(tmp_path)
 
 
@@ -270,7 +270,7 @@ def test_linear_layers_of_another_size(fine, tmp_path):
         f"{QUERY}.{SCALES}": tensors[f"{QUERY}.{SCALES}"][:1],
     }
     write(tmp_path, config, tensors)
-    with pytest.raises(CheckpointError, match=r"q_proj.weight is a quantized weight of shape \[32, 256\], but"):
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is a quantized weight of shape \[32, 256\]\. Expected"):
         load(tmp_path)
 
 
@@ -280,9 +280,9 @@ def test_linear_layers_of_another_size(fine, tmp_path):
         (lambda t: t.pop(f"{QUERY}.block_scales"), r"but not model\.layers\.1\.self_attn\.q_proj\.block_scales"),
         (
             lambda t: change(t, f"{QUERY}.block_scales", lambda s: s[:1]),
-            r"q_proj\.block_scales \(I32 .*doesn't fit the layer",
+            r"q_proj\.block_scales \(I32 .*does not match the layer",
         ),
-        (lambda t: change(t, f"{QUERY}.codes", lambda c: c.float()), r"q_proj\.codes \(F32 .*doesn't fit the layer"),
+        (lambda t: change(t, f"{QUERY}.codes", lambda c: c.float()), r"q_proj\.codes \(F32 .* not match the layer"),
     ],
     ids=["no scales", "scales of another shape", "codes as numbers"],
 )
@@ -299,9 +299,9 @@ def test_saved_linear_layers(do, message, fine, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packed_linear": "8 bits"}, "packed_linear='8 bits' is unknown; choose one of"),
-        ({"packed_linear": "4 bits", "quantize_linear": False}, "needs quantize_linear=True"),
-        ({"linear_storage": "fp9"}, "'fp9' is no format"),
+        ({"packed_linear": "8 bits"}, "packed_linear='8 bits' is unknown. Use one of"),
+        ({"packed_linear": "4 bits", "quantize_linear": False}, "requires quantize_linear=True"),
+        ({"linear_storage": "fp9"}, "'fp9' is not a storage format"),
         ({"quant_type": None, "quantize_linear": False}, "leave nothing to quantize"),
     ],
     ids=str,

@@ -248,7 +248,7 @@ def test_what_only_a_file_beside_the_config_says(tmp_path):
     assert {group.found for group in inspect_checkpoint(tmp_path).stacks} == {"nvfp4, one tensor per expert"}
     beside.write_text(json.dumps({"quantization": {**quantization, "group_size": 32}}))
     for read in (inspect_checkpoint, load):
-        with pytest.raises(CheckpointError, match="is quantized by 'modelopt', whose experts are not read"):
+        with pytest.raises(CheckpointError, match="is quantized by 'modelopt', which is not supported for experts"):
             read(tmp_path)
 
 
@@ -431,9 +431,9 @@ def test_dequantizing(tmp_path):
 
 def test_saving_as_bitsandbytes_does(tmp_path):
     publish(qwen(), tmp_path, PER_EXPERT["fp8"])
-    with pytest.raises(ValueError, match=r"is stored as fp8/128x128, which bitsandbytes doesn't have"):
+    with pytest.raises(ValueError, match=r"is stored as fp8/128x128, which bitsandbytes does not support"):
         save_bitsandbytes(load(tmp_path), tmp_path / "again")
-    with pytest.raises(ValueError, match=r"q_proj is stored as fp8/128x128, which bitsandbytes doesn't have"):
+    with pytest.raises(ValueError, match=r"q_proj is stored as fp8/128x128, which bitsandbytes does not support"):
         save_bitsandbytes(load(tmp_path, MoeQuantizationConfig()), tmp_path / "again")
 
 
@@ -453,7 +453,7 @@ def test_by_from_pretrained_where_transformers_does_not_know_the_method(tmp_path
     """It warns, and leaves the checkpoint to the configuration that it is given."""
     publish(qwen(), tmp_path, PER_EXPERT["fp8"])
     set_config(tmp_path, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"})
-    with pytest.raises(CheckpointError, match="is quantized by 'modelopt', whose experts are not read"):
+    with pytest.raises(CheckpointError, match="is quantized by 'modelopt', which is not supported for experts"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MoeQuantizationConfig())
 
 

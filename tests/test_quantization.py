@@ -162,5 +162,5 @@ def test_merging_adds_the_delta_in_its_orientation(storage, is_transposed):
 
 @pytest.mark.parametrize(("quant_type", "blocksize"), [("int4", 64), ("nf4", 48), ("nf4", 0)])
 def test_unknown_formats_are_refused(quant_type, blocksize):
-    with pytest.raises(ValueError, match="choose one of"):
+    with pytest.raises(ValueError, match="Use one of"):
         FourBitFormat(quant_type, blocksize)

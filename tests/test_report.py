@@ -82,7 +82,7 @@ def test_the_path_is_that_of_the_active_adapters_in_the_present_mode(monkeypatch
 
     assert path_of("plain") == "fused (silu gate, some tiles)"
     assert path_of("default") == "fused (silu gate, some tiles; not fused in training: LoRA dropout)"
-    assert path_of("large").endswith("; not fused: adapters of rank 129; the kernels take 128 in all)")
+    assert path_of("large").endswith("; not fused: the adapters' ranks add up to 129; the kernels support at most 128)")
     model.train()
     assert path_of("plain") == "fused (silu gate, some tiles)"
     assert path_of("default").endswith("; not fused: LoRA dropout)")

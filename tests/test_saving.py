@@ -348,7 +348,7 @@ def test_saving_a_model_whole_with_adapters_inside_is_refused(storage, options, 
     base = model.get_base_model()
     for part in (base, base.model):
         with pytest.raises(
-            ValueError, match=r"can't be saved whole.*save_pretrained of the|before save_pretrained call"
+            ValueError, match=r"saving a full model with adapters.*save_pretrained of the|before save_pretrained"
         ):
             part.save_pretrained(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -367,7 +367,7 @@ def test_a_loaded_model_with_adapters_inside_is_not_saved_whole(tmp_path):
     config = MoeQuantizationConfig(quantize_linear=False)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, device_map="cpu")
     get_peft_model(base, MoeQLoraConfig(r=4))
-    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM has adapters inside, and can't be saved whole"):
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM contains adapters, and saving a full model"):
         base.save_pretrained(tmp_path / "whole")
     assert not list(tmp_path.glob("whole/*.safetensors"))
 
@@ -429,7 +429,7 @@ def test_the_readme_says_how_the_adapter_is_loaded(tmp_path):
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert text.count("import peft_moe_qlora") == 1
     code = text[text.index("```python") + len("```python") :]
-    code = code[: code.index("```")].replace("this directory, or its name on the hub", str(tmp_path / "adapter"))
+    code = code[: code.index("```")].replace("path of this directory, or name on the hub", str(tmp_path / "adapter"))
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     model.add_adapter("other", MoeQLoraConfig(r=2))
     model.save_pretrained(tmp_path / "adapter", selected_adapters=["other"])
@@ -473,7 +473,7 @@ def test_linear_layers_that_are_stored_otherwise_are_named(tmp_path):
         warnings.filterwarnings("error", message="The adapter was trained with linear layers")
         again = PeftModel.from_pretrained(base(**in_4_bits), tmp_path / "adapter")
     assert torch.equal(again(input_ids=token_ids()).logits, model.eval()(input_ids=token_ids()).logits)
-    with pytest.warns(RuntimeWarning, match="linear layers in nf4/64; those of this base are in floating point"):
+    with pytest.warns(RuntimeWarning, match="linear layers in nf4/64, but this base has them in floating point"):
         PeftModel.from_pretrained(base(), tmp_path / "adapter")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calling_backend import CallingBackend
+from distributed_training import found_in, launch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from sequence_parallel_training import (
@@ -34,7 +32,6 @@ from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
 from peft_moe_qlora.training import graphs_report, layer_runner
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +41,26 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def launch(directory: Path, stage: int) -> list[dict[str, Any]]:
+def train(directory: Path, stage: int) -> list[dict[str, Any]]:
     """What each of two processes finds."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install deepspeed")
     pytest.importorskip(
         "accelerate", minversion="1.12", reason="accelerate has no sequence parallelism; pip install accelerate>=1.12"
     )
-    config = REPOSITORY / "examples" / "configs" / "deepspeed_sequence_parallel.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", config]
-    command += ["--zero_stage", stage, "tests/sequence_parallel_training.py", directory]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400
+    launch(
+        "deepspeed_sequence_parallel.yaml",
+        "sequence_parallel_training.py",
+        directory,
+        options=["--zero_stage", stage],
+        DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",
     )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [torch.load(directory / f"zero{stage}" / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+    return found_in(directory / f"zero{stage}")
 
 
 @pytest.fixture(scope="module")
 def shared(directory: Path) -> list[dict[str, Any]]:
-    return launch(directory, 3)
+    return train(directory, 3)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,7 @@ def test_a_trainer_as_in_one_process(shared, alone, directory):
 
 def test_gradients_are_summed_under_zero2(alone, directory):
     """What is set against their size, clipping and epsilon, was doubled there."""
-    for found in launch(directory, 2):
+    for found in train(directory, 2):
         assert_as_alone({**found, "norms": [norm / 2 for norm in found["norms"]]}, alone, directory / "zero2")
 
 
@@ -129,7 +126,7 @@ def test_captured_layers_wait_while_sequences_are_split(engine, monkeypatch):
     ids = token_ids()
     for _ in range(2):
         model(input_ids=ids)
-    assert graphs_report(model) == "2 graphs of layers, for 1 shapes of inputs"
+    assert graphs_report(model) == "2 graphs of layers, for 1 input shapes"
     if engine.startswith("torch"):
         table, name, module = vars(torch.nn.functional), "scaled_dot_product_attention", "torch.distributed.tensor"
     else:

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from tiny_models import tiny_model
+from peft import get_peft_model
+from tiny_models import randomize_adapter, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
-from peft_moe_qlora import MoeQuantizationConfig, progress, quiet_import, save_bitsandbytes
+from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, progress, quiet_import, save_bitsandbytes
 from peft_moe_qlora.cli import main
+from peft_moe_qlora.layouts import convert_adapter
+from peft_moe_qlora.merge import merge_quantized
 
 _HEAVY = ("triton", "trl", "datasets", "vllm", "liger_kernel", "matplotlib", "torch._inductor", "torch._dynamo")
 _IMPORT = f"""
@@ -99,6 +102,58 @@ def test_long_work_shows_progress(quantized, tmp_path, capsys, monkeypatch):
     seen = capsys.readouterr().err
     assert [name for name in shown if name not in seen] == []
     assert progress.PATIENCE <= 10
+
+
+def test_converting_shows_progress(tmp_path, capsys, monkeypatch):
+    """Bars of the loops, and a line before a large file is written."""
+    for name in ("adapter_file", "read", "uniform"):
+        monkeypatch.setattr(f"peft_moe_qlora.layouts.{name}.PATIENCE", 0)
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path / "base")
+    config = MoeQLoraConfig(r=2, base_model_name_or_path=str(tmp_path / "base"))
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    for target, file in (("vllm", "adapter_model.safetensors"), ("mlx", "adapters.safetensors")):
+        monkeypatch.setattr(progress, "LARGE_FILE", 1)
+        capsys.readouterr()
+        arguments = ["convert", str(tmp_path / "adapter"), str(tmp_path / target), "--to", target]
+        assert main([*arguments, "--base", str(tmp_path / "base")]) == 0
+        seen = capsys.readouterr().err
+        shown = ("Reading adapter", "Converting factors", f"Writing {tmp_path / target / file} (0.0 GiB)")
+        assert [name for name in shown if name not in seen] == []
+        monkeypatch.setattr(progress, "LARGE_FILE", 2**30)
+        convert_adapter(tmp_path / "adapter", tmp_path / f"{target} again", target, tmp_path / "base")
+        assert "Writing" not in capsys.readouterr().err
+
+
+def test_the_check_of_a_merge_shows_progress(capsys, monkeypatch):
+    """Three runs of the model, whose outputs the counting does not change."""
+    monkeypatch.setattr("peft_moe_qlora.merge.check.PATIENCE", 0)
+    checks = []
+    for progressbar in (True, False):
+        model = get_peft_model(tiny_model("qwen3_moe"), MoeQLoraConfig(r=2))
+        randomize_adapter(model)
+        capsys.readouterr()
+        model.merge_and_unload(progressbar=progressbar, calibration=token_ids())
+        checks.append(model.base_model.merge_check)
+        seen = capsys.readouterr().err
+        shown = [f"Running the {one} model: 100%" in seen for one in ("adapted", "merged")]
+        assert [*shown, "Running the base: 100%" in seen] == [progressbar] * 3
+    assert checks[0] == checks[1]
+    assert checks[0].num_positions > 0
+
+
+def test_a_checkpoint_names_the_package(quantized, tmp_path):
+    """In its config, and where this package writes files beside the weights, in a README that there is none of."""
+    _, place = quantized
+    written = json.loads((place / "quantized" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert "pip install peft-moe-qlora" in written["loading"]
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.bfloat16)
+    model = get_peft_model(base, MoeQLoraConfig(r=2, base_model_name_or_path=str(place / "base")))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_quantized(place / "base", tmp_path / "adapter", tmp_path / "merged", rounding="nearest", progressbar=False)
+    assert written["loading"] in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "merged" / "README.md.writing").exists()
 
 
 def test_inspect_of_a_name_says_how(capsys):

@@ -37,5 +37,5 @@ def test_they_are_left_out_whatever_their_number(tmp_path):
 
 def test_layers_that_nothing_declares_are_refused(tmp_path):
     save(tmp_path, 0)
-    with pytest.raises(CheckpointError, match=r"layers\.2\..* that the model doesn't have"):
+    with pytest.raises(CheckpointError, match=r"layers\.2\..* that the model does not have"):
         load_quantized(tmp_path, dtype=torch.float32, device_map="cpu")

@@ -145,11 +145,11 @@ def test_arms_are_read_with_their_settings():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("theirs", "is no arm"),
-        ("ours+fast", "is no setting"),
-        ("ours+keep-experts+no-checkpointing", "exclude each other"),
-        ("peft+graphs", "only arms of this package"),
-        ("ours+graphs+reentrant", "no reentrant"),
+        ("theirs", "unknown arm"),
+        ("ours+fast", "unknown setting"),
+        ("ours+keep-experts+no-checkpointing", "mutually exclusive"),
+        ("peft+graphs", "requires an arm of this package"),
+        ("ours+graphs+reentrant", "reentrant requires torch"),
     ],
 )
 def test_arms_that_are_none_are_refused(text, message):
@@ -322,7 +322,7 @@ def test_a_package_that_is_missing_is_named():
 
     try:
         OPTIMIZERS["missing"] = missing
-        with pytest.raises(ImportError, match="needs some_package"):
+        with pytest.raises(ImportError, match="requires some_package"):
             make_optimizer("missing", [], 1.0)
     finally:
         del OPTIMIZERS["missing"]
@@ -371,7 +371,7 @@ def test_a_card_needs_a_gpu(capsys):
 
     with pytest.raises(SystemExit):
         parse_arguments(["--card", "24", "--device", "cpu"])
-    assert "--card needs a GPU" in capsys.readouterr().err
+    assert "--card requires a GPU" in capsys.readouterr().err
 
 
 def test_results_of_other_benchmarks_are_refused(tmp_path):

@@ -20,7 +20,7 @@ for page, tables in TABLES.items():
 try:
     with_tables("<!-- other:begin --><!-- other:end -->", {"times": str})
 except ValueError as error:
-    assert "no place for the table times" in str(error)
+    assert "does not contain the table times" in str(error)
 else:
     sys.exit("a page without a table's marks was written")
 """

@@ -72,8 +72,8 @@ def test_the_method_is_named_with_what_to_do(config, name, saved, tmp_path, caps
         shutil.copytree(saved / one, tmp_path / one)
     quantize(tmp_path / "base", config)
     expected = (
-        f"{base} is quantized by {name}, whose experts are not read. Use the model's checkpoint in 16 bits, or one "
-        "in a layout of docs/formats.md."
+        f"{base} is quantized by {name}, which is not supported for experts. Use the 16-bit checkpoint of the model, "
+        "or one in a format listed in docs/formats.md."
     )
     for command in (
         ["inspect", base],
@@ -110,8 +110,8 @@ def test_configs_of_quantization_that_are_none(value, saved, tmp_path, capsys):
     base = str(tmp_path / "base")
     for command in (["inspect", base], ["merge", base, str(saved / "adapter"), str(tmp_path / "merged")]):
         assert main(command) == 1
-        assert f"config.json: quantization_config={value!r}; an object was expected" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="an object was expected"):
+        assert f"config.json: quantization_config={value!r}. Expected an object" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="Expected an object"):
         load_quantized(base)
 
 

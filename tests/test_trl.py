@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from peft_moe_qlora import MoeQLoraConfig, quantize_experts
+from peft_moe_qlora.training import cast_trainable_to_fp32
 
 trl = pytest.importorskip("trl", reason="TRL is not installed; it needs Python 3.11", exc_type=ModuleNotFoundError)
 import datasets  # noqa: E402 (comes with TRL)
@@ -157,14 +158,12 @@ def test_a_reward_model_trains_its_head_and_its_experts(tokenizer, tmp_path):
 
 
 def test_factors_of_a_4_bit_model_are_fp32_again_when_told_so(tokenizer, tmp_path):
-    """TRL makes them bf16. The README has the line that undoes it."""
+    """TRL makes them bf16, which `cast_trainable_to_fp32` undoes."""
     base = tiny_model(dtype=torch.bfloat16)
     quantize_experts(base, progressbar=False)
     model = get_peft_model(base, MoeQLoraConfig(r=4, task_type="CAUSAL_LM"))
     trainer = trainer_for("SFT", model, tokenizer, tmp_path)
     assert {factor.dtype for factor in expert_factors(model, "default").values()} == {torch.bfloat16}
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_trainable_to_fp32(trainer.model)
     trainer.train()
     assert {factor.dtype for factor in expert_factors(model, "default").values()} == {torch.float32}

@@ -118,7 +118,7 @@ def test_the_nearest_shape_answers() -> None:
     [
         ({"along": "diagonals"}, "diagonals"),
         ({"tiles": {**entry(32)["tiles"], "tile_n": 48}}, "powers of two"),
-        ({"tiles": {**entry(32)["tiles"], "heights": [16, 64]}}, "do not descend"),
+        ({"tiles": {**entry(32)["tiles"], "heights": [16, 64]}}, "not in descending order"),
         ({"tiles": {**entry(32)["tiles"], "num_warps": 3}}, "num_warps=3"),
         ({"tiles": {**entry(32)["tiles"], "weight_left": 1}}, "weight_left=1"),
         ({"tiles": {"heights": [16]}}, "TypeError"),
@@ -135,7 +135,7 @@ def test_entries_that_would_break_kernels_are_refused(change: dict, message: str
 def test_measured_tiles_are_used_and_named(own_cache: Path) -> None:
     question = (CUDA, torch.bfloat16, "nf4", True, 50.0, 1536, 2048)
     assert choose_tiles(*question) is SAFE_TILES
-    assert "nobody has measured" in tiles_origin(CUDA, torch.bfloat16)
+    assert "this GPU and dtype are not tuned" in tiles_origin(CUDA, torch.bfloat16)
     _recordings["of old tiles"] = object()
     path = write_user_table(GPU, [entry(128, n=1536, k=2048)], "2026-11-29")
     assert path.is_relative_to(own_cache / "peft-moe-qlora")
@@ -179,12 +179,12 @@ def test_another_gpu_or_compiler_has_a_file_of_its_own(own_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe\x00", "it is no text"),
-        (b"{", "it is no JSON"),
-        (b"[]", "it is no table of this version"),
-        (b'{"kind": "peft-moe-qlora tiles", "version": 99}', "it is no table of this version"),
-        ("other GPU", "it is of device 'NVIDIA Other', but 'NVIDIA Test 9000' was expected"),
-        ("bad entry", "entry 0 is no entry"),
+        (b"\xff\xfe\x00", "it is not a text file"),
+        (b"{", "it is not valid JSON"),
+        (b"[]", "expected kind 'peft-moe-qlora tiles', version 1, found kind None"),
+        (b'{"kind": "peft-moe-qlora tiles", "version": 99}', "version 1, found .*, version 99"),
+        ("other GPU", "expected device 'NVIDIA Test 9000', found 'NVIDIA Other'"),
+        ("bad entry", "entry 0 is not a valid entry"),
         ("no entries", "no list of entries"),
     ],
 )
@@ -319,7 +319,7 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, error = run_command(capsys, "--hidden", "64")
     assert code == 1
-    assert "tiles are measured on a GPU, and torch finds none here" in error
+    assert "tune requires a GPU, but torch finds none" in error
 
 
 def test_the_command_keeps_what_it_measures(
@@ -364,8 +364,8 @@ def test_the_command_keeps_what_it_measures(
     assert asked[1][:2] == (LayerShape(8, 64, 32, 3), None)
 
     for arguments, message in (
-        (sizes[:2], "name a model, or give all of --hidden, --intermediate, --experts, --top-k"),
-        ([str(tmp_path), *sizes[:2]], "--hidden is an option of a shape instead of a model"),
+        (sizes[:2], "Pass a model, or all of --hidden, --intermediate, --experts, --top-k"),
+        ([str(tmp_path), *sizes[:2]], "--hidden is only valid with a shape instead of a model"),
         ([*sizes, "--storage", "nf5"], "nf5"),
     ):
         code, _, error = run_command(capsys, *arguments)

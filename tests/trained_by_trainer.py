@@ -11,9 +11,23 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from distributed_training import BATCH, CASES, Case, Run, build, factors, packed
+from distributed_training import (
+    BATCH,
+    CASES,
+    EPSILON,
+    MAX_NORM,
+    Case,
+    Run,
+    assert_same_training,
+    build,
+    factors,
+    found_in,
+    launch,
+    packed,
+    saved_keys,
+)
 from safetensors.torch import load_file
-from tiny_models import token_ids
+from tiny_models import assert_same_bytes, token_ids
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments, logging
 
@@ -23,19 +37,14 @@ from peft_moe_qlora.training import skip_broadcast
 STEPS, SAVED_AT = 4, 2
 
 
-class Losses(Trainer):
-    """Keeps the loss of every batch."""
-
-    def compute_loss(self, *args: object, **kwargs: object) -> torch.Tensor:
-        loss = super().compute_loss(*args, **kwargs)
-        if self.model.training:
-            self.losses = [*getattr(self, "losses", []), loss.detach().clone()]
-        return loss
-
-
 def trainer_of(
-    checkpoint: Path, directory: Path, case: Case, world: int, part: AbstractContextManager | None = None
-) -> Losses:
+    checkpoint: Path,
+    directory: Path,
+    case: Case,
+    world: int,
+    part: AbstractContextManager | None = None,
+    accumulation: int = 1,
+) -> Trainer:
     """A Trainer before its first step; every process has its share of each batch.
 
     Args:
@@ -44,12 +53,16 @@ def trainer_of(
         case: how the model is stored.
         world: number of processes.
         part: what the model is loaded under.
+        accumulation: parts of each batch, whose gradients are accumulated.
     """
     args = TrainingArguments(
         output_dir=str(directory),
         max_steps=STEPS,
-        per_device_train_batch_size=BATCH // world,
+        per_device_train_batch_size=BATCH // world // accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
+        adam_epsilon=EPSILON,
+        max_grad_norm=MAX_NORM,
         lr_scheduler_type="constant",
         save_steps=SAVED_AT,
         logging_steps=1,
@@ -62,14 +75,14 @@ def trainer_of(
     with part or nullcontext():
         model = build(checkpoint, case)
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(batch=BATCH * STEPS)]
-    return Losses(model=model, args=args, train_dataset=rows)
+    return Trainer(model=model, args=args, train_dataset=rows)
 
 
-def train(trainer: Losses, resume: Path | None = None) -> Run:
+def train(trainer: Trainer, resume: Path | None = None) -> Run:
     before = packed(trainer.model)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    losses = [float(trainer.accelerator.gather(loss.reshape(1)).mean()) for loss in trainer.losses]
-    norms = [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses, norms = [entry["loss"] for entry in logged], [float(entry["grad_norm"]) for entry in logged]
     model = trainer.accelerator.unwrap_model(trainer.model)
     after = packed(model)
     is_same = all(torch.equal(after[name], one) for name, one in before.items())
@@ -97,11 +110,34 @@ def run_all(checkpoint: Path, directory: Path, world: int, is_ddp: bool = False)
         # older versions of transformers read the optimizer's state to cpu:0, which torch doesn't know
         if "tagged with cpu:0" not in str(error):
             raise
+    found["accumulated"] = train(trainer_of(checkpoint, directory / "accumulated", Case(), world, accumulation=2))
     in_4_bits = trainer_of(checkpoint, directory / "4-bit linear", CASES["4-bit linear"], world)
     found["4-bit linear"] = train(in_4_bits)
     names = (name for name, one in in_4_bits.model.named_parameters() if not isinstance(one, DTensor))
     found["left whole"] = sorted({part for name in names for part in name.split(".") if part.endswith("_proj")})
     return found
+
+
+def trained_by_both(config: str, checkpoint: Path, directory: Path) -> list[dict[str, object]]:
+    """What is found in one process, and in each of several that `accelerate launch` starts with a config."""
+    for name in ("one", "several"):
+        (directory / name).mkdir()
+    launch(config, Path(__file__).name, checkpoint, directory / "several")
+    return [run_all(checkpoint, directory / "one", 1), *found_in(directory / "several")]
+
+
+def assert_as_one_process(found: dict[str, object], expected: dict[str, object]) -> None:
+    for name, of_one in {"straight": "straight", "accumulated": "straight", "4-bit linear": "4-bit linear"}.items():
+        assert_same_training(found[name], expected[of_one])
+    assert abs(found["evaluated"] - expected["evaluated"]) < 1e-5
+    assert_same_bytes(found["saved"], saved_keys(found["straight"].factors))
+
+
+def assert_resumed(found: dict[str, object]) -> None:
+    """The losses before are those that the checkpoint has logged."""
+    assert len(found["straight"].losses) == STEPS
+    assert found["resumed"].losses == found["straight"].losses
+    assert_same_bytes(found["resumed"].factors, found["straight"].factors)
 
 
 def whole_or_local(parameter: torch.Tensor) -> torch.Tensor:

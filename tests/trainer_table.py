@@ -57,21 +57,33 @@ ROWS = (
         Row(f"`examples/{name}.py`", f"test_examples.py::{test}", what)
         for name, test, what in (
             ("sft", "test_sft_resumes_as_if_it_had_not_stopped", "resumes bit-exactly, in a new process"),
-            ("dpo", "test_dpo_trains_on_what_sft_has_saved", "starts at ln 2; the reference is SFT's adapter"),
-            ("grpo", "test_grpo_learns_what_is_rewarded", "the reward that a program checks grows"),
+            (
+                "dpo",
+                "test_dpo_trains_on_what_sft_has_saved",
+                "the first loss is ln 2; the reference is the SFT adapter",
+            ),
+            ("grpo", "test_grpo_learns_what_is_rewarded", "the reward, computed by a program, increases"),
             ("reward", "test_a_reward_model_gives_its_scores_again", "the reloaded model gives the same scores"),
-            ("vision", "test_vision_adapts_text_experts_alone", "trains experts of the language model on images"),
+            ("vision", "test_vision_adapts_text_experts_alone", "trains the language model's experts on images"),
         )
     ),
-    Row("DDP, `accelerate launch`", "test_ddp.py::test_trainer", "losses of one process; codes and scales unchanged"),
-    Row("DDP, torch's own", "test_ddp.py::test_training", "the same, with CUDA graphs and kept experts too"),
-    Row("FSDP2, `accelerate launch`", "test_fsdp2.py::test_trainer", "losses of one process; the adapter saved whole"),
-    Row("FSDP2, `fully_shard`", "test_fsdp2.py::test_training", "the same, in several settings"),
-    Row("DeepSpeed ZeRO-2 and ZeRO-3", "test_deepspeed.py::test_as_one_process", "losses of one process"),
+    Row(
+        "DDP, `accelerate launch`",
+        "test_ddp.py::test_trainer",
+        "losses equal those of one process; codes and scales do not change",
+    ),
+    Row("DDP, torch's own", "test_ddp.py::test_training", "the same, also with CUDA graphs and `keep-experts`"),
+    Row(
+        "FSDP2, `accelerate launch`",
+        "test_fsdp2.py::test_trainer",
+        "losses equal those of one process; the full adapter is saved",
+    ),
+    Row("FSDP2, `fully_shard`", "test_fsdp2.py::test_training", "the same, with several settings"),
+    Row("DeepSpeed ZeRO-2 and ZeRO-3", "test_deepspeed.py::test_as_one_process", "losses equal those of one process"),
     Row(
         "GRPO with vLLM on a CPU",
         "test_live_vllm.py::test_the_engine_says_what_the_model_in_training_says",
-        "log probabilities of the engine are those of the model, after each push",
+        "after each update, the engine's log probabilities match the model's",
     ),
     Row("Liger", "test_liger.py", "same losses and gradients with `use_liger_kernel=True`; [details](liger.md)"),
 )
@@ -92,7 +104,7 @@ def documentation() -> str:
     lines = [
         "# Trainers",
         "",
-        "Written by `python tests/trainer_table.py`; each row names the test that runs it.",
+        "Written by `python tests/trainer_table.py`. Each row names its test.",
         "",
         "| trainer | what the test checks | test |",
         "|--|--|--|",

@@ -1,4 +1,4 @@
-"""What an experts module is, with or without an adapter."""
+"""Experts modules with quantized stacks, with or without an adapter."""
 
 from .convert import check_convertible, convert_experts, find_experts, move_hook, revert_experts, stored_format
 from .layout import (

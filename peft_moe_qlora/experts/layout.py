@@ -1,8 +1,9 @@
-"""What one has to know of an experts class to compute it, read from what the class itself declares.
+"""The layout of an experts class, read from its own declarations.
 
 transformers (5.17 and later) marks its experts classes with `@use_experts_implementation(...)`, whose arguments become
 attributes of the instance: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`, `has_post_expert_norm`. Sizes
-follow from the parameters' shapes and these flags; orientation never follows from a shape, since square stacks exist.
+are derived from the parameters' shapes and these flags. The orientation is never derived from a shape, since a stack
+can be square.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _DECLARATIONS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 UNSUPPORTED_CLASSES = {
     "DbrxExpertGLU": "its stacks are flat 2-D parameters",
     "InklingSharedExperts": "its experts are always on, not routed",
-    "JetMoeParallelExperts": "it is one stack without gate or routing weights",
+    "JetMoeParallelExperts": "it has one stack without gate or routing weights",
     "LongcatFlashExperts": "it mixes identity experts with real ones",
     "Step3p7Experts": "its gate clamps differently in every layer",
 }
-"""Experts classes that declare no layout and have no file in `architectures`, and what is special about each."""
+"""Experts classes that declare no layout and have no module in `architectures`, and the reason for each."""
 
 ALWAYS_ON_CLASSES = frozenset({"InklingSharedExperts"})
-"""Of these, the ones that are not routed: they stay as they are beside a model's routed experts."""
+"""Unsupported classes that are not routed: they are left unchanged, and the routed experts are converted."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class ExpertsLayout:
     """Shapes and declarations of one experts module.
 
     Args:
-        class_name: the experts class.
-        num_experts: E.
-        hidden_size: width of what goes in and comes out.
-        intermediate_size: width between the two projections, behind the gate.
+        class_name: name of the experts class.
+        num_experts: number of experts, E.
+        hidden_size: size of inputs and outputs.
+        intermediate_size: input size of the down projection.
         is_transposed: matrices are stored `(in, out)` instead of `(out, in)`.
-        is_concatenated: gate and up rows stand one block after the other instead of interleaved.
+        is_concatenated: gate and up rows are two consecutive blocks instead of interleaved.
         has_bias: each projection has a bias `(E, out)`.
         has_gate: the first projection is `gate_up_proj`, twice as wide, instead of `up_proj`.
         has_post_expert_norm: a norm follows the down projection.
@@ -62,7 +63,7 @@ class ExpertsLayout:
         return up_projection(self.has_gate)
 
     def parts(self, projection: str) -> int:
-        """Matrices under each other, `(out, in)` each, that the projection's is: gate and up, or one."""
+        """Number of `(out, in)` matrices concatenated in the projection: 2 for gate and up, else 1."""
         return 2 if self.has_gate and self.is_concatenated and projection == self.up_name else 1
 
     @property
@@ -78,8 +79,8 @@ class ExpertsLayout:
 
 
 SHARD_LATER = (
-    "experts are quantized and adapted whole. Load the model without distributed_config, and shard it when it has "
-    "all its adapters, as Trainer and accelerate do with FSDP."
+    "experts cannot be quantized or adapted in parts. Load the model without distributed_config, and shard it after "
+    "all adapters are added, as Trainer and accelerate do with FSDP."
 )
 
 
@@ -88,7 +89,7 @@ def up_projection(has_gate: bool) -> str:
 
 
 def declares_layout(module: nn.Module) -> bool:
-    """Whether a module is of an experts class whose layout is known, and still holds its stacks."""
+    """Whether the layout of a module is known and the module contains its stacks."""
     if any(declaration(module, name) is None for name in _DECLARATIONS):
         return False
     return up_projection(declaration(module, "has_gate")) in module._parameters and "down_proj" in module._parameters
@@ -99,10 +100,10 @@ def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
 
     Args:
         module: the experts module, in 16 or 32 bits.
-        path: its place in the model, for errors.
+        path: path of the module, for errors.
 
     Raises:
-        ValueError: a parameter is missing, has not three dimensions, or does not fit the others.
+        ValueError: a parameter is missing, is not 3-D, or does not match the others.
     """
     is_transposed, is_concatenated, has_bias, has_gate = (declaration(module, name) for name in _DECLARATIONS)
     names = (up_projection(has_gate), "down_proj")
@@ -111,7 +112,7 @@ def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
         parameter = module._parameters.get(name)
         if parameter is None or parameter.dim() != 3:
             found = "missing" if parameter is None else f"of shape {tuple(parameter.shape)}"
-            raise ValueError(f"{path}.{name} is {found}; a 3-D stack (experts, rows, columns) was expected.")
+            raise ValueError(f"{path}.{name} is {found}. Expected a 3-D stack (experts, rows, columns).")
         shapes[name] = tuple(parameter.shape)
 
     def features(name: str) -> tuple[int, int]:
@@ -133,66 +134,65 @@ def read_layout(module: nn.Module, path: str) -> ExpertsLayout:
     for name in names:
         if shapes[name][0] != layout.num_experts or features(name) != layout.features(name):
             raise ValueError(
-                f"{path} ({layout.class_name}): the stacks {shapes} do not fit the declared layout {layout}. "
-                "If the class is your own, check the arguments of its @use_experts_implementation."
+                f"{path} ({layout.class_name}): the stacks {shapes} do not match the declared layout {layout}. If the "
+                "class is your own, check the arguments of its @use_experts_implementation."
             )
     return layout
 
 
 def check_floating_point(module: nn.Module, path: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Makes sure that the stacks are plain numbers in memory.
+    """Checks that the stacks are in memory and not quantized.
 
     Raises:
-        ValueError: a stack is offloaded, or packed or scaled by another quantizer.
+        ValueError: a stack is offloaded, or quantized by another library.
     """
     for name in (up_projection(declaration(module, "has_gate")), "down_proj"):
         parameter = module._parameters[name]
         if parameter.is_meta:
             raise ValueError(
-                f"{path}.{name} is on the meta device, that is, offloaded to CPU or disk or not loaded yet. Load the "
+                f"{path}.{name} is on the meta device: it is offloaded to CPU or disk, or not loaded yet. Load the "
                 "experts onto one device, for example with device_map={'': 0}, and quantize them there."
             )
         if parameter.dtype not in dtypes:
             raise ValueError(
-                f"{path}.{name} has dtype {parameter.dtype}; unquantized weights in one of "
-                f"{', '.join(map(str, dtypes))} were expected. Load the checkpoint with load_quantized, which keeps "
-                "quantized experts as they are, or in 16 bits."
+                f"{path}.{name} has dtype {parameter.dtype}. Expected unquantized weights in one of "
+                f"{', '.join(map(str, dtypes))}. Load the checkpoint with load_quantized, which keeps quantized "
+                "experts as they are, or load it in 16 bits."
             )
 
 
 def check_not_sharded(experts: nn.Module, path: str) -> None:
-    """Refuses experts of which this process has but a part.
+    """Rejects experts that are sharded over processes.
 
     Raises:
         ValueError: a parameter or the experts are sharded over processes.
     """
     path, engine = path.removesuffix(".base_layer"), engine_of(experts)
-    if engine == ZERO3:  # gathered ones too: the engine would not know of what is added
+    if engine == ZERO3:  # even if gathered: DeepSpeed would not manage parameters that are added
         raise ValueError(
-            f"{path} is sharded over processes by {ZERO3}; experts are quantized and adapted whole. Load the model "
-            "with quantization_config=MoeQuantizationConfig(), which zero.Init leaves whole, and give it all its "
-            "adapters before it is given to DeepSpeed."
+            f"{path} is sharded over processes by {ZERO3}, but experts cannot be quantized or adapted in parts. Load "
+            "the model with quantization_config=MoeQuantizationConfig(), which exempts experts from zero.Init, and "
+            "add all adapters before you pass it to DeepSpeed."
         )
     if engine is not None or getattr(experts, "_is_expert_parallel", False):
         raise ValueError(f"{path} is sharded over processes; {SHARD_LATER}")
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Refuses a model whose routed experts cannot be computed.
+    """Rejects models with unsupported routed experts.
 
     Raises:
-        ValueError: names the first such module, its class and what is special about it.
+        ValueError: the error names the first unsupported module, its class and the reason.
     """
     for path, module in model.named_modules():
         name = type(module).__name__
         if name.startswith("Liger") and name.endswith("Experts") and architecture_of(module) is None:
             raise ValueError(
-                f"{path} is of class {name}, which Liger has put in the place of the model's own for as long as this "
-                f"process runs, and whose layout is not known. Start a new process, and keep Liger off the experts: "
-                f"{WITHOUT_LIGER}."
+                f"{path} is of class {name}, with which Liger has replaced the model's own class in this process, and "
+                f"whose layout is unknown. Start a new process and disable Liger for experts: {WITHOUT_LIGER}."
             )
         if name in UNSUPPORTED_CLASSES and name not in ALWAYS_ON_CLASSES:
             raise ValueError(
-                f"{path} is of class {name}, which is not supported yet: {UNSUPPORTED_CLASSES[name]}. "
-                "Train this model's other layers with PEFT's LoraConfig."
+                f"{path} is of class {name}, which is not supported: {UNSUPPORTED_CLASSES[name]}. Train the other "
+                "layers of this model with PEFT's LoraConfig."
             )

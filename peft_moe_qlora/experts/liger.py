@@ -1,4 +1,4 @@
-"""Keeps Liger's forward of experts off modules that have a forward of their own."""
+"""Removes Liger's forward from experts modules of this package."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 from ..ops import log_once
 
 WITHOUT_LIGER = "liger_kernel_config={'swiglu': False}"
-"""What to give to a Trainer beside `use_liger_kernel`, to keep Liger off experts."""
+"""Argument of TrainingArguments that disables Liger for experts."""
 
 
 def keep_own_forward(experts: nn.Module, class_name: str) -> None:
-    """Takes off what Liger has written over the forward of an instance, as it does when a Trainer starts.
+    """Restores the forward of a module that Liger has overridden on the instance, as it does when Trainer starts.
 
-    Liger binds its forward for 16-bit stacks past `setattr`, in the instance's `__dict__`. A hook of accelerate's,
-    which it has written over or which was put around it, is put around the class's own forward.
+    Liger writes its forward for 16-bit stacks to the instance's `__dict__`. A hook of accelerate, which Liger may have
+    overwritten or wrapped, is added again around the forward of the class.
 
     Args:
-        experts: a module whose class has a `forward` that is meant to run.
-        class_name: of the experts that it stands for, for the log.
+        experts: the module.
+        class_name: name of the original experts class, for the log.
     """
     if not getattr(experts.__dict__.get("forward"), "__qualname__", "").startswith("Liger"):
         return
@@ -33,6 +33,6 @@ def keep_own_forward(experts: nn.Module, class_name: str) -> None:
         experts._old_forward = MethodType(type(experts).forward, experts)
         add_hook_to_module(experts, hook)
     log_once(
-        f"Liger's kernel for experts is left out of {class_name}: these weights may be packed and adapted, and are "
-        "computed by peft_moe_qlora. Liger's other kernels stay in effect."
+        f"Liger's kernel for experts is disabled for {class_name}: its weights may be packed and adapted, and "
+        "peft_moe_qlora computes them. Liger's other kernels stay enabled."
     )

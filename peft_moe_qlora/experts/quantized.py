@@ -1,4 +1,4 @@
-"""An experts module that owns its stacks in packed form, each with or without an adapter around it."""
+"""An experts module with quantized stacks, each with or without an adapter."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from .layout import ExpertsLayout
 from .liger import keep_own_forward
 
 Terms = Mapping[str, Sequence[LowRank]]
-"""Projection -> what adapters add to it."""
+"""Projection -> low-rank terms of the adapters."""
 
 
 class QuantizedExperts(nn.Module):
     """Replaces an experts module of transformers and computes it from quantized `Stack`s.
 
-    Takes the place of the original module in the model and keeps it as `original`, emptied of what has moved here:
-    the class's own gate and activation are called on it, and it gets its parameters back when the 16-bit module is
-    wanted again. Stacks are children named like the parameters they stand for; biases and the norm behind the experts
-    keep their names too. An adapter takes the place of a stack and has it as `base_layer`; it is asked for its
-    `low_rank_terms` in a forward, and for its `active_terms` by the report.
+    It replaces the original module in the model and keeps it as `original`, without its parameters. Gate and
+    activation of the class are called on `original`, and `restore` returns it with dequantized parameters. Stacks are
+    children with the names of the replaced parameters; biases and the norm after the experts keep their names. An
+    adapter replaces a stack and has it as `base_layer`. The forward uses its `low_rank_terms`, the report its
+    `active_terms`.
 
     Args:
         original: the experts module, whose stacks have been moved into `stacks`.
-        layout: what it declares.
+        layout: layout of the module.
         stacks: projection name -> stack.
     """
 
@@ -68,16 +68,16 @@ class QuantizedExperts(nn.Module):
         self._gate = known_gate(original, layout)
         self._architecture = architecture_of(original)
         self.adapter_names: tuple[str, ...] | None = None
-        """In a mixed batch, the adapter of each sample; an argument of `forward` goes before it."""
+        """In a mixed batch, the adapter of each sample; the argument of `forward` has precedence."""
         self.train(original.training)
 
     def train(self, mode: bool = True) -> QuantizedExperts:
-        # a Trainer calls this between Liger's patches and the first forward, which may be a compiled one
+        # Trainer calls this after Liger's patches and before the first forward, which may be compiled
         keep_own_forward(self, self.layout.class_name)
         return super().train(mode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # where Liger was called by hand, and nothing before this
+        # Liger may have been applied without a call of train()
         if "forward" in self.__dict__ and not torch.compiler.is_compiling():
             keep_own_forward(self, self.layout.class_name)
         return super().__call__(*args, **kwargs)
@@ -88,11 +88,11 @@ class QuantizedExperts(nn.Module):
         return module if isinstance(module, Stack) else module.base_layer
 
     def low_rank_terms(self, num_tokens: int, adapter_names: Sequence[str] | None = None) -> Terms:
-        """What adapters add in a forward.
+        """Low-rank terms of the adapters in a forward.
 
         Args:
-            num_tokens: T, of all samples together.
-            adapter_names: in a mixed batch, the adapter of each sample. Default: the active ones for all.
+            num_tokens: number of tokens of all samples, T.
+            adapter_names: in a mixed batch, the adapter of each sample. Default: the active adapters for all samples.
         """
         return {
             projection: module.low_rank_terms(num_tokens, adapter_names)
@@ -100,23 +100,23 @@ class QuantizedExperts(nn.Module):
         }
 
     def check_complete(self) -> None:
-        """Refuses to compute from experts of which this process has read only its part.
+        """Rejects experts of which this process has loaded only a part, unless FSDP2 gathers them.
 
         Raises:
-            ValueError: it has, and nothing gathers the others' parts.
+            ValueError: experts are missing.
         """
         for projection in self.layout.projections:
             stack = self.stack(projection)
             if stack.experts_read is not None and not getattr(stack, "_is_fsdp_managed_module", False):
                 raise ValueError(
-                    f"{projection} of {self.layout.class_name} has only experts {stack.experts_read.start} to "
-                    f"{stack.experts_read.stop - 1} of {stack.num_experts}, since it was loaded under "
-                    "read_part_of_experts. Shard the model with fully_shard, or let accelerate do it, before it is "
-                    "called, merged or saved."
+                    f"{projection} of {self.layout.class_name} contains only experts {stack.experts_read.start} to "
+                    f"{stack.experts_read.stop - 1} of {stack.num_experts}, because it was loaded under "
+                    "read_part_of_experts. Shard the model with fully_shard or accelerate before you call, merge or "
+                    "save it."
                 )
 
     def _active_terms(self) -> Terms:
-        """What adapters would add, with factors of which only the shapes are true: the engine may have the rest."""
+        """Active terms with A on the meta device in its whole shape, since factors may be sharded."""
         return {
             projection: [
                 replace(term, A=term.A.new_empty(whole_shape(term.A), device="meta")) for term in module.active_terms()
@@ -130,7 +130,7 @@ class QuantizedExperts(nn.Module):
         return {name: module for name, module in modules.items() if not isinstance(module, Stack)}
 
     def projection_bias(self, projection: str) -> nn.Parameter | None:
-        """`(E, out)`, None where the class has no biases."""
+        """`(E, out)`; None if the class has no biases."""
         return self.get_parameter(bias_name(projection)) if self.layout.has_bias else None
 
     @property
@@ -139,9 +139,9 @@ class QuantizedExperts(nn.Module):
         return all(self.stack(projection).storage is None for projection in self.layout.projections)
 
     def compute_path(self, projection: str) -> ComputePath:
-        """What computes a projection for activations in the stack's own dtype, without mixed batches.
+        """The implementation of a projection for activations in the stack's dtype, without mixed batches.
 
-        With the active adapters, in the mode that the module is in.
+        It depends on the active adapters and the current mode.
         """
         stack, low_rank = self.stack(projection), self._active_terms()
         reason = self._why_not_fused(stack.device, stack.dtype, low_rank)
@@ -151,11 +151,11 @@ class QuantizedExperts(nn.Module):
             return ComputePath("fused", f"{self._gate.kind} gate, {tiles_origin(stack.device, stack.dtype)}{later}")
         choose = choose_path if why_not_read(stack) is None else choose_library_path
         path = choose(stack.device, stack.dtype, stack.in_features, stack.out_features)
-        # off the GPU there is one reason for all of it
+        # without a GPU, both reasons are the same
         return path if path.reason == reason else ComputePath(path.name, f"{path.reason}; not fused: {reason}")
 
     def _why_not_fused(self, device: torch.device, dtype: torch.dtype, low_rank: Terms) -> str | None:
-        """Why the layer can't be computed as one; None if it can."""
+        """The reason why the fused kernels do not support the layer; None if they do."""
         reason = why_no_kernels(device, dtype)
         if reason is not None:
             return reason
@@ -172,7 +172,7 @@ class QuantizedExperts(nn.Module):
         for terms in low_rank.values():
             rank = sum(term.A.shape[1] for term in terms)
             if rank > LARGEST_RANK:
-                return f"adapters of rank {rank}; the kernels take {LARGEST_RANK} in all"
+                return f"the adapters' ranks add up to {rank}; the kernels support at most {LARGEST_RANK}"
         for term in (term for terms in low_rank.values() for term in terms):
             if term.token_mask is not None:
                 return "adapters differ by sample"
@@ -187,32 +187,31 @@ class QuantizedExperts(nn.Module):
         top_k_weights: torch.Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """The experts' share of a MoE layer: `(T, H)` -> `(T, H)` in the dtype of `hidden_states`.
+        """Output of the experts: `(T, H)` -> `(T, H)` in the dtype of `hidden_states`.
 
         Args:
             hidden_states: `(T, H)`.
-            top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped. Left out, with the
-                weights, by classes that are called in a way of their own (`architectures`).
-            top_k_weights: `(T, K)`, the router's weights, in any floating dtype.
-            adapter_names: in a mixed batch, the adapter of each sample. Default: the module's own, or else the active
-                ones for all.
+            top_k_index: `(T, K)` ids of the chosen experts; ids outside `[0, E)` are skipped. None, like the weights,
+                for classes with another signature (`architectures`).
+            top_k_weights: `(T, K)` routing weights in any floating-point dtype.
+            adapter_names: in a mixed batch, the adapter of each sample. Default: `self.adapter_names`, or else the
+                active adapters for all samples.
 
         Raises:
-            ValueError: a mixed batch in a class that is called with several copies of each token; the module is one
-                of DataParallel's replicas; or this process has read only a part of the experts.
+            ValueError: a mixed batch in a class that is called with several copies of each token; the module is a
+                replica of DataParallel; or this process has loaded only a part of the experts.
         """
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 f"{self.layout.class_name} is a replica of nn.DataParallel, which has no parameters for packed "
-                "experts to be read from. Start one process for each GPU, with torchrun or accelerate launch, or let "
-                "this one see one GPU."
+                "experts. Start one process per GPU with torchrun or accelerate launch, or make only one GPU visible."
             )
         self.check_complete()
         adapter_names = self.adapter_names if adapter_names is None else adapter_names
         if adapter_names is not None and top_k_index is None:
             raise ValueError(
-                f"adapter_names can't be passed to {self.layout.class_name}, which is called with one copy of all "
-                "tokens for each expert; pass one adapter at a time."
+                f"adapter_names is not supported for {self.layout.class_name}, which is called with one copy of all "
+                "tokens for each expert. Use one adapter at a time."
             )
         low_rank = self.low_rank_terms(hidden_states.shape[0], adapter_names)
         hidden_states, top_k_index, top_k_weights = self.routed(hidden_states, top_k_index, top_k_weights)
@@ -224,7 +223,7 @@ class QuantizedExperts(nn.Module):
                     hidden_states.dtype
                 )
             if hidden_states.device.type == "cuda" and not torch.compiler.is_compiling():
-                log_once(f"{self.layout.class_name} is not computed by the fused kernels: {reason}.")
+                log_once(f"{self.layout.class_name} does not use the fused kernels: {reason}.")
         routing = route(top_k_index, self.num_experts)
         rows = self._activated(gather_rows(hidden_states.to(dtype), routing), routing, low_rank)
         rows = self._project(self.layout.projections[1], rows, routing, low_rank)
@@ -261,7 +260,7 @@ class QuantizedExperts(nn.Module):
         top_k_index: torch.Tensor | None = None,
         top_k_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The arguments of `forward`, complete where the class is called in a way of its own."""
+        """The arguments of `forward`, with ids and weights for classes with another signature."""
         if top_k_index is None:
             top_k_index, top_k_weights = self._architecture.route(hidden_states, self.num_experts)
         return hidden_states, top_k_index, top_k_weights
@@ -269,12 +268,12 @@ class QuantizedExperts(nn.Module):
     def projection_inputs(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, low_rank: Terms
     ) -> tuple[Routing, dict[str, torch.Tensor]]:
-        """What each projection gets to see: projection -> `(S, in)` routed rows, sorted by expert as the routing says.
+        """The routing, and the inputs of each projection: projection -> `(S, in)` routed rows, sorted by expert.
 
         Args:
             hidden_states: `(T, H)`.
             top_k_index: `(T, K)` ids of the chosen experts.
-            low_rank: projection name -> what adapters add to it.
+            low_rank: projection name -> low-rank terms.
         """
         up, down = self.layout.projections
         routing = route(top_k_index, self.num_experts)
@@ -303,10 +302,10 @@ class QuantizedExperts(nn.Module):
         return self.stack(self.layout.up_name).compute_dtype(hidden_states.dtype)
 
     def restore(self, dtype: torch.dtype | None) -> nn.Module:
-        """Gives the original module back, with its stacks in floating point; this one is empty afterwards."""
+        """Returns the original module with dequantized stacks; this module is empty afterwards."""
         self.check_complete()
         for projection in self.layout.projections:
-            # one stack at a time is held in both storages
+            # one stack at a time is in memory in both storages
             stack = self._modules.pop(projection)
             weight = stack.decode(dtype or stack.dtype)
             if stack.is_transposed != self.layout.is_transposed:
@@ -321,7 +320,7 @@ class QuantizedExperts(nn.Module):
         return self.original.train(self.training)
 
     def __getattr__(self, name: str) -> Any:
-        # models may ask their experts for sizes or for the config under the class's own names
+        # models may read attributes of the original class, such as sizes or the config
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -338,7 +337,7 @@ def bias_name(projection: str) -> str:
 
 
 def _joined(terms: Sequence[LowRank]) -> Factors | None:
-    """Several low-rank terms as one, their ranks side by side."""
+    """Several low-rank terms as one, concatenated along the rank."""
     if not terms:
         return None
     if len(terms) == 1:

@@ -1,4 +1,4 @@
-"""The layouts that saved adapters come in: this package's own, and those of PEFT, serving engines and mlx-lm."""
+"""The layouts of saved adapters: this package's own, and those of PEFT, serving engines and mlx-lm."""
 
 from .adapter_file import AdapterFile, ExpertFactors
 from .convert import TARGETS, convert_adapter

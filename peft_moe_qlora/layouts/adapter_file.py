@@ -1,4 +1,4 @@
-"""A saved adapter as plain data: the factors of experts, and everything else as PEFT names it."""
+"""A saved adapter as plain data: the factors of experts, and all other tensors under PEFT's names."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from ..config import MoeQLoraConfig, rank_and_alpha
 from ..experts import ExpertsLayout
+from ..progress import PATIENCE, announce_file
 
 PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class ExpertFactors:
-    """What an adapter adds to one stack: `scaling * B[e] @ A[e]`.
+    """The LoRA factors of one stack, whose delta is `scaling * B[e] @ A[e]`.
 
     Args:
-        path: of the experts module.
+        path: path of the experts module.
         projection: name of the stack.
         A: `(E, r, in)`.
         B: `(E, out, r)`.
-        scaling: of the product.
-        alpha: that gives the scaling at this rank.
+        scaling: scaling of the product.
+        alpha: the alpha that results in this scaling at this rank.
     """
 
     path: str
@@ -46,7 +48,7 @@ class ExpertFactors:
         return f"{self.path}.{self.projection}"
 
     def zeros_for(self, path: str, projection: str, layout: ExpertsLayout) -> ExpertFactors:
-        """Factors of the same rank and scaling for another stack, which change nothing."""
+        """Returns zero factors of the same rank and scaling for another stack."""
         in_features, out_features = layout.features(projection)
         A = self.A.new_zeros(layout.num_experts, self.r, in_features)
         B = self.A.new_zeros(layout.num_experts, out_features, self.r)
@@ -58,9 +60,9 @@ class AdapterFile:
     """A saved adapter.
 
     Args:
-        config: as saved.
-        experts: the factors of all adapted stacks; of one module, those of its first projection first.
-        non_expert: key without PEFT's prefix -> tensor, of linear layers and whatever else was saved.
+        config: the config as saved.
+        experts: the factors of all adapted stacks. Within a module, those of its first projection come first.
+        non_expert: key without PEFT's prefix -> tensor, for linear layers and all other saved tensors.
     """
 
     config: MoeQLoraConfig
@@ -69,22 +71,22 @@ class AdapterFile:
 
     @property
     def stacks(self) -> list[str]:
-        """The names of all that have factors."""
+        """The names of all stacks that have factors."""
         return [factors.name for factors in self.experts]
 
 
 def linear_scaling(config: MoeQLoraConfig, name: str) -> float:
-    """The factor of `B @ A` of a linear layer."""
+    """The scaling of `B @ A` for a linear layer."""
     return config.scaling(*rank_and_alpha(config, name))
 
 
 @dataclass
 class InMemory:
-    """Takes the place of a directory, for an adapter that is handed over and not written.
+    """Replaces the output directory for an adapter that is passed on in memory.
 
     Args:
-        tensors: of the file.
-        config: of the other file.
+        tensors: contents of the safetensors file.
+        config: contents of adapter_config.json.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -92,23 +94,26 @@ class InMemory:
 
 
 def save_tensors(directory: Path | InMemory, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes an adapter's tensors as PEFT's.
+    """Writes an adapter's tensors as PEFT does.
 
     Args:
-        directory: created if it isn't there.
+        directory: output directory; created if it does not exist.
         tensors: key without PEFT's prefix -> tensor.
     """
-    # clones, since parts of one tensor share memory, which safetensors refuses
-    tensors = {PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    # cloned because safetensors rejects views that share memory
+    items = tqdm(tensors.items(), desc="Copying factors", unit="tensor", delay=PATIENCE)
+    tensors = {PREFIX + key: tensor.contiguous().clone() for key, tensor in items}
     if isinstance(directory, InMemory):
         directory.tensors = tensors
         return
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    announce_file(file, sum(tensor.nbytes for tensor in tensors.values()))
+    save_file(tensors, file, {"format": "pt"})
 
 
 def save_config(directory: Path | InMemory, config: LoraConfig) -> None:
-    """Writes an adapter's config as PEFT's."""
+    """Writes an adapter's config as PEFT does."""
     if isinstance(directory, InMemory):
         directory.config = config
     else:

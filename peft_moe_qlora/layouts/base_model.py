@@ -1,4 +1,4 @@
-"""The base of an adapter as its config.json describes it: what experts it has, and what its checkpoint calls them."""
+"""The base model of an adapter as config.json describes it: its experts, and their names in the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts, parents
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""What a model on the hub may be called."""
+"""Pattern of valid model names on the hub."""
 
 PARTS_OF_FUSED = ("gate_proj", "up_proj")
-"""What readers of single experts call the halves of a stack that the checkpoint has fused."""
+"""Names that per-expert readers use for the halves of a stack that is fused in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class BaseModel:
     """A base model without its weights.
 
     Args:
-        directory: of the checkpoint.
-        config: of the checkpoint.
-        model: on the meta device.
+        directory: directory of the checkpoint.
+        config: config of the checkpoint.
+        model: the model on the meta device.
         layouts: path -> layout of every routed experts module.
     """
 
@@ -44,19 +44,18 @@ class BaseModel:
 
     @staticmethod
     def is_at(directory: str | Path | None) -> bool:
-        """Whether a directory has the config.json of a base."""
+        """Whether a directory contains the config.json of a base model."""
         return bool(directory) and Path(directory, "config.json").is_file()
 
     @classmethod
     def open(cls, base: str | Path | None, names: Iterable[str] = (), revision: str | None = None) -> BaseModel:
-        """Builds the model that config.json names, without memory.
+        """Builds the model that config.json describes on the meta device.
 
         Args:
-            base: a directory, or a name on the hub, of which config.json is downloaded.
-            names: of tensors of an adapter. Where they are of experts that only the text model by itself has under
-                such names, it is that one: `AutoModelForCausalLM` makes it of a checkpoint that has towers too, of
-                Qwen3.5 and Llama 4 for example.
-            revision: of a model on the hub.
+            base: a directory, or a name on the hub, from which config.json is downloaded.
+            names: names of an adapter's tensors. If only the text model has experts under these names, the text model
+                is built: `AutoModelForCausalLM` loads it from multimodal checkpoints, such as Qwen3.5 and Llama 4.
+            revision: revision of a model on the hub.
 
         Raises:
             ValueError: there is no config.json.
@@ -76,7 +75,7 @@ class BaseModel:
         return text if text._has_layers_of(names) else found
 
     def _has_layers_of(self, names: list[str]) -> bool:
-        """Whether names of LoRA's tensors, or of stacks, are all of this model's layers."""
+        """Whether all given names of LoRA tensors or of stacks belong to layers of this model."""
         paths = tuple(f"{path}." for path in self.layouts)
         others = {name.partition(".lora_")[0] for name in names if not name.startswith(paths) and ".lora_" in name}
         has_experts = any(name.startswith(paths) for name in names)
@@ -84,29 +83,29 @@ class BaseModel:
 
     @property
     def is_text_only(self) -> bool:
-        """Whether the checkpoint has more than this model, which then has its layers under other names."""
+        """Whether this is the text model of a multimodal checkpoint, which uses other layer names."""
         return type(self.model) is not class_of(self.config)
 
     @property
     def model_class(self) -> type:
-        """Whose `from_pretrained` makes this model of the checkpoint."""
+        """The class whose `from_pretrained` loads this model from the checkpoint."""
         return AutoModelForCausalLM if self.is_text_only else class_of(self.config)
 
     @property
     def quantization(self) -> str | None:
-        """By what the checkpoint is quantized, as its config says."""
+        """Quantization method of the checkpoint according to its config; None if it is not quantized."""
         found = quantization_of(self.config)
         return None if found is None else quant_method(found)
 
     @property
     def is_of_others(self) -> bool:
-        """Whether the checkpoint is quantized by others than bitsandbytes and this package."""
+        """Whether the checkpoint is quantized by a tool other than bitsandbytes and this package."""
         return self.quantization not in (None, "bitsandbytes", QUANT_METHOD)
 
     def names_of_experts(self, path: str, projection: str) -> list[str]:
-        """What the parts of a stack are called in the checkpoint, expert by expert, gate before up, without `.weight`.
+        """Names of a stack's parts in the checkpoint, expert by expert, gate before up, without `.weight`.
 
-        Where the checkpoint has a stack in one tensor, the names that readers of single experts expect.
+        If the checkpoint stores the stack as one tensor, the names that per-expert readers expect.
         """
         parts = PARTS_OF_FUSED if projection == "gate_up_proj" else (projection,)
         num_experts = self.layouts[path].num_experts
@@ -116,12 +115,12 @@ class BaseModel:
         return [key.removesuffix(".weight") for key in keys]
 
     def name_of_linear(self, name: str) -> str | None:
-        """What a linear layer is called in the checkpoint; None if its weight is no tensor of its own there."""
+        """Name of a linear layer in the checkpoint; None if its weight is not a separate tensor there."""
         key = key_of_tensor(self.model, f"{name}.weight")
         return None if key is None else key.removesuffix(".weight")
 
     def layer(self, name: str) -> nn.Linear | nn.Embedding | None:
-        """The linear layer or embedding of that name; None if there is none, or it is a part of experts."""
+        """The linear layer or embedding with this name; None if there is none, or if it belongs to experts."""
         if any(parent in self.layouts for parent in parents(name)):
             return None
         try:
@@ -131,21 +130,21 @@ class BaseModel:
         return layer if isinstance(layer, (nn.Linear, nn.Embedding)) else None
 
     def layers(self) -> list[str]:
-        """The names of all linear layers and embeddings that are no part of experts."""
+        """The names of all linear layers and embeddings outside of experts."""
         return [name for name, _ in self.model.named_modules() if self.layer(name) is not None]
 
     def shape_of(self, key: str) -> tuple[int, ...] | None:
-        """Shape of a parameter or buffer of that name; None if there is none."""
+        """Shape of the parameter or buffer with this name; None if there is none."""
         tensor = self.model.state_dict().get(key)
         return None if tensor is None else tuple(tensor.shape)
 
 
 def revision_of_base(config: Mapping[str, Any], base: str | Path | None) -> str | None:
-    """The revision of the base that an adapter remembers; None if there is none, or another base is named.
+    """The revision of the base that an adapter's config names; None if it names none or another base is given.
 
     Args:
-        config: options of the adapter, as its config.json has them.
-        base: directory of a model, or its name on the hub. None for what the adapter names.
+        config: options of the adapter's config file.
+        base: directory of a model, or its name on the hub. None for the base that the adapter names.
     """
     is_own = base is None or str(base) == config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -153,23 +152,23 @@ def revision_of_base(config: Mapping[str, Any], base: str | Path | None) -> str 
 
 
 def _downloaded(base: str | Path | None, revision: str | None) -> Path:
-    """Where the config.json of a model on the hub lies.
+    """Directory of the downloaded config.json of a model on the hub.
 
     Raises:
-        ValueError: there is no such model, or no way to the hub.
+        ValueError: the model does not exist, or the hub cannot be reached.
     """
     if not base:
         raise ValueError(
-            "The adapter doesn't name its base, whose config.json says what experts are called in its checkpoint. "
-            "Name the directory of the base model (--base)."
+            "The adapter's config does not name its base model, whose config.json is required for the names of the "
+            "experts. Pass the directory of the base model as base (--base)."
         )
     message = (
-        f"What experts are called in the base's checkpoint follows from its config.json, which is not in {base}. Name "
-        "the directory of the base model."
+        f"The config.json of the base model {base} was not found, but is required for the names of the experts. Pass "
+        "the directory of the base model as base (--base)."
     )
     if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
         raise ValueError(message)
     try:
         return Path(cached_file(str(base), "config.json", revision=revision)).parent
     except OSError as error:
-        raise ValueError(f"{message} As a name on the hub: {error}") from error
+        raise ValueError(f"{message} Reading it from the hub failed: {error}") from error

@@ -1,4 +1,4 @@
-"""Whether what an adapter has beside experts is what its config asks for, and fits the base."""
+"""Checks that an adapter's non-expert tensors match its config and its base model."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from .base_model import BaseModel
 from .non_expert import LORA, PAIRS, TOKENS, adapted_layers, name_in_model
 
 _EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
-"""PEFT saves these, trained or not, where tokens were added (`save_embedding_layers`)."""
+"""PEFT saves these, trained or not, if tokens were added (`save_embedding_layers`)."""
 
 
 def check_non_expert(
     file: Path, config: LoraConfig, non_expert: dict[str, torch.Tensor], base: BaseModel | None
 ) -> None:
-    """Refuses tensors that nothing would take, and a file without those that its config asks for beside LoRA.
+    """Rejects unexpected tensors, and a file that lacks non-LoRA tensors which its config requires.
 
     Args:
-        file: for errors.
-        config: the adapter's.
+        file: name of the file for errors.
+        config: the adapter's config.
         non_expert: key without PEFT's prefix -> tensor.
-        base: what the adapter belongs to; None if that isn't known, which leaves shapes and places unchecked.
+        base: the adapter's base model; None if unknown, in which case shapes and layer names are not checked.
 
     Raises:
-        ValueError: names the first key that lacks its other half, is none of an adapter, doesn't fit the base, or is
-            missing.
+        ValueError: a factor lacks its counterpart, or a tensor is unexpected, missing or does not fit the base. The
+            error names the first such key.
     """
     for key in non_expert:
         for a, b in PAIRS:
             for own, other in ((a, b), (b, a)):
                 if key.endswith(own) and key.removesuffix(own) + other not in non_expert:
-                    raise ValueError(f"{file} has {key}, but not {key.removesuffix(own)}{other}; it is damaged.")
+                    raise ValueError(
+                        f"{file} contains {key}, but not {key.removesuffix(own)}{other}. The file is damaged. Save "
+                        "the adapter again."
+                    )
     for name in adapted_layers(non_expert):
         if base is not None:
             _check_layer(file, name, non_expert, base)
@@ -49,8 +52,8 @@ def check_non_expert(
                 _check_full(file, key, tensor, base)
             continue
         raise ValueError(
-            f"{file}: {key} is nothing that this adapter's config asks for. The file is damaged, or of a format that "
-            "is not read; remove the tensor if it isn't needed."
+            f"{file}: the adapter's config does not call for the tensor {key}. The file is damaged or has an "
+            "unsupported format. Remove the tensor if it is not needed."
         )
 
 
@@ -67,7 +70,7 @@ def _check_saved_modules(
             continue
         missing = None if is_saved(name) else name
         if base is not None and missing is None:
-            # PEFT takes every module whose name ends so, but of one inside another saves the inner one alone
+            # PEFT matches every module by the end of its name, but of nested matches saves only the inner one
             modules = {path: module for path, module in base.model.named_modules() if path.endswith(name)}
             around = {parent for path in modules for parent in parents(path)}
             innermost = {path: module for path, module in modules.items() if path not in around}
@@ -75,7 +78,8 @@ def _check_saved_modules(
             missing = next((key for key in wanted if key not in keys), None)
         if missing is not None:
             raise ValueError(
-                f"{file} has no tensor of {missing}, which its config has in modules_to_save; it is damaged."
+                f"{file} contains no tensor of {missing}, which its config lists in modules_to_save. The file is "
+                "damaged. Save the adapter again."
             )
 
 
@@ -87,14 +91,14 @@ def _check_tokens(file: Path, config: LoraConfig, non_expert: dict[str, torch.Te
     for key, tensor in non_expert.items():
         if key.endswith(TOKENS):
             found[key.removesuffix(TOKENS[0]).removesuffix(TOKENS[1])] = tensor
-    # of layers that are tied PEFT saves one
+    # PEFT saves only one of several tied layers
     may_be_tied = base is None or base.model.config.get_text_config().tie_word_embeddings
     for layer, indices in wanted.items() if isinstance(wanted, dict) else [("", wanted)]:
         names = [name for name in found if layer in ("", name) or name.endswith(f".{layer}")]
         if not names and not (found and may_be_tied):
             raise ValueError(
-                f"{file} has no tensor of trained tokens{f' of {layer}' if layer else ''}, which its config has in "
-                "trainable_token_indices; it is damaged."
+                f"{file} contains no tensor of trained tokens{f' of {layer}' if layer else ''}, which its config "
+                "lists in trainable_token_indices. The file is damaged. Save the adapter again."
             )
         for name in names:
             _check_token_rows(file, name, found[name], len(indices), base)
@@ -107,34 +111,36 @@ def _check_token_rows(file: Path, name: str, rows: torch.Tensor, num_tokens: int
         layer = base.layer(name)
         if layer is None:
             raise ValueError(
-                f"{file}: {name} has trained tokens, but {base.directory} has no embedding of that name. The adapter "
-                "belongs to another base."
+                f"{file} contains trained tokens of {name}, but {base.directory} has no embedding with this name. The "
+                "adapter belongs to another base model. Use the adapter's own base model."
             )
         expected = (num_tokens, layer.weight.shape[1])
         fits = tuple(rows.shape) == expected
     if not fits:
         raise ValueError(
-            f"{file}: the trained tokens of {name} have shape {tuple(rows.shape)}; {expected} was expected by "
-            "trainable_token_indices of its config. The two don't belong together."
+            f"{file}: the trained tokens of {name} have shape {tuple(rows.shape)}. Expected {expected} from "
+            "trainable_token_indices of its config. The file and the config belong to different adapters. Save the "
+            "adapter again."
         )
 
 
 def check_targeted(file: Path, names: Iterable[str], is_targeted: Callable[[str], bool]) -> None:
-    """Refuses factors of layers that the config leaves alone: whoever loads the file drops them, or adds them.
+    """Rejects factors of layers that the config does not target: some loaders drop them, others apply them.
 
     Args:
-        file: for errors.
-        names: of the layers that have factors.
-        is_targeted: whether the config asks for a layer.
+        file: name of the file for errors.
+        names: names of the layers that have factors.
+        is_targeted: whether the config targets a layer.
 
     Raises:
-        ValueError: names the first.
+        ValueError: there are such factors; the error names the first layer.
     """
     strange = [name for name in names if not is_targeted(name)]
     if strange:
         raise ValueError(
-            f"{file} has factors of {strange[0]}, but its config doesn't target it (target_modules, exclude_modules, "
-            "layers_to_transform, target_parameters); it is damaged, or mixed up with another. Save the adapter again."
+            f"{file} contains factors of {strange[0]}, which its config does not target (target_modules, "
+            "exclude_modules, layers_to_transform, target_parameters). The file is damaged or belongs to another "
+            "adapter. Save the adapter again."
         )
 
 
@@ -143,7 +149,7 @@ def _is_known(config: LoraConfig, key: str) -> bool:
     if key.endswith(_EMBEDDINGS):
         return True
     return (
-        any(f"{name}." in key for name in saved)  # PEFT takes every module whose name ends so
+        any(f"{name}." in key for name in saved)  # PEFT matches modules by the end of their names
         or (config.bias != "none" and key.endswith("bias"))
         or (config.trainable_token_indices is not None and key.endswith(TOKENS))
     )
@@ -153,8 +159,8 @@ def _check_layer(file: Path, name: str, non_expert: dict[str, torch.Tensor], bas
     layer = base.layer(name)
     if layer is None:
         raise ValueError(
-            f"{file}: {name} has factors, but {base.directory} has no linear layer or embedding of that name. "
-            "The adapter belongs to another base, or adapts a router, which has to be left out."
+            f"{file} contains factors of {name}, but {base.directory} has no linear layer or embedding with this "
+            "name. The adapter belongs to another base model, or it adapts a router, which is not supported."
         )
     is_embedding = isinstance(layer, nn.Embedding)
     rows, columns = layer.weight.shape
@@ -162,12 +168,13 @@ def _check_layer(file: Path, name: str, non_expert: dict[str, torch.Tensor], bas
         rows, columns = columns, rows
     a, b = PAIRS[is_embedding]
     if name + a not in non_expert:
-        raise ValueError(f"{file}: {name} is a {type(layer).__name__}; factors {name}{a} were expected.")
+        raise ValueError(f"{file}: {name} is a layer of class {type(layer).__name__}. Expected factors {name}{a}.")
     A, B = non_expert[name + a], non_expert[name + b]
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != columns or B.shape[0] != rows or A.shape[0] != B.shape[1]:
         raise ValueError(
-            f"{file}: {name}{a} {list(A.shape)} and {name}{b} {list(B.shape)} don't fit {base.directory}, where "
-            f"(r, {columns}) and ({rows}, r) were expected. They are transposed, or of another base."
+            f"{file}: {name}{a} has shape {list(A.shape)} and {name}{b} {list(B.shape)}. Expected (r, {columns}) and "
+            f"({rows}, r) for {base.directory}. The factors are transposed or belong to another base model. Use the "
+            "adapter's own base model."
         )
 
 
@@ -177,11 +184,12 @@ def _check_full(file: Path, key: str, tensor: torch.Tensor, base: BaseModel) -> 
         return
     if name_in_model(key).endswith(_EMBEDDINGS) and expected is not None and expected[1:] == found[1:]:
         raise ValueError(
-            f"{file}: {key} is of {found[0]} tokens, {base.directory} of {expected[0]}: tokens were added in "
-            f"training. Add them to the base (model.resize_token_embeddings({found[0]})), save it, and name that as "
-            "the base."
+            f"{file}: {key} has {found[0]} tokens, but {base.directory} has {expected[0]}: tokens were added in "
+            f"training. Add them to the base model with model.resize_token_embeddings({found[0]}), save it, and pass "
+            "that directory as the base."
         )
     raise ValueError(
-        f"{file}: {key} has shape {found}; {base.directory} has "
-        f"{'no such tensor' if expected is None else f'{expected} there'}. The adapter belongs to another base."
+        f"{file}: {key} has shape {found}, but {base.directory} has "
+        f"{'no such tensor' if expected is None else f'shape {expected}'}. The adapter belongs to another base "
+        "model. Use the adapter's own base model."
     )

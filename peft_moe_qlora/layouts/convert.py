@@ -24,7 +24,7 @@ TARGETS: dict[str, Callable[[AdapterFile, Path, BaseModel | None], None]] = {
     "llama.cpp": partial(write_for_engine, LLAMA_CPP),
     "mlx": partial(write_for_engine, MLX),
 }
-"""Name of a layout, or of an engine -> what writes it."""
+"""Name of a layout or of an engine -> function that writes it."""
 
 
 def convert_adapter(
@@ -37,37 +37,39 @@ def convert_adapter(
     """Writes a saved adapter in another layout.
 
     Args:
-        adapter: directory of an adapter of this package, or of others (`read_adapter` lists the layouts).
-        directory: to be written to; has to be empty or not there, since some readers take every file in it.
-        target: a layout or an engine. `"peft-lora"`: PEFT's own LoRA on fused parameters, for stock PEFT, with no
-            factor changed. `"per-expert"`: LoRA on one linear layer per expert, under the names of the base's
-            checkpoint. `"vllm"`, `"sglang"`, `"llama.cpp"` (its `convert_lora_to_gguf.py`), `"mlx"` (mlx-lm): what
-            the engine reads for this base; see `engines` for versions. `"moe-qlora"`: an adapter of this package.
-        base: directory of the base model, of which config.json is read. Default: what the adapter names.
-        options: what the adapter files of others don't say.
+        adapter: directory of an adapter of this package or of another tool (`read_adapter` lists the layouts).
+        directory: output directory. Must be empty or not exist, because some readers load every file in it.
+        target: a layout or an engine. `"peft-lora"`: PEFT's own LoRA on fused parameters, for stock PEFT, with all
+            factors unchanged. `"per-expert"`: LoRA on one linear layer per expert, under the names of the base's
+            checkpoint. `"vllm"`, `"sglang"`, `"llama.cpp"` (its `convert_lora_to_gguf.py`), `"mlx"` (mlx-lm): the
+            layout that the engine reads for this base; see `engines` for versions. `"moe-qlora"`: an adapter of this
+            package.
+        base: directory of the base model, whose config.json is read. Default: the base that the adapter names.
+        options: information that adapter files of other tools lack.
 
     Returns:
-        What was read.
+        The adapter that was read.
 
     Raises:
-        ValueError: see `read_adapter` and the targets; the directory is not empty; the base's config.json is needed
-            and not there; or the adapter doesn't fit the base, or lacks a stack that it has by its config.
+        ValueError: see `read_adapter` and the targets; the directory is not empty; the base's config.json is required
+            and does not exist; or the adapter does not fit the base, or lacks a stack that its config targets.
     """
     if target not in TARGETS:
-        raise ValueError(f"target={target!r} is unknown; choose one of {tuple(TARGETS)}.")
+        raise ValueError(f"target={target!r} is unknown. Choose one of {tuple(TARGETS)}.")
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(
-            f"{directory} is not an empty directory; some readers would take what is in it for the adapter."
+            f"{directory} is not an empty directory. Some readers load every file in it as part of the adapter. Use a "
+            "new or empty directory."
         )
     if options is not None and options.quant_type is not None and target != "moe-qlora":
         raise ValueError(
-            f"quant_type={options.quant_type!r} (--quant-type) says nothing of {target}, which has the factors alone. "
-            "Drop it."
+            f"quant_type={options.quant_type!r} (--quant-type) does not apply to {target}, which stores only the "
+            "factors. Remove this option."
         )
     found = read_adapter(adapter, base, options)
     named = found.config.base_model_name_or_path
-    # two layouts mostly don't depend on the base, which may be a name on the hub
+    # two layouts rarely depend on the base, which may be a name on the hub
     is_needed = base is not None or target not in ("peft-lora", "moe-qlora") or BaseModel.is_at(named)
     revision = revision_of_base(vars(found.config), base)
     TARGETS[target](found, directory, BaseModel.open(base or named, found.stacks, revision) if is_needed else None)

@@ -1,13 +1,13 @@
-"""What each engine reads: for which model which layout (`engines.csv`), which linear layers, on which base.
+"""What each engine reads: the layout for each model (`engines.csv`), the linear layers, the quantization of the base.
 
-Models go by their class in transformers. A model that isn't in the table is refused, since engines drop keys that they
-don't know, or read them wrong, without a word. The evidence of each row is
+Models are listed by their class in transformers. A model that is not in the table is rejected, because engines drop
+unknown keys, or misread them, without an error. The evidence of each row is
 
-- `run`: the engine's own code has read such an adapter, and made the delta of it (`tests/check_engines.py`);
-- `converted`: the engine's converter has taken it, or refused it;
-- `source`: read in the engine's source. vLLM: `is_3d_moe_weight` of the class says which layout it reads; the module
-  path is the checkpoint's, after vLLM's own renaming. SGLang: any class with FusedMoE whose `get_hidden_dim`, if it
-  has one, knows `gate_up_proj_moe`. mlx-lm: what the model's class calls its SwitchGLU.
+- `run`: the engine's own code has read such an adapter and computed its delta (`tests/check_engines.py`);
+- `converted`: the engine's converter has accepted it, or rejected it;
+- `source`: read in the engine's source. vLLM: `is_3d_moe_weight` of the class determines the layout; the module path
+  is the checkpoint's, after vLLM's own renaming. SGLang: any class with FusedMoE whose `get_hidden_dim`, if defined,
+  handles `gate_up_proj_moe`. mlx-lm: the name of the SwitchGLU in the model's class.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TABLE = Path(__file__).with_name("engines.csv")
 
 
 def _write_fused(adapter: AdapterFile, directory: Path, base: BaseModel) -> None:
-    """PEFT's fused layout with both projections, one rank and plain scaling, interleaved rows left interleaved."""
+    """Writes PEFT's fused layout with both projections, one rank and plain scaling; interleaved rows stay so."""
     write_peft_lora(uniform(adapter, base), directory, base)
 
 
@@ -49,10 +49,10 @@ _WRITERS: dict[str, Callable[[AdapterFile, Path, BaseModel], None]] = {
         write_mlx, experts_name="switch_mlp", prefixes=("model.language_model.", "language_model.model.")
     ),
 }
-"""Layout in the table -> what writes it. Of mlx-lm's, what it calls the experts, or the text model, differs."""
+"""Layout in the table -> function that writes it. Those of mlx-lm differ in the names of experts or text model."""
 
 _BITSANDBYTES = ("bitsandbytes", QUANT_METHOD)
-# taken apart by the engine where attention is latent, which goes past its LoRA
+# with multi-head latent attention engines split this weight, which bypasses LoRA on it
 _LATENT = frozenset({"kv_b_proj"})
 
 
@@ -61,11 +61,11 @@ class Engine:
     """What one engine reads.
 
     Args:
-        name: with the version that the table is of.
-        linear: last parts of the names of the linear layers that it reads; None for whichever the model has.
-        not_linear: last parts of those that it reads wrong, or not at all.
-        not_on: quantization of the base -> classes that can't be served on it, None for all.
-        max_r: the largest rank.
+        name: name and the version that the table applies to.
+        linear: last parts of the names of supported linear layers; None for all layers of the model.
+        not_linear: last parts of the names of layers that it misreads or ignores.
+        not_on: quantization of the base -> model classes that are not supported on it; None for all.
+        max_r: the largest supported rank.
     """
 
     name: str
@@ -81,16 +81,16 @@ class Engine:
             return {row["class"]: row for row in csv.DictReader(file) if row["engine"] == self.name}
 
     def writer(self, class_name: str) -> Callable[[AdapterFile, Path, BaseModel], None]:
-        """What writes the layout that the engine reads for a model.
+        """Returns the function that writes the layout which the engine reads for a model.
 
         Raises:
-            ValueError: it doesn't serve the model, or nobody knows what it reads for it.
+            ValueError: the engine does not support the model, or the layout that it reads is unknown.
         """
         row = self.rows.get(class_name)
         if row is not None and row["layout"] in _WRITERS:
             return _WRITERS[row["layout"]]
-        why = row["note"] if row else f"{class_name} is not among the models of which we know what it reads"
-        raise ValueError(f"{self.name} can't serve this adapter of {class_name}: {why}. Merge it instead.")
+        why = row["note"] if row else f"{class_name} is not on the list of models whose layout is known"
+        raise ValueError(f"{self.name} cannot serve this adapter of {class_name}: {why}. Merge the adapter instead.")
 
 
 VLLM = Engine("vLLM 0.33.0", not_linear=_LATENT, not_on=dict.fromkeys(_BITSANDBYTES), max_r=512)
@@ -102,7 +102,7 @@ SGLANG = Engine(
 LLAMA_CPP = Engine("llama.cpp 0c1e57098", not_linear=_LATENT)
 MLX = Engine("mlx-lm 0.32.2", not_linear=_LATENT)
 
-# engines put these together, and some of them want all or none
+# engines fuse these layers, and some require factors for all of them or none
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -110,14 +110,14 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
     """Writes an adapter in the layout that an engine reads for this model.
 
     Args:
-        engine: one of this module.
-        adapter: one of this package.
-        directory: created if it isn't there.
-        base: the model that it belongs to.
+        engine: one of the engines of this module.
+        adapter: an adapter of this package.
+        directory: output directory; created if it does not exist.
+        base: the adapter's base model.
 
     Raises:
-        ValueError: the engine doesn't serve the model with LoRA on its experts, or not on this base; or the adapter
-            has a layer, a rank or a kind of tensor that the engine doesn't know. The error says what instead.
+        ValueError: the engine does not support LoRA on experts of this model, or of this base; or the adapter has a
+            layer, a rank or a kind of tensor that the engine does not support. The error names an alternative.
     """
     adapter, base = in_whole_model(uniform(adapter, base), base)
     class_name = type(base.model).__name__
@@ -126,13 +126,15 @@ def write_for_engine(engine: Engine, adapter: AdapterFile, directory: Path, base
         classes = engine.not_on[base.quantization]
         if classes is None or class_name in classes:
             raise ValueError(
-                f"{engine.name} has no LoRA on experts of a base quantized by {base.quantization}, which "
-                f"{base.directory} is. Name the checkpoint in 16 bits that you will serve it on, or merge it instead."
+                f"{base.directory} is quantized by {base.quantization}, and {engine.name} does not support LoRA on "
+                "experts of such a base. Pass the 16-bit checkpoint that will be served as base (--base), or merge "
+                "the adapter instead."
             )
     _check_linear(engine, adapted_layers(adapter.non_expert), base)
     if engine.max_r is not None and adapter.config.r > engine.max_r:
         raise ValueError(
-            f"{engine.name} takes ranks up to {engine.max_r}; the adapter has {adapter.config.r}. Merge it instead."
+            f"The adapter has rank {adapter.config.r}, but {engine.name} supports ranks up to {engine.max_r}. Merge "
+            "the adapter instead."
         )
     write(_with_siblings(adapter, base), directory, base)
 
@@ -143,17 +145,18 @@ def _check_linear(engine: Engine, names: list[str], base: BaseModel) -> None:
         last = name.rpartition(".")[2]
         if last in engine.not_linear or (engine.linear is not None and last not in engine.linear):
             raise ValueError(
-                f"{engine.name} reads no LoRA on {name}. Merge the adapter instead, or train one without {last}."
+                f"{engine.name} does not support LoRA on {name}. Merge the adapter instead, or train one without "
+                f"{last}."
             )
         if last != "lm_head" and not name.startswith(tuple(f"{start}layers." for start in text_models)):
             raise ValueError(
-                f"{name} is outside the layers that have the experts, where {engine.name} drops LoRA or takes it for "
-                "another layer's. Merge the adapter instead."
+                f"{name} is outside the decoder layers of the text model, where {engine.name} drops LoRA or applies "
+                "it to another layer. Merge the adapter instead."
             )
 
 
 def _with_siblings(adapter: AdapterFile, base: BaseModel) -> AdapterFile:
-    """With zeros for the linear layers that engines join to an adapted one."""
+    """Adds zero factors for the linear layers that engines fuse with an adapted one."""
     non_expert = dict(adapter.non_expert)
     for name in adapted_layers(adapter.non_expert):
         block, _, last = name.rpartition(".")

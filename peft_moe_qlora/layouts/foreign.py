@@ -1,4 +1,4 @@
-"""An adapter from another tool, while it is read: what was found, what its config says, how it becomes one of ours."""
+"""An adapter from another tool while it is read: its tensors, its config, and its conversion to this package's."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .check_non_expert import check_non_expert
 from .non_expert import adapted_layers, factor_pairs
 
 LORA_B_ORDERS = ("experts-fastest", "experts-slowest")
-"""Which index of the columns of a fused lora_B runs fastest."""
+"""Which index varies fastest along the columns of a fused lora_B."""
 QUANT_TYPE_NAMES = (*QUANT_TYPES, "none")
-"""The storages of experts that a converted adapter can ask for."""
+"""The expert storages that a converted adapter can specify."""
 
-# after training these say no more than how the factors began; others leave a changed base behind
+# these only affect the initial factors; other initializations change the base weights
 _FINISHED_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -40,16 +40,16 @@ class ReadOptions:
     """Information that adapter files of other tools lack, or do not always have.
 
     Args:
-        quant_type: storage of the experts that the result asks for: `"nf4"`, `"fp4"` or `"none"`. Default: `"nf4"`, or
-            what the function says that reads. An adapter of this package has it in its config.
-        written_by: the PEFT that made an adapter on fused parameters, such as `"peft==0.18.1"`, in place of the
-            `peft_version` of its config. The orientation of the factors follows from it.
-        lora_b_order: which index of `lora_B`'s columns runs fastest, `"experts-fastest"` (PEFT) or `"experts-slowest"`
-            (unsloth before 2026.9.6), where the config doesn't say it.
-        partial: take layers that the config asks for and the file lacks as not adapted, instead of refusing it.
+        quant_type: storage of the experts in the resulting config: `"nf4"`, `"fp4"` or `"none"`. Default: `"nf4"`, or
+            the default of the calling function. Adapters of this package have it in their config.
+        written_by: the PEFT version that wrote an adapter on fused parameters, such as `"peft==0.18.1"`. Overrides
+            `peft_version` of its config. It determines the orientation of the factors.
+        lora_b_order: which index varies fastest along the columns of `lora_B`, `"experts-fastest"` (PEFT) or
+            `"experts-slowest"` (unsloth before 2026.9.6), if the config does not specify it.
+        partial: treat layers that the config targets and the file lacks as not adapted, instead of raising an error.
 
     Raises:
-        ValueError: an option has no such value.
+        ValueError: an option has an unknown value.
     """
 
     quant_type: str | None = None
@@ -59,11 +59,11 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if self.quant_type not in (None, *QUANT_TYPE_NAMES):
-            raise ValueError(f"quant_type={self.quant_type!r} is unknown; choose one of {QUANT_TYPE_NAMES}.")
+            raise ValueError(f"quant_type={self.quant_type!r} is unknown. Choose one of {QUANT_TYPE_NAMES}.")
         if self.lora_b_order not in (None, *LORA_B_ORDERS):
-            raise ValueError(f"lora_b_order={self.lora_b_order!r} is unknown; choose one of {LORA_B_ORDERS}.")
+            raise ValueError(f"lora_b_order={self.lora_b_order!r} is unknown. Choose one of {LORA_B_ORDERS}.")
         if self.written_by is not None and self.peft_version is None:
-            raise ValueError(f"written_by={self.written_by!r}: 'peft==' and a version were expected.")
+            raise ValueError(f"written_by={self.written_by!r} is unknown. Expected 'peft==' followed by a version.")
 
     @property
     def peft_version(self) -> Version | None:
@@ -75,13 +75,13 @@ class ReadOptions:
 
 
 def check_lora_options(file: Path, options: Mapping[str, Any]) -> None:
-    """As `check_saved`, of a config of PEFT's LoRA; null is left out where readers don't need the option."""
+    """Like `check_saved`, for a config of PEFT's LoRA; null counts as absent unless readers require the option."""
     known, needed = values_of("lora", "unsloth"), ("lora_alpha", "r")
     check_saved(file, options, known, needed, known.keys() - set(needed))
     if not options.get("target_modules") and not options.get("target_parameters"):
         raise ValueError(
-            f"{file}: target_modules={shown(options.get('target_modules'))} without target_parameters; "
-            f"{TARGETS.expected} was expected. {REMEDY}"
+            f"{file}: target_modules={shown(options.get('target_modules'))}, and target_parameters is not set. "
+            f"Expected {TARGETS.expected}. {REMEDY}"
         )
 
 
@@ -90,11 +90,11 @@ class ForeignAdapter:
     """An adapter from another tool.
 
     Args:
-        file: with the tensors.
-        options: its adapter_config.json, in PEFT's terms.
+        file: path of the tensor file.
+        options: contents of its adapter_config.json, in PEFT's terms.
         tensors: key without PEFT's prefix -> tensor.
-        base: what it belongs to.
-        reading: what the file doesn't say.
+        base: the adapter's base model.
+        reading: information that the files lack.
     """
 
     file: Path
@@ -105,28 +105,29 @@ class ForeignAdapter:
 
     @cached_property
     def config(self) -> LoraConfig:
-        """What of the config decides which layers are adapted, with what rank.
+        """The part of the config that determines which layers are adapted, and their ranks.
 
         Raises:
-            ValueError: the config has options that experts can't honour.
+            ValueError: the config has options that are not supported for experts.
         """
         options = self.options
         init = options.get("init_lora_weights", True)
         if init not in _FINISHED_INITS:
             raise ValueError(
-                f"{self.file.parent}: an adapter with init_lora_weights={init!r} belongs to a base whose weights were "
-                "changed at the start, which the file doesn't hold. Save it converted, with PEFT's "
+                f"{self.file.parent}: init_lora_weights={init!r} changed the weights of the base model before "
+                "training, and the adapter does not store them. Save the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion."
             )
         if options.get("bias", "none") != "none":
             raise ValueError(
-                f"{self.file.parent}: bias={options['bias']!r} trains biases, which are not carried over. Merge it."
+                f"{self.file.parent}: the adapter was trained with bias={options['bias']!r}, and trained biases are "
+                "not supported here. Merge the adapter with the tool that trained it instead."
             )
         known = {field.name for field in fields(MoeQLoraConfig)} | {"num_layers", *names_of(owner="unsloth")}
         unknown = sorted(name for name, value in options.items() if value and name not in known)
         if unknown:
             warnings.warn(
-                f"{self.file.parent}: options {unknown} of its config are not known and left out.", stacklevel=2
+                f"{self.file.parent}: ignoring unknown options {unknown} of the adapter's config.", stacklevel=2
             )
         read_or_finished = ("target_parameters", *names_of(at_start=True))
         try:
@@ -138,11 +139,11 @@ class ForeignAdapter:
             raise ValueError(f"{self.file.parent}: {error}") from error
 
     def targets(self, name: str) -> bool:
-        """Whether the config's `target_modules` reaches a module of that name, in the model or in a checkpoint."""
+        """Whether the config's `target_modules` matches a module name of the model or of a checkpoint."""
         return is_all_linear(self.config) or _reaches(self.config, name)
 
     def targets_layer(self, name: str) -> bool:
-        """Whether `target_modules` reaches a layer of the model, where "all-linear" leaves out embeddings and head."""
+        """Whether `target_modules` matches a layer of the model; "all-linear" excludes embeddings and head."""
         return _reaches(self._config_for_model, name)
 
     @cached_property
@@ -153,10 +154,10 @@ class ForeignAdapter:
         return alpha / sqrt(r) if self.config.use_rslora else alpha / r
 
     def factors(self, path: str, projection: str, A: torch.Tensor, B: torch.Tensor, alpha: float) -> ExpertFactors:
-        """Factors of a stack, held against the base.
+        """Factors of a stack, checked against the base.
 
         Raises:
-            ValueError: they don't fit.
+            ValueError: the factors do not fit the base.
         """
         layout = self.base.layouts[path]
         self.check_shapes(f"{path}.{projection}", A, B, layout.num_experts, *layout.features(projection))
@@ -166,37 +167,37 @@ class ForeignAdapter:
     def check_shapes(
         self, name: str, A: torch.Tensor, B: torch.Tensor, num_experts: int, in_features: int, out_features: int
     ) -> None:
-        """Refuses factors of a stack, or of a part of one, that are not `(E, r, in)` and `(E, out, r)` of the base."""
+        """Rejects factors of a stack, or of half of one, that are not `(E, r, in)` and `(E, out, r)` of the base."""
         r = A.shape[1]
         expected = (num_experts, r, in_features), (num_experts, out_features, r)
         if (tuple(A.shape), tuple(B.shape)) != expected:
             raise ValueError(
-                f"{self.file}: the factors of {name} come to {list(A.shape)} and {list(B.shape)}; "
-                f"{self.base.directory} wants {list(expected[0])} and {list(expected[1])}. They are transposed, or of "
-                "another base."
+                f"{self.file}: the factors of {name} have shapes {list(A.shape)} and {list(B.shape)} over all "
+                f"experts. Expected {list(expected[0])} and {list(expected[1])} for {self.base.directory}. The "
+                "factors are transposed or belong to another base model. Use the adapter's own base model."
             )
 
     def check_rank(self, name: str, found: int, expected: int) -> None:
-        """Refuses tensors of another rank than the config's, from which the scaling would be wrong."""
+        """Rejects factors whose rank differs from the config's, which would result in a wrong scaling."""
         if found != expected:
             raise ValueError(
-                f"{self.file}: the factors of {name} have rank {found}, but the config says {expected}, from which "
-                "the scaling follows. The two don't belong together."
+                f"{self.file}: the factors of {name} have rank {found}, but the config, which determines the scaling, "
+                f"has rank {expected}. The file and the config belong to different adapters. Save the adapter again."
             )
 
     def check_complete(self, found: Iterable[str], expected: Iterable[str]) -> None:
-        """Refuses a file that lacks what its config asks for.
+        """Rejects a file that lacks layers which its config targets.
 
         Raises:
-            ValueError: names the first that is missing.
+            ValueError: a layer is missing; the error names the first.
         """
         found = set(found)
         missing = [name for name in expected if name not in found]
         if missing and not self.reading.partial:
             raise ValueError(
-                f"{self.file} has no factors of {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, "
-                "which its config and its other layers ask for. It is damaged, or cut down on purpose: then pass "
-                "partial=True (--partial)."
+                f"{self.file} contains no factors of {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if missing[1:] else ''}, which its config targets. The file is "
+                "damaged. If layers were removed on purpose, pass partial=True (--partial)."
             )
 
     def adapter(
@@ -205,18 +206,21 @@ class ForeignAdapter:
         non_expert: dict[str, torch.Tensor],
         of_linear: Callable[[str], tuple[int, float]],
     ) -> AdapterFile:
-        """The adapter as one of this package, whose config reaches exactly what has factors.
+        """Converts to an adapter of this package, whose config targets exactly the layers that have factors.
 
         Args:
-            experts: its stacks.
+            experts: the factors of its stacks.
             non_expert: key under the model's own names -> tensor.
-            of_linear: rank and alpha of a linear layer, by its name in the model.
+            of_linear: returns rank and alpha of a linear layer, given its name in the model.
 
         Raises:
-            ValueError: there are no experts, or a tensor fits nothing.
+            ValueError: there are no factors of experts, or a tensor fits no layer.
         """
         if not experts:
-            raise ValueError(f"{self.file} has no factors of experts that {self.base.directory} has.")
+            raise ValueError(
+                f"{self.file} contains no factors of experts of {self.base.directory}. Pass the adapter's own base "
+                "model as base (--base)."
+            )
         non_expert = {key: tensor for key, tensor in non_expert.items() if not key.endswith(".base_layer.weight")}
         check_non_expert(self.file, self.config, non_expert, self.base)
         linear = {name: of_linear(name) for name in adapted_layers(non_expert)}
@@ -233,7 +237,7 @@ class ForeignAdapter:
             lora_alpha=alpha,
             expert_r=None if expert_r == r else expert_r,
             expert_alpha=None if (expert_r, expert_alpha) == (r, alpha) else expert_alpha,
-            # names in full, so that neither their order nor other layers matter
+            # full names, so that neither their order nor other layers matter
             rank_pattern={name: one[0] for name, one in settled.items() if one[0] != usual[name][0]},
             alpha_pattern={name: one[1] for name, one in settled.items() if one[1] != usual[name][1]},
             target_modules=sorted(settled),
@@ -245,8 +249,8 @@ class ForeignAdapter:
         for name, (r, alpha) in settled.items():
             if resolved[name] != (r, alpha):
                 raise ValueError(
-                    f"{self.file}: {name} has rank {r} and alpha {alpha}, which patterns can't say, since another "
-                    "layer's name ends in the same way. Give both the same."
+                    f"{self.file}: {name} has rank {r} and alpha {alpha}, but rank_pattern and alpha_pattern also "
+                    "match another layer whose name ends in the same way. Use the same rank and alpha for both layers."
                 )
         return AdapterFile(config, tuple(experts), non_expert)
 
@@ -256,5 +260,5 @@ def _reaches(config: LoraConfig, name: str) -> bool:
 
 
 def kind(name: str) -> str:
-    """A name without its numbers: layers of one kind have the same."""
+    """A name with its numbers replaced, which is the same for layers of the same kind."""
     return re.sub(r"\d+", "N", name)

@@ -1,6 +1,6 @@
-"""Layers without factors where others of their kind have some, such as those of `exclude_modules`.
+"""Layers without factors while others of their kind have some, such as those of `exclude_modules`.
 
-Targets are written as the last parts of names, which reach them too.
+Targets are written as the last parts of names, which would match these layers too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .non_expert import A_SUFFIX, B_SUFFIX, adapted_layers
 
 
 class Gaps(NamedTuple):
-    """What an adapter leaves out.
+    """The layers that an adapter leaves out.
 
     Args:
         layers: names of linear layers in the model.
@@ -29,12 +29,12 @@ class Gaps(NamedTuple):
 
 
 def find_gaps(adapter: AdapterFile, base: BaseModel, blocks: list[int] | None) -> Gaps:
-    """What an adapter leaves out.
+    """Finds the layers that an adapter leaves out.
 
     Args:
-        adapter: a uniform one (`uniform`).
-        base: the model that it belongs to.
-        blocks: the numbers of the layers that the written config reaches; None for all.
+        adapter: a uniform adapter (`uniform`).
+        base: the adapter's base model.
+        blocks: the numbers of the decoder layers that the written config targets; None for all.
     """
     linear = adapted_layers(adapter.non_expert)
     experts = {factors.path for factors in adapter.experts}
@@ -49,8 +49,7 @@ def find_gaps(adapter: AdapterFile, base: BaseModel, blocks: list[int] | None) -
 
 
 def exclude_pattern(gaps: Gaps, base: BaseModel) -> str | None:
-    """`exclude_modules` that leaves out the gaps, under their names in the model and in its checkpoint; None if no
-    gap is there."""
+    """`exclude_modules` that matches the gaps by their names in the model and its checkpoint; None without gaps."""
     layers = [name for layer in gaps.layers for name in (layer, base.name_of_linear(layer)) if name is not None]
     experts = [container for path in gaps.experts for container in sorted(containers_of(base, path))]
     patterns = [re.escape(name) for name in layers] + [rf"{re.escape(name)}(\.\d+)?\.\w+" for name in experts]
@@ -58,7 +57,7 @@ def exclude_pattern(gaps: Gaps, base: BaseModel) -> str | None:
 
 
 def without_gaps(adapter: AdapterFile, gaps: Gaps, base: BaseModel) -> AdapterFile:
-    """The same adapter with zeros in the gaps, for readers that can't exclude layers."""
+    """The same adapter with zero factors in the gaps, for readers that do not support excluding layers."""
     some, r = adapter.experts[0], adapter.config.r
     added = [
         some.zeros_for(path, name, base.layouts[path])

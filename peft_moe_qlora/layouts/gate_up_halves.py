@@ -1,4 +1,4 @@
-"""Gate and up projection as two halves, as other tools have them, and as the one stack that they are in the model."""
+"""Gate and up projection as two halves, as in other tools, and as the one fused stack of the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PART_NAMES = {"gate": GATE_NAMES, "up": UP_NAMES, "down": DOWN_NAMES}
 
 @dataclass(frozen=True)
 class Part:
-    """What an adapter adds to a stack or to half of one: `scaling * B[e] @ A[e]`.
+    """The LoRA factors of a stack or of half of one, whose delta is `scaling * B[e] @ A[e]`.
 
     Args:
         A: `(E, r, in)`.
         B: `(E, out, r)`.
-        alpha: that gives the scaling at this rank.
+        alpha: the alpha that results in this scaling at this rank.
     """
 
     A: torch.Tensor
@@ -38,14 +38,14 @@ class Part:
 
 
 def part_names(layout: ExpertsLayout) -> dict[str, tuple[str, ...]]:
-    """`"gate"`, `"up"`, `"down"` -> what a layer may call it; without a gate there is no `"gate"`."""
+    """`"gate"`, `"up"`, `"down"` -> possible names in a layer; `"gate"` is absent if there is no gate."""
     if layout.has_gate:
         return _PART_NAMES
     return {"up": ("up_proj",), "down": DOWN_NAMES}
 
 
 def names_of_parts(base: BaseModel, path: str) -> dict[str, tuple[int, str]]:
-    """Name of every expert's linear layers, as checkpoint and model have or had them -> expert, part."""
+    """Every current or former name of the experts' linear layers in checkpoint and model -> expert, part."""
     layout = base.layouts[path]
     found = {}
     containers = {path}
@@ -65,23 +65,23 @@ def names_of_parts(base: BaseModel, path: str) -> dict[str, tuple[int, str]]:
 
 
 def containers_of(base: BaseModel, path: str) -> set[str]:
-    """The paths that stand for an experts module in the model and in the checkpoint."""
+    """The paths of an experts module in the model and in the checkpoint."""
     return {name.rpartition(".")[0].rpartition(".")[0] for name in names_of_parts(base, path)} | {path}
 
 
 def join_parts(foreign: ForeignAdapter, path: str, parts: dict[str, Part]) -> list[ExpertFactors]:
     """The factors of a module's stacks.
 
-    Gate and up projection with the same A keep their rank; else the stack has both ranks together, and zeros in B
-    where one has nothing to do with the other, which is the same sum.
+    Gate and up projection with the same A keep their rank. Otherwise the rank of the stack is the sum of both ranks,
+    and B is block-diagonal, which results in the same delta.
 
     Args:
-        foreign: what is read.
-        path: of the experts module.
-        parts: `"gate_up"`, or `"gate"` and `"up"`, or `"up"` alone where there is no gate; `"down"`.
+        foreign: the adapter being read.
+        path: path of the experts module.
+        parts: `"gate_up"`, or `"gate"` and `"up"`, or only `"up"` if there is no gate; `"down"`.
 
     Raises:
-        ValueError: half of a fused stack is missing or there twice, doesn't fit the base, or has another scaling than
+        ValueError: half of a fused stack is missing or duplicate, does not fit the base, or has another scaling than
             the other half.
     """
     layout = foreign.base.layouts[path]
@@ -89,8 +89,8 @@ def join_parts(foreign: ForeignAdapter, path: str, parts: dict[str, Part]) -> li
     if layout.has_gate and ("gate" in parts or "up" in parts):
         if "gate_up" in parts or not parts.keys() >= {"gate", "up"}:
             raise ValueError(
-                f"{foreign.file} has factors of {sorted(parts)} of {path}; gate and up projection are one stack, of "
-                "which either both halves or the whole was expected."
+                f"{foreign.file} contains factors of {sorted(parts)} of {path}, where gate and up projection are one "
+                "fused stack. Expected factors of either both halves or the whole stack."
             )
         found.append(_fused(foreign, path, parts["gate"], parts["up"]))
     elif layout.up_name.removesuffix("_proj") in parts:
@@ -109,9 +109,9 @@ def _fused(foreign: ForeignAdapter, path: str, gate: Part, up: Part) -> ExpertFa
     scaling = foreign.scaling(gate.r, gate.alpha)
     if scaling != foreign.scaling(up.r, up.alpha):
         raise ValueError(
-            f"{foreign.file}: gate and up projection of {path} have the scalings {scaling} and "
-            f"{foreign.scaling(up.r, up.alpha)}, but are one stack here, which has one. Multiply the ratio into "
-            "lora_B of one, and give both the same alpha."
+            f"{foreign.file}: gate and up projection of {path} have scalings {scaling} and "
+            f"{foreign.scaling(up.r, up.alpha)}, but are one fused stack here, which has one scaling. Multiply lora_B "
+            "of one of them by the ratio of the scalings, and use the same alpha for both."
         )
     is_shared = gate.A.shape == up.A.shape and torch.equal(gate.A, up.A)
     A = gate.A if is_shared else torch.cat([gate.A, up.A], dim=1)
@@ -128,29 +128,29 @@ def _fused(foreign: ForeignAdapter, path: str, gate: Part, up: Part) -> ExpertFa
 
 
 def with_rows_in_order(B: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """`(E, 2 * I, r)`, the gate's rows first, as the class has its rows."""
+    """`(E, 2 * I, r)` with the gate's rows first, in the row order of the model class."""
     if layout.is_concatenated:
         return B
     return torch.stack(B.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 
 def gate_and_up(B: torch.Tensor, layout: ExpertsLayout) -> list[torch.Tensor]:
-    """The rows of gate and of up, `(E, I, r)` each, of the B of `gate_up_proj`, `(E, 2 I, r)`."""
+    """Splits the B of `gate_up_proj`, `(E, 2 * I, r)`, into the rows of gate and up, `(E, I, r)` each."""
     return list(B.chunk(2, dim=1)) if layout.is_concatenated else [B[:, ::2], B[:, 1::2]]
 
 
 def check_layers(
     foreign: ForeignAdapter, found: dict[str, dict[str, Part]], is_targeted: Callable[[str, str], bool]
 ) -> None:
-    """Refuses a file that has a part in some layers and lacks it in others of the same kind.
+    """Rejects a file that has a part in some layers and lacks it in others of the same kind.
 
     Args:
-        foreign: what is read.
+        foreign: the adapter being read.
         found: path -> parts.
-        is_targeted: path, part -> whether the config asks for it.
+        is_targeted: path, part -> whether the config targets it.
 
     Raises:
-        ValueError: names the first that is missing.
+        ValueError: a part is missing; the error names the first.
     """
     kinds = {(kind(path), part) for path, parts in found.items() for part in parts}
     expected = [
@@ -165,18 +165,18 @@ def check_layers(
 def non_expert_by_own_names(
     foreign: ForeignAdapter, non_expert: dict[str, torch.Tensor], is_targeted: Callable[[str], bool]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors beside experts under the model's names, which a checkpoint may have otherwise.
+    """Renames non-expert tensors to the model's names, which may differ from the checkpoint's.
 
     Args:
-        foreign: what is read.
+        foreign: the adapter being read.
         non_expert: key -> tensor.
-        is_targeted: name in the model or in the checkpoint -> whether the config asks for it.
+        is_targeted: name in the model or in the checkpoint -> whether the config targets it.
 
     Returns:
         Key -> tensor, and name of an adapted layer in the model -> its name in the file.
 
     Raises:
-        ValueError: a layer is missing that others of the same kind have, or is there under two names.
+        ValueError: factors of a layer are missing although others of its kind have them, or exist under two names.
     """
     renamed, names_in_file = under_own_names(foreign, non_expert)
     found = adapted_layers(renamed)
@@ -193,17 +193,17 @@ def non_expert_by_own_names(
 def under_own_names(
     foreign: ForeignAdapter, tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """LoRA's tensors under the model's names, which a checkpoint may have otherwise.
+    """Renames LoRA tensors to the model's names, which may differ from the checkpoint's.
 
     Args:
-        foreign: what is read.
-        tensors: key -> tensor; those that aren't of a linear layer keep their keys.
+        foreign: the adapter being read.
+        tensors: key -> tensor; tensors of other layers than linear ones keep their keys.
 
     Returns:
         Key -> tensor, and name of an adapted layer in the model -> its name in the file.
 
     Raises:
-        ValueError: a layer is there under two names.
+        ValueError: a layer has factors under two names.
     """
     layers = foreign.base.layers()
     own_names = {foreign.base.name_of_linear(name): name for name in layers} | {name: name for name in layers}
@@ -216,7 +216,7 @@ def under_own_names(
         own = own_names.get(name, name)
         if names_in_file.setdefault(own, name) != name:
             raise ValueError(
-                f"{foreign.file}: {name} and {names_in_file[own]} are the same layer. Remove one of them."
+                f"{foreign.file}: {name} and {names_in_file[own]} are names of the same layer. Remove one of them."
             )
         renamed[f"{own}{lora}{end}"] = tensor
     return renamed, names_in_file

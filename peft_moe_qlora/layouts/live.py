@@ -1,4 +1,4 @@
-"""The adapter of a live model as an engine reads it, without files."""
+"""The adapter of a live model in an engine's layout, without files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .engines import LLAMA_CPP, SGLANG, VLLM, write_for_engine
 from .native import taken_apart
 
 _ENGINES = {"vllm": VLLM, "sglang": SGLANG, "llama.cpp": LLAMA_CPP}
-"""Those that read PEFT's two files."""
+"""Engines that read PEFT's two files."""
 
 
 def adapter_for_engine(
@@ -26,30 +26,30 @@ def adapter_for_engine(
     """Returns the tensors and the config that `convert_adapter` would write for the saved adapter.
 
     Args:
-        model: with the adapter.
+        model: the model with the adapter.
         engine: `"vllm"`, `"sglang"` or `"llama.cpp"`; see `convert_adapter`.
-        adapter_name: which.
-        base: directory of the base model that the engine serves, of which config.json is read, or its name on the
-            hub. Default: what the adapter names.
+        adapter_name: name of the adapter.
+        base: directory of the base model that the engine serves, whose config.json is read, or its name on the hub.
+            Default: the base that the adapter names.
 
     Returns:
-        Key -> tensor, copies on the adapter's device; and the options, as JSON has them.
+        Key -> tensor, copies on the adapter's device; and the options as JSON values.
 
     Raises:
         ValueError: the engine is unknown or reads other files, there is no such adapter, parameters are sharded, or
             see `write_for_engine`.
     """
     if engine not in _ENGINES:
-        raise ValueError(f"engine={engine!r} takes no adapter from memory; choose one of {tuple(_ENGINES)}.")
+        raise ValueError(f"engine={engine!r} is not supported here. Choose one of {tuple(_ENGINES)}.")
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, MoeQLoraConfig):
         found = (
-            f"is a {type(config).__name__}, not of this package"
+            f"its config is a {type(config).__name__}. Expected a MoeQLoraConfig"
             if config
-            else f"not among {sorted(model.peft_config)}"
+            else f"the model has no such adapter. Choose one of {sorted(model.peft_config)}"
         )
-        raise ValueError(f"There is no adapter {adapter_name!r} to export: it is {found}.")
-    refuse_sharded(model, "handing the adapter over")
+        raise ValueError(f"The adapter {adapter_name!r} cannot be exported: {found}.")
+    refuse_sharded(model, "exporting the adapter")
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {key.removeprefix(PREFIX): tensor.detach() for key, tensor in saved.items()}
     named = config.base_model_name_or_path or model.base_model.model.name_or_path

@@ -1,9 +1,10 @@
 """Adapters of mlx-lm.
 
-adapter_config.json has `fine_tune_type`, `num_layers` (the last so many have adapters) and `lora_parameters` with
-rank, scale and names of layers within a block; adapters.safetensors has `PATH.switch_mlp.<part>.lora_a` `(E, r, in)`
-and `lora_b` `(E, out, r)` for experts, gate and up apart, and `NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for
-other layers. The text model of one that has towers is at `language_model`. Layout: `mlx_lm.tuner`, 0.32.2.
+adapter_config.json has `fine_tune_type`, `num_layers` (the number of adapted layers, counted from the last) and
+`lora_parameters` with rank, scale and names of layers within a block; adapters.safetensors has
+`PATH.switch_mlp.<part>.lora_a` `(E, r, in)` and `lora_b` `(E, out, r)` for experts, with separate gate and up, and
+`NAME.lora_a` `(in, r)` and `lora_b` `(r, out)` for other layers. The text model of a multimodal model is at
+`language_model`. Layout: `mlx_lm.tuner`, 0.32.2.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..options import COUNT, INT, NUMBER, PROBABILITY, TEXT, Values, check_saved, is_list_of, is_name
+from ..progress import announce_file
 from .adapter_file import AdapterFile
 from .base_model import PARTS_OF_FUSED, BaseModel
 from .foreign import ForeignAdapter
@@ -37,12 +39,12 @@ from .non_expert import A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B, adapted_la
 from .uniform import adapted_blocks, pairs_in_checkpoint, uniform
 
 FILE_NAME = "adapters.safetensors"
-# what mlx-lm's models call the module of their experts
+# names of the experts module in mlx-lm's models
 _EXPERTS = re.compile(r"\.(experts\.switch_glu|switch_mlp|switch_glu|experts)$")
 
 
 def check_mlx_options(file: Path, options: Mapping[str, Any]) -> None:
-    """As `check_saved`, of a config of mlx-lm."""
+    """Like `check_saved`, for a config of mlx-lm."""
     known = {
         "fine_tune_type": TEXT,
         "lora_parameters": Values("an object", lambda value: isinstance(value, dict)),
@@ -63,11 +65,11 @@ def peft_options(config: dict[str, Any], file: str) -> dict[str, Any]:
     """The config in PEFT's terms: r, lora_alpha.
 
     Raises:
-        ValueError: it isn't LoRA.
+        ValueError: the adapter is not LoRA.
     """
     found = config["fine_tune_type"]
     if found != "lora":
-        raise ValueError(f"{file}: fine_tune_type {found!r}; 'lora' was expected, which can be read.")
+        raise ValueError(f"{file}: fine_tune_type={found!r} is not supported. Expected 'lora'.")
     parameters = config["lora_parameters"]
     r, scale = parameters["rank"], parameters["scale"]
     return {
@@ -91,22 +93,28 @@ def read_mlx(foreign: ForeignAdapter) -> AdapterFile:
     for key, tensor in foreign.tensors.items():
         name, _, factor = _name_in_checkpoint(key, foreign).rpartition(".")
         if factor not in ("lora_a", "lora_b"):
-            raise ValueError(f"{foreign.file}: {key} is none of lora_a and lora_b, which an adapter of mlx-lm has.")
+            raise ValueError(
+                f"{foreign.file}: {key} is not a tensor of a LoRA adapter of mlx-lm. Expected keys that end in lora_a "
+                "or lora_b."
+            )
         pairs.setdefault(name, {})[factor] = tensor
     paths = {container: path for path in foreign.base.layouts for container in containers_of(foreign.base, path)}
     found: dict[str, dict[str, Part]] = {}
     non_expert = {}
     for name, pair in pairs.items():
         if pair.keys() != {"lora_a", "lora_b"}:
-            raise ValueError(f"{foreign.file} has {name}.{next(iter(pair))} without its other factor; it is damaged.")
+            raise ValueError(
+                f"{foreign.file} contains {name}.{next(iter(pair))} without its other factor. The file is damaged. "
+                "Save the adapter again."
+            )
         module, _, leaf = name.rpartition(".")
         path = paths.get(_EXPERTS.sub(".experts", module))
         a, b = pair["lora_a"], pair["lora_b"]
         if path is None or a.dim() == 2:
             if a.dim() != 2 or b.dim() != 2:
                 raise ValueError(
-                    f"{foreign.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (in, r) "
-                    "and (r, out) were expected, or the base has no experts there."
+                    f"{foreign.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}. Expected "
+                    "(in, r) and (r, out), because the base model has no experts there."
                 )
             is_embedding = isinstance(foreign.base.layer(name), nn.Embedding)
             ends = (EMBEDDING_A, EMBEDDING_B) if is_embedding else (A_SUFFIX, B_SUFFIX)
@@ -115,8 +123,9 @@ def read_mlx(foreign: ForeignAdapter) -> AdapterFile:
         part = next((one for one, names in part_names(foreign.base.layouts[path]).items() if leaf in names), None)
         if part is None or a.dim() != 3 or b.dim() != 3 or a.shape[1] != b.shape[2]:
             raise ValueError(
-                f"{foreign.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}; (E, r, in) "
-                f"and (E, out, r) of a projection of {path} were expected. They are transposed, or damaged."
+                f"{foreign.file}: the factors of {name} have shapes {list(a.shape)} and {list(b.shape)}. Expected "
+                f"(E, r, in) and (E, out, r) of a projection of {path}. The factors are transposed, or the file is "
+                "damaged. Save the adapter again."
             )
         foreign.check_rank(name, a.shape[1], r)
         found.setdefault(path, {})[part] = Part(a, b, alpha)
@@ -142,7 +151,7 @@ def _name_in_checkpoint(key: str, foreign: ForeignAdapter) -> str:
 
 
 def _first_adapted_layer(foreign: ForeignAdapter) -> int:
-    """mlx-lm counts from the end; all layers if there are no more, or the number is not positive."""
+    """Converts mlx-lm's count from the end; 0 if all layers are adapted or the number is not positive."""
     num_layers = foreign.base.model.config.get_text_config().num_hidden_layers
     adapted = foreign.options["num_layers"]
     return max(num_layers - adapted, 0) if adapted > 0 else 0
@@ -157,15 +166,15 @@ def write_mlx(
     """Writes an adapter for `mlx_lm.load(..., adapter_path=directory)`.
 
     Args:
-        adapter: one of this package.
-        directory: created if it isn't there.
-        base: the model that it belongs to.
-        experts_name: what mlx-lm's class of the model calls the module that the checkpoint calls `experts`.
-        prefixes: with what names start in the checkpoint, and with what there instead.
+        adapter: an adapter of this package.
+        directory: output directory; created if it does not exist.
+        base: the adapter's base model.
+        experts_name: name in mlx-lm's model class of the module that the checkpoint calls `experts`.
+        prefixes: prefix of names in the checkpoint, and its replacement in mlx-lm.
 
     Raises:
-        ValueError: the adapter has what mlx-lm doesn't know (see `uniform`), or a layer that has no name of its own in
-            the checkpoint.
+        ValueError: the adapter has tensors that mlx-lm does not support (see `uniform`), or a layer whose weight is
+            not a separate tensor in the checkpoint.
     """
     adapter = uniform(adapter, base)
     names = [*adapted_layers(adapter.non_expert), *(factors.path for factors in adapter.experts)]
@@ -177,7 +186,8 @@ def write_mlx(
     def add(name: str, A: torch.Tensor, B: torch.Tensor) -> None:
         if not name.startswith(prefixes[0]):
             raise ValueError(
-                f"What mlx-lm calls {name} isn't known. Merge the adapter instead, or leave the layer out."
+                f"The name of {name} in mlx-lm is not known. Merge the adapter instead, or train one without this "
+                "layer."
             )
         name = prefixes[1] + name.removeprefix(prefixes[0])
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A.contiguous().clone(), B.contiguous().clone()
@@ -193,6 +203,7 @@ def write_mlx(
     for pair in pairs_in_checkpoint(adapter, base):
         add(pair.name, pair.A.T, pair.B.T)
     directory.mkdir(parents=True, exist_ok=True)
+    announce_file(directory / FILE_NAME, sum(tensor.nbytes for tensor in tensors.values()))
     save_file(tensors, directory / FILE_NAME, {"format": "mlx"})
     config = {
         "fine_tune_type": "lora",

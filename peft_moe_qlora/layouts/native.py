@@ -1,4 +1,4 @@
-"""The layout of this package's own adapters: `README.md` describes the file."""
+"""The layout of this package's own adapters, which `docs/adapter-file.md` describes."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from .non_expert import adapted_layers, factor_pairs, name_in_model
 _FACTOR = re.compile(r"(?P<path>.*)\.(?P<projection>gate_up_proj|up_proj|down_proj)\.lora_(?P<factor>[AB])\.weight")
 
 
-# null has a meaning, or is the default; saved configs have their targets written out
+# null has a meaning or is the default; saved configs list their targets explicitly
 _CAN_BE_NULL = {field.name for field in fields(MoeQLoraConfig) if field.default is None} - {"target_modules"}
 _CAN_BE_NULL |= {"quant_type"}
 
 
 def check_own_options(file: Path, options: Mapping[str, Any]) -> None:
-    """As `check_saved`, of a config of this package."""
+    """Like `check_saved`, for a config of this package."""
     check_saved(file, options, values_of("lora", "own"), names_of(is_needed=True), _CAN_BE_NULL)
     try:
         BaseIdentity.of(options.get("base"))
     except ValueError as error:
-        raise ValueError(f"{file}: base: {error} {REMEDY}") from error
+        raise ValueError(f"{file}: {error} {REMEDY}") from error
 
 
 def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel | None) -> AdapterFile:
     """Reads an adapter of this package.
 
     Args:
-        directory: that `PeftModel.save_pretrained` has written.
-        tensors: of the file in it, key without PEFT's prefix -> tensor.
-        base: what it belongs to, to hold its tensors against; None if that isn't known.
+        directory: directory that `PeftModel.save_pretrained` has written.
+        tensors: contents of the tensor file, key without PEFT's prefix -> tensor.
+        base: the adapter's base model, to check its tensors against; None if unknown.
 
     Raises:
-        ValueError: it lacks a tensor, or has shapes that don't fit each other or the base. The error names the file
-            and the key.
+        ValueError: the adapter lacks a tensor, or has shapes that do not fit each other or the base. The error names
+            the file and the key.
     """
     config = MoeQLoraConfig.from_pretrained(str(directory))
     file = directory / SAFETENSORS_WEIGHTS_NAME
@@ -60,32 +60,35 @@ def read_own(directory: Path, tensors: dict[str, torch.Tensor], base: BaseModel 
         _check_against(file, base, config, reached, experts, non_expert)
     check_non_expert(file, config, non_expert, base)
     linear = adapted_layers(non_expert)
-    if not is_all_linear(reached):  # which can't be known without a base
+    if not is_all_linear(reached):  # its layers are unknown without a base
         check_targeted(file, linear, lambda name: bool(check_target_module_exists(reached, name)))
     for pair in factor_pairs(non_expert):
         r, _ = rank_and_alpha(config, pair.name)
         if pair.A.shape[0] != r:
             raise ValueError(
-                f"{file}: the factors of {pair.name} have rank {pair.A.shape[0]}, but the config says {r}, from which "
-                "the scaling follows. The two don't belong together."
+                f"{file}: the factors of {pair.name} have rank {pair.A.shape[0]}, but the config, which determines "
+                f"the scaling, has rank {r}. The file and the config belong to different adapters. Save the adapter "
+                "again."
             )
     if not experts:
-        raise ValueError(f"{file} has no factors of experts; PEFT's own LoRA does for an adapter of linear layers.")
+        raise ValueError(
+            f"{file} contains no factors of experts. Use PEFT's own LoRA for an adapter of linear layers only."
+        )
     return AdapterFile(config, tuple(experts), non_expert)
 
 
 def taken_apart(
     file: Path, config: MoeQLoraConfig, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[ExpertFactors], dict[str, torch.Tensor]]:
-    """The factors of experts, and everything else, out of the tensors of an adapter of this package.
+    """Splits the tensors of an adapter of this package into factors of experts and all others.
 
     Args:
-        file: for errors.
-        config: of the adapter.
+        file: name of the file for errors.
+        config: the adapter's config.
         tensors: key without PEFT's prefix -> tensor.
 
     Raises:
-        ValueError: a factor is missing, or of another rank than the config has.
+        ValueError: a factor is missing, or its rank differs from the config's.
     """
     factors: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     non_expert = {}
@@ -98,7 +101,7 @@ def taken_apart(
         else:
             factors.setdefault((match["path"], match["projection"]), {})[match["factor"]] = tensor
     experts = [_factors(file, config, *at, found) for at, found in factors.items()]
-    # the first projection of a module is the one that isn't down_proj
+    # the first projection of a module is the one other than down_proj
     experts.sort(key=lambda one: (one.path, one.projection == "down_proj"))
     return experts, non_expert
 
@@ -109,12 +112,15 @@ def _factors(
     name = f"{path}.{projection}"
     r, alpha = rank_and_alpha(config.of_experts(), name)
     if found.keys() != {"A", "B"}:
-        raise ValueError(f"{file} has lora_{next(iter(found))} of {name}, but not the other factor.")
+        raise ValueError(
+            f"{file} contains lora_{next(iter(found))} of {name} without its other factor. The file is damaged. Save "
+            "the adapter again."
+        )
     A, B = found["A"], found["B"]
     if A.shape[:2] != (B.shape[0], r) or B.shape[2] != r:
         raise ValueError(
-            f"{file}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {name} are not (E, r, in) and (E, out, r) "
-            f"of rank {r}, which the config has for it."
+            f"{file}: lora_A and lora_B of {name} have shapes {list(A.shape)} and {list(B.shape)}. Expected (E, r, "
+            f"in) and (E, out, r) with rank {r}, which the config specifies."
         )
     return ExpertFactors(path, projection, A, B, config.scaling(r, alpha), alpha)
 
@@ -127,19 +133,22 @@ def _check_against(
     experts: list[ExpertFactors],
     non_expert: dict[str, torch.Tensor],
 ) -> None:
-    """Refuses experts that the base lacks or has otherwise, or a file without a layer that the config reaches.
+    """Rejects experts that the base lacks or has in other shapes, and a file that lacks a targeted layer.
 
     Args:
-        file: for errors.
-        base: what the adapter belongs to.
-        config: as saved.
-        reached: the same with its targets resolved for the base.
+        file: name of the file for errors.
+        base: the adapter's base model.
+        config: the config as saved.
+        reached: the config with its targets resolved for the base.
         experts: the factors of stacks.
         non_expert: key without PEFT's prefix -> tensor.
     """
     for factors in experts:
         if factors.path not in base.layouts:
-            raise ValueError(f"{base.directory} has no experts {factors.path}, for which {file} has {factors.name}.")
+            raise ValueError(
+                f"{file} contains factors of {factors.name}, but {base.directory} has no experts module "
+                f"{factors.path}. The adapter belongs to another base model. Use the adapter's own base model."
+            )
     try:
         check_stored_shapes(config, base.layouts, reached_stacks(reached, base.layouts))
     except ValueError as error:
@@ -147,14 +156,17 @@ def _check_against(
     found = adapted_layers(non_expert)
     missing = [name for name in base.layers() if check_target_module_exists(reached, name) and name not in found]
     if missing:
-        raise ValueError(f"{file} has no factors of {missing[0]}, which its config asks for; it is damaged.")
+        raise ValueError(
+            f"{file} contains no factors of {missing[0]}, which its config targets. The file is damaged. Save the "
+            "adapter again."
+        )
     _check_biases(file, base, config, {*found, *(factors.path for factors in experts)}, non_expert)
 
 
 def _check_biases(
     file: Path, base: BaseModel, config: MoeQLoraConfig, adapted: set[str], non_expert: dict[str, torch.Tensor]
 ) -> None:
-    """Refuses a file without biases that its config trains: of all modules, or of those that are adapted."""
+    """Rejects a file that lacks biases which its config trains: those of all modules, or of adapted ones."""
     if config.bias == "none":
         return
     biases = [name for name, _ in base.model.named_parameters() if name.endswith("bias")]
@@ -163,7 +175,8 @@ def _check_biases(
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ValueError(
-            f"{file} has no tensor of {missing[0]}, which bias={config.bias!r} of its config trains; it is damaged."
+            f"{file} contains no tensor of {missing[0]}, which bias={config.bias!r} of its config trains. The file is "
+            "damaged. Save the adapter again."
         )
 
 
@@ -171,9 +184,9 @@ def write_native(adapter: AdapterFile, directory: Path, base: BaseModel | None) 
     """Writes an adapter that `PeftModel.from_pretrained` loads once this package is imported.
 
     Args:
-        adapter: what was read.
-        directory: created if it isn't there.
-        base: not needed; writers are called alike.
+        adapter: the adapter.
+        directory: output directory; created if it does not exist.
+        base: not used; all writers have the same signature.
     """
     tensors = dict(adapter.non_expert)
     for factors in adapter.experts:

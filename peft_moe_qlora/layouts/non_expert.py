@@ -1,4 +1,4 @@
-"""What an adapter has beside experts: LoRA on linear layers and embeddings, modules trained in full, tokens."""
+"""An adapter's non-expert tensors: LoRA on linear layers and embeddings, modules trained in full, trained tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 PAIRS = ((A_SUFFIX, B_SUFFIX), (EMBEDDING_A, EMBEDDING_B))
 LORA = (*PAIRS[0], *PAIRS[1])
-"""What the keys of factors end with."""
+"""Suffixes of the keys of factors."""
 
 TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
-"""What the keys of trained tokens end with."""
+"""Suffixes of the keys of trained tokens."""
 
 
 def adapted_layers(keys: dict[str, torch.Tensor]) -> list[str]:
-    """The linear layers and embeddings that LoRA's keys name, in their order."""
+    """The linear layers and embeddings named by LoRA keys, in the order of the keys."""
     return [key.removesuffix(suffix) for key in keys for suffix in (A_SUFFIX, EMBEDDING_A) if key.endswith(suffix)]
 
 
@@ -31,10 +31,10 @@ class Pair(NamedTuple):
     """The factors of one layer.
 
     Args:
-        name: of the layer.
-        A: `(r, in)`; of an embedding `(r, rows)`.
-        B: `(out, r)`; of an embedding `(features, r)`.
-        is_embedding: then the delta is `(B @ A).T`.
+        name: name of the layer.
+        A: `(r, in)`; `(r, rows)` for an embedding.
+        B: `(out, r)`; `(features, r)` for an embedding.
+        is_embedding: whether the layer is an embedding, whose delta is `(B @ A).T`.
     """
 
     name: str
@@ -57,17 +57,17 @@ def factor_pairs(non_expert: dict[str, torch.Tensor]) -> Iterator[Pair]:
 
 
 def beside_factors(non_expert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is no factor: key -> tensor of biases, modules trained in full and tokens."""
+    """All tensors except factors: key -> tensor of biases, modules trained in full and tokens."""
     return {key: tensor for key, tensor in non_expert.items() if not key.endswith(LORA) and not is_unused_copy(key)}
 
 
 def name_in_model(key: str) -> str:
-    """What a tensor that was trained in full is called in the model; biases stand in what PEFT has wrapped."""
+    """Name in the model of a tensor that was trained in full; biases are saved under PEFT's wrapped layers."""
     for wrapped in (".base_layer.", ".modules_to_save.", ".original_module."):
         key = key.replace(wrapped, ".")
     return key
 
 
 def is_unused_copy(key: str) -> bool:
-    """Whether a tensor is of a module as it was before it was trained in full, which PEFT saves with its bias."""
+    """Whether a tensor belongs to the untrained copy of a fully trained module; PEFT saves its bias among others."""
     return ".original_module." in key

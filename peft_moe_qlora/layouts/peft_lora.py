@@ -1,18 +1,19 @@
-"""PEFT's own LoRA on fused parameters (`target_parameters`): read from every version, written as from 0.19.1 on.
+"""PEFT's own LoRA on fused parameters (`target_parameters`): reads all versions, writes that of 0.19.1 and later.
 
-`peft.tuners.lora.layer.ParamWrapper`, peft 0.17 to 0.21: the parameters of a module are wrapped in their order, so
-that the last one has the keys `PATH.lora_A.weight`, the one before `PATH.base_layer.lora_A.weight`. lora_A is
-`(E * r, a)`, experts slowest, lora_B `(b, r * E)`, experts fastest. For a stack `(E, d1, d2)`, (a, b) is
+`peft.tuners.lora.layer.ParamWrapper`, peft 0.17 to 0.21: the parameters of a module are wrapped in their order. The
+last one has the keys `PATH.lora_A.weight`, the one before `PATH.base_layer.lora_A.weight`. lora_A is `(E * r, a)`
+with the expert index varying slowest, lora_B `(b, r * E)` with the expert index varying fastest. For a stack
+`(E, d1, d2)`, (a, b) is
 
 - up to 0.18: (d1, d2);
 - in 0.19.0: (d2, d1) for classes that declare `is_transposed`, else (d1, d2);
 - from 0.19.1 on: (d1, d2) for classes that declare `is_transposed`, else (d2, d1).
 
-Where a isn't what goes in, the factors are those of the transposed weight.
+If a is not the input size, the factors are those of the transposed weight.
 
-Before 2026.9.6, unsloth_zoo trained the same tensors with the experts slowest in lora_B too. Since then it writes
-which of the two into adapter_config.json: `lora_B_layout`, and per parameter in `unsloth_fused_expert_lora`, which may
-stand in `auto_mapping`; `auto_mapping.unsloth_fixed` shows that unsloth wrote a file, of whatever version.
+Before 2026.9.6, unsloth_zoo trained the same tensors with the expert index varying slowest in lora_B too. Later
+versions record the order in adapter_config.json: `lora_B_layout`, and per parameter in `unsloth_fused_expert_lora`,
+which may be nested in `auto_mapping`; `auto_mapping.unsloth_fixed` marks files from any version of unsloth.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def read_peft_lora(foreign: ForeignAdapter) -> AdapterFile:
     """Reads the layout.
 
     Raises:
-        ValueError: a tensor is missing, too many or of another shape than the base and the version of PEFT make it; or
-            neither file nor options decide the orientation or the order of lora_B.
+        ValueError: a tensor is missing, unexpected or of another shape than expected for the base and the version of
+            PEFT; or neither file nor options determine the orientation or the order of lora_B.
     """
     parameters = foreign.options.get("target_parameters") or ()
     if isinstance(parameters, str):
@@ -51,7 +52,7 @@ def read_peft_lora(foreign: ForeignAdapter) -> AdapterFile:
     def is_targeted(key: str) -> bool:
         return any(key == name or key.endswith(f".{name}") for name in parameters)
 
-    # PEFT renames keys as transformers does those of checkpoints
+    # PEFT renames keys as transformers renames checkpoint keys
     left, _ = under_own_names(foreign, foreign.tensors)
     experts, found, expected = [], [], []
     for path, layout in foreign.base.layouts.items():
@@ -65,7 +66,8 @@ def read_peft_lora(foreign: ForeignAdapter) -> AdapterFile:
         strange = [name for name in targeted if name not in layout.projections]
         if strange:
             raise ValueError(
-                f"{foreign.file}: LoRA on {path}.{strange[0]}, which is no stack of weights, can't be read."
+                f"{foreign.file}: LoRA on {path}.{strange[0]} is not supported. Expected a stack of weights: "
+                f"{', '.join(layout.projections)}."
             )
         is_flipped = _is_flipped(foreign, path, layout, flat)
         for name, (A, B) in flat.items():
@@ -95,7 +97,7 @@ def read_peft_lora(foreign: ForeignAdapter) -> AdapterFile:
 def _take(
     foreign: ForeignAdapter, left: dict[str, torch.Tensor], path: str, targeted: list[str]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Takes the factors of a module out of what is left: projection -> lora_A, lora_B. Empty if there are none."""
+    """Removes the factors of a module from `left`: projection -> lora_A, lora_B. Empty if there are none."""
     keys = {name: f"{path}{'.base_layer' * depth}" for depth, name in enumerate(reversed(targeted))}
     found = [key for key in left if key.startswith((f"{path}.lora_", f"{path}.base_layer."))]
     if not found:
@@ -105,8 +107,9 @@ def _take(
     strange = [key for key in found if key not in wanted]
     if missing or strange:
         raise ValueError(
-            f"{foreign.file} has {f'no {missing[0]}' if missing else strange[0]}, but target_parameters of its config "
-            f"reaches {targeted or 'nothing'} of {path}, which makes {wanted or 'no tensors'}. It is damaged."
+            f"{foreign.file} contains {f'no {missing[0]}' if missing else f'the unexpected {strange[0]}'}. Expected "
+            f"{wanted or 'no tensors'}, because target_parameters of its config matches {targeted or 'nothing'} of "
+            f"{path}. The file is damaged. Save the adapter again."
         )
     return {name: (left.pop(keys[name] + A_SUFFIX), left.pop(keys[name] + B_SUFFIX)) for name in targeted}
 
@@ -114,37 +117,40 @@ def _take(
 def _is_flipped(
     foreign: ForeignAdapter, path: str, layout: ExpertsLayout, flat: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> bool:
-    """Whether the factors are those of the transposed weights; shapes and version have to agree.
+    """Whether the factors are those of the transposed weights; shapes and version must agree.
 
     Raises:
-        ValueError: they fit in neither way, not in that of the version, or in both and the version isn't known.
+        ValueError: the shapes fit neither orientation, fit another one than the version's, or fit both and the version
+            is unknown.
     """
     fitting = {True, False}
     for name, (A, B) in flat.items():
         features = layout.features(name)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] % layout.num_experts or A.shape[0] != B.shape[1]:
             raise ValueError(
-                f"{foreign.file}: the factors of {path}.{name} have shapes {list(A.shape)} and {list(B.shape)}; "
-                f"({layout.num_experts} experts * r, ...) and (..., r * {layout.num_experts}) were expected."
+                f"{foreign.file}: the factors of {path}.{name} have shapes {list(A.shape)} and {list(B.shape)}. "
+                f"Expected ({layout.num_experts} experts * r, ...) and (..., r * {layout.num_experts})."
             )
         found = (A.shape[1], B.shape[0])
         fitting &= {flipped for flipped in (True, False) if found == (features[::-1] if flipped else features)}
         if not fitting:
             raise ValueError(
-                f"{foreign.file}: the factors of {path}.{name} are for {found[0]} features in and {found[1]} out; "
-                f"{foreign.base.directory} has {features[0]} in and {features[1]} out. They are of another base."
+                f"{foreign.file}: the factors of {path}.{name} have {found[0]} input and {found[1]} output features. "
+                f"Expected {features[0]} and {features[1]} for {foreign.base.directory}. The adapter belongs to "
+                "another base model. Use the adapter's own base model."
             )
     by_version = _is_flipped_by_version(foreign, path, layout)
     if by_version is None and len(fitting) == 2:
         raise ValueError(
-            f"{foreign.file}: {path} has as many features in as out, and its config has no peft_version, or that of "
-            "a development version, so that nothing tells which of the factors belongs to which side. Say what wrote "
-            "it: written_by='peft==0.18.1' (--written-by)."
+            f"{foreign.file}: the orientation of the factors of {path} is ambiguous, because its input and output "
+            "sizes are equal and the config has no peft_version of a release. Pass the version that wrote the "
+            "adapter, for example written_by='peft==0.18.1' (--written-by)."
         )
     if by_version is not None and by_version not in fitting:
         raise ValueError(
-            f"{foreign.file}: the factors of {path} are transposed against what PEFT {_version(foreign)} writes. If "
-            "another version wrote it, name that: written_by='peft==0.18.1' (--written-by)."
+            f"{foreign.file}: the factors of {path} are transposed compared to those that PEFT {_version(foreign)} "
+            "writes. If another version wrote the adapter, pass it, for example written_by='peft==0.18.1' "
+            "(--written-by)."
         )
     return fitting.pop() if by_version is None else by_version
 
@@ -153,7 +159,7 @@ def _is_flipped_by_version(foreign: ForeignAdapter, path: str, layout: ExpertsLa
     version = _version(foreign)
     if version is None:
         return None
-    # as PEFT asks: the class, not what this package knows of it
+    # the attribute of the class, as in PEFT, not this package's layout
     is_declared = bool(getattr(foreign.base.model.get_submodule(path), "is_transposed", False))
     if version < Version("0.19.0"):
         a_is_last = False
@@ -166,7 +172,7 @@ def _is_flipped_by_version(foreign: ForeignAdapter, path: str, layout: ExpertsLa
 
 
 def _version(foreign: ForeignAdapter) -> Version | None:
-    """The PEFT that wrote the adapter; None if that isn't known, or one between versions whose layouts differ."""
+    """The PEFT version that wrote the adapter; None if unknown, or a prerelease between differing layouts."""
     if foreign.reading.peft_version is not None:
         return foreign.reading.peft_version
     text = foreign.options.get("peft_version")
@@ -175,16 +181,19 @@ def _version(foreign: ForeignAdapter) -> Version | None:
     try:
         version = Version(str(text).partition("@")[0])
     except InvalidVersion as error:
-        raise ValueError(f"{foreign.file.parent}: peft_version={text!r} is no version. Pass written_by.") from error
+        raise ValueError(
+            f"{foreign.file.parent}: peft_version={text!r} is not a valid version. Pass the version that wrote the "
+            "adapter as written_by (--written-by)."
+        ) from error
     is_between = version.is_prerelease and Version("0.18") < version < Version("0.19.1")
     return None if is_between else version
 
 
 def _lora_b_order(foreign: ForeignAdapter, path: str, projection: str, num_experts: int, r: int) -> str:
-    """`"experts-fastest"` or `"experts-slowest"`: by the marker, by the option, or by PEFT if only PEFT wrote it.
+    """`"experts-fastest"` or `"experts-slowest"`: from the marker, else from the option, else PEFT's order.
 
     Raises:
-        ValueError: unsloth wrote it without a marker and nothing was said; or marker and option differ.
+        ValueError: unsloth wrote the file without a marker and the option is not set; or marker and option differ.
     """
     auto_mapping = foreign.options.get("auto_mapping") or {}
     marker = next(
@@ -196,54 +205,55 @@ def _lora_b_order(foreign: ForeignAdapter, path: str, projection: str, num_exper
         order = _ORDER_OF_MARKER.get(marker)
         if order is None and asked is None:
             raise ValueError(
-                f"{foreign.file.parent}: the config says {marker!r} of lora_B of {path}.{projection}, where one of "
-                f"{tuple(_ORDER_OF_MARKER)} was expected. Say it: lora_b_order= (--lora-b-order), of {LORA_B_ORDERS}."
+                f"{foreign.file.parent}: the config has lora_B_layout={marker!r} for {path}.{projection}. Expected "
+                f"one of {tuple(_ORDER_OF_MARKER)}. Set lora_b_order (--lora-b-order) to one of {LORA_B_ORDERS}."
             )
         if None not in (order, asked) and order != asked:
             raise ValueError(
-                f"lora_b_order={asked!r}, but the config in {foreign.file.parent} says {marker!r}. Drop one."
+                f"{foreign.file.parent}: lora_b_order={asked!r} contradicts lora_B_layout={marker!r} in the config. "
+                "Remove one of them."
             )
         return order or asked
     if asked is not None:
         return asked
     if auto_mapping.get("unsloth_fixed") and num_experts > 1 and r > 1:
         raise ValueError(
-            f"{foreign.file}: unsloth wrote it without saying how lora_B is ordered: before unsloth_zoo 2026.9.6 it "
-            "trained experts-slowest, unless told to use PEFT's own forward. Say it: lora_b_order= (--lora-b-order), "
-            f"of {LORA_B_ORDERS}."
+            f"{foreign.file}: unsloth wrote this adapter without the order of lora_B. Versions of unsloth_zoo before "
+            "2026.9.6 used experts-slowest, unless PEFT's own forward was selected. Set lora_b_order (--lora-b-order) "
+            f"to one of {LORA_B_ORDERS}."
         )
     return "experts-fastest"
 
 
 def _marker(options: dict, projection: str) -> str | None:
-    """What unsloth noted of a parameter; None if nothing."""
+    """The order that unsloth recorded for a parameter; None if it recorded none."""
     detail = options.get("unsloth_fused_expert_lora") or {}
     of_parameter = (detail.get("parameters") or {}).get(projection) or {}
     return of_parameter.get("lora_B_layout") or detail.get("lora_B_layout") or options.get("lora_B_layout")
 
 
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""As the end of a target module PEFT takes these for experts, dense layers' and shared experts' too."""
+"""PEFT treats target modules with these endings as experts, including those of dense layers and shared experts."""
 
 
 def write_peft_lora(adapter: AdapterFile, directory: Path | InMemory, base: BaseModel | None) -> None:
     """Writes an adapter that stock `PeftModel.from_pretrained` loads, without this package.
 
-    Ranks and alphas that differ between layers are kept as patterns, so that no factor is changed.
+    Ranks and alphas that differ between layers are written as patterns, so the factors stay unchanged.
 
     Args:
-        adapter: one of this package.
-        directory: created if it isn't there.
-        base: the model that it belongs to; only needed where the layout depends on it.
+        adapter: an adapter of this package.
+        directory: output directory; created if it does not exist.
+        base: the adapter's base model; only required if the layout depends on it.
 
     Raises:
-        ValueError: the adapter has what PEFT's LoRA on parameters can't have, or a layer that PEFT doesn't adapt in
-            this model, or the base is needed and not there.
+        ValueError: the adapter has tensors that PEFT's LoRA on parameters does not support, or a layer that PEFT does
+            not adapt in this model, or the base is required and None.
     """
     if adapter.config.bias != "none":
         raise ValueError(
-            f"The adapter was trained with bias={adapter.config.bias!r}, which LoRA on parameters can't have. Merge "
-            "it instead."
+            f"The adapter was trained with bias={adapter.config.bias!r}, which PEFT's LoRA on parameters does not "
+            "support. Merge the adapter instead."
         )
     _check_non_expert(adapter)
     of_module: dict[str, list[ExpertFactors]] = defaultdict(list)
@@ -272,7 +282,7 @@ def _config(adapter: AdapterFile) -> LoraConfig:
     settled = {factors.name: (factors.r, factors.alpha) for factors in adapter.experts}
     parameters = [*settled, *as_parameters]
     settled |= {name: rank_and_alpha(config, name.removesuffix(".weight")) for name in (*linear, *as_parameters)}
-    # names instead of the patterns: of patterns the first counts that matches, and PEFT sorts them when it saves
+    # full names instead of the patterns: the first match wins, and PEFT sorts patterns when it saves
     ranks = {name: r for name, (r, _) in settled.items() if r != config.r}
     alphas = {name: alpha for name, (_, alpha) in settled.items() if alpha != config.lora_alpha}
     return LoraConfig(
@@ -286,27 +296,30 @@ def _config(adapter: AdapterFile) -> LoraConfig:
 
 
 def _check_non_expert(adapter: AdapterFile) -> None:
-    """Refuses what would be written, but not loaded."""
+    """Rejects tensors that would be written but not loaded."""
     saved = adapter.config.modules_to_save or ()
     for key in adapter.non_expert:
         is_of_lora = key.endswith((A_SUFFIX, B_SUFFIX, EMBEDDING_A, EMBEDDING_B))
         if not is_of_lora and not any(f"{name}." in key for name in saved):
-            raise ValueError(f"The adapter has {key}, which LoRA on parameters has no place for. Merge it instead.")
+            raise ValueError(
+                f"The adapter contains {key}, which PEFT's LoRA on parameters does not support. Merge the adapter "
+                "instead."
+            )
 
 
 def _is_mistaken(path: str, adapter: AdapterFile, base: BaseModel | None) -> bool:
-    """Whether PEFT takes the stacks of an experts module for (out, in), though they are (in, out).
+    """Whether PEFT treats the stacks of an experts module as (out, in) although they are (in, out).
 
-    It does where the class declares nothing, which is Llama 4's.
+    It does so for classes that do not declare `is_transposed`, such as Llama 4's.
     """
     return path.endswith("feed_forward.experts") and _model_type(path, "Llama 4", adapter, base).startswith("llama4")
 
 
 def _name_for_peft(key: str, adapter: AdapterFile, base: BaseModel | None) -> str:
-    """The key of a linear layer's factor from which PEFT finds the layer.
+    """The key of a linear layer's factor that PEFT maps to the layer.
 
-    PEFT renames keys as transformers renames those of checkpoints, where `mlp.shared_expert.` of Laguna is a pattern
-    that matches the `mlp.shared_experts` of the model too, and spoils it.
+    PEFT renames keys as transformers renames checkpoint keys. For Laguna the pattern `mlp.shared_expert.` also matches
+    `mlp.shared_experts` of the model and corrupts it.
     """
     if ".mlp.shared_experts." in key and _model_type(key, "Laguna", adapter, base) == "laguna":
         return key.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
@@ -318,7 +331,8 @@ def _model_type(name: str, candidate: str, adapter: AdapterFile, base: BaseModel
         return adapter.config.base["model_type"]
     if base is None:
         raise ValueError(
-            f"{name} may be of {candidate}, which PEFT treats otherwise. Name the directory of the base model "
-            f"(the adapter's own, {adapter.config.base_model_name_or_path}, is not here)."
+            f"{name} may belong to {candidate}, which PEFT treats differently, and the adapter's base model "
+            f"{adapter.config.base_model_name_or_path} is not a local directory. Pass the directory of the base model "
+            "as base (--base)."
         )
     return base.model.config.model_type

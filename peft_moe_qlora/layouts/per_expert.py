@@ -1,8 +1,8 @@
-"""One LoRA per expert and projection: what PEFT made while experts were linear layers, and what most engines serve.
+"""One LoRA per expert and projection: PEFT's layout for experts as linear layers, which most engines serve.
 
 Keys are `PATH.<expert>.<part>.lora_A.weight` `(r, in)` and `.lora_B.weight` `(out, r)`, where PATH is that of the
-model or of its checkpoint, and the parts are gate_proj, up_proj, down_proj or w1, w3, w2. Written are the checkpoint's
-names, with the same A for gate and up projection. Layout: peft on transformers before version 5.
+model or of its checkpoint, and the parts are gate_proj, up_proj, down_proj or w1, w3, w2. The writer uses the
+checkpoint's names, and the same A for gate and up projection. Layout: peft on transformers before version 5.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def read_per_expert(foreign: ForeignAdapter) -> AdapterFile:
     """Reads the layout.
 
     Raises:
-        ValueError: an expert lacks what others of its module have, its rank or alpha differs from theirs, or a tensor
-            fits no layer of the base. A projection may be absent from all experts of all layers.
+        ValueError: an expert lacks factors that others of its module have, its rank or alpha differs from theirs, or a
+            tensor fits no layer of the base. A projection may be absent from all experts of all layers.
     """
     left = dict(foreign.tensors)
     found: dict[str, dict[str, Part]] = {}
@@ -38,7 +38,10 @@ def read_per_expert(foreign: ForeignAdapter) -> AdapterFile:
         for name, (expert, part) in names_of[path].items():
             if name + A_SUFFIX in left or name + B_SUFFIX in left:
                 if expert in of_part[part]:
-                    raise ValueError(f"{foreign.file}: {name} and {of_part[part][expert]} are the same layer.")
+                    raise ValueError(
+                        f"{foreign.file}: {name} and {of_part[part][expert]} are names of the same layer. Remove one "
+                        "of them."
+                    )
                 of_part[part][expert] = name
         if of_part:
             found[path] = {part: _part(foreign, left, path, part, names) for part, names in of_part.items()}
@@ -55,34 +58,38 @@ def read_per_expert(foreign: ForeignAdapter) -> AdapterFile:
 
 
 def _part(foreign: ForeignAdapter, left: dict[str, torch.Tensor], path: str, part: str, names: dict[int, str]) -> Part:
-    """Stacks the factors of all experts, taking them out of what is left."""
+    """Stacks the factors of all experts and removes them from `left`."""
     num_experts = foreign.base.layouts[path].num_experts
     missing = sorted(set(range(num_experts)) - names.keys())
     if missing:
         raise ValueError(
-            f"{foreign.file} has no {part} projection of expert {missing[0]} of {path}, but of "
-            f"{len(names)} of its {num_experts} experts. It is damaged; factors of all experts were expected."
+            f"{foreign.file} contains no factors of the {part} projection of expert {missing[0]} of {path}. Expected "
+            f"factors of all {num_experts} experts, found {len(names)}. The file is damaged. Save the adapter again."
         )
     pairs, settled = [], set()
     for expert in range(num_experts):
         name = names[expert]
         absent = [name + suffix for suffix in (A_SUFFIX, B_SUFFIX) if name + suffix not in left]
         if absent:
-            raise ValueError(f"{foreign.file} has no {absent[0]}, but the other factor of it; it is damaged.")
+            raise ValueError(
+                f"{foreign.file} contains no {absent[0]}, but the other factor of the layer. The file is damaged. "
+                "Save the adapter again."
+            )
         A, B = left.pop(name + A_SUFFIX), left.pop(name + B_SUFFIX)
         r, alpha = rank_and_alpha(foreign.config, name)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
             raise ValueError(
-                f"{foreign.file}: {name}{A_SUFFIX} {list(A.shape)} and {name}{B_SUFFIX} {list(B.shape)} are not "
-                f"(r, in) and (out, r) of rank {r}. They are transposed, or damaged."
+                f"{foreign.file}: {name}{A_SUFFIX} has shape {list(A.shape)} and {name}{B_SUFFIX} {list(B.shape)}. "
+                f"Expected (r, in) and (out, r) with rank {r}. The factors are transposed, or the file is damaged. "
+                "Save the adapter again."
             )
         foreign.check_rank(name, A.shape[0], r)
         pairs.append((A, B))
         settled.add((r, alpha, A.shape[1], B.shape[0], A.dtype))
     if len(settled) > 1:
         raise ValueError(
-            f"{foreign.file}: the {part} projections of {path} differ in rank, alpha, size or dtype from expert to "
-            f"expert: {sorted(map(str, settled))}. They are one stack here, which has one of each."
+            f"{foreign.file}: the {part} projections of {path} differ in rank, alpha, size or dtype between experts: "
+            f"{sorted(map(str, settled))}. Expected the same values for all experts, which are one stack here."
         )
     return Part(torch.stack([A for A, _ in pairs]), torch.stack([B for _, B in pairs]), alpha)
 
@@ -93,18 +100,18 @@ _NEWER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def write_per_expert(
     adapter: AdapterFile, directory: Path, base: BaseModel, targets_in_newer_names: bool = False
 ) -> None:
-    """Writes an adapter for readers that know experts as linear layers.
+    """Writes an adapter for readers that treat experts as linear layers.
 
     Args:
-        adapter: one of this package.
-        directory: created if it isn't there.
-        base: the model that it belongs to.
-        targets_in_newer_names: call `w1`, `w3`, `w2` `gate_proj`, `up_proj`, `down_proj` in `target_modules`, not in
-            the keys: SGLang 0.5.23 knows the first ones as keys only (`sglang/srt/lora/utils.py`).
+        adapter: an adapter of this package.
+        directory: output directory; created if it does not exist.
+        base: the adapter's base model.
+        targets_in_newer_names: replace `w1`, `w3`, `w2` by `gate_proj`, `up_proj`, `down_proj` in `target_modules`,
+            but not in the keys: SGLang 0.5.23 accepts the former only in keys (`sglang/srt/lora/utils.py`).
 
     Raises:
-        ValueError: the adapter has what these readers don't know (see `uniform`), or a layer that has no name of its
-            own in the checkpoint.
+        ValueError: the adapter has tensors that these readers do not support (see `uniform`), or a layer whose weight
+            is not a separate tensor in the checkpoint.
     """
     adapter, base = in_whole_model(uniform(adapter, base), base)
     tensors = {}

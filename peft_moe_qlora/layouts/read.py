@@ -1,4 +1,4 @@
-"""Reading a saved adapter, whatever its layout: what is in the directory decides, never a guess."""
+"""Reading a saved adapter of any layout, which is determined from the files in its directory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from ..config import MoeQLoraPeftType
+from ..progress import PATIENCE
 from .adapter_file import PREFIX, AdapterFile
 from .base_model import BaseModel, revision_of_base
 from .foreign import ForeignAdapter, ReadOptions, check_lora_options
@@ -36,21 +38,21 @@ def read_adapter(
 ) -> AdapterFile:
     """Reads an adapter of this package, or of another tool if it has factors of experts.
 
-    Layouts: PEFT's LoRA on fused parameters of every version, unsloth's before and after its change of order; LoRA on
+    Layouts: PEFT's LoRA on fused parameters of all versions, unsloth's before and after its change of order; LoRA on
     one linear layer per expert; 3-D factors (SGLang); mlx-lm.
 
     Args:
-        directory: of the adapter.
-        base: directory of the base model, of which config.json is read. Default: what the adapter names. One of this
-            package is read without a base too, and then held against itself only.
-        options: what the files of others don't say.
-        usual_quant_type: what counts where the options have no `quant_type`.
+        directory: directory of the adapter.
+        base: directory of the base model, whose config.json is read. Default: the base that the adapter names. An
+            adapter of this package can be read without a base; then only its own consistency is checked.
+        options: information that adapter files of other tools lack.
+        usual_quant_type: default of `quant_type` in the options.
 
     Raises:
-        ValueError: the directory holds no adapter, one of an unknown layout or of several, or a bad one: cut off,
-            lacking a tensor, a layer or an expert, with tensors that nothing wants, values that are not finite,
-            shapes that don't fit, or options that have no such value. The error names the file and the key. Or nothing
-            decides how a tensor is to be read; the error names the option that does.
+        ValueError: the directory contains no adapter, an unknown layout or several layouts, or an invalid adapter:
+            truncated, without a tensor, a layer or an expert, with unexpected tensors, values that are not finite,
+            shapes that do not fit, or invalid option values. The error names the file and the key. Or the layout of a
+            tensor is ambiguous; the error names the option that specifies it.
     """
     directory, options = Path(directory), options or ReadOptions()
     config_file = directory / CONFIG_NAME
@@ -60,8 +62,8 @@ def read_adapter(
     is_mlx = _is_of_mlx(config)
     if found_type != "LORA" and not is_own and not is_mlx:
         raise ValueError(
-            f"{directory} holds an adapter of type {found_type}; {MoeQLoraPeftType.MOE_QLORA.value}, LORA, or one of "
-            "mlx-lm was expected."
+            f"{directory} contains an adapter of type {found_type}. Expected {MoeQLoraPeftType.MOE_QLORA.value}, "
+            "LORA, or an adapter of mlx-lm."
         )
     check = check_own_options if is_own else check_mlx_options if is_mlx else check_lora_options
     check(config_file, config)
@@ -70,8 +72,8 @@ def read_adapter(
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in _load_tensors(file).items()}
     named, revision = peft_config.get("base_model_name_or_path"), revision_of_base(peft_config, base)
     if is_own:
-        _check_options_are_used(options, "this package's own", "quant_type", "written_by", "lora_b_order", "partial")
-        # what the adapter names may be on the hub; what the caller names has to be there
+        _check_options_are_used(options, "of this package", "quant_type", "written_by", "lora_b_order", "partial")
+        # the base that the adapter names may be on the hub only; a base from the caller must exist
         is_here = base is not None or BaseModel.is_at(named)
         return read_own(directory, tensors, BaseModel.open(base or named, tensors, revision) if is_here else None)
     found = BaseModel.open(base or named, tensors, revision)
@@ -79,32 +81,35 @@ def read_adapter(
     foreign = ForeignAdapter(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)
     if reader is not read_peft_lora:
-        _check_options_are_used(options, f"read by {reader.__name__}", "written_by", "lora_b_order")
+        _check_options_are_used(options, f"in the layout of {reader.__name__}", "written_by", "lora_b_order")
     return reader(foreign)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The options of a saved adapter, as JSON has them.
+    """The options of a saved adapter as JSON values.
 
     Raises:
-        ValueError: there is none, or it can't be read.
+        ValueError: there is no config file, or it is unreadable.
     """
     file = directory / CONFIG_NAME
     if not file.is_file():
         below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
-        where = f"; there are some in its folders {', '.join(below)}, of which one is to be named" if below else ""
-        raise ValueError(f"{directory} has no {CONFIG_NAME}; a saved adapter was expected{where}.")
+        where = f" Pass one of its subdirectories that contain adapters: {', '.join(below)}." if below else ""
+        raise ValueError(f"{directory} contains no {CONFIG_NAME}. Expected the directory of a saved adapter.{where}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} can't be read: {error}.") from error
+        raise ValueError(f"{file} is not valid JSON: {error}. Save the adapter again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; the options of an adapter were expected.")
+        raise ValueError(
+            f"{file} contains a JSON value of type {type(config).__name__}. Expected an object with the options of an "
+            "adapter."
+        )
     return config
 
 
 def weights_file(directory: Path) -> Path:
-    """Where a saved adapter has its tensors, whether or not the file is there.
+    """Path of a saved adapter's tensor file, which may not exist.
 
     Raises:
         ValueError: see `read_config`.
@@ -117,48 +122,56 @@ def _is_of_mlx(config: dict[str, Any]) -> bool:
 
 
 def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Key -> tensor of an adapter's safetensors.
+    """Key -> tensor of an adapter's safetensors file.
 
     Raises:
-        ValueError: the file is not there, is cut off, or has tensors that are not of 16, 32 or 64 bits floating point
-            or values that are not finite. The error names file and key.
+        ValueError: the file is missing or truncated, or has tensors that are not floating point of 16, 32 or 64 bits
+            or not finite. The error names file and key.
     """
     if not file.is_file():
         pickled = file.with_suffix(".bin")
-        found = f"{pickled.name} is a pickle, which is never read" if pickled.is_file() else "a saved adapter has it"
-        raise ValueError(f"{file.parent} has no {file.name}; {found}.")
+        found = (
+            f"{pickled.name} is a pickle, which is not supported. Save the adapter as safetensors"
+            if pickled.is_file()
+            else "Expected the directory of a saved adapter"
+        )
+        raise ValueError(f"{file.parent} contains no {file.name}. {found}.")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} can't be read: {error}. It is cut off or no safetensors file.") from error
+        raise ValueError(
+            f"{file} is unreadable: {error}. It is truncated or not a safetensors file. Download or save it again."
+        ) from error
     # without PEFT's copy of a frozen head or embedding that is quantized
     tensors = {
         key: one
         for key, one in tensors.items()
         if one.is_floating_point() or ".base_layer." not in key or ".lora_" in key
     }
-    for key, tensor in tensors.items():
+    for key, tensor in tqdm(tensors.items(), desc="Reading adapter", unit="tensor", delay=PATIENCE):
         if tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"{file}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; 16, 32 or 64 bits floating "
-                "point were expected. Save the adapter in one of these."
+                f"{file}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}. Expected float16, bfloat16, "
+                "float32 or float64. Save the adapter in one of these dtypes."
             )
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: {key} has values that are not finite; the adapter is broken.")
+            raise ValueError(
+                f"{file}: {key} contains values that are not finite. The adapter is damaged. Save the adapter again."
+            )
     return tensors
 
 
 def _check_options_are_used(options: ReadOptions, layout: str, *unused: str) -> None:
-    """Refuses options that say nothing of a layout."""
+    """Rejects options that do not apply to a layout."""
     for name in unused:
         if getattr(options, name):
             raise ValueError(
-                f"{name}={getattr(options, name)!r} says nothing of an adapter that is {layout}. Drop it."
+                f"{name}={getattr(options, name)!r} does not apply to an adapter {layout}. Remove this option."
             )
 
 
 def _reader(file: Path, tensors: dict[str, torch.Tensor], base: BaseModel) -> Callable[[ForeignAdapter], AdapterFile]:
-    """What reads a LoRA of that kind of keys."""
+    """Returns the function that reads a LoRA with keys of this kind."""
     of_experts = {name for path in base.layouts for name in names_of_parts(base, path)}
     readers: dict[Any, str] = {}
     for key, tensor in tensors.items():
@@ -173,9 +186,9 @@ def _reader(file: Path, tensors: dict[str, torch.Tensor], base: BaseModel) -> Ca
         return next(iter(readers))
     if readers:
         raise ValueError(
-            f"{file} has several layouts at once: {', '.join(sorted(readers.values()))}. One was expected."
+            f"{file} mixes tensors of several layouts: {', '.join(sorted(readers.values()))}. Expected one layout."
         )
     raise ValueError(
-        f"{file} has no factors of experts that {base.directory} has; PEFT's own LoRA does for an adapter of linear "
-        "layers."
+        f"{file} contains no factors of experts of {base.directory}. Pass the adapter's own base model as base "
+        "(--base), or use PEFT's own LoRA for an adapter of linear layers only."
     )

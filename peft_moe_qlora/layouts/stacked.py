@@ -1,9 +1,9 @@
-"""One A and one B for each stack of experts, as SGLang has them by itself.
+"""One A and one B for each stack of experts, which is SGLang's internal layout.
 
 Keys are `PATH.<part>.lora_A.weight` `(E, r, in)` and `.lora_B.weight` `(E, out, r)`, with or without `.weight`, where
 the parts are gate_up_proj and down_proj, or gate_proj, up_proj and down_proj. The rows of gate_up_proj's B are the
-gate's and then the up projection's, whatever the order in the model. Layout: `sglang.srt.lora.mem_pool`, 0.5.23; the
-converter of llama.cpp 0c1e57098 reads it for Gemma 4.
+gate's followed by the up projection's, regardless of the order in the model. Layout: `sglang.srt.lora.mem_pool`,
+0.5.23; the converter of llama.cpp 0c1e57098 reads it for Gemma 4.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def read_stacked(foreign: ForeignAdapter) -> AdapterFile:
 
     def is_targeted(path: str, part: str) -> bool:
         names = [name for name, one in names_of[path].items() if one == part]
-        # experts are targeted by their parts' names, even where the file has them in one
+        # experts are targeted by their parts' names, even if the file stores them fused
         return any(foreign.targets(name) for name in names) or (part == "gate_up" and is_targeted(path, "up"))
 
     check_layers(foreign, found, is_targeted)
@@ -76,11 +76,14 @@ def _with_weight(key: str) -> str:
 
 def _part(foreign: ForeignAdapter, name: str, A: torch.Tensor | None, B: torch.Tensor | None) -> Part:
     if A is None or B is None:
-        raise ValueError(f"{foreign.file} has one of the factors lora_A and lora_B of {name} alone; it is damaged.")
+        raise ValueError(
+            f"{foreign.file} contains only one of the factors lora_A and lora_B of {name}. The file is damaged. Save "
+            "the adapter again."
+        )
     if A.dim() != 3 or B.dim() != 3 or A.shape[1] != B.shape[2]:
         raise ValueError(
-            f"{foreign.file}: the factors of {name} have shapes {list(A.shape)} and {list(B.shape)}; (E, r, in) and "
-            "(E, out, r) were expected. They are transposed, or damaged."
+            f"{foreign.file}: the factors of {name} have shapes {list(A.shape)} and {list(B.shape)}. Expected "
+            "(E, r, in) and (E, out, r). The factors are transposed, or the file is damaged. Save the adapter again."
         )
     r, alpha = rank_and_alpha(foreign.config, name)
     foreign.check_rank(name, A.shape[1], r)
@@ -91,13 +94,13 @@ def write_stacked(adapter: AdapterFile, directory: Path, base: BaseModel) -> Non
     """Writes an adapter for readers of stacked factors.
 
     Args:
-        adapter: one of this package.
-        directory: created if it isn't there.
-        base: the model that it belongs to, whose checkpoint has its stacks under the names of the modules.
+        adapter: an adapter of this package.
+        directory: output directory; created if it does not exist.
+        base: the adapter's base model, whose checkpoint stores the stacks under the names of the modules.
 
     Raises:
-        ValueError: the adapter has what these readers don't know (see `uniform`), or a layer that has no name of its
-            own in the checkpoint.
+        ValueError: the adapter has tensors that these readers do not support (see `uniform`), or a layer whose weight
+            is not a separate tensor in the checkpoint.
     """
     adapter = uniform(adapter, base)
     tensors = {}

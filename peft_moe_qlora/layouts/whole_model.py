@@ -1,4 +1,4 @@
-"""An adapter of a text model by itself, as one of the whole model that its checkpoint is of."""
+"""Converts an adapter of a text model into one of the multimodal model that its checkpoint contains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def in_whole_model(adapter: AdapterFile, base: BaseModel) -> tuple[AdapterFile, 
     """The adapter under the names of the class that the checkpoint's config names, and a model of that class.
 
     Args:
-        adapter: a uniform one (`uniform`), since patterns of ranks go by names.
+        adapter: a uniform adapter (`uniform`), because rank patterns depend on names.
         base: the model that it was trained on.
 
     Raises:
@@ -31,8 +31,9 @@ def in_whole_model(adapter: AdapterFile, base: BaseModel) -> tuple[AdapterFile, 
         found = [layer for layer in whole.layers() if layer == name or layer.endswith(f".{name}")]
         if len(found) != 1:
             raise ValueError(
-                f"{name} is a layer of {type(base.model).__name__}; {base.directory} is of "
-                f"{type(whole.model).__name__}, which has {found or 'none'} of that name. Merge the adapter instead."
+                f"{name} is a layer of {type(base.model).__name__}, but {base.directory} contains a "
+                f"{type(whole.model).__name__}, which has {found or 'no layer'} with this name. Merge the adapter "
+                "instead."
             )
         return found[0]
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: what its headers say, and reading them one at a time."""
+"""The tensors of a checkpoint: reads headers, and single tensors on demand."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ _DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be used: names the file, the key, what was found and what was expected."""
+    """A checkpoint cannot be used. The message has the file and tensor, what was found, and what was expected."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint.
+    """Header of a tensor of a checkpoint.
 
     Args:
-        key: its name.
-        file: the shard it is in.
-        shape: of the tensor.
-        dtype: None for one that torch has no name for.
-        dtype_name: as the file calls it.
+        key: name of the tensor.
+        file: path of the shard.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor; None if torch has no such dtype.
+        dtype_name: name of the dtype in the file.
     """
 
     key: str
@@ -81,19 +81,19 @@ def read_object(text: str | bytes, what: str, can_repeat: bool = False) -> dict[
     """Parses a JSON object.
 
     Args:
-        text: of the object.
+        text: JSON text.
         what: description of the object, for errors.
         can_repeat: whether names may repeat; the last one counts.
 
     Raises:
-        CheckpointError: it is not JSON, not an object, or repeats a name.
+        CheckpointError: the text is not JSON, not an object, or repeats a name.
     """
     try:
         found = json.loads(text, object_pairs_hook=dict if can_repeat else _without_repeats)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} can't be read: {error}.") from error
+        raise CheckpointError(f"{what} cannot be parsed: {error}. Expected a JSON object.") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{what} can't be read: it is a {type(found).__name__}; an object was expected.")
+        raise CheckpointError(f"{what} cannot be parsed. Expected a JSON object, found a {type(found).__name__}.")
     return found
 
 
@@ -101,7 +101,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"it has {name!r:.200} twice")
+            raise ValueError(f"the name {name!r:.200} is repeated")
         found[name] = value
     return found
 
@@ -109,7 +109,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def stored_quantization(directory: Path) -> dict[str, Any] | None:
     """The `quantization_config` in config.json, of the model or of its text model; None if there is none.
 
-    Older versions of ModelOpt wrote it to a separate file, and nothing to config.json.
+    Older versions of ModelOpt wrote it only to a separate file.
 
     Raises:
         CheckpointError: config.json is not JSON, or its `quantization_config` is not an object.
@@ -121,7 +121,7 @@ def stored_quantization(directory: Path) -> dict[str, Any] | None:
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     found = next((part["quantization_config"] for part in parts if part.get("quantization_config") is not None), None)
     if found is not None and not isinstance(found, dict):
-        raise CheckpointError(f"{file}: quantization_config={found!r:.200}; an object was expected.")
+        raise CheckpointError(f"{file}: quantization_config={found!r:.200}. Expected an object.")
     beside = directory / QUANTIZATION_NAME
     if found is None and beside.is_file():
         declared = read_object(beside.read_bytes(), str(beside), can_repeat=True).get("quantization")
@@ -131,15 +131,15 @@ def stored_quantization(directory: Path) -> dict[str, Any] | None:
 
 
 def read_weight_map(directory: Path, variant: str | None = None) -> dict[str, str] | None:
-    """The index of a checkpoint: key -> name of the shard; None for a checkpoint of one file.
+    """Reads the index of a checkpoint: key -> name of the shard; None for a checkpoint of one file.
 
     Args:
-        directory: of the checkpoint.
-        variant: of `from_pretrained`, a part of the names of the files.
+        directory: directory of the checkpoint.
+        variant: `variant` of `from_pretrained`, which is part of the file names.
 
     Raises:
-        CheckpointError: there is no checkpoint in safetensors, or there are two; the index is invalid; a shard is
-            missing, or outside of the directory, by its name or by a link.
+        CheckpointError: there is no safetensors checkpoint, or there are two; the index is invalid; or a shard is
+            missing, or outside the directory by its name or by a link.
     """
     single, index = (directory / _of_variant(name, variant) for name in (SINGLE_NAME, INDEX_NAME))
     if single.is_file():
@@ -147,40 +147,41 @@ def read_weight_map(directory: Path, variant: str | None = None) -> dict[str, st
         shard = next(directory.glob(f"{single.stem}-*-of-*{single.suffix}"), None)
         if shard is not None:
             raise CheckpointError(
-                f"{directory} has {single.name} and {shard.name}, which are of two checkpoints. Remove the one that "
-                "is left over; transformers would read the first."
+                f"{directory} has both {single.name} and {shard.name}, which belong to two checkpoints. Remove the "
+                f"files of one; transformers would read {single.name}."
             )
         check_inside(single, directory)
         return None
     if not index.is_file():
         raise CheckpointError(
-            f"{directory} has neither {index.name} nor {single.name}. A checkpoint in safetensors was expected; "
-            "pickled ones (.bin) are never read."
+            f"{directory} has neither {index.name} nor {single.name}. Expected a checkpoint in safetensors. Pickled "
+            "checkpoints (.bin) are never read; convert them first."
         )
     check_inside(index, directory)
-    found = read_object(index.read_bytes(), f"{index} is not a checkpoint index: it")
+    found = read_object(index.read_bytes(), f"{index} is not a checkpoint index: its text")
     weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index} is not a checkpoint index: weight_map={weight_map!r:.200}; an object of keys and names of "
-            "shards was expected. Download it again."
+            f"{index} is not a checkpoint index: weight_map={weight_map!r:.200}. Expected an object that maps keys to "
+            "names of shards. Download the index again."
         )
     if not isinstance(found.get("metadata"), dict):  # transformers requires it, too
         raise CheckpointError(
-            f"{index} is not a checkpoint index: metadata={found.get('metadata')!r:.200}; an object was expected."
+            f"{index} is not a checkpoint index: metadata={found.get('metadata')!r:.200}. Expected an object. "
+            "Download the index again."
         )
     for key, name in weight_map.items():
         if not is_plain_name(name):
             raise CheckpointError(
-                f"{index} says that {key!r:.200} is in {name!r:.200}; the plain name of a file in {directory} was "
-                'expected, without "..". Nothing elsewhere is read or written. Get the checkpoint from a source that '
-                "you trust."
+                f"{index} maps {key!r:.200} to {name!r:.200}. Expected the name of a file in {directory}, without "
+                '"..". Files outside the directory are neither read nor written. Use a checkpoint from a trusted '
+                "source."
             )
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index} names {', '.join(missing[:3])}, which {'is' if len(missing) == 1 else 'are'} not there "
+            f"{index} lists {', '.join(missing[:3])}, which {'does' if len(missing) == 1 else 'do'} not exist "
             f"({len(missing)} of {len(files)} shards missing). Download the checkpoint again."
         )
     for name in files:
@@ -194,15 +195,15 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 
 def check_inside(file: Path, directory: Path) -> None:
-    """Rejects a file that is a link out of the directory.
+    """Rejects a file that is a symbolic link to a file outside the directory.
 
     Raises:
-        CheckpointError: names the file, and where the link leads.
+        CheckpointError: it is one; the message has the file and the link target.
     """
     if leads_out(file, directory):
         raise CheckpointError(
-            f"{file} is a link out of {directory}, to {os.path.realpath(file)}; such links are not followed. Put the "
-            "file itself there, if you know what it is."
+            f"{file} is a link to {os.path.realpath(file)}, outside {directory}; such links are not followed. If you "
+            "trust the file, replace the link by the file itself."
         )
 
 
@@ -210,11 +211,11 @@ class Checkpoint:
     """Safetensors shards of a checkpoint: headers are read at once, values from memory-mapped files on demand.
 
     Args:
-        files: the shards, in the order in which they are to be read.
-        weight_map: key -> name of the file that an index promises it in; None without an index.
+        files: paths of the shards, in the order in which to read them.
+        weight_map: key -> name of the shard, from the index; None without an index.
 
     Raises:
-        CheckpointError: a file is missing, cut off or not of safetensors, or lacks a key that the index promises.
+        CheckpointError: a file is missing, truncated or not in safetensors, or lacks a key that the index maps to it.
     """
 
     def __init__(self, files: Iterable[str | Path], weight_map: Mapping[str, str] | None = None) -> None:
@@ -227,8 +228,8 @@ class Checkpoint:
         for key, name in (weight_map or {}).items():
             if key not in self.tensors:
                 raise CheckpointError(
-                    f"{self.files[0].parent / name} lacks the tensor {key}, which {INDEX_NAME} says it has. The index "
-                    "and the shards are not of one checkpoint; download both again."
+                    f"{self.files[0].parent / name} has no tensor {key}, which {INDEX_NAME} maps to this file. The "
+                    "index and the shards belong to different checkpoints. Download both again."
                 )
 
     @classmethod
@@ -236,7 +237,7 @@ class Checkpoint:
         """Opens the checkpoint in a directory, with or without an index.
 
         Raises:
-            CheckpointError: see the class; or there is no checkpoint in safetensors.
+            CheckpointError: see the class; or there is no safetensors checkpoint.
         """
         directory = Path(directory)
         weight_map = read_weight_map(directory)
@@ -245,12 +246,15 @@ class Checkpoint:
 
     def _read_header(self, file: Path) -> None:
         if file.suffix != ".safetensors":
-            raise CheckpointError(f"{file} is not in safetensors, the only format that is read. Convert it first.")
+            raise CheckpointError(
+                f"{file} is not a safetensors file. Expected safetensors, the only supported file format. Convert the "
+                "checkpoint first."
+            )
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file} can't be opened: {error}. It is cut off or no safetensors file; download it again."
+                f"{file} cannot be opened: {error}. It is truncated or not a safetensors file. Download it again."
             ) from error
         self._handles[file] = handle
         self.metadata[file] = handle.metadata() or {}
@@ -258,31 +262,31 @@ class Checkpoint:
             part = handle.get_slice(key)
             if key in self.tensors:
                 raise CheckpointError(
-                    f"{file} and {self.tensors[key].file} both have the tensor {key}. Remove what is left of another "
-                    "checkpoint."
+                    f"{file} and {self.tensors[key].file} both contain the tensor {key}. Expected it in one file. "
+                    "Remove the files of the other checkpoint."
                 )
             name = part.get_dtype()
             self.tensors[key] = TensorInfo(key, file, tuple(part.get_shape()), _DTYPES.get(name), name)
 
     def read(self, key: str) -> torch.Tensor:
-        """The whole tensor, on the CPU."""
+        """Reads a whole tensor to the CPU."""
         return self._handles[self.tensors[key].file].get_tensor(key)
 
     def read_slice(self, key: str, index: int) -> torch.Tensor:
-        """`tensor[index : index + 1]`, on the CPU, without reading the rest."""
+        """Reads `tensor[index : index + 1]` to the CPU, and nothing else of the tensor."""
         return self._handles[self.tensors[key].file].get_slice(key)[index : index + 1]
 
     @property
     def directory(self) -> Path:
-        """Where its config.json is."""
+        """Directory of the shards and config.json."""
         return self.files[0].parent
 
     def storage_of(self, key: str) -> Format | None:
-        """In which a weight is stored that is given decoded; None for one that is given as it is."""
+        """Storage format of a weight that `read` dequantizes; None for a weight that is returned as stored."""
         return None
 
     def position(self, key: str) -> tuple[int, int]:
-        """Sorts keys as they stand on the disk, file by file."""
+        """Sort key for the order on disk, file by file."""
         return self._positions[key]
 
     @cached_property

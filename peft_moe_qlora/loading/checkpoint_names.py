@@ -1,4 +1,4 @@
-"""Names and layout of a model's weights in its original checkpoint, for one or a few at a time."""
+"""Names and layout of a model's weights in its original checkpoint, for single tensors or a few."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class CheckpointNames:
     """transformers' reverse mapping from a model to its checkpoint, computed once for many tensors.
 
     Args:
-        model: whose parameters are named; adapters and quantization may have replaced its modules.
+        model: model whose parameters are mapped; adapters and quantization may have replaced its modules.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         loaded = [_facts(one) for one in model.__dict__.get("_weight_conversions") or ()]
-        # restores a prefix that loading has removed: a text model from a checkpoint that has towers, too
+        # restores a prefix that loading has removed, as for the text model of a multimodal checkpoint
         self._conversions = [
             one
             for one in get_model_conversion_mapping(model, add_legacy=False)
@@ -30,14 +30,14 @@ class CheckpointNames:
         self._converters = [one for one in reversed_ones if isinstance(one, WeightConverter)]
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Groups names that are converted to tensors of the checkpoint only together."""
+        """Groups names whose tensors can only be converted together."""
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(self._first_key(name) or name, []).append(name)
         return list(found.values())
 
     def is_plain(self, name: str) -> bool:
-        """Whether a tensor differs at most by its name in the checkpoint."""
+        """Whether the checkpoint has the same tensor, possibly under another name."""
         return self._first_key(name) is None
 
     def _first_key(self, name: str) -> str | None:
@@ -48,34 +48,34 @@ class CheckpointNames:
         return None
 
     def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One group under the names and in the order that it has in the checkpoint.
+        """Converts one group to the names and layout of the checkpoint.
 
         Raises:
-            ValueError: transformers can't convert them for the model in its present state.
+            ValueError: transformers can't convert the tensors for the model in its current state.
         """
         try:
             return revert_weight_conversion(_Stand(self._conversions, self.model, tensors), dict(tensors))
         except (AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{', '.join(tensors)} can't be brought into the layout of a checkpoint one by one: {error}. "
-                "Merge the adapter into a directory (peft-moe-qlora merge), and load that."
+                f"{', '.join(tensors)} cannot be converted to the layout of the checkpoint: {error}. Merge the "
+                "adapter into a new checkpoint (peft-moe-qlora merge), and load that."
             ) from error
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
-        """Name -> key of plain tensors; pass all at once, since some renamings depend on several of them."""
+        """Name -> key of plain tensors. Pass all at once, because some renamings depend on several of them."""
         in_order = list(names)
         found = self.convert({name: torch.tensor([number]) for number, name in enumerate(in_order)})
         return {in_order[number.item()]: key for key, number in found.items()}
 
     def of_parts(self, name: str, num_experts: int, num_parts: int) -> list[str] | None:
-        """The keys of all parts of a stack, expert by expert, gate before up; None if some have no key.
+        """The keys of all parts of a stack, expert by expert, gate before up; None if a part is not a tensor.
 
         Args:
-            name: of the stack.
-            num_experts: in it.
-            num_parts: matrices of equal size, stacked along the rows, that make up one of an expert.
+            name: name of the stack.
+            num_experts: number of experts in the stack.
+            num_parts: number of matrices of equal size, stacked along the rows, in the matrix of an expert.
         """
-        # numbers replace the weights, 2 x 2 for each part, so that the operations' results show the mapping
+        # numbers replace the weights, 2 x 2 for each part, and show the mapping in the converted tensors
         numbers = torch.arange(num_experts * num_parts * 4).view(num_experts, -1, 2)
         try:
             converted = self.convert({name: numbers})
@@ -106,8 +106,8 @@ class _Stand:
         tensor = self._tensors.get(name)
         if tensor is None:
             return self._model.get_parameter(name)
-        # stacks that are loaded in either orientation are published in the opposite one to their class;
-        # transformers compares shapes, and would leave them as they are
+        # classes that load stacks in either orientation are published in the opposite one; an empty shape makes
+        # transformers, which compares shapes, transpose them
         return tensor.new_empty(0) if tensor.dim() == 3 else tensor
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint quantized by another tool, presented in floating point: each tensor is decoded when read."""
+"""A floating-point view of a checkpoint quantized by another tool: each tensor is dequantized when read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .finder import SourceFinder
 
 
 class DecodedCheckpoint(Checkpoint):
-    """The weights under the keys and in the orientation of a 16-bit checkpoint, without the tensors of quantization.
+    """Weights under the keys and in the orientation of a 16-bit checkpoint, without scales and other metadata.
 
     Values are fp32: codes times scales, exact or rounded once.
 
     Args:
-        model: that the checkpoint is of, with its own experts modules, on any device.
-        checkpoint: by its headers.
+        model: model of the checkpoint, with unconverted experts modules, on any device.
+        checkpoint: the quantized checkpoint.
 
     Raises:
-        CheckpointError: see `SourceFinder`; or a weight is described in an unknown way.
+        CheckpointError: see `SourceFinder`; or the metadata of a weight is not supported.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:

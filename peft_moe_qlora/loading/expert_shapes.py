@@ -1,4 +1,4 @@
-"""The sizes of a model's experts layers, from its config alone."""
+"""The shapes of a model's experts modules, read from its config only."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ NAMES_OF_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k
 
 
 def top_k_of(config: PreTrainedConfig) -> int | None:
-    """K, None where the config calls it otherwise."""
+    """K, the number of experts per token; None if the config has it under an unknown name."""
     text = config.get_text_config(decoder=True)
     return next((getattr(text, name) for name in NAMES_OF_TOP_K if isinstance(getattr(text, name, None), int)), None)
 
 
 def read_expert_shapes(model: str | Path) -> tuple[list[ExpertsLayout], int | None]:
-    """The layouts of a model's experts that differ, and K.
+    """The distinct layouts of a model's experts modules, and K.
 
     Args:
-        model: directory of a checkpoint, or a name on the hub; its config is all that is read.
+        model: directory of a checkpoint, or a name on the hub. Only the config is read.
 
     Raises:
         CheckpointError: see `read_config`.

@@ -1,4 +1,4 @@
-"""Finds the tensors of a checkpoint that make up the stacks of a model, from the headers alone."""
+"""Maps the tensors of a checkpoint to the stacks of a model, using the headers only."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ _STACK = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 _OF_STACK = re.compile(r"\.(?:gate_up_proj|up_proj|down_proj)\.(\w+)$")
 _OF_EXPERT = re.compile(r"(.+)\.\d+\.(\w+)\.weight$")
 _PER_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""What gate, up and down projection of a single expert are called."""
+"""Names of the gate, up and down projection of a single expert."""
 
 
 def conversions_of(model: nn.Module) -> list[WeightTransform]:
-    """transformers' conversion mapping of a model, plus our additions for experts classes without one."""
+    """transformers' conversion mapping of a model, plus entries of this package for classes without a mapping."""
     return get_model_conversion_mapping(model) + checkpoint_conversions(model)
 
 
 def without_stacks(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
-    """The conversions that don't make stacks of experts: they rename, or concern other layers."""
+    """The conversions that don't create stacks of experts: renamings, and conversions of other layers."""
     return [conversion for conversion in conversions if not _STACK.search(conversion.target_patterns[0])]
 
 
 def stack_targets(model: nn.Module) -> list[Target]:
-    """All stacks of a model whose experts are not converted yet, without those that are tied to another."""
+    """All stacks of a model with unconverted experts, except stacks tied to another stack."""
     tied = getattr(model, "all_tied_weights_keys", {})
     targets = []
     for path, module in find_experts(model):
@@ -59,23 +59,23 @@ def stack_targets(model: nn.Module) -> list[Target]:
 
 
 def ignored_keys(model: nn.Module) -> list[re.Pattern]:
-    """Patterns of tensors that a model doesn't use: those its class lists, and layers for speculative decoding."""
+    """Patterns of tensors that a model doesn't use: the ones listed by its class, and speculative decoding layers."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or ())
     config = model.config.get_text_config(decoder=True)
     last, more = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
     if isinstance(last, int) and isinstance(more, int):
-        # classes list the indices of these layers in the published models
+        # a class lists the indices of these layers for the published models only
         patterns += [rf"\blayers\.{number}\." for number in range(last, last + more)]
     return [re.compile(pattern) for pattern in patterns]
 
 
 class SourceFinder:
-    """Assigns the tensors of a checkpoint to the stacks of a model.
+    """Maps the tensors of a checkpoint to the stacks of a model.
 
     Args:
-        model: with its own experts modules, on any device.
-        checkpoint: by its headers.
-        flipped: stacks that it has in the other orientation than their class, if this package has saved it.
+        model: model with unconverted experts modules, on any device.
+        checkpoint: the checkpoint; only its headers are used.
+        flipped: for a checkpoint saved by this package, the stacks stored in the opposite orientation to their class.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, flipped: Iterable[str] = ()) -> None:
@@ -89,29 +89,29 @@ class SourceFinder:
         self.by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
         self.prefix = getattr(model, "base_model_prefix", "")
         self.ignored = ignored_keys(model)
-        # suffixes of the names of stacks: the tensor names of whichever format
+        # suffixes of the names of stacks: the tensor names of any format
         stored = {found[1] for key in checkpoint.tensors if (found := _OF_STACK.search(key))}
         native = [f"{name}.{parameter}" for name in self.targets for parameter in sorted(stored | {"weight"})]
         self.names = dict.fromkeys([*model.state_dict(), *native], True)
         self.beside_stacks: dict[str, str] = {}
-        """Name in the model -> key, of biases and norms of the experts modules; known once `find` has run."""
+        """Name in the model -> key of biases and norms of the experts modules; set by `find`."""
         self.native: dict[str, str] = {}
-        """Name in the model -> key, of stacks that this package has saved; known once `find` has run."""
+        """Name in the model -> key of tensors of stacks saved by this package; set by `find`."""
         self.packed_dtype: torch.dtype = torch.uint8
-        """That bitsandbytes has written the codes of other layers as; known once `find` has run."""
+        """Dtype of the codes of other layers packed by bitsandbytes; set by `find`."""
         self.packed_beside: dict[str, PackedTensor] = {}
-        """Name in the model -> weight of another layer that is quantized, and that this package reads; likewise."""
+        """Name in the model -> quantized weight of another layer that this package reads; set by `find`."""
         self.index = PackedIndex(checkpoint, _layouts(checkpoint))
 
     def packed_names(self) -> set[str]:
-        """Names in the model of all weights that are packed as bitsandbytes does, linear layers' included."""
+        """Names in the model of all weights packed by bitsandbytes, including linear layers."""
         return {self._rename(key)[0] for key in self.index.weights() if self._is_for_bitsandbytes(key)}
 
     def _is_for_bitsandbytes(self, key: str) -> bool:
         return isinstance(self.index.layout(key), BitsAndBytesLayout)
 
     def plain_tensors(self) -> dict[str, str]:
-        """Name in the model -> key of each tensor that differs at most by its name in the checkpoint."""
+        """Name in the model -> key of each tensor that is the same in the checkpoint, possibly under another name."""
         found = {}
         for key in self.checkpoint.tensors:
             name, pattern = self._rename(key)
@@ -120,11 +120,11 @@ class SourceFinder:
         return found
 
     def saved_linear(self, model: nn.Module, storage: Format) -> dict[str, dict[str, str]]:
-        """Path of a linear layer -> name -> key, of the tensors of a storage that this package has saved of it.
+        """Path of a linear layer -> name -> key of its tensors, for linear layers saved quantized by this package.
 
         Args:
-            model: whose layers they are.
-            storage: of the layers.
+            model: model with the linear layers.
+            storage: storage format of the layers.
         """
         paths = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
         tensors = {name for path in paths for name in _tensor_names(model.get_submodule(path), storage)}
@@ -138,11 +138,11 @@ class SourceFinder:
         return dict(found)
 
     def name_of(self, key: str) -> str:
-        """What the model calls the parameter that a tensor is, or becomes a part of."""
+        """Name of the model's parameter that a tensor is, or becomes part of."""
         return self._rename(key)[0]
 
     def known_keys(self) -> set[str]:
-        """Keys of tensors that become part of a parameter of the model, packed ones' scales included."""
+        """Keys of tensors that become part of a parameter of the model, including scales."""
         known = set()
         for key in self.checkpoint.tensors:
             name, _ = self._rename(self.index.plain_key(key))
@@ -151,11 +151,11 @@ class SourceFinder:
         return known
 
     def find(self) -> Sources:
-        """All stacks' sources.
+        """The sources of all stacks.
 
         Raises:
-            CheckpointError: a stack has no tensors or not all of them, tensors are of two layouts at once, are packed
-                in an unknown way, or belong to experts that the model doesn't have.
+            CheckpointError: tensors of a stack are missing, have two different layouts, are packed in a way that is
+                not supported, or belong to experts that the model doesn't have.
         """
         plain: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
         paths = tuple(f"{target.path}." for target in self.targets.values())
@@ -183,7 +183,8 @@ class SourceFinder:
             is_of_stack = name in self.targets or name.rpartition(".")[0] in self.targets
             if name.startswith(paths) and not is_of_stack and name not in self.beside_stacks:
                 raise CheckpointError(
-                    f"The checkpoint has no tensor for {name}, which belongs to the experts. It is incomplete."
+                    f"The checkpoint has no tensor for {name}, a parameter of the experts module. It is incomplete. "
+                    "Download it again."
                 )
         self._check_packed_beside(found)
         return dict(found)
@@ -192,7 +193,7 @@ class SourceFinder:
         """Checks the packed weights of other layers.
 
         Raises:
-            CheckpointError: one can't be decoded.
+            CheckpointError: a weight can't be dequantized.
         """
         of_experts = {key for source in each_source(found) for key in source.keys}
         keys = [key for key in self.index.weights() if of_experts.isdisjoint(self.index.keys_of(key))]
@@ -203,8 +204,9 @@ class SourceFinder:
             self.packed_dtype = self.checkpoint.tensors[key].dtype
             if self.packed_dtype != self.checkpoint.tensors[others[0]].dtype:
                 raise CheckpointError(
-                    f"{self.checkpoint.tensors[others[0]]} and {self.checkpoint.tensors[key]} have their codes as "
-                    "different dtypes; one for all (bnb_4bit_quant_storage) was expected."
+                    f"{self.checkpoint.tensors[others[0]]} and {self.checkpoint.tensors[key]} store their codes in "
+                    "different dtypes. Expected the same dtype for all (bnb_4bit_quant_storage). Download the "
+                    "checkpoint again, or quantize it again with one dtype."
                 )
         for key, (name, pattern) in names.items():
             if name not in self.names or self._is_for_bitsandbytes(key):
@@ -212,15 +214,15 @@ class SourceFinder:
             if pattern is not None:
                 operations = ", ".join(type(operation).__name__ for operation in self.by_pattern[pattern].operations)
                 raise CheckpointError(
-                    f"{self.index.info(key)} is quantized, but becomes a part of {name} "
-                    f"({operations}), which can't be done to its codes. Use the checkpoint in 16 bits."
+                    f"{self.index.info(key)} is quantized, but loading it into {name} requires {operations}, which is "
+                    "not supported for quantized weights. Use the 16-bit checkpoint."
                 )
             self.packed_beside[name] = self.index.packed_tensor(key)
 
     def _rename(self, key: str) -> tuple[str, str | None]:
         name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.names)
         if name not in self.names and key in self.names:
-            # a name of the model itself is taken as it is, as transformers does
+            # names of the model itself are not renamed, as in transformers
             name, pattern = rename_source_key(key, [], [], self.prefix, self.names)
         if pattern is None and name not in self.names:
             native, _ = rename_source_key(key, self.renamings, [], self.prefix, self.names)
@@ -235,28 +237,28 @@ class SourceFinder:
             self.native[name] = key
 
     def _is_orphan(self, key: str, base: str) -> bool:
-        """Whether a tensor that describes a weight has no place of its own in the model.
+        """Whether neither a tensor of scales or other metadata nor its weight is a parameter of the model.
 
         Raises:
-            CheckpointError: the weight that it describes has, but isn't there, or isn't quantized.
+            CheckpointError: its weight is a parameter of the model, but is missing or not quantized.
         """
         name, _ = self._rename(base)
         if self._rename(key)[0] in self.names:
             return False
         if name.removesuffix(".weight") in self.targets or name in self.names:
             weight = self.checkpoint.tensors.get(base)
-            found = "which the checkpoint doesn't have" if weight is None else f"but {weight} is not quantized"
+            found = "which the checkpoint does not have" if weight is None else f"but {weight} is not quantized"
             raise CheckpointError(
-                f"{self.checkpoint.tensors[key]} describes {base}, {found}. The checkpoint is incomplete, or a "
-                "mixture of two; download it again."
+                f"{self.checkpoint.tensors[key]} belongs to {base}, {found}. The checkpoint is incomplete, or a "
+                "mixture of two. Download it again."
             )
         return True
 
     def _of_single_expert(self, name: str, pattern: str | None) -> tuple[str, str | None]:
-        """The stack that a weight of a single expert belongs to, by its usual name.
+        """The stack of a weight of a single expert, found by its usual name.
 
-        transformers has no conversion where the 16-bit checkpoints of a class are fused, but quantized ones may store
-        experts separately.
+        For classes whose 16-bit checkpoints have fused experts, transformers has no conversion of single experts, but
+        quantized checkpoints may store experts separately.
         """
         match = _OF_EXPERT.fullmatch(name)
         if pattern is not None or match is None:
@@ -271,7 +273,7 @@ class SourceFinder:
                 continue
             sources = [f"{path}.*.{one}.weight" for one, of_stack in zip(names, stacks) if of_stack == stack]
             joins = [Concatenate(dim=1)] if len(sources) > 1 else []
-            if len(sources) not in (1, target.parts):  # interleaved, which codes in blocks can't be
+            if len(sources) not in (1, target.parts):  # interleaved; codes in blocks can't be interleaved
                 continue
             if sources[0] not in self.by_pattern:
                 converter = WeightConverter(sources, target.name, [MergeModulelist(dim=0), *joins])
@@ -285,8 +287,9 @@ class SourceFinder:
         for target in self.targets.values():
             if name.startswith(f"{target.path}."):
                 raise CheckpointError(
-                    f"{self.checkpoint.tensors[key]} belongs to the experts {target.path}, but fits none of their "
-                    f"tensors. Checkpoint and config don't belong together, or the layout is unknown."
+                    f"{self.checkpoint.tensors[key]} belongs to the experts module {target.path}, but matches none of "
+                    f"its parameters. Checkpoint and config do not match, or the layout is not supported. Use the "
+                    f"original checkpoint of the model."
                 )
 
     def _source(self, target: Target, plain: dict) -> Source:
@@ -295,15 +298,15 @@ class SourceFinder:
         if of_target and lists:
             self._refuse_mixture(target, next(iter(of_target.values())), next(iter(lists.values()))[0])
         if of_target:
-            # by the names that they were saved under: the model may be a submodule of the saved one, or contain it
+            # compare the names in the checkpoint: the model may be a submodule of the saved one, or contain it
             is_flipped = any(key.rpartition(".")[0] in self.flipped for key in of_target.values())
             return NativeSource(target, of_target, is_flipped)
         if not lists:
             raise CheckpointError(
-                f"The checkpoint has no tensor for {target.name} (looked through "
+                f"The checkpoint has no tensor for {target.name} (searched "
                 f"{len(self.checkpoint.tensors)} tensors in {len(self.checkpoint.files)} files of "
-                f"{self.checkpoint.files[0].parent}). It is incomplete, of another model, or of an unknown layout; a "
-                "key_mapping isn't applied to experts."
+                f"{self.checkpoint.files[0].parent}). It is incomplete, belongs to another model, or has an "
+                "unsupported layout. Use the original checkpoint of the model; key_mapping does not apply to experts."
             )
         keys = [key for keys in lists.values() for key in keys]
         are_packed = [key in self.index for key in keys]
@@ -316,7 +319,7 @@ class SourceFinder:
         return PackedSource(target, tensors, converter, turn)
 
     def _lists(self, target: Target, plain: dict) -> tuple[dict[str, list[str]], WeightConverter | None, int]:
-        """Keys by source pattern, in the converter's order; the converter; which of its targets this is."""
+        """Keys by source pattern, in the converter's order; the converter; the index of the stack in its targets."""
         by_pattern = plain.get(target.name, {})
         if not by_pattern:
             for converter in self.converters:
@@ -336,8 +339,8 @@ class SourceFinder:
 
     def _refuse_mixture(self, target: Target, one: str, other: str) -> None:
         raise CheckpointError(
-            f"{self.index.info(one)} and {self.index.info(other)} are both for {target.name}, but in "
-            "different layouts or storages. The checkpoint is a mixture of two; download it again."
+            f"{self.index.info(one)} and {self.index.info(other)} both belong to {target.name}, but have "
+            "different layouts or storages. The checkpoint is a mixture of two. Download it again."
         )
 
 
@@ -353,8 +356,9 @@ def _tensor_names(layer: nn.Linear, storage: Format) -> Iterable[str]:
 
 
 def _in_order(converter: WeightConverter, by_pattern: dict[str | None, list[str]]) -> dict[str, list[str]]:
-    """The keys that are there, in the converter's order.
+    """The keys found for each pattern, in the converter's order.
 
-    Patterns may have none: weights in floating point have no scales. Where one is needed, the stack's shape shows it.
+    A pattern may have no keys: floating-point weights have no scales. If required keys are missing, the check of the
+    stack's shape fails.
     """
     return {pattern: by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern}

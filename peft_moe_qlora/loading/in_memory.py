@@ -1,4 +1,4 @@
-"""Quantizing the experts of a model that is in memory already."""
+"""Quantizes the experts of a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .restoring import ExpertsQuantizer, transformers_models
 
 
 class InMemoryQuantizer(MoeQuantizer):
-    """Tells transformers that experts were quantized after loading: `save_pretrained` and `dequantize` work.
+    """The quantizer of a model whose experts were quantized after loading; supports saving and `dequantize`.
 
     Args:
-        inner: the quantizer that the model was loaded with, which still handles its other layers.
-        storage: of the experts.
+        inner: the quantizer that loaded the model, which still handles the other layers.
+        storage: storage format of the experts.
     """
 
     has_loaded_experts = False
@@ -41,19 +41,21 @@ class InMemoryQuantizer(MoeQuantizer):
 
 
 class UnsavableQuantizer(ExpertsQuantizer):
-    """Makes `save_pretrained` refuse: experts that were taken over, in a storage or beside one that we can't load.
+    """The quantizer of a model that `save_pretrained` rejects, because this package could not load it again.
+
+    Its experts are not quantized, or its other layers are quantized by a method other than bitsandbytes in 4 bits.
 
     Args:
-        inner: the quantizer that the model was loaded with.
-        is_packed: whether the experts are.
+        inner: the quantizer that loaded the model.
+        is_packed: whether the experts are quantized.
     """
 
     def __init__(self, inner: HfQuantizer | None, is_packed: bool) -> None:
         config = QuantizationConfigMixin(None) if inner is None else copy.copy(inner.quantization_config)
-        # transformers' refusal quotes this
+        # transformers includes this in its error
         config.quant_method = (
-            "peft-moe-qlora in memory (before save_pretrained call merge_and_unload(dtype=torch.bfloat16), or without "
-            "an adapter model.dequantize())"
+            "peft-moe-qlora in memory (call merge_and_unload(dtype=torch.bfloat16), or without an adapter "
+            "model.dequantize(), before save_pretrained)"
         )
         super().__init__(config)
         self.inner = inner
@@ -81,7 +83,7 @@ def store_experts(model: nn.Module, storage: Format | None, progressbar: bool) -
 
 
 def register_storage(model: nn.Module, storage: Format | None) -> None:
-    """Tells transformers how the experts of a model are stored, unless it has loaded them that way."""
+    """Sets the quantizer of a model whose experts were converted after loading; one set by loading is kept."""
     models = transformers_models(model)
     if any(type(getattr(part, "hf_quantizer", None)) is MoeQuantizer for part in models):
         return
@@ -95,12 +97,12 @@ def register_storage(model: nn.Module, storage: Format | None) -> None:
         else:
             part.hf_quantizer = UnsavableQuantizer(quantizer, storage is not None)
         if storage is not None:
-            # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
+            # keeps Trainer from wrapping the model in nn.DataParallel, which can't replicate packed weights
             part.is_loaded_in_4bit = True
 
 
 def _quantizers(models: list[PreTrainedModel]) -> dict[PreTrainedModel, HfQuantizer | None]:
-    """The quantizer of each model's layers: transformers sets it on the model that it has loaded, not on its parts."""
+    """The quantizer of each model. transformers sets it on the loaded model, but not on its submodels."""
     found: dict[PreTrainedModel, HfQuantizer | None] = {}
     for model in models:  # outer ones first
         quantizer = getattr(model, "hf_quantizer", None) or found.get(model)

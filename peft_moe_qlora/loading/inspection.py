@@ -1,4 +1,4 @@
-"""The contents of a checkpoint and the memory to train it, from its config and headers alone."""
+"""Reports the contents of a checkpoint and the memory for training, from its config and headers only."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .sources import NativeSource, Source
 
 @dataclass(frozen=True)
 class StackGroup:
-    """Stacks that differ in their layer only.
+    """Stacks that differ only in their layer.
 
     Args:
-        path: of the stack, with N for the layer.
-        count: how many there are.
-        class_name: of the experts module.
-        shape: `(E, rows, columns)` of each.
-        layout: orientation, gate and bias, in words.
-        found: how the checkpoint has them.
-        dense_nbytes: of all in 16 bits.
-        packed_nbytes: of all as they would be stored; what the checkpoint has packed stays as it is.
-        adapter_parameters: of all, at the rank asked for.
+        path: path of the stack, with N for the layer.
+        count: number of stacks.
+        class_name: class of the experts module.
+        shape: `(E, rows, columns)` of each stack.
+        layout: orientation, interleaving, bias and gate, in words.
+        found: storage in the checkpoint.
+        dense_nbytes: size of all stacks in 16 bits.
+        packed_nbytes: size of all stacks when loaded; stacks that are packed in the checkpoint stay unchanged.
+        adapter_parameters: number of LoRA parameters on all stacks, at the requested rank.
     """
 
     path: str
@@ -54,15 +54,15 @@ class Inspection:
     """Result of `inspect_checkpoint`; prints as tables, `to_dict` returns plain data.
 
     Args:
-        model_class: that the checkpoint's config names.
-        quantization: `quant_method` of the checkpoint, None for none.
-        num_files: shards.
-        stacks: of the experts.
-        linear_weights: number of weights in linear layers that are stored in fewer than 16 bits, or would be.
+        model_class: model class named in the config.
+        quantization: `quant_method` of the checkpoint, None for an unquantized one.
+        num_files: number of shards.
+        stacks: the stacks of the experts.
+        linear_weights: number of weights in linear layers that are quantized in the checkpoint or when loaded.
         other_weights: number of all other weights.
-        linear_adapter_parameters: at the rank asked for.
-        memory: what training needs.
-        settings: what was asked for.
+        linear_adapter_parameters: number of LoRA parameters on linear layers, at the requested rank.
+        memory: estimate of the memory for training.
+        settings: the arguments of `inspect_checkpoint`.
     """
 
     model_class: str
@@ -100,11 +100,11 @@ class Inspection:
             [
                 f"{self.model_class} in {self.num_files} file(s){quantized}",
                 tabulate(rows, header, disable_numparse=True),
-                f"other layers: {self.linear_weights:,} weights in linear layers, {self.other_weights:,} elsewhere",
-                f"adapter: {of_experts:,} parameters on experts at rank {settings['expert_r']}, "
-                f"{self.linear_adapter_parameters:,} on linear layers at rank {settings['r']}",
-                f"training, {settings['batch']} x {settings['seq']} tokens, with gradient checkpointing "
-                f"{'of all but the experts' if settings['keep_experts'] else 'by layer'}, about:",
+                f"other weights: {self.linear_weights:,} in quantized linear layers, {self.other_weights:,} elsewhere",
+                f"adapter parameters: {of_experts:,} on experts (rank {settings['expert_r']}), "
+                f"{self.linear_adapter_parameters:,} on linear layers (rank {settings['r']})",
+                f"estimated memory for training with {settings['batch']} x {settings['seq']} tokens and gradient "
+                f"checkpointing {'of all but the experts' if settings['keep_experts'] else 'by layer'}:",
                 self.memory.table(),
             ]
         )
@@ -119,26 +119,26 @@ def inspect_checkpoint(
     batch: int = 1,
     keep_experts: bool = False,
 ) -> Inspection:
-    """Reports the contents and memory needs of a checkpoint without loading weights.
+    """Reports the contents of a checkpoint and its memory for training, without loading weights.
 
     Args:
-        directory: of the checkpoint, in safetensors, with its config.
-        storage: that experts in floating point would get.
+        directory: directory of a safetensors checkpoint with config.json.
+        storage: storage format for experts in floating point.
         r: rank on linear layers.
         expert_r: rank on experts; by default `r`.
-        seq: tokens in a sequence.
-        batch: sequences in a step.
-        keep_experts: training is with `use_gradient_checkpointing="keep-experts"`.
+        seq: number of tokens per sequence.
+        batch: number of sequences per step.
+        keep_experts: whether training uses `use_gradient_checkpointing="keep-experts"`.
 
     Raises:
         CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
-        ValueError: the model has no routed experts, or of a class that is not supported.
+        ValueError: the model has no routed experts, or the class of the experts is not supported.
     """
     expert_r = r if expert_r is None else expert_r
     if not Path(directory).is_dir():
         raise ValueError(
-            f"{directory} is not a directory. Name the directory of a checkpoint; a config.json or the name of a "
-            "well-known model needs --card."
+            f"{directory} is not a directory. Expected the directory of a checkpoint. For a config.json or the name "
+            "of a well-known model, use --card."
         )
     opened = OpenedCheckpoint.open(directory)
     model, saved = opened.model, opened.saved
@@ -180,7 +180,7 @@ def inspect_checkpoint(
     of_experts = sum(prod(source.target.shape) for found in groups.values() for source, _, _ in found)
     sizes = opened.sizes(double_quant)
     settings = Settings(
-        # what is packed stays as it is
+        # weights packed in the checkpoint stay unchanged
         storage if opened.quantization is None else None,
         r,
         expert_r,

@@ -1,4 +1,4 @@
-"""Loads quantized models: from any supported checkpoint, and into a model built on the meta device."""
+"""Loads quantized models: from any supported checkpoint, or into a model created on the meta device."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ def load_quantized(
 
     Args:
         model_id: a directory, or a name on the hub.
-        quantization_config: for an unquantized checkpoint; by default `MoeQuantizationConfig()`. Given for one that
-            others than bitsandbytes have quantized, experts in another storage are decoded and stored anew.
-        model_class: whose `from_pretrained` loads. Default: the class that the checkpoint names.
-        kwargs: of `from_pretrained`; without `config`, values of the model's config among them. `dtype`, or by its old
-            name `torch_dtype`, is `torch.bfloat16` by default.
+        quantization_config: configuration for an unquantized checkpoint, by default `MoeQuantizationConfig()`. For a
+            checkpoint quantized by a tool other than bitsandbytes, experts in another storage are requantized to this.
+        model_class: class whose `from_pretrained` is called. Default: the class named in the checkpoint's config.
+        kwargs: arguments of `from_pretrained`; without `config`, also values of the model's config. `dtype`, or
+            `torch_dtype` as it was named before, is `torch.bfloat16` by default.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: `quantization_config` is of another kind, or given for a checkpoint that bitsandbytes or this
-            package has quantized already; or see `check_skipped`.
+        ValueError: `quantization_config` has another type, or is given for a checkpoint already quantized by
+            bitsandbytes or this package; or see `check_skipped`.
         CheckpointError: see `readable_quantization`, `read_weight_map`, `Checkpoint` and `SourceFinder`.
     """
     if not isinstance(quantization_config, (MoeQuantizationConfig, type(None))):
         raise ValueError(
-            f"quantization_config is a {type(quantization_config).__name__}; a MoeQuantizationConfig was expected. "
-            "Others don't reach the experts."
+            f"quantization_config is a {type(quantization_config).__name__}. Expected a MoeQuantizationConfig; other "
+            "configurations do not quantize experts."
         )
     config, dtype = kwargs.pop("config", None), kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype or torch.bfloat16
@@ -75,7 +75,7 @@ def load_quantized(
     directory = Path(model_id, of_hub.get("subfolder") or "")
     if directory.is_dir():
         stored_quantization(directory)
-        read_weight_map(directory, kwargs.get("variant"))  # transformers would open any path that an index names
+        read_weight_map(directory, kwargs.get("variant"))  # transformers would open any path in an index
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         kwargs |= of_hub
@@ -86,8 +86,8 @@ def load_quantized(
     if found is not None and quantization_config is not None:
         if quant_method(found) in ("bitsandbytes", QUANT_METHOD):
             raise ValueError(
-                f"{model_id} is quantized already ({quant_method(found)}), and its experts are loaded as they are. "
-                "Leave quantization_config out."
+                f"{model_id} is already quantized ({quant_method(found)}), and its experts are loaded unchanged. "
+                "Remove the argument quantization_config."
             )
         _set_quantization(config, None)
     elif found is None:
@@ -101,14 +101,14 @@ def load_quantized(
 
 
 def readable_quantization(config: PreTrainedConfig, place: str | Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a checkpoint, None for one in floating point.
+    """The `quantization_config` of a checkpoint, None for an unquantized one.
 
     Args:
-        config: of the model.
+        config: config of the model.
         place: directory or name of the checkpoint, for errors.
 
     Raises:
-        CheckpointError: its experts are in a storage that is not read.
+        CheckpointError: the storage of the experts is not supported.
     """
     found = quantization_of(config)
     refuse_unreadable(found, place)
@@ -125,13 +125,13 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def _declare_stored(config: PreTrainedConfig, directory: Path) -> None:
-    """Adds to the config of a model a quantization that only a file beside its config.json declares."""
+    """Adds a quantization declared in a separate file to the config of a model."""
     if quantization_of(config) is None and (found := stored_quantization(directory)) is not None:
         _set_quantization(config, found)
 
 
 def _set_quantization(config: PreTrainedConfig, found: dict[str, Any] | None) -> None:
-    """Sets the `quantization_config` of a model's config and removes those of its parts; None for unquantized."""
+    """Sets the `quantization_config` of a model's config, None for none, and removes that of its text config."""
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
@@ -140,11 +140,11 @@ def _set_quantization(config: PreTrainedConfig, found: dict[str, Any] | None) ->
 
 
 def read_config(directory: str | Path) -> PreTrainedConfig:
-    """The config of a checkpoint.
+    """Reads the config of a checkpoint.
 
     Raises:
         CheckpointError: config.json is not JSON, or its `quantization_config` is not an object.
-        OSError: there is none.
+        OSError: there is no config.json.
     """
     stored_quantization(Path(directory))
     config = AutoConfig.from_pretrained(directory)
@@ -153,10 +153,10 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
 
 
 def saved_config(directory: Path) -> MoeQuantizationConfig | None:
-    """The configuration of a checkpoint that this package has saved; None for any other.
+    """The configuration of a checkpoint saved by this package; None for any other checkpoint.
 
     Raises:
-        CheckpointError: config.json can't be read, or the experts are in a storage that is not read.
+        CheckpointError: config.json is invalid, or the storage of the experts is not supported.
     """
     found = stored_quantization(directory)
     refuse_unreadable(found, directory)
@@ -169,10 +169,10 @@ def saved_config(directory: Path) -> MoeQuantizationConfig | None:
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class that a checkpoint's config names.
+    """The model class named in a checkpoint's config.
 
     Raises:
-        ValueError: it names none that transformers has.
+        ValueError: transformers has no such class.
     """
     for name in config.architectures or ():
         model_class = getattr(transformers, str(name), None)
@@ -181,8 +181,8 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM._model_mapping[type(config)]
     raise ValueError(
-        f"The config names the classes {config.architectures}, none of which transformers {transformers.__version__} "
-        "has. Upgrade transformers, or pass model_class."
+        f"transformers {transformers.__version__} has none of the classes in the config: {config.architectures}. "
+        "Upgrade transformers, or pass model_class."
     )
 
 
@@ -197,22 +197,22 @@ def load_experts(
 ) -> None:
     """Loads and quantizes the experts of a model on the meta device from a checkpoint; other layers stay unchanged.
 
-    For code that builds models without `from_pretrained`: `accelerate.load_checkpoint_and_dispatch` can load the other
-    layers, but not fused experts.
+    For code that creates models without `from_pretrained`: `accelerate.load_checkpoint_and_dispatch` can load the
+    other layers, but not fused experts.
 
     Args:
-        model: built under `torch.device("meta")`, say; its experts modules are replaced by `QuantizedExperts`.
-        directory: of the checkpoint, in safetensors.
-        storage: of the experts, where the checkpoint has them in floating point; None for `dtype`. A quantized
-            checkpoint has its own.
-        device: where the stacks are put.
-        dtype: that the experts are cast to before they are quantized. Default: that of the model's parameters.
+        model: model created under `torch.device("meta")`; its experts modules are replaced by `QuantizedExperts`.
+        directory: directory of a safetensors checkpoint.
+        storage: storage format for experts in floating point; None for `dtype`. Experts that are quantized in the
+            checkpoint keep their storage.
+        device: device of the stacks.
+        dtype: dtype to which experts are cast before quantization. Default: the dtype of the model's parameters.
         skip_modules: experts modules to leave in `dtype`: paths, ends of paths or regular expressions.
-        progressbar: show one.
+        progressbar: whether to show a progress bar.
 
     Raises:
         CheckpointError: see `saved_config`, `Checkpoint` and `SourceFinder`; the model is then unchanged. Or a weight
-            is not finite, after which the model is of no use.
+            is not finite; the model is then unusable.
         ValueError: an experts class is not supported, or see `keep_linear_as_stored`, `check_skipped` and
             `attach_empty_experts`; the model is then unchanged.
     """
@@ -242,7 +242,7 @@ def load_experts(
     fill_experts(model, sources, checkpoint, progressbar)
     for name, key in finder.beside_stacks.items():
         module_path, _, parameter_name = name.rpartition(".")
-        # a copy: on the CPU, tensors are memory-mapped, and would change with the file
+        # copied, because tensors on the CPU are memory-mapped and would change with the file
         value = checkpoint.read(key).to(device, dtype or model.get_parameter(name).dtype, copy=True)
         setattr(model.get_submodule(module_path), parameter_name, nn.Parameter(value, requires_grad=False))
     packed = [module for module in model.modules() if isinstance(module, QuantizedStack)]

@@ -1,4 +1,4 @@
-"""Linear layers that a checkpoint has quantized: kept as they are, or decoded once the rest of the model is loaded."""
+"""Linear layers quantized in the checkpoint: loaded unchanged, or dequantized after the rest of the model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class PackedWeight(NamedTuple):
     """A weight that is read after transformers has loaded the others.
 
     Args:
-        name: of the parameter in the model.
-        packed: where it comes from.
-        template: the parameter to create from it; None where its codes are kept.
+        name: name of the parameter in the model.
+        packed: the weight in the checkpoint.
+        template: the parameter to create from the dequantized weight; None if its codes are kept.
     """
 
     name: str
@@ -34,7 +34,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def tensor_names(self) -> list[str]:
-        """Names for which transformers must find no tensors."""
+        """Names in the model that transformers must not find in the checkpoint."""
         path = self.name if self.template is not None else self.name.rpartition(".")[0]
         return [f"{path}.{name}" for name in self.packed.storage.tensors(*self.packed.shape)]
 
@@ -42,17 +42,17 @@ class PackedWeight(NamedTuple):
 def attach_packed_weights(
     model: nn.Module, found: Mapping[str, PackedTensor], keeps_codes: bool, skip_modules: list[str] | None = None
 ) -> list[PackedWeight]:
-    """Creates places for quantized weights in a model on the meta device, under names not found in the checkpoint.
+    """Creates modules for quantized weights in a model on the meta device, under names not found in the checkpoint.
 
     Args:
-        model: changed in place: plain linear layers are replaced by `QuantizedLinear`, if codes are kept; of all other
-            modules the parameter is hidden until `fill_packed_weights`.
+        model: changed in place: if codes are kept, plain linear layers are replaced by `QuantizedLinear`; in all other
+            modules, a placeholder replaces the parameter until `fill_packed_weights`.
         found: name of the parameter -> weight.
-        keeps_codes: whether the codes stay as they are.
-        skip_modules: modules to be decoded, whatever `keeps_codes` says.
+        keeps_codes: whether to keep the codes.
+        skip_modules: modules to dequantize even if `keeps_codes`.
 
     Raises:
-        CheckpointError: a weight is of another shape than its parameter; the model is of no use then.
+        CheckpointError: a weight and its parameter have different shapes; the model is then unusable.
     """
     weights = []
     for name, packed in found.items():
@@ -61,8 +61,8 @@ def attach_packed_weights(
         parameter = module._parameters[parameter_name]
         if len(packed.shape) != 2 or packed.shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{packed.key} is a quantized weight of shape {list(packed.shape)}, but {name} is "
-                f"{list(parameter.shape)}. Checkpoint and config don't belong together."
+                f"{packed.key} is a quantized weight of shape {list(packed.shape)}. Expected {list(parameter.shape)} "
+                f"for {name}. Checkpoint and config do not match; download both again."
             )
         # a subclass may use its weight differently
         is_skipped = not should_convert_module(path, skip_modules)
@@ -88,11 +88,11 @@ def attach_saved_linear(model: nn.Module, finder: SourceFinder, storage: Format)
 
     Args:
         model: changed in place; transformers' loader then finds the tensors under their names.
-        finder: of the checkpoint.
-        storage: of those layers.
+        finder: finder of the checkpoint.
+        storage: storage format of those layers.
 
     Raises:
-        CheckpointError: a layer lacks a tensor, or has one of another shape or dtype.
+        CheckpointError: a tensor of a layer is missing, or has another shape or dtype.
     """
     for path, keys in finder.saved_linear(model, storage).items():
         module = model.get_submodule(path)
@@ -103,13 +103,14 @@ def attach_saved_linear(model: nn.Module, finder: SourceFinder, storage: Format)
         for name, spec in storage.tensors(module.out_features, module.in_features).items():
             if name not in keys:
                 raise CheckpointError(
-                    f"The checkpoint has {next(iter(keys.values()))}, but not {path}.{name}, which belongs to it."
+                    f"The checkpoint has {next(iter(keys.values()))}, but not {path}.{name} of the same layer. It is "
+                    "incomplete; save or download it again."
                 )
             info = finder.checkpoint.tensors[keys[name]]
             if (info.shape, info.dtype) != (tuple(spec.shape), spec.dtype):
                 raise CheckpointError(
-                    f"{info} doesn't fit the layer {path} stored as {storage}: {spec.dtype} {list(spec.shape)} was "
-                    "expected."
+                    f"{info} does not match the layer {path} stored as {storage}. Expected {spec.dtype} "
+                    f"{list(spec.shape)}. Save or download the checkpoint again."
                 )
         layer.bias = bias
         _replace(model, path, layer)
@@ -123,11 +124,11 @@ def _replace(model: nn.Module, path: str, layer: QuantizedLinear) -> None:
 
 @torch.no_grad()
 def fill_packed_weights(model: nn.Module, weights: list[PackedWeight], checkpoint: Checkpoint) -> None:
-    """Reads quantized weights into the places that `attach_packed_weights` has created, on their devices.
+    """Reads quantized weights into the modules created by `attach_packed_weights`, on their devices.
 
     Raises:
         CheckpointError: see `PackedTensor.read`.
-        ValueError: a place is offloaded.
+        ValueError: a module is offloaded.
     """
     for name, packed, template in tqdm(weights, desc="Reading quantized layers", unit="layer", delay=PATIENCE):
         path, _, parameter_name = name.rpartition(".")
@@ -135,8 +136,8 @@ def fill_packed_weights(model: nn.Module, weights: list[PackedWeight], checkpoin
         holder = module if template is None else module._modules[parameter_name]
         if any(tensor.is_meta for tensor in holder.parameters()):
             raise ValueError(
-                f"{name} is to be offloaded to the CPU or the disk, which quantized weights can't be. Give the model "
-                "more memory (device_map, max_memory), or use device_map='cpu'."
+                f"device_map offloads {name} to the CPU or the disk, which is not supported for quantized weights. "
+                "Allow more GPU memory (device_map, max_memory), or use device_map='cpu'."
             )
         tensors = packed.read(checkpoint)
         if template is None:
@@ -153,22 +154,22 @@ def _parameter(weight: torch.Tensor, template: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(weight, requires_grad=False)
     options: dict[str, Any] = dict(template.__dict__)
     options.pop("_is_hf_initialized", None)
-    # moving it is what quantizes it
+    # `to` quantizes the weight
     return Params4bit(weight, requires_grad=False, **options).to(weight.device)
 
 
 def linear_storage(weights: list[PackedWeight]) -> Format | None:
-    """The storage of the layers whose codes are kept; None for none.
+    """The storage format of the layers whose codes are kept; None if there are no such layers.
 
     Raises:
-        CheckpointError: there are two.
+        CheckpointError: the layers have different formats.
     """
     kept = [weight for weight in weights if weight.template is None]
     for weight in kept:
         if weight.packed.storage != kept[0].packed.storage:
             raise CheckpointError(
-                f"{weight.name} is stored as {weight.packed.storage} and {kept[0].name} as {kept[0].packed.storage}; "
-                "one storage for all linear layers was expected. Load them in 16 bits "
-                "(MoeQuantizationConfig(storage='as stored', packed_linear='16 bits'))."
+                f"{weight.name} is stored as {weight.packed.storage} and {kept[0].name} as {kept[0].packed.storage}. "
+                "Expected one storage for all linear layers. Load them in 16 bits: "
+                "MoeQuantizationConfig(storage='as stored', packed_linear='16 bits')."
             )
     return kept[0].packed.storage if kept else None

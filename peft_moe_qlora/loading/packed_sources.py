@@ -18,16 +18,17 @@ _REARRANGING = ("MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionEx
 
 
 class PackedSource(Source):
-    """Weights quantized by other tools, one for each expert and projection or one for all experts.
+    """Weights quantized by other tools, one tensor per expert and projection, or one for all experts.
 
-    Codes and scales are loaded unchanged, those of gate and up projection concatenated. bitsandbytes' scales in 8 bits
-    are decoded, as it does at run time: a stack has one mean of scales per expert, but here each half has one.
+    Codes and scales are loaded unchanged; those of gate and up projection are concatenated. 8-bit scales of
+    bitsandbytes are decoded, as bitsandbytes does at run time: a stack can store one mean of scales per expert, but
+    these checkpoints have one each for gate and up projection.
 
     Args:
         target: the stack.
-        lists: source pattern -> packed tensors in the order of the experts; a single one may stand for all.
-        converter: of transformers' mapping; None where the tensor is the stack.
-        turn: which of the stacks that share the lists this is, counted from 0.
+        lists: source pattern -> packed tensors in the order of the experts, or a single tensor of all experts.
+        converter: converter of transformers' mapping; None if the tensor is the stack.
+        turn: index of this stack among the stacks that share the lists.
 
     Raises:
         CheckpointError: experts are missing, or the codes can't be concatenated without decoding them.
@@ -47,8 +48,8 @@ class PackedSource(Source):
         packed = [tensor for tensors in self.lists for tensor in tensors]
         if self.is_fused and len(packed) > 1:
             raise CheckpointError(
-                f"{packed[0].key} and {packed[1].key} are both of the stack {target.name}, of which one for all "
-                "experts was expected."
+                f"{packed[0].key} and {packed[1].key} both belong to the stack {target.name}. Expected one tensor for "
+                "all experts. Use the 16-bit checkpoint."
             )
         self.storage = packed[0].storage
         self.description = packed[0].description
@@ -56,12 +57,13 @@ class PackedSource(Source):
         for tensor in packed:
             if tensor.storage != self.storage:
                 raise CheckpointError(
-                    f"{tensor.key} is stored as {tensor.storage} and {packed[0].key} as {self.storage}, but both are "
-                    f"of the stack {target.name}."
+                    f"{tensor.key} is stored as {tensor.storage} and {packed[0].key} as {self.storage}. Expected one "
+                    f"storage for the stack {target.name}. Use the 16-bit checkpoint."
                 )
             if self.is_fused and tensor.shape[0] != target.num_experts:
                 raise CheckpointError(
-                    f"{tensor.key} holds {tensor.shape[0]} experts; {target.name} has {target.shape}."
+                    f"{tensor.key} contains {tensor.shape[0]} experts. Expected {target.num_experts} for "
+                    f"{target.name} of shape {target.shape}. Checkpoint and config do not match; download both again."
                 )
         if not self.is_fused:
             for tensors in self.lists:
@@ -71,34 +73,35 @@ class PackedSource(Source):
         self.is_transposed = self._orientation(converter)
 
     def _orientation(self, converter: WeightConverter | None) -> bool:
-        """How a matrix is stored, given that codes can be concatenated but not rearranged."""
+        """Whether matrices are stored `(in, out)`. Codes can be concatenated, but not rearranged."""
         firsts = [tensors[0 if self.is_fused else self.first_expert] for tensors in self.lists]
         for tensors, first in zip(self.lists, firsts):
             for tensor in tensors[self.first_expert :][: self.target.num_experts]:
                 if tensor.shape != first.shape:
                     raise CheckpointError(
-                        f"{tensor.key} is of shape {list(tensor.shape)} and {first.key} of {list(first.shape)}, but "
-                        f"both are of the stack {self.target.name}."
+                        f"{tensor.key} has shape {list(tensor.shape)} and {first.key} has {list(first.shape)}. "
+                        f"Expected equal shapes in the stack {self.target.name}. Download the checkpoint again."
                     )
         operations = [] if converter is None else converter.operations
         unknown = [op for op in operations if type(op).__name__ not in (*_REARRANGING, "Transpose")]
-        what = f"the operation {unknown[0]}" if unknown else self._why_not_joined(firsts)
-        if what is not None:
+        reason = f"the operation {unknown[0]} would rearrange codes" if unknown else self._why_not_joined(firsts)
+        if reason is not None:
             raise CheckpointError(
-                f"{firsts[0].key}: {self.target.name} can't be made of packed weights because of {what}. Load the "
-                "unquantized checkpoint with MoeQuantizationConfig."
+                f"{firsts[0].key}: {self.target.name} cannot be loaded from quantized weights, because {reason}. Load "
+                "the unquantized checkpoint with MoeQuantizationConfig."
             )
         rows, columns = sum(tensor.shape[-2] for tensor in firsts), firsts[0].shape[-1]
         if firsts[0].is_out_in:
             if (rows, columns) != self.target.stored_shape(False)[1:]:
-                found = f"{firsts[0].key} and its like, (out, in) each,"
+                found = f"{firsts[0].key} and the corresponding tensors, stored (out, in),"
                 raise misfit(self.target, converter, self.patterns, found, (rows, columns), False)
             return False
         transposes = [op for op in operations if isinstance(op, Transpose)]
         expected = self.target.shape[1:]
         as_declared = (rows, columns) == expected and (not transposes or transposes[0].check_dims)
         if not as_declared and (not transposes or (columns, rows) != expected):
-            raise misfit(self.target, converter, self.patterns, f"{firsts[0].key} and its like", (rows, columns))
+            found = f"{firsts[0].key} and the corresponding tensors"
+            raise misfit(self.target, converter, self.patterns, found, (rows, columns))
         return self.target.is_transposed == as_declared
 
     def _why_not_joined(self, firsts: list[PackedTensor]) -> str | None:
@@ -108,7 +111,7 @@ class PackedSource(Source):
         reason = next((reason for reason in reasons if reason is not None), None)
         are_parts = firsts[0].is_out_in and not self.is_fused
         if reason is None and are_parts and len(firsts) not in (1, self.target.parts):
-            return f"its {len(firsts)} parts, where blocks of {self.storage} may span {self.target.parts}"
+            return f"it consists of {len(firsts)} parts, and {self.storage} supports 1 or {self.target.parts} here"
         return reason
 
     def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
@@ -120,11 +123,11 @@ class PackedSource(Source):
             stack.set_tensors(expert, tensors)
 
     def read_each(self, checkpoint: Checkpoint, experts: range | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """What is stored of each expert, by the format's names, on the CPU.
+        """Yields the stored tensors of each expert, by the format's names, on the CPU.
 
         Args:
-            checkpoint: where the keys are.
-            experts: their numbers; None for all.
+            checkpoint: the checkpoint.
+            experts: indices of the experts; None for all.
 
         Raises:
             CheckpointError: see `PackedTensor.read`.
@@ -139,10 +142,10 @@ class PackedSource(Source):
 
 
 class RequantizedSource(Source):
-    """Weights quantized by other tools, decoded one expert at a time and stored in another format.
+    """Weights quantized by other tools that are requantized to another format, one expert at a time.
 
     Args:
-        packed: where they come from.
+        packed: source of the quantized weights.
     """
 
     def __init__(self, packed: PackedSource) -> None:
@@ -163,16 +166,17 @@ class RequantizedSource(Source):
                 stack.set_expert(expert, matrix if is_transposed == stack.is_transposed else matrix.T)
             except ValueError as error:
                 raise CheckpointError(
-                    f"{self.target.name} can't be stored: {error} It comes from {self.keys[0]} and its like."
+                    f"{self.target.name} cannot be stored: {error} It is loaded from {self.keys[0]} and the "
+                    "corresponding tensors."
                 ) from error
 
 
 def requantized(sources: Sources, storage: Format | None) -> Sources:
-    """Sources of the same stacks; those of quantized weights that are in another storage are decoded.
+    """Replaces the sources of quantized weights in another storage by sources that requantize them.
 
     Args:
         sources: path -> projection -> source.
-        storage: that was asked for.
+        storage: the requested storage format.
     """
 
     def replace(source: Source) -> Source:

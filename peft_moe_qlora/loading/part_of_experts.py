@@ -1,4 +1,4 @@
-"""Which experts a process reads, where several share a model by FSDP2."""
+"""The experts that a process reads if several processes shard a model with FSDP2."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """The share of a process.
+    """The shard of a process.
 
     Args:
-        rank: of the process, from 0.
-        world_size: number of processes that share the model.
-        device: on which experts are quantized; None for where they are put.
+        rank: rank of the process.
+        world_size: number of processes that shard the model.
+        device: device on which experts are quantized; None for the device of their stack.
     """
 
     rank: int
@@ -39,22 +39,20 @@ def read_part_of_experts(rank: int, world_size: int, device: torch.device | str 
 
     Load with `device_map="cpu"`: the memory of experts that are not read is never touched. Then add the adapter and
     shard the model with `fully_shard` and its default placement, or with accelerate and
-    `fsdp_cpu_ram_efficient_loading: false`. Until it is sharded, the model can't be called.
+    `fsdp_cpu_ram_efficient_loading: false`. The model can't be called before it is sharded.
 
-    Checkpoints saved by this package are read in full.
+    Checkpoints saved by this package load as usual: they are memory-mapped, and sharding reads what a process keeps.
 
     Args:
-        rank: of this process among those that share the model.
-        world_size: their number.
-        device: on which experts are quantized, such as `"cuda"`. Default: the CPU.
+        rank: rank of this process.
+        world_size: number of processes that shard the model.
+        device: device on which experts are quantized, such as `"cuda"`. Default: the CPU.
 
     Raises:
-        ValueError: the rank is not one of so many.
+        ValueError: `rank` is not in the range of `world_size`.
     """
     if not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank={rank} was given for {world_size} processes; one from 0 to {world_size - 1} was expected."
-        )
+        raise ValueError(f"rank={rank} is out of range for world_size={world_size}. Expected 0 <= rank < world_size.")
     token = _PART.set(Part(rank, world_size, None if device is None else torch.device(device)))
     try:
         yield
@@ -63,5 +61,5 @@ def read_part_of_experts(rank: int, world_size: int, device: torch.device | str 
 
 
 def current_part() -> Part | None:
-    """The part to read in the current context; None for all experts."""
+    """The part set by the current context; None for all experts."""
     return _PART.get()

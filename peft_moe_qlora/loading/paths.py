@@ -1,4 +1,4 @@
-"""Checks of file names that come from a file before they are opened or written, and of link targets."""
+"""Checks of link targets, and of file names that come from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 _LONGEST_NAME = 255
-"""Bytes that every file system takes."""
+"""Longest file name, in bytes, that all file systems support."""
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a value names a file inside a directory on any system: parts separated by slashes, none of them hidden.
+    """Whether a value is a relative path inside a directory on any system, separated by slashes, without hidden parts.
 
     `".."`, absolute paths, drives and backslashes are not allowed.
     """
@@ -21,10 +21,10 @@ def is_plain_name(name: object) -> bool:
 
 
 def leads_out(path: Path, directory: Path) -> bool:
-    """Whether a path, links followed, is outside a directory.
+    """Whether a path, with links resolved, is outside a directory.
 
-    Where the directory is a snapshot in the hub's cache, the blobs of that repository, and those that the cache shares
-    between repositories, count as inside.
+    If the directory is a snapshot in the hub's cache, the blobs of its repository, and blobs shared between
+    repositories, count as inside.
     """
     real, root = (Path(os.path.realpath(one)) for one in (path, directory))
     if real == root or root in real.parents:

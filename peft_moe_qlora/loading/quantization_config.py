@@ -1,4 +1,4 @@
-"""The configuration that `from_pretrained` takes to load a model with quantized experts."""
+"""The `quantization_config` of models with quantized experts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from .disk import is_read, quant_method
 from .disk.bitsandbytes import is_in_4_bits
 
 QUANT_METHOD = "peft_moe_qlora"
+LOADING = "pip install peft-moe-qlora, and import peft_moe_qlora before from_pretrained"
+"""Saved in config.json, for readers that do not know the method."""
 CHECKPOINT_FORMAT_VERSION = 1
-"""Version of what `save_pretrained` writes: names and shapes of the experts' tensors."""
+"""Version of the checkpoints written by `save_pretrained`: names and shapes of the experts' tensors."""
 AS_STORED = "as stored"
 PACKED_LINEAR = (AS_STORED, "16 bits", "4 bits")
 
 
 def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
-    """Rejects a checkpoint whose experts are in an unsupported storage, by its config, not by its tensors.
+    """Rejects a checkpoint whose config declares an unsupported quantization. Tensors are not checked.
 
     Args:
-        found: the `quantization_config` in its config.json; None for none.
+        found: the `quantization_config` in its config.json; None for an unquantized checkpoint.
         place: directory or name of the checkpoint.
 
     Raises:
-        CheckpointError: names the method, and what to do.
+        CheckpointError: the quantization method is not supported.
     """
     if found is None:
         return
@@ -40,8 +42,8 @@ def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
         return
     bits = " in 8 bits" if method == "bitsandbytes" else ""
     raise CheckpointError(
-        f"{place} is quantized by {method!r}{bits}, whose experts are not read. Use the model's checkpoint in 16 "
-        "bits, or one in a layout of docs/formats.md."
+        f"{place} is quantized by {method!r}{bits}, which is not supported for experts. Use the 16-bit checkpoint of "
+        "the model, or one in a format listed in docs/formats.md."
     )
 
 
@@ -49,31 +51,32 @@ def refuse_unreadable(found: dict[str, Any] | None, place: str | Path) -> None:
 class MoeQuantizationConfig(QuantizationConfigMixin):
     """Quantizes experts, and by default linear layers, to 4 bits or another format while a checkpoint loads.
 
-    For `from_pretrained(..., quantization_config=MoeQuantizationConfig())`. A saved model reloads with the config that
-    it was saved with, once this package is imported.
+    Pass it to `from_pretrained(..., quantization_config=MoeQuantizationConfig())`. A saved model contains its
+    configuration and reloads without this argument, once this package is imported.
 
     Args:
         quant_type: storage of the experts, `"nf4"` or `"fp4"`; None leaves them in 16 bits.
         blocksize: number of weights of an expert that share a scale. Linear layers always have blocks of 64.
-        double_quant: store the scales in 8 bits, of experts and linear layers.
-        quantize_linear: store the linear layers in 4 bits, as bitsandbytes does; routers, the head and what
-            transformers keeps in higher precision excepted.
-        skip_modules: modules to leave in 16 bits: paths, ends of paths or regular expressions of linear layers, and
-            of experts modules.
-        compute_dtype: of the linear layers, such as `"bfloat16"`. Default: the dtype of the model.
-        flipped_stacks: stacks whose matrices are stored in the other orientation than their class has; set when a
-            model is saved.
-        format_version: of the saved checkpoint; set by this package.
+        double_quant: store the scales of experts and linear layers in 8 bits.
+        quantize_linear: store linear layers in 4 bits with bitsandbytes, except routers, the head and layers that
+            transformers keeps in higher precision.
+        skip_modules: linear layers and experts modules to leave in 16 bits: paths, ends of paths or regular
+            expressions.
+        compute_dtype: compute dtype of the linear layers, such as `"bfloat16"`. Default: the dtype of the model.
+        flipped_stacks: stacks whose matrices are stored in the opposite orientation to their class; set when a model
+            is saved.
+        format_version: version of the saved checkpoint; set by this package.
         quant_method: fixed.
-        storage: format of the experts by its name, such as `"nf4/64"`, instead of the first three; or `"as stored"`,
-            as the checkpoint has them.
-        packed_linear: what linear layers become that the checkpoint has quantized itself, other than by bitsandbytes:
-            `"as stored"`, with codes and scales as they are, `"16 bits"`, or `"4 bits"`, as `quantize_linear` stores
-            the others. Default: as stored.
-        linear_storage: format of the linear layers that are kept as stored; set by this package.
+        storage: name of the storage format of the experts, such as `"nf4/64"`, instead of the first three options; or
+            `"as stored"` to keep the storage of the checkpoint.
+        packed_linear: storage of linear layers that are quantized in the checkpoint by a tool other than bitsandbytes:
+            `"as stored"` keeps codes and scales, `"16 bits"` dequantizes them, `"4 bits"` requantizes them like
+            `quantize_linear`. Default: as stored.
+        linear_storage: storage format of the linear layers that are kept as stored; set by this package.
+        loading: how to load the saved checkpoint; set by this package, and not read.
 
     Raises:
-        ValueError: an option is unknown, has no such value, or comes from a later version.
+        ValueError: an option is unknown, has an invalid value, or was written by a later version.
     """
 
     def __init__(
@@ -90,42 +93,45 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         storage: str | None = None,
         packed_linear: str | None = None,
         linear_storage: str | None = None,
+        loading: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}.")
+            raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}. Remove it.")
         if quant_method != QUANT_METHOD:
-            raise ValueError(f"quant_method={quant_method!r} is not that of MoeQuantizationConfig, {QUANT_METHOD!r}.")
+            raise ValueError(
+                f"quant_method={quant_method!r}: MoeQuantizationConfig expects {QUANT_METHOD!r}. Remove it."
+            )
         for name, value, values in (
             ("format_version", format_version, COUNT),
             ("double_quant", double_quant, FLAG),
             ("quantize_linear", quantize_linear, FLAG),
         ):
             if not values.include(value):
-                raise ValueError(f"{name}={value!r:.200}: {values.expected} was expected.")
+                raise ValueError(f"{name}={value!r:.200}: expected {values.expected}.")
         if format_version > CHECKPOINT_FORMAT_VERSION:
             raise ValueError(
-                f"The checkpoint has format_version {format_version}; this peft-moe-qlora reads up to "
+                f"The checkpoint has format_version {format_version}. This version of peft-moe-qlora reads up to "
                 f"{CHECKPOINT_FORMAT_VERSION}. Upgrade peft-moe-qlora."
             )
         if packed_linear not in (None, *PACKED_LINEAR):
-            raise ValueError(f"packed_linear={packed_linear!r:.200} is unknown; choose one of {PACKED_LINEAR}.")
+            raise ValueError(f"packed_linear={packed_linear!r:.200} is unknown. Use one of {PACKED_LINEAR}.")
         if packed_linear == "4 bits" and not quantize_linear:
-            raise ValueError("packed_linear='4 bits' needs quantize_linear=True, by which linear layers get 4 bits.")
+            raise ValueError("packed_linear='4 bits' requires quantize_linear=True.")
         if linear_storage is not None:
             parse_format(linear_storage)
         found = None if storage == AS_STORED else format_of(storage, quant_type, blocksize, double_quant)
         if found is None and not quantize_linear and storage != AS_STORED and linear_storage is None:
-            raise ValueError("quant_type=None and quantize_linear=False leave nothing to quantize.")
+            raise ValueError("quant_type=None and quantize_linear=False leave nothing to quantize. Set one of them.")
         if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
             name, compute_dtype = compute_dtype, getattr(torch, str(compute_dtype), None)
             if not isinstance(compute_dtype, torch.dtype):
-                raise ValueError(f"compute_dtype={name!r} is not a torch dtype.")
+                raise ValueError(f"compute_dtype={name!r}: expected a torch dtype, such as 'bfloat16'.")
         for name, value in (("skip_modules", skip_modules), ("flipped_stacks", flipped_stacks)):
             if not isinstance(value, (list, tuple, set, type(None))) or not all(
                 isinstance(one, str) for one in value or ()
             ):
-                raise ValueError(f"{name}={value!r:.200}: a list of names was expected.")
+                raise ValueError(f"{name}={value!r:.200}: expected a list of names.")
         self.quant_method = QUANT_METHOD
         self.storage, self.quant_type, self.blocksize, self.double_quant = storage, quant_type, blocksize, double_quant
         if storage not in (None, AS_STORED):
@@ -140,17 +146,17 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
 
     @property
     def format(self) -> Format | None:
-        """How the experts are stored, None for 16 bits, and while nobody has looked how they are stored."""
+        """Storage format of the experts; None for 16 bits, and for `"as stored"` before the checkpoint is read."""
         if self.storage == AS_STORED:
             return None
         return format_of(self.storage, self.quant_type, self.blocksize, self.double_quant)
 
     def set_format(self, found: Format | None) -> None:
-        """Says how the experts are stored, None for 16 bits."""
+        """Sets the storage format of the experts, None for 16 bits."""
         self.storage, self.quant_type, self.blocksize, self.double_quant = spelled(found)
 
     def linear_config(self) -> BitsAndBytesConfig:
-        """The same for linear layers, as bitsandbytes' quantizer understands it."""
+        """The configuration of bitsandbytes' quantizer for linear layers."""
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type or "nf4",
@@ -161,10 +167,10 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_checkpoint(cls, declared: dict[str, Any]) -> MoeQuantizationConfig:
-        """What the `quantization_config` of a checkpoint that others have quantized means here.
+        """Creates a configuration from the `quantization_config` of a checkpoint quantized by another tool.
 
         Args:
-            declared: one that `refuse_unreadable` lets pass.
+            declared: a `quantization_config` accepted by `refuse_unreadable`.
         """
         if quant_method(declared) == "bitsandbytes":
             return cls.from_bitsandbytes(declared)
@@ -172,13 +178,16 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_bitsandbytes(cls, config: dict[str, Any]) -> MoeQuantizationConfig:
-        """What the `quantization_config` of a checkpoint that bitsandbytes has packed means here.
+        """Creates a configuration from the `quantization_config` of a checkpoint packed by bitsandbytes.
 
         Raises:
             ValueError: it is not packed in 4 bits.
         """
         if not is_in_4_bits(config):
-            raise ValueError("The checkpoint is quantized by bitsandbytes, but not in 4 bits, which is not supported.")
+            raise ValueError(
+                "The checkpoint is quantized by bitsandbytes, but not in 4 bits. Expected load_in_4bit=True in its "
+                "quantization_config. Use the 16-bit checkpoint."
+            )
         return cls(
             quant_type=config.get("bnb_4bit_quant_type", "fp4"),
             compute_dtype=config.get("bnb_4bit_compute_dtype"),
@@ -186,7 +195,7 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        values = dict(self.__dict__)
+        values = {**self.__dict__, "loading": LOADING}
         if self.compute_dtype is not None:
             values["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return values

@@ -1,4 +1,4 @@
-"""What transformers calls while it loads, saves and dequantizes a model with quantized experts."""
+"""The transformers quantizer that loads, saves and dequantizes models with quantized experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..experts import SHARD_LATER, QuantizedExperts, refuse_unsupported
 from ..quantization import Format, Stack, parse_format
-from ..sharded import refuse_fsdp1
+from ..sharded import refuse_fsdp1, refuse_sharded
 from ..targets import expert_layouts, is_router
 from .checkpoint import Checkpoint, CheckpointError, stored_quantization
 from .disk import quant_method
@@ -67,20 +67,20 @@ class MoeQuantizer(ExpertsQuantizer):
 
     Args:
         quantization_config: a `MoeQuantizationConfig`.
-        pre_quantized: whether it is the checkpoint's own, rather than an argument of `from_pretrained`.
+        pre_quantized: whether the config is from the checkpoint rather than an argument of `from_pretrained`.
     """
 
     requires_calibration = False
     has_loaded_experts = True
 
     def __init__(self, quantization_config: MoeQuantizationConfig, **kwargs: Any) -> None:
-        # a caller may load several models with one configuration, and packed experts determine the storage
+        # copied: callers may reuse a configuration, and loading packed experts sets its storage
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         if quantization_config.quantize_linear:
             self.inner = Bnb4BitHfQuantizer(quantization_config.linear_config(), pre_quantized=self.pre_quantized)
         self._loading: _Loading | None = None
         self.state_dict_to_save: dict[str, torch.Tensor] | None = None
-        """Saved instead of the model's own, by `save_bitsandbytes`."""
+        """State dict to save instead of the model's, set by `save_bitsandbytes`."""
 
     # before loading
 
@@ -90,8 +90,8 @@ class MoeQuantizer(ExpertsQuantizer):
             devices = {str(device) for device in device_map.values()}
             if "disk" in devices or ("cpu" in devices and len(devices) > 1):
                 raise ValueError(
-                    "device_map puts modules on the CPU or the disk beside an accelerator, but quantized experts "
-                    "can't be offloaded. Give all of them devices that they fit on, or use device_map='cpu'."
+                    "device_map offloads modules to the CPU or the disk, which is not supported for quantized "
+                    "experts. Put all modules on GPUs, or use device_map='cpu'."
                 )
         if self.inner is not None:
             self.inner.validate_environment(*args, **kwargs)
@@ -109,9 +109,12 @@ class MoeQuantizer(ExpertsQuantizer):
         **kwargs: Any,
     ) -> PreTrainedModel:
         if not checkpoint_files:
-            raise ValueError("Quantized experts are read from files; from_pretrained(state_dict=...) can't be used.")
+            raise ValueError(
+                "from_pretrained(state_dict=...) is not supported, because quantized experts are read from files. "
+                "Pass the directory of a checkpoint."
+            )
         if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(f"distributed_config can't be used with a MoeQuantizationConfig; {SHARD_LATER}")
+            raise ValueError(f"distributed_config is not supported with a MoeQuantizationConfig; {SHARD_LATER}")
         refuse_unsupported(model)
         checkpoint = Checkpoint(checkpoint_files)
         # transformers doesn't check methods that it doesn't know
@@ -119,7 +122,7 @@ class MoeQuantizer(ExpertsQuantizer):
         finder = SourceFinder(model, checkpoint, self.quantization_config.flipped_stacks or ())
         if not finder.targets:
             raise ValueError(
-                f"No routed experts found in {type(model).__name__}: no module declares the fused 3-D stacks of "
+                f"No routed experts found in {type(model).__name__}: no module has the fused 3-D stacks of "
                 "transformers' @use_experts_implementation. Load dense models with BitsAndBytesConfig."
             )
         sources = finder.find()
@@ -136,8 +139,8 @@ class MoeQuantizer(ExpertsQuantizer):
         is_packed = finder.packed_beside or any(not isinstance(one, DenseSource) for one in each_source(sources))
         if not self.pre_quantized and config.format is None and self.inner is None and not is_packed:
             raise ValueError(
-                f"{directory} has no quantized weights, so that storage={config.storage!r} and quantize_linear=False "
-                "leave nothing to quantize. Load it without a quantization_config."
+                f"{directory} has no quantized weights, and storage={config.storage!r} with quantize_linear=False "
+                "leaves nothing to quantize. Load it without a quantization_config."
             )
         routers = _routers(model)
         attach_empty_experts(model, sources, self._storage_of, checkpoint)
@@ -160,10 +163,10 @@ class MoeQuantizer(ExpertsQuantizer):
         return model
 
     def _check_explained(self, finder: SourceFinder, sources: Sources) -> None:
-        """Refuses a checkpoint without quantized weights whose config says that it has some.
+        """Rejects a checkpoint without quantized weights whose config declares a quantization.
 
         Raises:
-            CheckpointError: names config and tensors.
+            CheckpointError: it is one.
         """
         are_dense = all(isinstance(source, DenseSource) for source in each_source(sources))
         if not are_dense or finder.packed_names() or finder.packed_beside or self.quantization_config.linear_storage:
@@ -172,9 +175,10 @@ class MoeQuantizer(ExpertsQuantizer):
         declared = stored_quantization(checkpoint.directory)
         method = QUANT_METHOD if declared is None else quant_method(declared)
         raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'} says that the model is quantized, but none of the "
-            f"{len(checkpoint.tensors)} tensors in {checkpoint.files[0].name} and its like is a weight quantized by "
-            f"{method!r}. Remove what is left of another checkpoint, or quantization_config from config.json."
+            f"{checkpoint.directory / 'config.json'} declares that the model is quantized by {method!r}, but none of "
+            f"the {len(checkpoint.tensors)} tensors in {len(checkpoint.files)} file(s), such as "
+            f"{checkpoint.files[0].name}, is a weight quantized by it. Remove the files of another checkpoint, or "
+            "quantization_config from config.json."
         )
 
     def _storage_of(self, source: Source) -> Format | None:
@@ -207,7 +211,7 @@ class MoeQuantizer(ExpertsQuantizer):
             skipped = self.get_modules_to_not_convert(
                 model, self.quantization_config.skip_modules, model._keep_in_fp32_modules, add_default_skips=True
             )
-            # `weight` in the name of a layer is taken for the weight itself when it loads packed (transformers 5.23)
+            # transformers 5.23 mistakes `weight` in the name of a layer for the packed weight
             skipped += map(re.escape, [*routers, *(name for name in linear if "weight" in name)])
             skipped += map(re.escape, asked_for_dtype(model))
             skipped += [re.escape(name.removesuffix(".weight")) for name in packed_weights]
@@ -240,10 +244,10 @@ class MoeQuantizer(ExpertsQuantizer):
         return kept
 
     def _keep_transformers_silent(self, conversions: list[WeightTransform]) -> None:
-        """Tensors read later are reported neither missing nor unexpected; similar ones that aren't read are an error.
+        """Keeps transformers from reporting tensors that are read later as missing or unexpected.
 
         Raises:
-            CheckpointError: the checkpoint has experts for a layer that the model doesn't have.
+            CheckpointError: the checkpoint has tensors like these that belong to no layer of the model.
         """
         model, checkpoint, sources, weights, names, _ = self._loading
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -278,7 +282,7 @@ class MoeQuantizer(ExpertsQuantizer):
             if (is_of_experts or is_of_layer) and not is_ignored:
                 raise CheckpointError(
                     f"{checkpoint.tensors[key]} belongs to {'experts' if is_of_experts else 'a layer'} that the model "
-                    "doesn't have. Checkpoint and config don't belong together."
+                    "does not have. Checkpoint and config do not match; download both again."
                 )
         model._keys_to_ignore_on_load_unexpected |= read | of_layers
         model._keys_to_ignore_on_load_missing |= missing
@@ -290,19 +294,19 @@ class MoeQuantizer(ExpertsQuantizer):
         for name, _, stack in quantized_stacks(model):
             if any(parameter.is_meta for parameter in stack.parameters()):
                 raise ValueError(
-                    f"{name} is to be offloaded to the CPU or the disk, which quantized experts can't be. Give the "
-                    "model more memory (device_map, max_memory), or use device_map='cpu'."
+                    f"device_map offloads {name} to the CPU or the disk, which is not supported for quantized "
+                    "experts. Allow more GPU memory (device_map, max_memory), or use device_map='cpu'."
                 )
             stack.requires_grad_(False)
         fill_experts(model, sources, checkpoint)
         cast_as_planned(model, dtypes)
         fill_packed_weights(model, weights, checkpoint)
         for part in transformers_models(model):
-            part.hf_quantizer = self  # parts can be saved by themselves
+            part.hf_quantizer = self  # submodels can be saved separately
         if self.inner is not None:
             self.inner._process_model_after_weight_loading(model)
             keep_linear_as_stored(model)
-        # Trainer looks at it before it wraps a model in nn.DataParallel, which can't replicate packed weights
+        # is_loaded_in_4bit keeps Trainer from using nn.DataParallel, which can't replicate packed weights
         is_packed = any(stack.storage is not None for _, _, stack in quantized_stacks(model))
         has_codes = any(weight.template is None for weight in weights) or self.quantization_config.linear_storage
         model.is_loaded_in_4bit = is_packed or self.inner is not None or bool(has_codes)
@@ -325,13 +329,14 @@ class MoeQuantizer(ExpertsQuantizer):
         if self.state_dict_to_save is not None:
             return self.state_dict_to_save, {}
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # transformers saves the adapter alone, and knows it by the names that the model has
+            return None, {}  # transformers saves only the adapter, which it identifies by the names in the model
         _refuse_saving_adapters(model)
+        refuse_sharded(model, "saving the whole model")
         for _, experts, _ in quantized_stacks(model):
             experts.check_complete()
-        model.config.quantization_config = self.quantization_config  # a part has a config of its own
-        # `save_pretrained` reverts conversions, which would split packed stacks into experts, so this is done here
-        # without them, and nothing is left for it to revert
+        model.config.quantization_config = self.quantization_config  # a submodel has a separate config
+        # `save_pretrained` would revert all conversions and split packed stacks into experts, so the others are
+        # reverted here, and none are left for `save_pretrained`
         before = getattr(model, "_weight_conversions", None)
         if isinstance(before, Undone):
             before = before.before
@@ -342,7 +347,7 @@ class MoeQuantizer(ExpertsQuantizer):
         stacks = tuple(f"{name}." for name, _, _ in quantized_stacks(model))
         tensors = model.state_dict()
         for name, source in getattr(model, "all_tied_weights_keys", {}).items():
-            # training one of two in full unties them
+            # fully training one of two tied weights unties them
             if name in tensors and source in tensors and tensors[name].data_ptr() == tensors[source].data_ptr():
                 del tensors[name]
         model._weight_conversions = conversions
@@ -356,76 +361,78 @@ def check_skipped(model: nn.Module, skip_modules: Sequence[str] | None) -> None:
     """Rejects entries of `skip_modules` that match no module.
 
     Raises:
-        ValueError: names the first.
+        ValueError: an entry matches no module, or is not a regular expression; the message has the first.
     """
     names = [name for name, _ in model.named_modules()]
     for pattern in skip_modules or ():
         try:
             is_found = pattern and not all(should_convert_module(name, [pattern]) for name in names)
         except re.error as error:
-            raise ValueError(f"skip_modules has {pattern!r}, which is not a regular expression: {error}.") from error
+            raise ValueError(
+                f"skip_modules contains {pattern!r}, which is not a regular expression: {error}. Correct or remove it."
+            ) from error
         if not is_found:
             raise ValueError(
-                f"skip_modules names {pattern!r}, which is not a module of {type(model).__name__}. Correct or remove "
-                "it."
+                f"skip_modules contains {pattern!r}, which matches no module of {type(model).__name__}. Correct or "
+                "remove it."
             )
 
 
 def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, directory: str | Path) -> None:
-    """Rejects codes of this package whose config is missing.
+    """Rejects experts quantized by this package in a checkpoint without its configuration.
 
     Args:
-        sources: of a checkpoint.
-        saved: the checkpoint's own configuration; None if it has none of this package.
-        directory: for errors.
+        sources: sources of the stacks.
+        saved: configuration of this package in the checkpoint's config.json; None if there is none.
+        directory: directory of the checkpoint, for errors.
 
     Raises:
-        CheckpointError: names the tensor.
+        CheckpointError: the configuration is missing; the message has the first tensor.
     """
     for source in each_source(sources):
         if isinstance(source, NativeSource) and (saved is None or saved.format is None):
             raise CheckpointError(
-                f"{directory} has {source.keys[0]}, but no config.json that says how it is stored. Save the model "
-                "again with save_pretrained."
+                f"{directory} has {source.keys[0]}, which peft-moe-qlora has quantized, but no config.json with its "
+                "storage. Copy config.json from the original, or save the model again with save_pretrained."
             )
 
 
 def settle_storage(config: MoeQuantizationConfig, sources: Sources) -> None:
-    """Copies the storage of experts packed by other tools into a configuration.
+    """Copies the storage format of experts packed by other tools to a configuration.
 
     Raises:
-        CheckpointError: they are in different ones.
+        CheckpointError: the experts have different formats.
     """
     packed = [source for source in each_source(sources) if isinstance(source, PackedSource)]
     for source in packed:
         if source.storage != packed[0].storage:
             raise CheckpointError(
                 f"{source.target.name} is stored as {source.storage} and {packed[0].target.name} as "
-                f"{packed[0].storage}; one storage for all packed experts was expected."
+                f"{packed[0].storage}. Expected one storage for all packed experts. Use the 16-bit checkpoint."
             )
     if packed:
         config.set_format(packed[0].storage)
 
 
 def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts, Stack]]:
-    """Path, experts module and stack of everything that a model's `QuantizedExperts` own."""
+    """Name, experts module and stack of all stacks in a model's `QuantizedExperts`."""
     for path, module in model.named_modules():
         if isinstance(module, QuantizedExperts):
             yield from ((f"{path}.{name}", module, module.stack(name)) for name in module.layout.projections)
 
 
 def flipped_stacks(model: nn.Module) -> list[str]:
-    """The stacks that are stored in the other orientation than their class has them."""
+    """Names of the stacks stored in the opposite orientation to their class."""
     return [
         name for name, experts, stack in quantized_stacks(model) if stack.is_transposed != experts.layout.is_transposed
     ]
 
 
 def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransform]) -> None:
-    """Refuses to save packed linear layers that the checkpoint's layout has in another shape.
+    """Rejects packed linear layers that have another shape in the layout of the checkpoint.
 
     Raises:
-        ValueError: names the first.
+        ValueError: there is one; the message has the first.
     """
     made = {
         target: entry
@@ -439,22 +446,23 @@ def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransfor
         for target, entry in made.items():
             if target in f"{name}.weight":
                 raise ValueError(
-                    f"{name} is in 4 bits, but checkpoints of {type(model).__name__} have it in another shape "
-                    f"({', '.join(type(op).__name__ for op in entry.operations)}), which packed weights can't be "
-                    "brought to. Load with quantize_linear=False or the layer in skip_modules, or dequantize() first."
+                    f"{name} is in 4 bits, but its layout in checkpoints of {type(model).__name__} requires "
+                    f"{', '.join(type(op).__name__ for op in entry.operations)}, which is not supported for packed "
+                    "weights. Load with quantize_linear=False or the layer in skip_modules, or call dequantize() "
+                    "first."
                 )
 
 
 def _refuse_saving_adapters(model: PreTrainedModel) -> None:
-    """Refuses to save a full model with adapters inside: nothing would read their tensors beside the model's.
+    """Rejects saving a full model with adapters: no loader would read the adapters' tensors from its checkpoint.
 
     Raises:
-        ValueError: it has some.
+        ValueError: the model has adapters.
     """
     if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has adapters inside, and can't be saved whole with them. Save the adapters with "
-            "save_pretrained of the PeftModel, or call its merge_and_unload() or unload() before."
+            f"{type(model).__name__} contains adapters, and saving a full model with adapters is not supported. Save "
+            "the adapters with save_pretrained of the PeftModel, or call its merge_and_unload() or unload() first."
         )
 
 
@@ -468,12 +476,12 @@ def _routers(model: nn.Module) -> list[str]:
 
 
 def _any_number(name: str) -> str:
-    """A pattern for a name with any layer and expert numbers."""
+    """A pattern for a name in which all numbers, such as layers and experts, match any number."""
     return "^" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "$"
 
 
 def _has_no_inverse(conversion: WeightTransform) -> bool:
-    """Whether transformers can load by a conversion, but not save: bitsandbytes' own, up to 5.23."""
+    """Whether transformers can't revert a conversion: bitsandbytes' own, up to transformers 5.23."""
     return isinstance(conversion, WeightConverter) and any(
         type(operation).__name__ == "Bnb4bitDeserialize" for operation in conversion.operations
     )

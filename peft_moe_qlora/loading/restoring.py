@@ -17,6 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from ..experts import move_hook, revert_experts
 from ..quantized_linear import QuantizedLinear
+from ..sharded import refuse_sharded
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,29 +26,30 @@ class ExpertsQuantizer(HfQuantizer):
     """The `hf_quantizer` of a model with `QuantizedExperts`; subclasses define how it is loaded and saved."""
 
     inner: HfQuantizer | None = None
-    """Of the other layers; None where they are in floating point."""
+    """Quantizer of the other layers; None if they are in floating point."""
 
     has_loaded_experts = False
-    """Whether the model was loaded by this quantizer, so that transformers knows no conversion of its stacks."""
+    """Whether this quantizer has loaded the experts, so transformers' recorded conversions lack their stacks."""
 
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding with a static cache."""
-        # bitsandbytes decodes 4 bits with torch operators, though its quantizer doesn't declare it
+        # 4-bit layers of bitsandbytes can be compiled, although its quantizer doesn't declare it
         return self.inner is None or isinstance(self.inner, Bnb4BitHfQuantizer) or self.inner.is_compileable
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Gives the model back in floating point, experts and other layers.
+        """Dequantizes the model, experts and other layers.
 
         Args:
-            model: without an adapter; changed in place.
-            dtype: of the result, as `from_pretrained(dtype=dtype)` would give it. Default: what was quantized gets the
-                dtype that the model is in, the rest stays as it is.
+            model: model without an adapter; changed in place.
+            dtype: dtype of the result, applied as in `from_pretrained(dtype=dtype)`. Default: quantized weights get
+                the dtype of the model, and all others stay unchanged.
 
         Raises:
-            ValueError: the model has an adapter.
+            ValueError: the model has an adapter, or is sharded over processes.
         """
         refuse_adapters(model)
+        refuse_sharded(model, "dequantizing")
         found = model.dtype
         restore_linear(model, dtype)
         restore_experts(model, dtype)
@@ -61,10 +63,10 @@ class ExpertsQuantizer(HfQuantizer):
 
 
 class Undone(list):
-    """An empty list of conversions for transformers to revert, for a state dict that is ready to be saved.
+    """An empty list of conversions, for saving a state dict whose conversions are already reverted.
 
     Args:
-        before: what the model had.
+        before: the conversions of the model.
     """
 
     def __init__(self, before: list[WeightTransform] | None) -> None:
@@ -73,7 +75,7 @@ class Undone(list):
 
 
 def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Calls `revert_experts` and updates the model's quantization config to what remains for the other layers."""
+    """Calls `revert_experts` and leaves the model with the quantizer and config of its other layers."""
     revert_experts(model, dtype)
     for part in transformers_models(model):
         quantizer = getattr(part, "hf_quantizer", None)
@@ -87,7 +89,7 @@ def restore_experts(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def restore_linear(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Dequantizes linear layers stored in formats of this package, to `dtype` or by default their original dtype."""
+    """Dequantizes linear layers stored in formats of this package to `dtype`, by default their original dtype."""
     restored: dict[QuantizedLinear, nn.Linear] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not path or not isinstance(module, QuantizedLinear):
@@ -100,7 +102,7 @@ def restore_linear(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def set_quantizer(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None:
-    """Sets the quantizer that a model is left with, wherever transformers and others read it; None for none."""
+    """Sets the quantizer of a model, None for none, in all attributes that transformers and other libraries read."""
     config = model.config
     is_in_config = getattr(config, "quantization_config", None) is not None
     for owner, name in (
@@ -122,14 +124,15 @@ def set_quantizer(model: PreTrainedModel, quantizer: HfQuantizer | None) -> None
 
 
 def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts a model as `from_pretrained(dtype=dtype)` would have loaded it.
+    """Casts a model to the dtypes that `from_pretrained(dtype=dtype)` gives.
 
     Parameters that the class keeps in fp32, such as rotary frequencies and some routers, are cast to fp32. Packed
     weights and parameters that the class doesn't have stay unchanged.
 
     Args:
-        model: changed in place; layers of LoRA may be around its own. One that isn't of transformers stays as it is.
-        dtype: a floating dtype.
+        model: changed in place; LoRA layers may wrap its layers. A model that is not a `PreTrainedModel` stays
+            unchanged.
+        dtype: a floating-point dtype.
     """
     if not isinstance(model, PreTrainedModel):
         return
@@ -150,12 +153,12 @@ def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dtypes_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name -> dtype of every floating parameter and buffer that `from_pretrained(dtype=dtype)` gives."""
+    """Name -> dtype of every floating-point parameter and buffer after `from_pretrained(dtype=dtype)`."""
     with torch.device("meta"):
         fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     tensors = chain(fresh.named_parameters(remove_duplicate=False), fresh.named_buffers(remove_duplicate=False))
     expected = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
-    # transformers casts by the keys that it loads, so other buffers stay as the class creates them
+    # transformers casts only tensors that it loads, so other buffers keep the dtype of the class
     for pattern, planned in fresh._get_dtype_plan(dtype).items():
         pattern = re.compile(pattern.replace("*", ".*"))
         expected |= {name: planned for name in fresh.state_dict() if name in expected and pattern.search(name)}
@@ -163,18 +166,18 @@ def dtypes_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, to
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuses to dequantize, or to save whole, under an adapter.
+    """Rejects a model with adapters, before it is dequantized or saved in full.
 
     Raises:
-        ValueError: the model has one.
+        ValueError: the model has an adapter.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "The model has adapters. Call merge_and_unload(dtype=...) or unload() before it is dequantized "
-            "or saved whole."
+            "The model has adapters. Call merge_and_unload(dtype=...) or unload() before you dequantize it or save it "
+            "in full."
         )
 
 
 def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
-    """The model, or what it wraps, and their parts that could be saved by themselves; the outer ones first."""
+    """All `PreTrainedModel` modules in a model, itself included, outer ones first."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]

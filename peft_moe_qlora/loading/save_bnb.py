@@ -1,4 +1,4 @@
-"""Saving quantized experts in the layout of bitsandbytes, which other tools read."""
+"""Saves quantized experts in the checkpoint layout of bitsandbytes, which other tools read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..progress import PATIENCE
 from ..quantization import FourBitFormat, QuantizedStack, Stack, code_values
 from ..quantized_linear import QuantizedLinear
+from ..sharded import refuse_sharded
 from .finder import conversions_of, without_stacks
 from .quantizer import MoeQuantizer, check_linear_can_be_saved, flipped_stacks, quantized_stacks
 from .restoring import refuse_adapters
@@ -25,25 +26,26 @@ def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: A
     """Saves a model with quantized experts in the checkpoint layout of bitsandbytes.
 
     There is one set of keys per expert and projection, under the names of the original checkpoint. If the original has
-    fused stacks, there is one set per stack; if it orders weights differently, the names are the model's own. Codes
-    are copied; 8-bit scales are written in fp32, as they are dequantized at run time. `load_quantized` reloads the
-    same codes and scales.
+    fused stacks, there is one set per stack; if it orders weights differently, the names of the model are used. Codes
+    are copied; 8-bit scales are written in fp32, as dequantized at run time. `load_quantized` reloads the same codes
+    and scales.
 
     Args:
-        model: with quantized experts, without an adapter.
-        directory: to be written to.
-        kwargs: of `save_pretrained`.
+        model: model with quantized experts, without an adapter.
+        directory: output directory.
+        kwargs: arguments of `save_pretrained`.
 
     Raises:
-        ValueError: the model has an adapter, its experts are not quantized or in a format that bitsandbytes doesn't
-            have, or blocks span gate and up projection.
+        ValueError: the model has an adapter or is sharded over processes, its experts are not quantized, or in a
+            format that bitsandbytes does not support, or blocks span gate and up projection.
     """
     refuse_adapters(model)
+    refuse_sharded(model, "saving the whole model")
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MoeQuantizer):
         raise ValueError(
-            f"{type(model).__name__} was not loaded with MoeQuantizationConfig and has no experts quantized in "
-            "memory; there is nothing in 4 bits to save."
+            f"{type(model).__name__} has no quantized experts to save. Load it with MoeQuantizationConfig, or call "
+            "quantize_experts first."
         )
     state_dict = bitsandbytes_state_dict(model)
     config = quantizer.quantization_config
@@ -66,7 +68,7 @@ def save_bitsandbytes(model: PreTrainedModel, directory: str | Path, **kwargs: A
 
 
 def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Everything that a model holds, under the names of its original checkpoint, packed weights as bitsandbytes does.
+    """The state dict of a model under the names of its original checkpoint, with packed weights as in bitsandbytes.
 
     Raises:
         ValueError: see `save_bitsandbytes`.
@@ -76,8 +78,8 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for name, module in {**stacks, **layers}.items():
         if not isinstance(module.storage, (FourBitFormat, type(None))):
             raise ValueError(
-                f"{name} is stored as {module.storage}, which bitsandbytes doesn't have. Save with save_pretrained, "
-                "or load with storage and packed_linear in 4 bits (MoeQuantizationConfig)."
+                f"{name} is stored as {module.storage}, which bitsandbytes does not support. Save with "
+                "save_pretrained, or load with MoeQuantizationConfig(quant_type='nf4', packed_linear='4 bits')."
             )
     check_linear_can_be_saved(model, without_stacks(conversions_of(model)))
     of_stacks = tuple(f"{name}." for name in stacks)
@@ -90,7 +92,7 @@ def bitsandbytes_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _reverted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renamed as in the original checkpoint; without the conversions of the loading, which lack the experts."""
+    """Tensors in the layout of the original checkpoint, ignoring recorded conversions, which lack the experts."""
     before = model.__dict__.pop("_weight_conversions", None)
     try:
         return revert_weight_conversion(model, tensors)
@@ -116,8 +118,8 @@ def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool)
     part_size = rows // num_parts * columns
     if part_size % stack.storage.blocksize or part_size % 2:
         raise ValueError(
-            f"{name}: blocks of {stack.storage.blocksize} span gate and up projection ({rows // num_parts} x "
-            f"{columns} each), which bitsandbytes' layout has apart. Save with save_pretrained."
+            f"{name}: blocks of {stack.storage.blocksize} weights span gate and up projection ({rows // num_parts} x "
+            f"{columns} each), which the layout of bitsandbytes stores separately. Save with save_pretrained."
         )
     found = {}
     for number, key in enumerate(keys):
@@ -129,8 +131,8 @@ def _of_stack(model: PreTrainedModel, name: str, stack: Stack, is_flipped: bool)
 
 
 def keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts: int) -> list[str] | str:
-    """The keys of all parts of a stack, expert by expert, gate before up, or the one key that holds all of them."""
-    # numbers replace the weights, 2 x 2 for each part, so that the operations' results show the mapping
+    """The keys of all parts of a stack, expert by expert, gate before up; or the key of the fused stack."""
+    # numbers replace the weights, 2 x 2 for each part, and show the mapping in the converted tensors
     numbers = torch.arange(num_experts * num_parts * 4).view(num_experts, -1, 2)
     try:
         reverted = _reverted(model, {name: numbers})
@@ -147,7 +149,7 @@ def keys_of_parts(model: PreTrainedModel, name: str, num_experts: int, num_parts
 
 
 def key_of_tensor(model: PreTrainedModel, name: str) -> str | None:
-    """The key that a parameter has in the original checkpoint; None if it isn't a tensor of its own there."""
+    """The key of a parameter in the original checkpoint; None if it is not a separate tensor there."""
     numbers = torch.arange(16).view(4, 4)
     try:
         reverted = _reverted(model, {name: numbers})

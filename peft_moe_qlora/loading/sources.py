@@ -1,8 +1,8 @@
-"""Maps the tensors of a checkpoint to the stacks of a model, from the headers alone.
+"""Sources of stacks: the tensors of a checkpoint that a stack is loaded from, and how they are combined.
 
-transformers knows how the checkpoints of each architecture become fused parameters: its conversion mapping renames
-keys and lists operations on the tensors. Here the same mapping is applied to one expert at a time, so that a stack
-never exists in 16 bits. Keys of weights packed by bitsandbytes are mapped like the keys that they replace.
+transformers has a conversion mapping from the checkpoints of each architecture to fused parameters, which renames keys
+and lists operations on the tensors. This module applies the same mapping to one expert at a time, so a full 16-bit
+stack never exists. Keys of quantized weights are mapped like the keys that they replace.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Target:
     """A stack of the model.
 
     Args:
-        path: of the experts module.
+        path: path of the experts module.
         projection: name of the stack.
-        shape: `(E, rows, columns)` as the class has it.
-        is_transposed: as the class declares.
-        dtype: of the model's parameter.
-        parts: matrices, `(out, in)` each, that one is made of, such as gate and up.
+        shape: `(E, rows, columns)` of the class's parameter.
+        is_transposed: as declared by the class.
+        dtype: dtype of the model's parameter.
+        parts: number of `(out, in)` matrices in the matrix of an expert, such as gate and up.
     """
 
     path: str
@@ -51,43 +51,43 @@ class Target:
         return self.shape[0]
 
     def stored_shape(self, is_transposed: bool) -> torch.Size:
-        """`(E, rows, columns)` of a stack that is stored in one orientation or the other."""
+        """`(E, rows, columns)` of a stack stored in the given orientation."""
         num_experts, rows, columns = self.shape
         return torch.Size(self.shape if is_transposed == self.is_transposed else (num_experts, columns, rows))
 
     def empty_stack(self, storage: Format, dtype: torch.dtype, is_transposed: bool) -> QuantizedStack:
-        """A stack on the meta device that is stored in one orientation or the other."""
+        """A quantized stack on the meta device, stored in the given orientation."""
         return QuantizedStack(self.stored_shape(is_transposed), dtype, is_transposed, storage, "meta", self.parts)
 
     def empty_stack_as_declared(self, storage: Format | None, dtype: torch.dtype) -> Stack:
-        """A stack on the meta device, in the class's orientation if possible; storage None for one in `dtype`."""
+        """A stack on the meta device, in the class's orientation if possible; without a storage, in `dtype`."""
         if storage is None:
             return DenseStack(torch.empty(self.shape, dtype=dtype, device="meta"), self.is_transposed)
         return self.empty_stack(storage, dtype, self.is_transposed and not storage.is_out_in)
 
 
 class Source(ABC):
-    """Where a stack comes from.
+    """The tensors of a checkpoint that a stack is loaded from.
 
     Args:
         target: the stack.
-        keys: all tensors of the checkpoint that it takes.
+        keys: keys of all tensors of the stack.
     """
 
     def __init__(self, target: Target, keys: Sequence[str]) -> None:
         self.target = target
         self.keys = list(keys)
         self.is_shared = False
-        """Whether other stacks are tied to this one. transformers' loader takes their names for missing ones and wipes
-        what it has loaded."""
+        """Whether other stacks are tied to this one. transformers' loader then reports their names as missing and
+        overwrites the loaded values."""
 
     @abstractmethod
     def empty_stack(self, storage: Format | None, dtype: torch.dtype) -> Stack:
-        """A stack of the right kind and size on the meta device.
+        """An empty stack for this source on the meta device.
 
         Args:
-            storage: what the experts of unquantized checkpoints are to be stored as; None for `dtype`.
-            dtype: of the model.
+            storage: storage format for experts in floating point; None for `dtype`.
+            dtype: dtype of the model.
         """
 
     @abstractmethod
@@ -95,13 +95,13 @@ class Source(ABC):
         """Reads and stores one expert after the other.
 
         Args:
-            stack: on a real device.
-            checkpoint: where the keys are.
-            part: which of the experts; None for all.
+            stack: stack to fill, not on the meta device.
+            checkpoint: the checkpoint.
+            part: experts to read; None for all.
         """
 
     def _experts(self, stack: Stack, part: Part | None) -> range:
-        """The indices of the experts to read, which the stack records."""
+        """The indices of the experts to read, which are recorded in the stack."""
         if part is None:
             return range(self.target.num_experts)
         stack.experts_read = part.experts(self.target.num_experts)
@@ -109,12 +109,12 @@ class Source(ABC):
 
 
 class NativeSource(Source):
-    """Codes and scales as `save_pretrained` writes them; transformers' loader takes them as they are.
+    """Codes and scales written by `save_pretrained`, which transformers' loader reads unchanged.
 
     Args:
         target: the stack.
         tensors: name in the model -> key in the checkpoint.
-        is_flipped: whether matrices are stored in the other orientation than the class has.
+        is_flipped: whether matrices are stored in the opposite orientation to the class.
     """
 
     def __init__(self, target: Target, tensors: dict[str, str], is_flipped: bool) -> None:
@@ -129,23 +129,25 @@ class NativeSource(Source):
         """Checks that all tensors of the stack are present and match it.
 
         Args:
-            stack: an empty one.
-            checkpoint: where the keys are.
+            stack: an empty stack of this source.
+            checkpoint: the checkpoint.
 
         Raises:
-            CheckpointError: a tensor is missing or of another shape or dtype.
+            CheckpointError: a tensor is missing, or has another shape or dtype.
         """
         for name, parameter in stack.named_parameters():
             key = self.tensors.get(f"{self.target.name}.{name}")
             if key is None:
                 raise CheckpointError(
-                    f"The checkpoint has {self.keys[0]}, but not {self.target.name}.{name}, which belongs to it."
+                    f"The checkpoint has {self.keys[0]}, but not {self.target.name}.{name} of the same stack. It is "
+                    "incomplete; save or download it again."
                 )
             info = checkpoint.tensors[key]
             if info.shape != tuple(parameter.shape) or info.dtype != parameter.dtype:
                 raise CheckpointError(
-                    f"{info} doesn't fit the stack {tuple(stack.shape)} stored as {stack.storage or stack.dtype}: "
-                    f"{parameter.dtype} {list(parameter.shape)} was expected."
+                    f"{info} does not match a stack of shape {tuple(stack.shape)} stored as "
+                    f"{stack.storage or stack.dtype}. Expected {parameter.dtype} {list(parameter.shape)}. Save or "
+                    "download the checkpoint again."
                 )
 
     def fill(self, stack: Stack, checkpoint: Checkpoint, part: Part | None = None) -> None:
@@ -161,13 +163,13 @@ class NativeSource(Source):
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """One tensor of a checkpoint, or a slice of it, as a rearranged part of an expert's matrix.
+    """A tensor of a checkpoint, or a slice of it, as a rearranged part of an expert's matrix.
 
     Args:
-        key: of the tensor.
-        is_stack: whether it holds all experts, `(E, ...)`; the part then is one slice.
-        shape: of the tensor, or of the slice with a leading 1.
-        places: `(numel,)` int64: where in the flattened matrix each of its elements is.
+        key: key of the tensor.
+        is_stack: whether the tensor contains all experts, `(E, ...)`; the part is then one slice.
+        shape: shape of the tensor, or of the slice with a leading 1.
+        places: `(numel,)` int64: index of each of its elements in the flattened matrix.
     """
 
     key: str
@@ -176,27 +178,27 @@ class ExpertPart:
     places: torch.Tensor
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The part of a `(rows, columns)` matrix, in the tensor's own order."""
+        """Extracts the part from a `(rows, columns)` matrix, in the order and shape of the tensor."""
         return matrix.flatten()[self.places].view(self.shape)
 
 
 Places = dict[int, torch.Tensor]
-"""Number of a tensor among those of an expert -> `ExpertPart.places`."""
+"""Index of a tensor among those of an expert -> `ExpertPart.places`."""
 
 
 class DenseSource(Source):
-    """Floating-point tensors, one for each expert or one for all, and the operations that make a stack of them.
+    """Floating-point tensors, one per expert or one for all, and the operations that combine them to a stack.
 
     Args:
         target: the stack.
-        lists: source pattern -> keys, in the order of the experts; a single key of a 3-D tensor stands for all.
-        converter: of transformers' mapping; None where the tensor is the stack.
-        config: of the model, which operations may query.
-        checkpoint: where the keys are.
-        turn: which of the stacks that share the lists this is, counted from 0.
+        lists: source pattern -> keys in the order of the experts, or the single key of a 3-D tensor of all experts.
+        converter: converter of transformers' mapping; None if the tensor is the stack.
+        config: config of the model, which operations may query.
+        checkpoint: the checkpoint.
+        turn: index of this stack among the stacks that share the lists.
 
     Raises:
-        CheckpointError: experts are missing, or the result doesn't have the shape of the stack.
+        CheckpointError: experts are missing, or the result does not have the shape of the stack.
     """
 
     def __init__(
@@ -224,18 +226,25 @@ class DenseSource(Source):
             for info in infos:
                 if info.dtype not in QUANTIZABLE_DTYPES:
                     raise CheckpointError(
-                        f"{info} is in a storage that is not known for experts; floating point, or 4 bits by "
-                        "bitsandbytes, was expected."
+                        f"{info} has a dtype that is not supported for experts. Expected F16, BF16 or F32, or a "
+                        "quantized weight in a format listed in docs/formats.md. Use the 16-bit checkpoint."
                     )
                 if len(info.shape) not in (2, 3):
-                    raise CheckpointError(f"{info}: one matrix, or one of each expert, was expected.")
+                    raise CheckpointError(
+                        f"{info}: expected a matrix, or a 3-D tensor of one matrix per expert. Use the original "
+                        "checkpoint of the model."
+                    )
                 if info.shape != infos[0].shape:
-                    raise CheckpointError(f"{info} differs in shape from {infos[0]}, but both are of one stack.")
+                    raise CheckpointError(
+                        f"{info} and {infos[0]} belong to one stack, but differ in shape. Expected equal shapes. "
+                        "Download the checkpoint again."
+                    )
             if len(infos[0].shape) == 3:
                 if len(keys) > 1 or infos[0].shape[0] != self.target.num_experts:
                     raise CheckpointError(
-                        f"{infos[0]}: one tensor for {self.target.num_experts} experts was expected for "
-                        f"{self.target.name}, found {len(keys)}."
+                        f"{infos[0]}: expected one tensor of {self.target.num_experts} experts for "
+                        f"{self.target.name}, found {len(keys)}. Checkpoint and config do not match; download both "
+                        "again."
                     )
             else:
                 check_expert_ids(keys, count, self.target)
@@ -264,12 +273,12 @@ class DenseSource(Source):
                 keys = [keys[0] if len(keys) == 1 else keys[at] for keys in self.lists.values()]
                 files = {checkpoint.tensors[key].file.name for key in keys}
                 raise CheckpointError(
-                    f"{self.target.name} can't be stored: {error} It comes from {', '.join(keys)} in "
+                    f"{self.target.name} cannot be stored: {error} It is loaded from {', '.join(keys)} in "
                     f"{', '.join(sorted(files))}."
                 ) from error
 
     def read_expert(self, expert: int, checkpoint: Checkpoint) -> torch.Tensor:
-        """`(rows, columns)` on the CPU, in the checkpoint's dtype."""
+        """The `(rows, columns)` matrix of an expert on the CPU, in the checkpoint's dtype."""
 
         def read(key: str) -> torch.Tensor:
             return checkpoint.read_slice(key, expert) if self._is_stack[key] else checkpoint.read(key)
@@ -277,12 +286,12 @@ class DenseSource(Source):
         return self._matrix(expert, read)
 
     def parts_of_expert(self, expert: int, checkpoint: Checkpoint, places: Places) -> list[ExpertPart]:
-        """The tensors, or slices of such, that an expert's matrix is rearranged from.
+        """The tensors or slices from which an expert's matrix is rearranged.
 
         Args:
-            expert: its number in the stack.
-            checkpoint: where the keys are.
-            places: of this stack.
+            expert: index of the expert in the stack.
+            checkpoint: the checkpoint.
+            places: result of `find_places`.
         """
         keys = [key for keys in self.lists.values() for key in self._keys_of(expert, keys)]
         return [
@@ -291,14 +300,14 @@ class DenseSource(Source):
         ]
 
     def keys_of_expert(self, expert: int) -> list[str]:
-        """The tensors that an expert's matrix is made of."""
+        """Keys of the tensors from which an expert's matrix is computed."""
         return [key for keys in self.lists.values() for key in self._keys_of(self.first_expert + expert, keys)]
 
     def find_places(self, checkpoint: Checkpoint) -> Places:
-        """Where the tensors of an expert are in its matrix, the same for all experts.
+        """The positions of an expert's tensors in its matrix, the same for all experts.
 
         Raises:
-            CheckpointError: the matrix is not a rearrangement of them.
+            CheckpointError: the matrix is not a rearrangement of the tensors.
         """
         keys = [key for keys in self.lists.values() for key in self._keys_of(0, keys)]
         counts = [math.prod(self._read_shape(checkpoint, key)) for key in keys]
@@ -308,15 +317,21 @@ class DenseSource(Source):
             start, count = starts[keys.index(key)], counts[keys.index(key)]
             return torch.arange(start, start + count).view(self._read_shape(checkpoint, key))
 
-        # the operations are applied to numbered elements, which then show the rearrangement
+        # the operations are applied to numbered elements, whose order in the result shows the rearrangement
         origins = self._matrix(0, number_elements).flatten()
         if origins.bincount(minlength=sum(counts)).max() > 1:
-            raise CheckpointError(f"{self.target.name} is computed from {keys[0]} and its like, not rearranged.")
+            raise CheckpointError(
+                f"{self.target.name} is computed from {keys[0]} and the corresponding tensors. Expected a "
+                "rearrangement, which can be reversed. Load base and adapter, and call merge_and_unload(dtype=...)."
+            )
         found = {}
         for number, (key, start, count) in enumerate(zip(keys, starts, counts)):
             taken = ((origins >= start) & (origins < start + count)).nonzero()[:, 0]
             if len(taken) not in (0, count):
-                raise CheckpointError(f"{self.target.name} takes a part of {key} only, which can't be changed alone.")
+                raise CheckpointError(
+                    f"{self.target.name} contains only some elements of {key}. Expected all or none, because the "
+                    "tensor is written as a whole. Load base and adapter, and call merge_and_unload(dtype=...)."
+                )
             if len(taken):
                 found[number] = torch.empty(count, dtype=torch.int64)
                 found[number][origins[taken] - start] = taken
@@ -343,7 +358,7 @@ class DenseSource(Source):
 
 
 Sources = dict[str, dict[str, Source]]
-"""Path of an experts module -> projection -> where its stack comes from."""
+"""Path of an experts module -> projection -> source of the stack."""
 
 
 def each_source(sources: Sources) -> Iterator[Source]:
@@ -351,10 +366,10 @@ def each_source(sources: Sources) -> Iterator[Source]:
 
 
 def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
-    """Checks that a list of keys has every expert once.
+    """Checks that a list of keys contains every expert once.
 
     Raises:
-        CheckpointError: names the first that is missing, or too many.
+        CheckpointError: an expert is missing, unexpected or repeated; the message has the first.
     """
     ids = [_expert_id(key) for key in keys]
     if ids == list(range(count)):
@@ -362,11 +377,15 @@ def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
     missing = sorted(set(range(count)) - set(ids))
     if missing:
         raise CheckpointError(
-            f"{target.name} has {count} experts, but the checkpoint lacks expert {missing[0]} beside {keys[0]} "
-            f"({len(missing)} of {count} missing)."
+            f"{target.name} has {count} experts, but the checkpoint lacks expert {missing[0]} next to {keys[0]} "
+            f"({len(missing)} of {count} missing). Download the checkpoint again, or correct the number of experts in "
+            "config.json."
         )
     extra = next(key for key, expert in zip(keys, ids) if expert not in range(count) or ids.count(expert) > 1)
-    raise CheckpointError(f"{extra} is not one of the {count} experts of {target.name}, or there twice.")
+    raise CheckpointError(
+        f"{extra} is not one of the {count} experts of {target.name}, or is repeated. Checkpoint and config do not "
+        "match; download both again."
+    )
 
 
 def _expert_id(key: str) -> int:
@@ -383,26 +402,33 @@ def misfit(
     shape: tuple[int, ...] | None,
     is_transposed: bool | None = None,
 ) -> CheckpointError:
-    """The error for tensors that yield matrices of `shape`, or none, instead of the stack's.
+    """The error for tensors whose combination does not have the shape of a stack.
 
-    `is_transposed` is the expected orientation; None for that of the class.
+    Args:
+        target: the stack.
+        converter: converter of transformers' mapping.
+        patterns: source patterns for which the checkpoint has tensors.
+        examples: description of the tensors.
+        shape: shape of their combination; None if they can't be combined.
+        is_transposed: expected orientation; None for that of the class.
     """
     expected = target.stored_shape(target.is_transposed if is_transposed is None else is_transposed)[1:]
     sources = [] if converter is None else converter.source_patterns
     missing = [pattern for pattern in sources if pattern not in patterns]
     if missing:
         return CheckpointError(
-            f"{target.name} needs tensors {', '.join(missing)} beside {examples}; the checkpoint has none."
+            f"The checkpoint has no tensors {', '.join(missing)} for {target.name}, expected in addition to "
+            f"{examples}. It is incomplete; download it again."
         )
-    found = "can't be combined into experts" if shape is None else f"give experts of shape {shape}"
+    found = "cannot be combined into experts" if shape is None else f"give experts of shape {shape}"
     return CheckpointError(
-        f"{examples} {found} for {target.name}; {tuple(expected)} was expected. Checkpoint and config don't belong "
-        "together."
+        f"{examples} {found} for {target.name}. Expected shape {tuple(expected)}. Checkpoint and config do not match; "
+        "download both again."
     )
 
 
 class _OneExpert:
-    """Stand-in for the model when an operation queries the shape of its result: that of one expert."""
+    """Stand-in for the model when an operation queries the shape of its result, here of one expert."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

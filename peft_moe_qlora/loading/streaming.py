@@ -1,4 +1,4 @@
-"""Building quantized experts on the meta device, and filling them from a checkpoint one expert at a time."""
+"""Creates quantized experts on the meta device, and fills them from a checkpoint one expert at a time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ def attach_empty_experts(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Replaces the experts modules of a model on the meta device by `QuantizedExperts` with empty stacks there.
+    """Replaces the experts modules of a model on the meta device by `QuantizedExperts` with empty stacks.
+
+    If an error is raised, the model is unchanged.
 
     Args:
         model: changed in place.
-        sources: where each stack will come from.
-        storage_of: gives the storage of a stack that isn't packed by others, None for `dtype`.
-        checkpoint: where the sources are.
-        dtype: of the weights, also before they are quantized. Default: that of the model's parameters.
+        sources: path -> projection -> source of the stack.
+        storage_of: returns the storage format of a source that is not quantized by another tool; None for `dtype`.
+        checkpoint: the checkpoint.
+        dtype: dtype of the weights before quantization. Default: the dtype of the model's parameters.
 
     Raises:
-        CheckpointError: a stack that was saved by this package has another size or storage there.
-        ValueError: the dtype is not one that experts are quantized from. The model is unchanged after either.
+        CheckpointError: a stack saved by this package has another shape or storage in the checkpoint.
+        ValueError: the dtype is not supported for experts.
     """
     tied = getattr(model, "all_tied_weights_keys", {})
     stacks: dict[str, Stack] = {}
@@ -45,8 +47,8 @@ def attach_empty_experts(
             of_weights = dtype or source.target.dtype
             if of_weights not in QUANTIZABLE_DTYPES:
                 raise ValueError(
-                    f"{source.target.name} can't be loaded as {of_weights}. Pass dtype=torch.bfloat16, float16 or "
-                    "float32."
+                    f"{source.target.name}: loading experts as {of_weights} is not supported. Pass "
+                    "dtype=torch.bfloat16, torch.float16 or torch.float32."
                 )
             stack = source.empty_stack(storage_of(source), of_weights)
             if isinstance(source, NativeSource):
@@ -65,7 +67,7 @@ def attach_empty_experts(
                 key = f"{path}.{projection}"
                 if key in tied:
                     sources[tied[key].rpartition(".")[0]][projection].is_shared = True
-                # a module of its own, which an adapter can wrap
+                # a separate module, so that an adapter can wrap it
                 of_module[projection] = stacks[tied.pop(key)].alias() if key in tied else stacks[key]
                 del module._parameters[projection]
             replaced[module] = _without_initialization(QuantizedExperts(module, layout, of_module))
@@ -73,7 +75,7 @@ def attach_empty_experts(
 
 
 def _without_initialization(experts: QuantizedExperts) -> QuantizedExperts:
-    """Tells transformers that there is nothing to initialize in the module itself, its stacks and its shell."""
+    """Marks the module, its stacks and its original module as initialized for transformers."""
     stacks = [experts.stack(projection) for projection in experts.layout.projections]
     for module in (experts, experts.original, *stacks):
         module._is_hf_initialized = True
@@ -92,16 +94,16 @@ def in_order_of_reading(sources: Sources, checkpoint: Checkpoint) -> list[tuple[
 
 
 def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, progressbar: bool = True) -> None:
-    """Reads, quantizes and stores all experts, on the devices where their stacks are.
+    """Reads, quantizes and stores all experts, on the devices of their stacks.
 
-    Under `read_part_of_experts`, those of this process only. At most one expert is in 16 bits at a time. Values are
-    cast to the model's dtype before they are quantized, as if the model had been loaded in it.
+    Under `read_part_of_experts`, only the experts of this process are read. At most one expert is in 16 bits at a
+    time. Values are cast to the model's dtype before quantization, as if the model had been loaded in it.
 
     Args:
-        model: with the modules of `attach_empty_experts`, their stacks on real devices.
-        sources: where each stack comes from.
-        checkpoint: where the sources are.
-        progressbar: show one.
+        model: model after `attach_empty_experts`, with stacks that are not on the meta device.
+        sources: path -> projection -> source of the stack.
+        checkpoint: the checkpoint.
+        progressbar: whether to show a progress bar.
 
     Raises:
         CheckpointError: a weight is not finite.
@@ -112,7 +114,7 @@ def fill_experts(model: nn.Module, sources: Sources, checkpoint: Checkpoint, pro
 
 
 def planned_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Name -> dtype of the floating parameters of a model on the meta device, as transformers will load them."""
+    """Name -> dtype with which transformers will load the floating-point parameters of a model on the meta device."""
     found = {name: tensor.dtype for name, tensor in model.named_parameters() if tensor.is_floating_point()}
     for pattern, dtype in model._get_dtype_plan(model.dtype).items():
         pattern = re.compile(pattern.replace("*", ".*"))
@@ -121,9 +123,9 @@ def planned_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
 
 
 def cast_as_planned(model: nn.Module, planned: dict[str, torch.dtype]) -> None:
-    """Casts what was loaded in the checkpoint's dtype.
+    """Casts parameters that were loaded in the checkpoint's dtype.
 
-    Some versions of transformers (5.17) don't cast tensors of quantized checkpoints that have another name there.
+    Some versions of transformers (5.17) don't cast tensors of quantized checkpoints that are renamed when loaded.
     """
     for name, tensor in model.named_parameters():
         if name in planned and tensor.is_floating_point() and not isinstance(tensor, Params4bit):

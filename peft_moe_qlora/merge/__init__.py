@@ -1,4 +1,4 @@
-"""Merging adapters into the weights: in memory, on disk, and whether the result is what the adapter was."""
+"""Merging adapters into the weights, in memory or on disk, and verifying the result."""
 
 from ..loading.disk.for_engines import ENGINE_LAYOUTS
 from .check import MergeCheck

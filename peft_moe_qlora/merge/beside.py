@@ -1,4 +1,4 @@
-"""What lies beside the weights of a checkpoint, and comes along when it is merged: tokenizer, templates, licence."""
+"""The non-weight files of a checkpoint, which a merge copies: tokenizer, templates, licence."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..loading.checkpoint import check_inside
 from .partial_directory import PartialDirectory
 
 PICKLED = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-"""Ends of names of weights in other formats than safetensors."""
+"""Suffixes of weight files in other formats than safetensors."""
 
 _WEIGHTS = (".safetensors", ".index.json", *PICKLED)
 
 
 def names_beside(base: Path, output: PartialDirectory) -> list[str]:
-    """The files of a checkpoint that aren't weights, hidden, or of an adapter.
+    """The files of a checkpoint except weights, hidden files, and files of an adapter.
 
     Args:
         base: directory of the checkpoint.
-        output: that may be inside it.
+        output: the output directory, which may be inside the checkpoint's.
 
     Raises:
-        CheckpointError: one is a link out of the checkpoint.
+        CheckpointError: a file is a link that leads out of the checkpoint.
     """
     found = []
     for path in sorted(base.rglob("*")):
@@ -37,18 +37,18 @@ def names_beside(base: Path, output: PartialDirectory) -> list[str]:
         check_inside(path, base)
         if path.is_file():
             found.append(name.as_posix())
-            output.place(found[-1])  # refuses a name that can't be written
+            output.place(found[-1])  # rejects an invalid name
     return found
 
 
 def copy_beside(base: Path, names: list[str], output: PartialDirectory, changed: Mapping[str, Any]) -> None:
-    """Copies such files.
+    """Copies the files found by `names_beside`.
 
     Args:
         base: directory of the checkpoint.
-        names: by `names_beside`.
-        output: where they are copied to.
-        changed: name -> plain data, of files to be written instead.
+        names: the result of `names_beside`.
+        output: the output directory.
+        changed: name -> JSON values, for files that are written instead of copied.
 
     Raises:
         CheckpointError: see `names_beside`.

@@ -1,7 +1,7 @@
-"""Merging into 4 bits while the model runs, so that each layer of experts is rounded for the inputs that it gets.
+"""Merging into 4 bits while the model runs, which rounds each layer of experts for its actual inputs.
 
-One forward is enough: every layer sees what it sees in the live model, is merged when its own forward is done, and
-takes itself off the model then. At no time are there second moments of more than a few experts.
+One forward is enough: every layer gets the inputs of the unmerged model, and is merged and unwrapped right after its
+own forward. Second moments of only a few experts are in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..quantization import QuantizedStack
 from .second_order import MergedExpert, quantize_second_order
 
 NUM_SEQUENCES, LENGTH = 16, 512
-"""Of the tokens drawn where no text is given."""
+"""Shape of the random calibration tokens, used if no text is given."""
 
 _NAMED = 8
 
 
 def config_with_vocabulary(model: nn.Module) -> PreTrainedConfig | None:
-    """The config that tells a model's vocabulary: its own, or that of a part, such as its experts."""
+    """The config that has the vocabulary size: the model's own, or that of a submodule, such as its experts."""
     configs = (getattr(part, "config", None) for part in model.modules())
     return next((config for config in configs if _has_vocabulary(config)), None)
 
@@ -39,14 +39,14 @@ def _has_vocabulary(config: Any) -> bool:
 
 
 def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: int = LENGTH) -> torch.Tensor:
-    """`(num_sequences, length)` ids drawn evenly from the vocabulary, the same at every call.
+    """`(num_sequences, length)` ids drawn uniformly from the vocabulary, the same for every call.
 
-    What they make the layers see is enough to tell directions of large inputs from those of small ones.
+    The resulting layer inputs suffice to distinguish directions of large inputs from those of small ones.
 
     Args:
-        config: of the model; ids that it gives a meaning (`..._token_id`) are left out.
-        num_sequences: how many.
-        length: of each; cut to what the model can take.
+        config: config of the model; its special tokens (`..._token_id`) are excluded.
+        num_sequences: number of sequences.
+        length: length of each sequence, limited to the model's maximum.
     """
     outer, config = config, config.get_text_config(decoder=True)
     options = [*outer.to_dict().items(), *config.to_dict().items()]
@@ -61,7 +61,7 @@ def random_token_ids(config: Any, num_sequences: int = NUM_SEQUENCES, length: in
 
 
 def adapted_projections(experts: QuantizedExperts, adapter_names: Collection[str]) -> dict[str, ExpertsLora]:
-    """The projections of an experts module that one of the adapters has factors for."""
+    """The projections of an experts module for which at least one of the adapters has factors."""
     layers = {projection: experts.get_submodule(projection) for projection in experts.layout.projections}
     return {
         projection: layer
@@ -72,10 +72,10 @@ def adapted_projections(experts: QuantizedExperts, adapter_names: Collection[str
 
 @torch.no_grad()
 def run_without_head(model: nn.Module, token_ids: torch.Tensor) -> Any:
-    """What a model's body gives for `(N, L)` token ids, in evaluation mode.
+    """Output of a model without its head for `(N, L)` token ids, in evaluation mode.
 
-    Nobody looks at logits here, which for a large vocabulary are larger than all else. A model that isn't of
-    transformers is called with the ids alone.
+    Logits are not needed here, and with a large vocabulary they would dominate memory. A model that is not a
+    transformers model is called with only the ids.
     """
     was_training = model.training
     model.eval()
@@ -97,21 +97,21 @@ def merge_while_running(
     on_merged: Callable[[QuantizedExperts], None],
     progressbar: bool = False,
 ) -> list[str]:
-    """Runs a model, and merges adapters into its quantized experts on the way.
+    """Runs a model and merges adapters into its quantized experts during the forward.
 
-    Warns of inputs that are of no use; the `merge_notes` of the stacks have all of them.
+    Warns about inputs that could not be used; the `merge_notes` of the stacks have the full list.
 
     Args:
-        model: that the layers are in, with the adapters active; one that isn't of transformers is called with the ids
-            alone.
-        layers: path -> experts module; merged in place, without a way back.
-        adapter_names: what to merge.
+        model: the model that contains the layers, with the adapters active; if it is not a transformers model, it is
+            called with only the ids.
+        layers: path -> experts module; merged in place and irreversibly.
+        adapter_names: the adapters to merge.
         token_ids: `(N, L)`.
-        on_merged: called with each experts module that is merged.
-        progressbar: show one.
+        on_merged: called with each merged experts module.
+        progressbar: whether to show a progress bar.
 
     Returns:
-        Paths of layers that the forward didn't reach; they are not merged.
+        Paths of layers that the forward did not run; they are not merged.
     """
     bar = tqdm(total=len(layers), desc="Merging experts", unit="layer", disable=not progressbar)
     paths = {layer: path for path, layer in layers.items()}
@@ -135,7 +135,7 @@ def merge_while_running(
 
 
 def _warn_of_notes(merged: Mapping[str, QuantizedExperts]) -> None:
-    """One warning for all stacks whose rounding there is something to know of."""
+    """Issues one warning for all stacks that have merge notes."""
     notes = [
         f"{path}.{projection}: {note}"
         for path, experts in merged.items()
@@ -143,14 +143,14 @@ def _warn_of_notes(merged: Mapping[str, QuantizedExperts]) -> None:
         for note in experts.stack(projection).merge_notes
     ]
     if notes:
-        more = f"; {len(notes) - _NAMED} more are in the experts' report" if len(notes) > _NAMED else ""
+        more = f"; model.experts_report() has {len(notes) - _NAMED} more notes" if len(notes) > _NAMED else ""
         warnings.warn("; ".join(notes[:_NAMED]) + f"{more}.", RuntimeWarning, stacklevel=4)
 
 
 def _inputs(
     experts: QuantizedExperts, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, chosen experts and routing weights of a call."""
+    """Hidden states, selected experts and routing weights of a call."""
     given = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
     return experts.routed(given["hidden_states"], given.get("top_k_index"), given.get("top_k_weights"))
 
@@ -163,16 +163,16 @@ def merge_layer(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> None:
-    """Merges adapters into one layer's quantized stacks, rounded for the given inputs; others are rounded plainly.
+    """Merges adapters into one layer's stacks; quantized stacks are rounded for the given inputs.
 
-    Inputs that are not finite don't count; the stacks' `merge_notes` say how many, of which experts.
+    Inputs that are not finite are ignored; the stacks' `merge_notes` have their number for each expert.
 
     Args:
-        experts: not merged so far, with the adapters active.
-        adapter_names: what to merge.
+        experts: the unmerged experts module, with the adapters active.
+        adapter_names: the adapters to merge.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)` ids of the chosen experts.
-        top_k_weights: `(T, K)`, the router's weights.
+        top_k_index: `(T, K)` ids of the selected experts.
+        top_k_weights: `(T, K)`, the routing weights.
 
     Raises:
         ValueError: a merged weight is not finite.
@@ -186,7 +186,7 @@ def merge_layer(
     merged = {}
     for projection, layer in adapted_projections(experts, adapter_names).items():
         if isinstance(layer.base_layer, QuantizedStack):
-            # a row counts as much as its expert's output does
+            # each row is weighted like its expert's output
             rows = inputs[projection][:num_rows].float() * weight_of_row
             merged[layer] = _merge_for_rows(layer, adapter_names, rows, expert_of_row)
         else:
@@ -201,10 +201,9 @@ def _merge_for_rows(
     rows: torch.Tensor,
     expert_of_row: torch.Tensor,
 ) -> QuantizedStack:
-    """One merged stack, rounded for `(S, in)` fp32 rows that are sorted by expert; `(S,)` says whose each is.
+    """One merged stack, rounded for `(S, in)` fp32 rows sorted by expert; `expert_of_row` `(S,)` has the expert ids.
 
-    Some models have activations beyond the range of their dtype in a few tokens of their last layers. Rows with such
-    values are left out.
+    In some models, activations of a few tokens in the last layers overflow their dtype. Such rows are ignored.
     """
     stack = layer.base_layer
     is_finite = rows.isfinite().all(dim=1)
@@ -213,7 +212,7 @@ def _merge_for_rows(
     )
     rows = rows[is_finite]
     if len(rows):
-        # the unit is of no account, and with this one squares stay in range
+        # the scale does not matter, and with this one the squares cannot overflow
         rows /= torch.linalg.vector_norm(rows, torch.inf).clamp_min(torch.finfo(rows.dtype).tiny)
     rows_of_expert = rows.split(num_seen)
 
@@ -234,12 +233,12 @@ def _merge_for_rows(
 
 
 def _note_of_left_out(num_left_out: Sequence[int], num_seen: int) -> str:
-    """How many rows of which experts don't count."""
+    """Note on the number of ignored rows of each expert."""
     total = sum(num_left_out)
     counts = [f"{count} of expert {expert}" for expert, count in enumerate(num_left_out) if count]
     more = f" and of {len(counts) - _NAMED} more" if len(counts) > _NAMED else ""
-    none = "" if num_seen else "; none is left, so that it is rounded without regard to inputs"
+    none = "" if num_seen else "; no rows are left, so the weights were rounded without calibration inputs"
     return (
-        f"{total} of {total + num_seen} rows of calibration inputs are not finite and were left out "
+        f"{total} of {total + num_seen} rows of calibration inputs are not finite and were ignored "
         f"({', '.join(counts[:_NAMED])}{more}){none}"
     )

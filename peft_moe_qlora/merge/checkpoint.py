@@ -1,7 +1,6 @@
-"""Merging an adapter into a checkpoint on disk: shard by shard, in the layout that the checkpoint has.
+"""Merging an adapter into a checkpoint on disk: shard by shard, in the checkpoint's own layout.
 
-In memory there are one shard and one expert at a time. The result is an ordinary checkpoint, which needs nothing of
-this package.
+One shard and one expert are in memory at a time. The result is an ordinary checkpoint that loads without this package.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DTYPE_OF_DECODED = torch.bfloat16
-"""That weights get which others had quantized, unless the config of the model has another one."""
+"""Dtype of decoded weights of a quantized checkpoint, unless the model's config has another one."""
 
 
 def merge_checkpoint(
@@ -58,37 +57,40 @@ def merge_checkpoint(
     interrupted merge.
 
     Args:
-        base: directory of the base's checkpoint, or its name on the hub: in floating point, or quantized by others
-            than bitsandbytes, which is decoded.
-        adapter: directory of the adapter, of this package or of others.
-        directory: to be written to; must be empty or not there.
-        onto: `"quantized"`: onto the weights as the training has seen them, that is, quantized and dequantized. The
-            adapter has learnt to make up for their errors as well. `"base"`: onto the checkpoint's own. What was not
-            quantized keeps the precision of the checkpoint either way.
-        dtype: of the floating-point tensors. Default: what each has in the checkpoint, and for what others have
-            quantized the dtype in config.json.
-        dry_run: settle everything, write nothing.
-        progressbar: show one.
-        options: what the adapter files of others don't say. Their experts are taken to have been in floating point
-            unless it says otherwise.
-        allow_unchanged: go on where a delta is too small for the dtype; the report then names the tensors.
-        serve_as: quantize what engines serve quantized, to the nearest and as vLLM and SGLang read it: `"fp8"`,
-            experts and linear layers in blocks of 128 x 128; `"mxfp4"`, experts of gpt-oss. Default: nothing.
+        base: directory of the base's checkpoint, or its name on the hub. The checkpoint is in floating point, or
+            quantized by a tool other than bitsandbytes, in which case it is decoded.
+        adapter: directory of the adapter, of this package or another tool.
+        directory: output directory; must be empty or not exist.
+        onto: `"quantized"`: merge onto the weights used in training, that is, quantized and dequantized. The adapter
+            compensates for part of their quantization error. `"base"`: merge onto the checkpoint's own weights.
+            Weights that were not quantized in training are used as in the checkpoint in both cases.
+        dtype: dtype of the floating-point tensors. Default: the dtype of each tensor in the checkpoint, and for
+            quantized ones the dtype in config.json.
+        dry_run: run all checks, but write nothing.
+        progressbar: whether to show a progress bar.
+        options: information that adapter files of other tools lack. By default such adapters are assumed to have been
+            trained with experts in floating point.
+        allow_unchanged: continue if a delta is too small for the dtype; the report then names the tensors.
+        serve_as: quantize the weights that vLLM and SGLang serve quantized, with nearest rounding, in the layout that
+            they read: `"fp8"` for experts and linear layers, in blocks of 128 x 128; `"mxfp4"` for experts of gpt-oss.
+            Default: no quantization.
 
     Returns:
-        What was done, which also stands in `merge_report.json`.
+        The report, which is also saved as `merge_report.json`.
 
     Raises:
         ValueError: see `read_adapter`, `open_in_floating_point`, `plan_merge`, `plan_encoding` and `PartialDirectory`;
-            `serve_as` is unknown; or the base has this adapter in it already, or not every tensor that the adapter
-            changes came out changed.
+            `serve_as` is unknown; this adapter is already merged into the base; or a tensor that the adapter should
+            change stays unchanged.
         CheckpointError: see `Checkpoint` and `names_beside`.
-        OSError: the disk is full; what is finished is kept.
+        OSError: the disk is full; finished shards are kept.
     """
     if onto not in ONTO:
-        raise ValueError(f"onto={onto!r} is unknown; choose one of {ONTO}.")
+        raise ValueError(f"onto={onto!r} is unknown. Choose one of {ONTO}.")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype} can't hold merged weights; choose one of {', '.join(map(str, DTYPES))}.")
+        raise ValueError(
+            f"dtype={dtype} is not supported for merged weights. Choose one of {', '.join(map(str, DTYPES))}."
+        )
     layout = None if serve_as is None else engine_layout(serve_as)
     adapter = Path(adapter)
     base = checkpoint_directory(base, adapter)
@@ -130,7 +132,7 @@ def merge_checkpoint(
             unchanged = merge.check_changed(allow_unchanged)
             num_written = merge.check_written()
         except ValueError:
-            output.discard()  # the same would happen again
+            output.discard()  # a rerun would fail in the same way
             raise
         stacks = {edit.name for edit in plan.stacks}
         rows = [FidelityRow.of(name, fidelity) for name, fidelity in merge.fidelities().items()]
@@ -149,7 +151,7 @@ def merge_checkpoint(
 
 
 class _Merge:
-    """Goes through the shards of a checkpoint."""
+    """Merges the shards of a checkpoint one after the other."""
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class _Merge:
         self.dtype_of_decoded = of_model if of_model in DTYPES else DTYPE_OF_DECODED
 
     def check_space(self) -> None:
-        """Refuses to begin what the disk can't hold."""
+        """Raises an error if the disk has too little free space for the merged checkpoint."""
         missing = [file for file, name in self.names.items() if not self.output.is_written(name)]
         needed = sum(self._nbytes(info) for info in self.checkpoint.tensors.values() if info.file in missing)
         parent = self.output.directory.parent
@@ -180,10 +182,13 @@ class _Merge:
             parent = parent.parent
         free = shutil.disk_usage(parent).free
         if needed > free:
-            raise OSError(f"{parent} has {free / 1e9:.2f} GB left; the merged checkpoint takes {needed / 1e9:.2f} GB.")
+            raise OSError(
+                f"{parent} has {free / 1e9:.2f} GB of free disk space, but the merged checkpoint requires "
+                f"{needed / 1e9:.2f} GB. Free disk space or choose another directory."
+            )
 
     def dtype_of(self, info: TensorInfo) -> torch.dtype | None:
-        """What a tensor is cast to; None if it isn't."""
+        """The dtype that a tensor is cast to; None if it is not cast."""
         if self.checkpoint.storage_of(info.key) is not None:
             return self.dtype or self.dtype_of_decoded
         if self.dtype is None or info.dtype not in (*DTYPES, torch.float64):
@@ -191,7 +196,7 @@ class _Merge:
         return None if info.key in self.plan.kept_in_fp32 else self.dtype
 
     def stored(self, info: TensorInfo) -> dict[str, Stored]:
-        """Key -> tensor of the file, of what a tensor becomes."""
+        """Key -> shape and dtype of the tensors that a tensor is written as."""
         if info.key in self.encoders:
             return self.encoders[info.key].stored()
         return {info.key: Stored(info.shape, self.dtype_of(info) or info.dtype)}
@@ -202,7 +207,7 @@ class _Merge:
         return sum(stored.nbytes for stored in self.stored(info).values())
 
     def run(self, progressbar: bool) -> None:
-        """Writes all files that aren't written yet."""
+        """Writes all files that an interrupted run has not written yet."""
         total = len(self.checkpoint.tensors)
         with tqdm(total=total, desc="Merging", unit="tensor", disable=not progressbar) as bar:
             for file, name in self.names.items():
@@ -224,8 +229,8 @@ class _Merge:
             save_file(shard.tensors, self.output.path_to_write(name), self.checkpoint.metadata[file] or None)
         except SafetensorError as error:
             raise OSError(
-                f"{self.output.place(name)} can't be written: {error}. Free disk space, then rerun the same "
-                "command to resume."
+                f"Writing {self.output.place(name)} failed: {error}. Free disk space, then rerun the same command to "
+                "resume."
             ) from error
         self.output.written(name)
         result = shard.result()
@@ -233,14 +238,14 @@ class _Merge:
         return result
 
     def changed(self) -> set[str]:
-        """Keys of tensors that came out otherwise than without the adapter."""
+        """Keys of tensors whose written values differ from those without the adapter."""
         return {key for result in self.results for key in result["changed"]}
 
     def check_changed(self, allow_unchanged: bool) -> list[str]:
-        """Keys of tensors that the adapter changes and that came out as without it.
+        """Keys of tensors that the adapter should change and whose written values are unchanged.
 
         Raises:
-            ValueError: there are some, and that isn't allowed.
+            ValueError: there are unchanged tensors and `allow_unchanged` is False.
         """
         unchanged = sorted(self.plan.changed - self.changed())
         if unchanged and not allow_unchanged:
@@ -248,17 +253,17 @@ class _Merge:
             if not self.encoders.keys().isdisjoint(unchanged):
                 remedy = "into 16 bits (without serve_as, --serve-as)"
             raise ValueError(
-                f"{len(unchanged)} of {len(self.plan.changed)} tensors that the adapter changes came out "
-                f"unchanged, {unchanged[0]} first: their deltas are lost in rounding. Merge {remedy}, or allow it "
-                "(allow_unchanged=True, --allow-unchanged)."
+                f"{len(unchanged)} of {len(self.plan.changed)} tensors that the adapter should change are unchanged "
+                f"after the merge, {unchanged[0]} first: their deltas are lost in rounding. Merge {remedy}, or allow "
+                "unchanged tensors (allow_unchanged=True, --allow-unchanged)."
             )
         return unchanged
 
     def check_written(self) -> int:
-        """Holds the headers of what lies on the disk against those of the base; gives the number of tensors.
+        """Compares the headers of the written files with the expected ones and returns the number of tensors.
 
         Raises:
-            ValueError: a tensor is missing, too many, or of another shape.
+            ValueError: a tensor is missing, unexpected, or has another shape.
         """
         written = Checkpoint([self.output.place(name) for name in self.names.values()])
         infos = self.checkpoint.tensors.values()
@@ -267,11 +272,14 @@ class _Merge:
             before, stored = expected.get(key, (None, None))
             after = written.tensors.get(key)
             if stored is None or after is None or stored.shape != after.shape:
-                raise ValueError(f"{before or 'Nothing'} in the base came out as {after or 'nothing'}.")
+                raise ValueError(
+                    f"The merged checkpoint is inconsistent for {key}: the base has {before or 'no such tensor'}, the "
+                    f"result has {after or 'no such tensor'}. Rerun the merge, and report this error if it persists."
+                )
         return len(written.tensors)
 
     def fidelities(self) -> dict[str, Fidelity]:
-        """Of each stack and tensor, over all shards."""
+        """Name -> fidelity of each stack and tensor, over all shards."""
         total: dict[str, Fidelity] = defaultdict(Fidelity)
         for result in self.results:
             for name, sums in result["fidelity"].items():
@@ -290,14 +298,14 @@ class _Merge:
 
 
 class _Shard:
-    """The tensors of one file, as they come to be."""
+    """The tensors of one output file while they are computed."""
 
     def __init__(self, merge: _Merge, keys: list[str]) -> None:
         self.merge = merge
         self.checkpoint = merge.checkpoint
         plan = merge.plan
         infos = [self.checkpoint.tensors[key] for key in keys]
-        # all at once: what is freed between them would leave gaps as large as themselves
+        # allocated together: freeing temporary tensors between them would fragment memory
         self.tensors = {
             key: torch.empty(stored.shape, dtype=stored.dtype)
             for info in infos
@@ -310,11 +318,11 @@ class _Shard:
         self.fidelity: dict[str, Fidelity] = defaultdict(Fidelity)
 
     def _is_made(self, info: TensorInfo) -> bool:
-        """Whether a tensor is written otherwise than as it is, with or without an edit."""
+        """Whether a tensor is encoded or cast, with or without an edit."""
         return info.key in self.merge.encoders or self.merge.dtype_of(info) is not None
 
     def add(self, key: str) -> None:
-        """One tensor, and those of the same expert that are in this file too."""
+        """Adds one tensor, and all tensors of the same expert in this file."""
         plan = self.merge.plan
         if key in plan.of_tensors:
             edit = plan.of_tensors[key]
@@ -337,9 +345,12 @@ class _Shard:
         self.done.add(key)
 
     def _put(self, key: str, expert: int | None, name: str, edit: Edit) -> None:
-        """Rounds new values and puts them in their place, which is the slice of an expert if one is given."""
-        if not torch.isfinite(edit.exact).all():  # of the base all are, so are the factors
-            raise ValueError(f"{name} with the delta is beyond the range of float32. The adapter seems to be broken.")
+        """Rounds new values and stores them in the tensor, or in the slice of an expert if one is given."""
+        if not torch.isfinite(edit.exact).all():  # base weights and factors are checked before
+            raise ValueError(
+                f"The merged weights of {name} exceed the range of float32. The adapter is probably damaged. Save or "
+                "train it again."
+            )
         put = self._put_encoded if key in self.merge.encoders else self._put_rounded
         stored, is_changed = put(key, expert, edit)
         self.fidelity[name].add(edit.before, edit.exact, stored)
@@ -348,7 +359,7 @@ class _Shard:
         self.done.add(key)
 
     def _put_rounded(self, key: str, expert: int | None, edit: Edit) -> tuple[torch.Tensor, bool]:
-        """What is written, and whether it is another without the delta."""
+        """Returns the written values, and whether they differ from those without the delta."""
         whole = self.tensors[key]
         place = whole if expert is None else whole[expert : expert + 1]
         place.copy_(edit.exact)
@@ -356,7 +367,7 @@ class _Shard:
         return place, not torch.equal(place, edit.before.to(place.dtype))
 
     def _put_encoded(self, key: str, expert: int | None, edit: Edit) -> tuple[torch.Tensor, bool]:
-        """What the tensors that are written stand for, and whether others would be written without the delta."""
+        """Returns the decoded values of the written tensors, and whether they differ from those without the delta."""
         encoder = self.merge.encoders[key]
         written, decoded = encoder.encode(edit.exact, expert)
         for stored_key, place, tensor in written:
@@ -378,8 +389,8 @@ class _Shard:
 def _check_range(key: str, exact: torch.Tensor, rounded: torch.Tensor) -> None:
     if torch.isfinite(exact).all() and not torch.isfinite(rounded).all():
         raise ValueError(
-            f"{key} has values that are beyond the range of {rounded.dtype}. Choose a dtype of wider range, such as "
-            "bfloat16 (dtype=torch.bfloat16, --dtype bfloat16)."
+            f"{key} contains values that exceed the range of {rounded.dtype}. Choose a dtype with a wider range, such "
+            "as bfloat16 (dtype=torch.bfloat16, --dtype bfloat16)."
         )
 
 
@@ -396,7 +407,7 @@ def _task(
     dtype: torch.dtype | None,
     options: ReadOptions | None,
 ) -> dict[str, Any]:
-    """What two runs have to share for one to take up the work of the other."""
+    """The inputs and options that must match for a run to resume the work of another."""
     stats = {str(file): file.stat() for file in checkpoint.files}
     return {
         "base": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
@@ -411,20 +422,20 @@ def _task(
 
 
 def _notes(adapter: AdapterFile, onto: str, plan: MergePlan) -> tuple[str, ...]:
-    notes = () if plan.changed else ("The adapter has no delta: all of its factors are as they were at the start.",)
+    notes = () if plan.changed else ("The adapter changes no weight: all of its deltas are zero.",)
     if onto == "quantized" and adapter.config.base is None:
         notes += (
-            "The adapter doesn't say what it was trained on: experts are taken to have been stored as "
+            "The adapter does not record the storage of its base in training. Assumed storage: experts as "
             f"{adapter.config.format or 'in the checkpoint'}, linear layers as in the checkpoint.",
         )
     return notes
 
 
 def open_in_floating_point(base: BaseModel) -> Checkpoint:
-    """The checkpoint of a base, decoded if others have quantized it.
+    """The checkpoint of a base, decoded if another tool has quantized it.
 
     Raises:
-        ValueError: it is quantized by bitsandbytes or this package; see also `readable_quantization`.
+        ValueError: the checkpoint is quantized by bitsandbytes or this package; see also `readable_quantization`.
         CheckpointError: see `DecodedCheckpoint`.
     """
     readable_quantization(base.config, base.directory)
@@ -434,18 +445,18 @@ def open_in_floating_point(base: BaseModel) -> Checkpoint:
     if base.is_of_others:
         return DecodedCheckpoint(base.model, checkpoint)
     raise ValueError(
-        f"{base.directory} is quantized by {base.quantization!r}; a checkpoint in floating point was expected, or one "
-        "that others have quantized. Name the unquantized base, or merge into 4 bits (--quantize), or in memory with "
-        "merge_and_unload."
+        f"{base.directory} is quantized by {base.quantization!r}. Expected a checkpoint in floating point, or one "
+        "that a tool other than bitsandbytes and this package has quantized. Pass the unquantized base, merge into 4 "
+        "bits (--quantize), or merge in memory with merge_and_unload."
     )
 
 
 def config_for_all(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """A config.json in which all readers find the number of experts, some by one name and some by another.
+    """Adds the number of experts to a config.json under both names that readers use.
 
     Args:
-        config: what the base has, or a part of it.
-        dtype: to be put where one stands; None to leave it.
+        config: the base's config, or a nested part of it.
+        dtype: replaces existing dtype entries; None to keep them.
     """
     found = {key: config_for_all(part, dtype) if isinstance(part, dict) else part for key, part in config.items()}
     for own, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):

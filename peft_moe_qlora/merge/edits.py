@@ -1,4 +1,4 @@
-"""What merging an adapter changes in a checkpoint, tensor by tensor; planned from headers, computed when asked for."""
+"""The changes that merging an adapter makes to a checkpoint's tensors: planned from headers, computed on demand."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ..quantization import Format, QuantizedStack
 from ..targets import UNTIE
 
 ONTO = ("quantized", "base")
-"""The weights that a delta can be added to: as training saw them, or the checkpoint's own."""
+"""The weights that a delta is added to: those used in training, or the checkpoint's own."""
 
 _STACKS_AT_A_TIME = 4
-_REMEDY = "Load base and adapter, and call merge_and_unload(dtype=...)."
+_REMEDY = "Merge in memory instead: load base and adapter, and call merge_and_unload(dtype=...)."
 
 
 class Edit(NamedTuple):
-    """New values of a tensor of the checkpoint, or of a slice of one.
+    """New values of a checkpoint tensor, or of a slice of one.
 
     Args:
-        before: fp32, what is merged onto.
-        exact: fp32, with the delta.
+        before: fp32 values before the merge.
+        exact: fp32 values with the delta.
     """
 
     before: torch.Tensor
@@ -44,13 +44,13 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class StackEdit:
-    """A stack of experts: as the training has seen it, plus the adapter.
+    """A stack of experts as used in training, plus the adapter.
 
     Args:
-        source: where it is in the checkpoint.
-        factors: what is added; None where the adapter leaves the stack alone.
-        storage: that the experts were trained in, None for that of the checkpoint.
-        dtype: that they were cast to before they were quantized; None for that of the checkpoint.
+        source: the stack's tensors in the checkpoint.
+        factors: factors of the delta; None if the adapter does not change the stack.
+        storage: format of the experts in training; None for that of the checkpoint.
+        dtype: dtype that they were cast to before quantization; None for that of the checkpoint.
     """
 
     source: DenseSource
@@ -63,18 +63,18 @@ class StackEdit:
         return self.source.target.name
 
     def features_of(self, places: torch.Tensor) -> torch.Tensor:
-        """The features going out that a part of the matrix, by its `ExpertPart.places`, belongs to."""
+        """The output features covered by a part of the matrix with the given `ExpertPart.places`."""
         _, _, columns = self.source.target.shape
         return (places % columns if self.source.target.is_transposed else places // columns).unique()
 
     def has_delta(self, expert: int, features: torch.Tensor) -> bool:
-        """Whether the adapter changes features of an expert; one that no token has reached in training has zeros."""
+        """Whether the adapter changes features of an expert; an expert without training tokens has zero deltas."""
         if self.factors is None:
             return False
         return bool(self.factors.A[expert].any() and self.factors.B[expert][features].any())
 
     def edits(self, expert: int, checkpoint: Checkpoint, places: Places) -> Iterator[tuple[ExpertPart, Edit]]:
-        """The tensors, or slices, of one expert.
+        """The edits of the tensors, or slices, of one expert.
 
         Raises:
             CheckpointError: a weight is not finite.
@@ -85,7 +85,7 @@ class StackEdit:
         exact = before
         if self.factors is not None:
             A, B = self.factors.A[expert].float(), self.factors.B[expert].float()
-            delta = (self.factors.scaling * B) @ A  # in this order as in memory, to the same bits
+            delta = (self.factors.scaling * B) @ A  # same order as in memory, for bitwise equal results
             exact = before + (delta.T if is_transposed else delta)
         for part in self.source.parts_of_expert(expert, checkpoint, places):
             of_before = part.of(before)
@@ -94,12 +94,12 @@ class StackEdit:
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """A tensor of its own: as the training has seen it, plus a delta; or replaced.
+    """A single tensor as used in training, plus a delta; or its replacement.
 
     Args:
-        name: in the model.
-        delta: gives what is added, fp32; None for nothing.
-        replacement: gives what takes its place.
+        name: name in the model.
+        delta: returns the fp32 delta; None for no delta.
+        replacement: the tensor that replaces it; None to keep it.
         storage: as in `StackEdit`.
         dtype: as in `StackEdit`.
     """
@@ -119,13 +119,13 @@ class TensorEdit:
 
 @dataclass
 class MergePlan:
-    """What happens to each tensor of a checkpoint; one that is in neither dictionary is copied.
+    """The edits of a checkpoint's tensors; a tensor that is in neither dictionary is copied.
 
     Args:
-        of_experts: key -> stack and expert that it holds; all experts of a stack where it is one tensor.
+        of_experts: key -> stacks and experts that the tensor contains; all experts if the stack is one tensor.
         of_tensors: key -> edit.
-        changed: keys of the tensors that the adapter changes, by what it and the base have.
-        kept_in_fp32: keys of tensors in fp32 that the model keeps so, whatever dtype is asked for.
+        changed: keys of the tensors that the adapter should change.
+        kept_in_fp32: keys of fp32 tensors that the model keeps in fp32, regardless of the requested dtype.
     """
 
     of_experts: dict[str, list[tuple[StackEdit, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -135,7 +135,7 @@ class MergePlan:
     _places: OrderedDict[str, Places] = field(default_factory=OrderedDict)
 
     def places(self, source: DenseSource, checkpoint: Checkpoint) -> Places:
-        """`source.find_places`, of the stacks being worked on; of all stacks they would be as large as the model."""
+        """`source.find_places`, cached for a few stacks; for all stacks the cache would be as large as the model."""
         name = source.target.name
         if name not in self._places:
             self._places[name] = source.find_places(checkpoint)
@@ -152,19 +152,19 @@ class MergePlan:
 def plan_merge(
     base: BaseModel, checkpoint: Checkpoint, adapter: AdapterFile, onto: str, every_stack: bool = False
 ) -> MergePlan:
-    """Settles what an adapter changes in the checkpoint of its base.
+    """Plans the changes that an adapter makes to the checkpoint of its base.
 
     Args:
         base: the model.
         checkpoint: its weights, in floating point.
-        adapter: what is to be merged.
-        onto: `"quantized"`: onto the weights that the training has seen; `"base"`: onto those of the checkpoint.
-        every_stack: plan an edit of stacks too that come out as they are.
+        adapter: the adapter to merge.
+        onto: `"quantized"`: merge onto the weights used in training; `"base"`: onto those of the checkpoint.
+        every_stack: also plan edits of unchanged stacks.
 
     Raises:
-        ValueError: the adapter belongs to another base, lacks what its config promises, or changes something that is
-            no tensor of its own in the checkpoint. The error names it.
-        CheckpointError: the checkpoint is quantized, incomplete, or not of this model.
+        ValueError: the adapter belongs to another base, lacks tensors that its config requires, or changes a weight
+            that is not a separate tensor in the checkpoint. The error names it.
+        CheckpointError: the checkpoint is quantized, incomplete, or belongs to another model.
     """
     identity = BaseIdentity.of(adapter.config.base)
     finder = SourceFinder(base.model, checkpoint)
@@ -172,8 +172,8 @@ def plan_merge(
     for source in sources.values():
         if not isinstance(source, DenseSource):
             raise CheckpointError(
-                f"{checkpoint.tensors[source.keys[0]]} is quantized; a checkpoint in floating point was expected. "
-                "Name the unquantized base, or merge in memory with merge_and_unload."
+                f"{checkpoint.tensors[source.keys[0]]} is quantized. Expected a checkpoint in floating point. Pass "
+                "the unquantized base, or merge in memory with merge_and_unload."
             )
     check_base(adapter, base, checkpoint, sources)
     plan = MergePlan(kept_in_fp32=_kept_in_fp32(base, checkpoint, finder))
@@ -184,7 +184,7 @@ def plan_merge(
         is_dense = identity is not None and name in identity.dense_stacks
         storage = adapter.config.format if trained and not is_dense else None
         if storage is not None and storage == checkpoint.storage_of(source.keys[0]):
-            storage = None  # the checkpoint gives what the training has seen
+            storage = None  # the checkpoint decodes to the weights used in training
         edit = StackEdit(source, factors.pop(name, None), storage, dtype if trained else None)
         if edit.factors is None and storage is None and not every_stack:
             continue
@@ -196,14 +196,16 @@ def plan_merge(
                 if edit.has_delta(expert, of_part):
                     plan.changed.add(part.key)
     if factors:
-        raise ValueError(f"{base.directory} has no stack {next(iter(factors))} of its own. {_REMEDY}")
+        raise ValueError(
+            f"The adapter changes {next(iter(factors))}, which is not a separate stack in {base.directory}. {_REMEDY}"
+        )
     keys = finder.beside_stacks | finder.plain_tensors()
     _plan_tensors(plan, base, checkpoint, adapter, keys, identity if trained else None)
     return plan
 
 
 def _kept_in_fp32(base: BaseModel, checkpoint: Checkpoint, finder: SourceFinder) -> frozenset[str]:
-    """Keys of the tensors in fp32 that transformers' loader keeps so; it goes by the names of the model."""
+    """Keys of fp32 tensors that transformers' loader keeps in fp32, which it selects by their names in the model."""
     patterns = {*(base.model._keep_in_fp32_modules or ()), *(base.model._keep_in_fp32_modules_strict or ())}
     if not patterns:
         return frozenset()
@@ -213,16 +215,16 @@ def _kept_in_fp32(base: BaseModel, checkpoint: Checkpoint, finder: SourceFinder)
 
 
 def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
-    """Refuses a base that the adapter wasn't trained on, as far as the adapter says; packed stacks aren't looked at.
+    """Rejects a base that the adapter was not trained on, if the adapter identifies its base; skips packed stacks.
 
     Args:
-        adapter: what is to be merged.
+        adapter: the adapter to merge.
         base: the model.
         checkpoint: its weights.
-        sources: name of a stack -> where it is.
+        sources: name of a stack -> its tensors in the checkpoint.
 
     Raises:
-        ValueError: model type or weights are others.
+        ValueError: model type or weights differ.
     """
     identity = BaseIdentity.of(adapter.config.base)
     if identity is None:
@@ -230,8 +232,8 @@ def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, so
     model_type = base.model.config.model_type
     if identity.model_type != model_type:
         raise ValueError(
-            f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} is of type "
-            f"{model_type}. Merge it into its own base."
+            f"The adapter was trained on a model of type {identity.model_type}, but {base.directory} contains a model "
+            f"of type {model_type}. Merge the adapter into its own base."
         )
     storage = adapter.config.format
     found = {}
@@ -252,14 +254,14 @@ def check_base(adapter: AdapterFile, base: BaseModel, checkpoint: Checkpoint, so
     differing = differing_sample(identity, replace(identity, samples=found))
     if differing is not None:
         raise ValueError(
-            f"{base.directory} has other weights than the adapter was trained on: {differing} differs. Merge it into "
-            "its own base; if it has been merged already, there is nothing left to do. If it was trained on a "
-            "checkpoint in 4 bits, merge into that (--quantize, or in memory)."
+            f"{base.directory} has other weights than the adapter was trained on: {differing} differs. Merge the "
+            "adapter into its own base; if the weights already contain the adapter, do not merge it again. If it was "
+            "trained on a 4-bit checkpoint, merge it into that checkpoint (--quantize, or in memory)."
         )
 
 
 def _sample_of_stored(source: DenseSource, checkpoint: DecodedCheckpoint, count: int) -> list[float]:
-    """As `sample`, of a stack whose first expert is stored in one or several tensors, under each other."""
+    """Like `sample`, for a stack whose first expert is stored in one or several vertically concatenated tensors."""
     scales = [checkpoint.scales_of(key, 0) for key in source.keys_of_expert(0)]
     return torch.cat(scales)[:count].tolist()
 
@@ -272,29 +274,29 @@ def _plan_tensors(
     keys: dict[str, str],
     identity: BaseIdentity | None,
 ) -> None:
-    """Linear layers, embeddings, biases and modules that were trained in full.
+    """Plans edits of linear layers, embeddings, biases and modules that were trained in full.
 
     Args:
-        plan: filled.
+        plan: the plan to extend.
         base: the model.
         checkpoint: its weights.
-        adapter: what is to be merged.
+        adapter: the adapter to merge.
         keys: name in the model -> key in the checkpoint.
-        identity: of what was trained on, if the merge is onto that.
+        identity: identity of the base in training, to merge onto its weights; None to merge onto the checkpoint's.
     """
 
     def add(edit: TensorEdit, shape: tuple[int, ...]) -> None:
         key = keys.get(edit.name)
         if key is None:
             raise ValueError(
-                f"The adapter changes {edit.name}, which is no tensor of its own in {base.directory}: it is part of a "
-                f"larger one, or not there. {_REMEDY}"
+                f"The adapter changes {edit.name}, which is not a separate tensor in {base.directory}: it is part of "
+                f"a larger tensor or does not exist. {_REMEDY}"
             )
         found = checkpoint.tensors[key].shape
         if found != shape:
             raise ValueError(
-                f"The adapter changes {edit.name} in the shape {list(shape)}, but {checkpoint.tensors[key]} is of "
-                "another. It belongs to another base."
+                f"The adapter changes {edit.name} with shape {list(shape)}, but the checkpoint has "
+                f"{checkpoint.tensors[key]}. The adapter belongs to another base. Merge it into its own base."
             )
         plan.of_tensors[key] = edit
 
@@ -316,7 +318,9 @@ def _plan_tensors(
     for saved, tensor in in_full.items():
         name = name_in_model(saved)
         if name not in keys:
-            raise ValueError(f"The adapter has {saved}, which is no tensor of {base.directory}. {_REMEDY}")
+            raise ValueError(
+                f"The adapter contains {saved}, which is not a separate tensor in {base.directory}. {_REMEDY}"
+            )
         add(TensorEdit(name, replacement=tensor), tuple(tensor.shape))
         plan.changed.add(keys[name])
     if identity is not None:
@@ -326,7 +330,7 @@ def _plan_tensors(
                 continue
             if weight not in keys:
                 raise ValueError(
-                    f"{name} was in {stored(name)['storage']} in training, but is no tensor of its own in "
+                    f"{name} was stored as {stored(name)['storage']} in training, but it is not a separate tensor in "
                     f"{base.directory}. Merge onto the base's own weights (onto='base', --onto base), or in memory."
                 )
             add(TensorEdit(weight, **stored(name)), tuple(module.weight.shape))
@@ -335,7 +339,7 @@ def _plan_tensors(
 def _differing(
     tensors: dict[str, torch.Tensor], base: BaseModel, checkpoint: Checkpoint, keys: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Those of the tensors that an adapter has in full that the base hasn't like that."""
+    """The adapter's full tensors that differ from those of the base."""
     tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
     found = {}
     for saved, tensor in tensors.items():
@@ -347,15 +351,15 @@ def _differing(
 
 
 def check_not_tied(names: Iterable[str], base: BaseModel, keys: Mapping[str, str]) -> None:
-    """Refuses changes of one of two weights that the checkpoint has as one tensor.
+    """Rejects changes of only one of two weights that share a tensor in the checkpoint.
 
     Args:
-        names: of what an adapter changes.
+        names: names of the weights that an adapter changes.
         base: the model.
         keys: name in the model -> key in the checkpoint.
 
     Raises:
-        ValueError: names the two.
+        ValueError: two weights are tied; the error names them.
     """
     tied_to = getattr(base.model, "all_tied_weights_keys", None) or {}
     for name in names:
@@ -364,8 +368,8 @@ def check_not_tied(names: Iterable[str], base: BaseModel, keys: Mapping[str, str
             sharers.append(tied_to[name])
         if sharers:
             raise ValueError(
-                f"The adapter changes {name} alone, but in {base.directory} {sharers[0]} is tied to it and would "
-                f"change too. {UNTIE}"
+                f"The adapter changes only {name}, but in {base.directory} {sharers[0]} is tied to it and would also "
+                f"change. {UNTIE}"
             )
 
 
@@ -382,13 +386,15 @@ def _as_trained(
     name: str,
     parts: int = 1,
 ) -> torch.Tensor:
-    """fp32 weights as they were in training, in the orientation of the matrix.
+    """fp32 weights as used in training, in the orientation of the matrix.
 
     Raises:
-        CheckpointError: they are not finite.
+        CheckpointError: a weight is not finite.
     """
     if not torch.isfinite(matrix).all():
-        raise CheckpointError(f"{name} has weights that are not finite; the checkpoint is broken.")
+        raise CheckpointError(
+            f"{name} contains weights that are not finite. The checkpoint is damaged. Download it again."
+        )
     if storage is None:
         return matrix.float()
     stack = QuantizedStack.from_dense(matrix.to(dtype or matrix.dtype)[None], is_transposed, storage, parts)

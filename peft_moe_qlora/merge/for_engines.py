@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantized for serving, and what becomes of each."""
+"""Selects the tensors of a checkpoint that are quantized for serving, and encodes them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ..quantization import QUANTIZABLE_DTYPES
 from .edits import MergePlan, StackEdit
 
 _LEAST_DIFFERENCE = 2.0**-9
-"""Relative to a weight: half a unit of bfloat16."""
-_WITHOUT = "Merge into 16 bits, without quantizing for serving (serve_as, --serve-as)."
+"""Relative to a weight: half a unit in the last place of bfloat16."""
+_WITHOUT = "Merge into 16 bits without serve_as (--serve-as)."
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What one tensor of a checkpoint becomes.
+    """Encodes one tensor of a checkpoint.
 
     Args:
-        layout: of what is written.
-        keys: of the parts of its rows, in a checkpoint in 16 bits; with `{}` for the number of the expert.
+        layout: layout of the output.
+        keys: keys of the parts of its rows in a 16-bit checkpoint; `{}` is a placeholder for the expert's number.
         shape: `(out, in)` of one part.
-        num_experts: of a tensor of all experts; None for a single matrix.
-        is_out_in: how its matrices lie.
+        num_experts: number of experts in the tensor; None for a single matrix.
+        is_out_in: whether its matrices are `(out, in)`.
     """
 
     layout: EngineLayout
@@ -42,7 +42,7 @@ class Encoder:
     is_out_in: bool = True
 
     def stored(self) -> dict[str, Stored]:
-        """The tensors of the file by their keys."""
+        """Key -> shape and dtype of the written tensors."""
         found = {}
         for key in self.keys:
             for expert in range(self.num_experts or 1):
@@ -55,7 +55,7 @@ class Encoder:
         return key if self.num_experts is None else key.replace("{}", str(expert))
 
     def _is_apart(self, key: str) -> bool:
-        """Whether what is written of an expert is a tensor of its own."""
+        """Whether each expert is written as a separate tensor."""
         return self.num_experts is None or "{}" in key
 
     def encode(
@@ -65,11 +65,11 @@ class Encoder:
 
         Args:
             exact: fp32, in the tensor's own shape.
-            expert: its number; None for a tensor of a single matrix.
+            expert: index of the expert; None for a tensor of a single matrix.
 
         Returns:
-            Key, place in the tensor of all experts, and values of what is written; and what all of that stands for,
-            in the shape of `exact`.
+            Key, index in the tensor of all experts, and values of each written tensor; and their decoded values, in
+            the shape of `exact`.
         """
         found, decoded = [], []
         for key, part in zip(self.keys, self._parts(exact)):
@@ -87,10 +87,10 @@ class Encoder:
     def differ(self, one: torch.Tensor, other: torch.Tensor) -> bool:
         """Whether two tensors, or slices of one expert, are stored as different weights.
 
-        A scale follows its largest weight by as little as that moves, which by itself is no difference.
+        A tiny change of a block's largest weight changes its scale, which alone does not count as a difference.
         """
         for pair in zip(self._parts(one), self._parts(other)):
-            # mostly the first rows tell
+            # usually the first rows already differ
             for rows in zip(*(part.split(self.layout.whole_rows) for part in pair)):
                 left, right = (self.layout.encode(self.keys[0], part.contiguous())[1] for part in rows)
                 if ((left - right).abs() > _LEAST_DIFFERENCE * right.abs()).any():
@@ -100,14 +100,14 @@ class Encoder:
 
 @dataclass
 class Encoding:
-    """What is quantized of a checkpoint.
+    """The quantized tensors of a checkpoint.
 
     Args:
-        layout: that it is written in.
-        encoders: key -> what its tensor becomes; one that isn't here stays in floating point.
+        layout: layout of the output.
+        encoders: key -> encoder; other tensors stay in floating point.
         names: the same keys -> names in the model.
-        config: the `quantization_config` to be written.
-        notes: what a reader of the report should know.
+        config: the `quantization_config` to write.
+        notes: notes for the report.
     """
 
     layout: EngineLayout
@@ -118,16 +118,16 @@ class Encoding:
 
 
 def plan_encoding(layout: EngineLayout, base: BaseModel, checkpoint: Checkpoint, plan: MergePlan) -> Encoding:
-    """Settles what is quantized: all experts, and the linear layers beside them that engines have so.
+    """Selects the tensors to quantize: all experts, and the other linear layers that engines serve quantized.
 
     Args:
-        layout: of what is written.
+        layout: layout of the output.
         base: the model.
         checkpoint: its weights, in floating point.
-        plan: of the merge, every stack in it.
+        plan: plan of the merge, with all stacks.
 
     Raises:
-        ValueError: engines wouldn't read the experts: the error names what is in the way.
+        ValueError: engines cannot read these experts in this layout; the error names the reason.
     """
     encoding = Encoding(layout)
     for stack in plan.stacks:
@@ -145,14 +145,14 @@ def plan_encoding(layout: EngineLayout, base: BaseModel, checkpoint: Checkpoint,
     encoding.config = layout.config(_kept(base, checkpoint, finder, encoding))
     if too_narrow:
         encoding.notes += (
-            f"{len(too_narrow)} linear layers stay in floating point, since engines can't have them, or those that "
-            f"they are put together with, as {layout.storage}: {_module(too_narrow[0])} first.",
+            f"{len(too_narrow)} linear layers stay in floating point, {_module(too_narrow[0])} first: engines do not "
+            f"support {layout.storage} for their sizes, or for those of layers that they are fused with.",
         )
     stored = {str(checkpoint.storage_of(key)) for key in encoding.encoders if checkpoint.storage_of(key) is not None}
     if str(layout.storage) in stored:
         encoding.notes += (
-            f"The base is in {layout.storage} already, and rounded to the nearest again: small deltas are lost. "
-            "Merging back into it (--quantize) keeps more of them.",
+            f"The base is already stored as {layout.storage}, and its weights are rounded again: small deltas are "
+            "lost. Merging with --quantize keeps more of them.",
         )
     return encoding
 
@@ -161,7 +161,7 @@ def _add_stack(encoding: Encoding, stack: StackEdit, base: BaseModel, checkpoint
     """Adds the tensors of one stack of experts.
 
     Raises:
-        ValueError: engines wouldn't read them.
+        ValueError: engines cannot read them in this layout.
     """
     layout, source = encoding.layout, stack.source
     class_name = base.layouts[source.target.path].class_name
@@ -180,8 +180,8 @@ def _add_stack(encoding: Encoding, stack: StackEdit, base: BaseModel, checkpoint
                 keys = layout.keys_of_stack(class_name, part.key, source.target.parts) if is_known else None
             if keys is None:
                 raise ValueError(
-                    f"What engines read of {class_name} in {layout.storage} is not known, nor so what would have to "
-                    f"be written for {checkpoint.tensors[part.key]}. {_WITHOUT}"
+                    f"{checkpoint.tensors[part.key]} cannot be quantized for serving: the layout that engines read "
+                    f"for {class_name} in {layout.storage} is not known. {_WITHOUT}"
                 )
             if not is_out_in:
                 rows, columns = columns, rows
@@ -189,7 +189,7 @@ def _add_stack(encoding: Encoding, stack: StackEdit, base: BaseModel, checkpoint
             reason = layout.why_not(*shape)
             if reason is not None:
                 raise ValueError(
-                    f"Engines don't read experts of this size in {layout.storage}: {part.key} has matrices of "
+                    f"Engines do not support experts of this size in {layout.storage}: {part.key} has matrices of "
                     f"{shape[0]} x {shape[1]}, and {reason}. {_WITHOUT}"
                 )
             num_experts = source.target.num_experts if part.is_stack else None
@@ -198,12 +198,12 @@ def _add_stack(encoding: Encoding, stack: StackEdit, base: BaseModel, checkpoint
 
 
 def _is_out_in(stack: StackEdit, places: torch.Tensor) -> bool:
-    """Whether the rows of a tensor are features going out."""
+    """Whether the rows of a tensor are output features."""
     return len(stack.features_of(places[:2])) == 1
 
 
 def _are_in_order(source: DenseSource, places: torch.Tensor, shape: tuple[int, int], is_out_in: bool) -> bool:
-    """Whether a tensor has the features of an expert in the order of the class, all of them."""
+    """Whether a tensor has all features of an expert, in the order of the model class."""
     _, rows, columns = source.target.shape
     own = places.view(shape) if is_out_in else places.view(shape).T
     in_class = torch.arange(rows * columns).view(rows, columns)
@@ -217,10 +217,10 @@ def _linear_layers(
     finder: SourceFinder,
     experts: Mapping[str, Encoder],
 ) -> Iterator[list[str]]:
-    """The keys of the linear layers that engines quantize, those together that they make one of.
+    """The keys of the linear layers that engines quantize, grouped by the layers that engines fuse.
 
-    They are in the layers that have the experts. Some there, as for speculative decoding, aren't part of the model;
-    these go by their names alone.
+    They are in the decoder layers of the text model. Some of them, such as layers for speculative decoding, are not
+    part of the transformers model and are selected by name only.
     """
     names = {key: name for name, key in finder.plain_tensors().items()}
     layers = {path.partition("layers.")[0] + "layers." for path in base.layouts}
@@ -235,7 +235,7 @@ def _linear_layers(
         if key in names:
             is_linear = isinstance(base.model.get_submodule(_module(names[key])), nn.Linear)
         else:
-            is_linear = name not in finder.names  # otherwise it becomes a part of something else
+            is_linear = name not in finder.names  # otherwise it is part of a larger tensor in the model
         if is_linear and name.startswith(tuple(layers)):
             groups[path, number_of[last]].append(key)
     yield from groups.values()
@@ -244,7 +244,7 @@ def _linear_layers(
 def _kept(base: BaseModel, checkpoint: Checkpoint, finder: SourceFinder, encoding: Encoding) -> list[str]:
     """The modules whose weights stay in floating point, by their names in the checkpoint.
 
-    Some readers quantize whatever isn't named, so that all are that have a matrix.
+    Some readers quantize all other modules, so every module with a matrix is listed.
     """
     keys = {name: key for name, key in finder.plain_tensors().items() if key in checkpoint.tensors}
     found = {
@@ -254,7 +254,7 @@ def _kept(base: BaseModel, checkpoint: Checkpoint, finder: SourceFinder, encodin
     }
     for name, module in base.model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" not in keys:
-            found.add(name)  # tied to another, or a part of a larger one
+            found.add(name)  # tied to another weight, or part of a larger one
     return sorted(found)
 
 

@@ -1,4 +1,4 @@
-"""Merging adapters into a model in memory: what is refused, and the experts' part of it. Linear layers are PEFT's."""
+"""Merging adapters into a model in memory: checks, and the merge of experts. PEFT merges linear layers."""
 
 from __future__ import annotations
 
@@ -25,25 +25,28 @@ from .calibration import adapted_projections, config_with_vocabulary, merge_whil
 from .check import Reference, take_reference
 
 ROUNDINGS = ("second-order", "nearest")
-"""How merged experts become codes again."""
+"""How merged experts are requantized."""
 
 
 def check_options(dtype: torch.dtype | None, rounding: str, calibration: torch.Tensor | None) -> None:
-    """Refuses options of `merge_and_unload` that have no such value, or no effect.
+    """Rejects options of `merge_and_unload` with an unknown value or without effect.
 
     Raises:
-        ValueError: names the option.
+        ValueError: an option is invalid; the error names it.
     """
     if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding!r} is unknown; choose one of {ROUNDINGS}.")
+        raise ValueError(f"rounding={rounding!r} is unknown. Choose one of {ROUNDINGS}.")
     if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
-        raise ValueError(f"dtype={dtype} can't hold merged weights; choose torch.bfloat16, float16 or float32.")
+        raise ValueError(
+            f"dtype={dtype} is not supported for merged weights. Choose torch.bfloat16, torch.float16 or "
+            "torch.float32."
+        )
     if calibration is None:
         return
     if dtype is not None or rounding == "nearest":
         raise ValueError(
-            "calibration is for experts that are rounded to 4 bits by second-order rounding; leave it out, or "
-            "dtype and rounding."
+            "calibration applies only to second-order rounding of quantized experts. Remove calibration, or remove "
+            "dtype and rounding='nearest'."
         )
     if (
         not isinstance(calibration, torch.Tensor)
@@ -51,34 +54,39 @@ def check_options(dtype: torch.dtype | None, rounding: str, calibration: torch.T
         or calibration.is_floating_point()
         or not calibration.numel()
     ):
-        raise ValueError("calibration has to be a tensor of token ids, (sequences, length), and not empty.")
+        is_tensor = isinstance(calibration, torch.Tensor)
+        found = f"{calibration.dtype} of shape {list(calibration.shape)}" if is_tensor else type(calibration).__name__
+        raise ValueError(
+            f"calibration has the wrong type or shape: {found}. Expected a non-empty integer tensor of token ids, "
+            "(sequences, length)."
+        )
 
 
 def refuse_taken_apart(model: nn.Module) -> None:
-    """Refuses to take layers away from a model that an engine shards, even while all of it is gathered.
+    """Rejects removing layers from a model that an engine shards, even while all parameters are gathered.
 
     Raises:
-        ValueError: names the engine.
+        ValueError: the model is sharded; the error names the engine.
     """
     engine = engine_of(model)
     if engine is not None:
         raise ValueError(
-            f"The model is sharded by {engine}, which runs and frees it layer by layer and would miss those that are "
-            "taken away. Save the adapter, load it onto its base in one process, and do it there."
+            f"The model is sharded by {engine}, whose hooks require the original layers, so adapter layers cannot be "
+            "removed. Save the adapter, load it onto its base in one process, and merge or unload it there."
         )
 
 
 def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Refuses a broken adapter before the first layer is merged, so that the model stays as it was.
+    """Rejects a damaged adapter before the first layer is merged, so the model stays unchanged.
 
-    With or without `safe_merge`: 4-bit codes could not show what is not finite.
+    The check does not depend on `safe_merge`, because quantized codes cannot represent values that are not finite.
 
     Args:
-        model: with the adapters in it.
-        adapter_names: what is going to be merged.
+        model: the model with the adapters.
+        adapter_names: the adapters to merge.
 
     Raises:
-        ValueError: a factor is not finite, or only one of two layers with a common weight would change.
+        ValueError: a factor is not finite, or only one of two layers with a shared weight would change.
     """
     _check_not_tied(model, adapter_names)
     for layer in model.modules():
@@ -92,14 +100,14 @@ def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
 
 
 def _check_not_tied(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Refuses a delta of one of two layers that have one weight: merged, it would be in both."""
+    """Rejects a delta of only one of two layers that share a weight, because merging it would change both."""
     holders: dict[nn.Parameter, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders[parameter].append(path.removesuffix(".base_layer"))
     for path, layer in model.named_modules():
         if isinstance(layer, (ExpertsLora, QuantizedLinearLora)):
-            continue  # two that are tied are merged into two
+            continue  # tied layers of these classes are merged into separate weights
         if not isinstance(layer, (LoraLayer, TrainableTokensLayer)):
             continue
         own = layer.scaling if isinstance(layer, LoraLayer) else layer.trainable_tokens_delta
@@ -115,38 +123,37 @@ def _check_not_tied(model: nn.Module, adapter_names: Sequence[str]) -> None:
         if others:
             changed = path.removesuffix(".token_adapter")
             raise ValueError(
-                f"The adapter changes {changed} alone, but {others[0]} has the same weight and would change too. "
-                f"{UNTIE}"
+                f"The adapter changes only {changed}, but {others[0]} shares its weight and would also change. {UNTIE}"
             )
 
 
 def _has_tokens_of(module: nn.Module, layer: BaseTunerLayer) -> bool:
-    """Whether a module shares the tokens that a layer trains, as PEFT has it where embeddings are tied."""
+    """Whether a module shares a layer's trained tokens, as PEFT does for tied embeddings."""
     if not isinstance(module, TrainableTokensLayer) or not isinstance(layer, TrainableTokensLayer):
         return False
     return module.trainable_tokens_delta is layer.trainable_tokens_delta
 
 
 def activate(tuner: LoraModel, adapter_names: Sequence[str]) -> list[str]:
-    """Makes what is to be merged the active adapters, frozen: those that are named, and those that are merged already.
+    """Activates and freezes the adapters to merge: those that are named, and those that are already merged.
 
-    PEFT leaves modules trained in full to the active adapter, whichever is named, and fails at tokens that the named
-    one doesn't have.
+    For modules trained in full, PEFT uses the active adapter even if another one is named, and it fails at tokens that
+    the named adapter does not have.
 
     Args:
-        tuner: merged layers stay so.
-        adapter_names: what to merge.
+        tuner: the tuner; merged layers stay merged.
+        adapter_names: the adapters to merge.
 
     Returns:
-        The names of all.
+        The names of all activated adapters.
 
     Raises:
-        ValueError: two of them have a module trained in full, or its tokens.
+        ValueError: two of them train the same module in full, or its tokens.
     """
     layers = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
     names = list(dict.fromkeys([*(name for layer in layers for name in layer.merged_adapters), *adapter_names]))
     wrappers = [module for module in tuner.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    # all are asked before one is changed
+    # check all wrappers before changing one
     found = [wrapper.check_set_adapter(names) if names else None for wrapper in wrappers]
     for wrapper, name in zip(wrappers, found):
         wrapper.set_adapter([] if name is None else [name], inference_mode=True)
@@ -159,7 +166,7 @@ def activate(tuner: LoraModel, adapter_names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def restored_on_error(layers: Sequence[ExpertsLora | QuantizedLinearLora]) -> Iterator[None]:
-    """Gives layers back what they had merged when the context began, if a `ValueError` ends it."""
+    """Restores the merged adapters of layers if the context ends with a `ValueError`."""
     merged_before = {layer: list(layer.merged_adapters) for layer in layers}
     try:
         yield
@@ -173,7 +180,7 @@ def restored_on_error(layers: Sequence[ExpertsLora | QuantizedLinearLora]) -> It
 
 @contextmanager
 def _unmerged(model: nn.Module) -> Iterator[None]:
-    """Unmerges all layers. After an error those that are left have the same adapters merged as before."""
+    """Unmerges all layers. After an error, the remaining layers have the same adapters merged as before."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and layer.merged]
     merged_before = {layer: list(layer.merged_adapters) for layer in layers}
     for layer in layers:
@@ -188,13 +195,13 @@ def _unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def merge_densely(tuner: LoraModel, adapter_names: Sequence[str], dtype: torch.dtype, progressbar: bool) -> None:
-    """Gives the classes' own experts modules and linear layers back, merged, in a floating dtype.
+    """Restores the original experts modules and linear layers with merged weights in a floating-point dtype.
 
     Args:
-        tuner: whose layers on experts, and on linear layers that are stored in a format, are taken away.
-        adapter_names: what to merge.
-        dtype: of the experts and these linear layers.
-        progressbar: show one.
+        tuner: the tuner whose layers on experts and on quantized linear layers are replaced.
+        adapter_names: the adapters to merge.
+        dtype: dtype of the experts and these linear layers.
+        progressbar: whether to show a progress bar.
     """
     kinds = (ExpertsLora, QuantizedLinearLora)
     layers = [(path, layer) for path, layer in tuner.model.named_modules() if isinstance(layer, kinds)]
@@ -204,22 +211,22 @@ def merge_densely(tuner: LoraModel, adapter_names: Sequence[str], dtype: torch.d
     restore_linear(tuner.model, dtype)
     restore_experts(tuner.model, dtype)
     if dtype == torch.float32:
-        cast_as_loaded(tuner.model, dtype)  # before deltas of linear layers are added, which 16 bits would round
+        cast_as_loaded(tuner.model, dtype)  # before PEFT adds deltas of linear layers, which 16 bits would round
 
 
 def merge_for_inputs(
     tuner: LoraModel, adapter_names: Sequence[str], calibration: torch.Tensor | None, progressbar: bool
 ) -> Reference | None:
-    """Merges the quantized experts that adapters reach, rounded for their inputs, and takes their layers away.
+    """Merges the adapted quantized experts, rounded for their inputs, and removes their adapter layers.
 
     Args:
-        tuner: whose layers are merged.
-        adapter_names: what to merge, with what is merged already.
+        tuner: the tuner whose layers are merged.
+        adapter_names: the adapters to merge, including those that are already merged.
         calibration: `(N, L)` token ids. Default: `random_token_ids`.
-        progressbar: show one.
+        progressbar: whether to show a progress bar.
 
     Returns:
-        What the model gave before the merge; None if there are no such experts.
+        The hidden states of the unmerged model; None if there are no such experts.
     """
     model = tuner.model
     experts = {
@@ -233,25 +240,25 @@ def merge_for_inputs(
         config = config_with_vocabulary(model)
         if config is None:
             raise ValueError(
-                f"{type(model).__name__} has no config that tells its vocabulary. Pass token ids as calibration, or "
-                "rounding='nearest'."
+                f"{type(model).__name__} has no config with a vocabulary size, which is required for random "
+                "calibration tokens. Pass token ids as calibration, or rounding='nearest'."
             )
         calibration = random_token_ids(config)
 
     def unwrap(merged: QuantizedExperts) -> None:
-        # each at once: should the forward fail later, what is merged is not merged again
+        # unwrapped immediately, so a later failure of the forward does not lead to a second merge
         for projection in merged.layout.projections:
             layer = merged.get_submodule(projection)
             if isinstance(layer, ExpertsLora):
                 tuner._replace_module(merged, projection, layer.base_layer, layer)
 
     with _unmerged(model):
-        reference = take_reference(tuner, adapter_names, calibration)
+        reference = take_reference(tuner, adapter_names, calibration, progressbar)
         missed = merge_while_running(model, experts, adapter_names, calibration, unwrap, progressbar)
     if missed:
         warnings.warn(
-            f"The tokens of the calibration didn't reach {len(missed)} layers of experts, {missed[0]} first; "
-            "they are rounded to the nearest value.",
+            f"The calibration forward did not run {len(missed)} layers of experts, {missed[0]} first. They are "
+            "rounded to the nearest value.",
             RuntimeWarning,
             stacklevel=3,
         )

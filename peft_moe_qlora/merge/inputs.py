@@ -1,4 +1,4 @@
-"""What a merge starts from: the base's directory, and which adapters are in it already."""
+"""Inputs of a merge: the directory of the base, and the adapters that are already merged into it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .report import REPORT_NAME, MergeReport
 
 
 def checkpoint_directory(base: str | Path, adapter: Path) -> Path:
-    """Where a checkpoint is, downloaded from the hub unless it is a directory.
+    """Directory of a checkpoint, which is downloaded from the hub unless it is local.
 
     Args:
         base: directory, or name on the hub.
-        adapter: directory of an adapter, which may remember the revision of its base.
+        adapter: directory of an adapter, whose config may name the revision of its base.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `base` is neither a directory nor a model on the hub.
     """
     if Path(base).is_dir():
         return Path(base)
     if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
         raise ValueError(
-            f"{base} is neither a directory nor the name of a model on the hub. Name the base's checkpoint."
+            f"{base} is neither a directory nor the name of a model on the hub. Pass the base's checkpoint."
         )
     left_out = [*(f"*{ending}" for ending in PICKLED), "original/*"]
     revision = revision_of_base(read_config(adapter), base)
@@ -44,14 +44,14 @@ def adapter_digest(adapter: Path) -> str:
 
 
 def digests_merged_before(base: Path, digest: str) -> tuple[str, ...]:
-    """The digests of the adapters that were merged to give a base, as its report says.
+    """The digests of the adapters that are already merged into a base, according to its report.
 
     Args:
-        base: directory.
-        digest: of the adapter that is to be merged.
+        base: directory of the base.
+        digest: digest of the adapter to merge.
 
     Raises:
-        ValueError: that is among them.
+        ValueError: the adapter is already merged into the base.
     """
     report = MergeReport.read(base)
     if report is None:
@@ -59,7 +59,7 @@ def digests_merged_before(base: Path, digest: str) -> tuple[str, ...]:
     found = (*report.merged_before, report.adapter_sha256)
     if digest in found:
         raise ValueError(
-            f"{base} has this adapter merged into it already, as {base / REPORT_NAME} says. Merging twice adds it "
-            "twice."
+            f"This adapter is already merged into {base}, according to {base / REPORT_NAME}. Merging it again would "
+            "add its deltas twice. Use this checkpoint as it is, or pass the original base."
         )
     return found

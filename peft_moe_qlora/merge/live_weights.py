@@ -1,7 +1,7 @@
-"""The merged weights of a model in training, as its checkpoint would have them: for an engine that generates with it.
+"""The merged weights of a model in training under its checkpoint's keys, for an engine that generates with them.
 
-Nothing is quantized again and the model stays as it is. What a model gives is what `merge_and_unload(dtype=...)` and
-`save_pretrained` would write, bit for bit.
+Weights are not requantized and the model stays unchanged. The tensors are bitwise equal to those that
+`merge_and_unload(dtype=...)` and `save_pretrained` would write.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .in_memory import check_mergeable
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLOATING = (*_DTYPES, torch.float64)
 JOINING = ("vllm",)
-"""Engines that join layers, so that a part of what they have joined can't be loaded alone."""
+"""Engines that fuse layers and can load only all parts of a fused layer together."""
 
 _ENGINES = (None, *JOINING)
 
@@ -45,10 +45,10 @@ class Weight:
     """A weight of the merged model.
 
     Args:
-        name: in the model.
-        is_adapted: whether an adapter may have changed it, which doesn't depend on its values.
-        block: the module that it is in, with the layers beside it.
-        value: gives it; fp32 where there is a delta.
+        name: name in the model.
+        is_adapted: whether an adapter covers it, regardless of its values.
+        block: path of the module that contains it and its sibling layers.
+        value: returns the weight; fp32 if there is a delta.
     """
 
     name: str
@@ -59,15 +59,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class MergedStack:
-    """A stack of the merged model, to be had expert by expert.
+    """A stack of the merged model, computed expert by expert.
 
     Args:
-        path: of the experts module.
+        path: path of the experts module.
         projection: name of the stack.
-        is_adapted: as of `Weight`.
-        num_parts: matrices under each other in that of an expert, as its class has it.
-        shape: `(E, rows, columns)` as its class has it.
-        matrix: gives the `(rows, columns)` fp32 of an expert.
+        is_adapted: as in `Weight`.
+        num_parts: number of matrices that are vertically concatenated in an expert's matrix in the model class.
+        shape: `(E, rows, columns)` in the model class.
+        matrix: returns the `(rows, columns)` fp32 matrix of an expert.
     """
 
     path: str
@@ -89,22 +89,22 @@ class MergedStack:
 class LiveWeights:
     """Iterates over `(checkpoint key, tensor)` of a model merged with the current state of its adapters.
 
-    Names are resolved once, when the object is created; iterate over it after each step. Memory holds one weight at a
-    time: one expert in fp32 and in `dtype` or, if the checkpoint has a stack in one tensor, that stack in `dtype`.
-    Unchanged tensors are the model's own: read them before the next step, and don't write to them.
+    Names are resolved once, when the object is created; iterate over it after each step. One weight is in memory at a
+    time: one expert in fp32 and in `dtype` or, if the checkpoint stores a stack as one tensor, that stack in `dtype`.
+    Unchanged tensors are the model's own: read them before the next step, and do not write to them.
 
     Args:
-        model: a PeftModel of this package, on any device; its adapters not merged.
-        engine: `"vllm"`: with what the adapters change come the layers beside it in the same module, since vLLM joins
-            such (q, k and v; gate and up; all projections of experts) and loads what it has joined as a whole. None:
-            what the adapters change alone.
-        only_adapted: leave out what no adapter changes. Otherwise all weights come, decoded where they are quantized.
-        dtype: of the weights, as `from_pretrained(dtype=dtype)` would have them. Default: the model's own.
-        adapter_names: what is merged. Default: the adapters that are active when this is called.
+        model: a PeftModel of this package, on any device, with unmerged adapters.
+        engine: `"vllm"`: include sibling layers of adapted ones, because vLLM fuses such layers (q, k and v; gate and
+            up; all projections of experts) and loads only complete fused layers. None: only adapted layers.
+        only_adapted: exclude weights that no adapter changes. Otherwise all weights are included, and quantized ones
+            are decoded.
+        dtype: dtype of the weights, as for `from_pretrained(dtype=dtype)`. Default: the model's dtype.
+        adapter_names: the adapters to merge. Default: the adapters that are active at creation.
 
     Raises:
-        ValueError: an option has no such value, an adapter is unknown or merged already, parameters are sharded, or a
-            layer is of a kind whose weight can't be had. The error names it.
+        ValueError: an option has an unknown value, an adapter is unknown or already merged, parameters are sharded, or
+            a layer's class is not supported. The error names it.
     """
 
     def __init__(
@@ -118,19 +118,23 @@ class LiveWeights:
         tuner = model.base_model if isinstance(model, PeftModel) else model
         if not isinstance(tuner, LoraModel) or not isinstance(tuner.model, PreTrainedModel):
             raise ValueError(
-                f"{type(model).__name__} has no live weights; a PeftModel of this package on a model of transformers "
-                "was expected."
+                f"model is a {type(model).__name__}. Expected a PeftModel with LoRA on a transformers model."
             )
         if engine not in _ENGINES:
-            raise ValueError(f"engine={engine!r} is unknown; choose one of {_ENGINES}.")
+            raise ValueError(f"engine={engine!r} is unknown. Choose one of {_ENGINES}.")
         self.tuner, self.model = tuner, tuner.model
         self.dtype = dtype or self.model.dtype
         if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype={self.dtype} can't hold merged weights; choose bfloat16, float16 or float32.")
+            raise ValueError(
+                f"dtype={self.dtype} is not supported for merged weights. Choose torch.bfloat16, torch.float16 or "
+                "torch.float32."
+            )
         self.adapter_names = list(dict.fromkeys(tuner.active_adapters if adapter_names is None else adapter_names))
         unknown = [name for name in self.adapter_names if name not in tuner.peft_config]
         if unknown:
-            raise ValueError(f"There is no adapter {unknown}; there are {sorted(tuner.peft_config)}.")
+            raise ValueError(
+                f"The model has no adapter {', '.join(map(repr, unknown))}. Choose from {sorted(tuner.peft_config)}."
+            )
         refuse_sharded(self.model, "streaming merged weights")
         self._names = CheckpointNames(self.model)
         self._dtypes = dtypes_as_loaded(self.model, self.dtype)
@@ -151,14 +155,14 @@ class LiveWeights:
         return isinstance(self._found[group[0]], Weight) and self._names.is_plain(group[0])
 
     def _keys(self, group: list[str]) -> list[str] | None:
-        """The keys of a stack that has tensors of their own for each expert's parts; None of all else."""
+        """The keys of a stack with separate tensors for each expert's parts; None for all other weights."""
         one = self._found[group[0]]
         is_stack = len(group) == 1 and isinstance(one, MergedStack)
         return self._names.of_parts(one.name, one.shape[0], one.num_parts) if is_stack else None
 
     @property
     def names(self) -> list[str]:
-        """What is streamed, by the names in the model."""
+        """The names in the model of all streamed weights."""
         return [name for group, _ in self._plan for name in group]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -186,7 +190,7 @@ class LiveWeights:
 
     @torch.no_grad()
     def _whole(self, one: Weight | MergedStack) -> torch.Tensor:
-        """In one tensor, rounded once."""
+        """The weight or stack as one tensor, rounded once."""
         dtype = self._dtypes.get(one.name, self.dtype)
         if isinstance(one, Weight):
             value = one.value().detach()
@@ -211,20 +215,22 @@ def live_weights(
 
 def _rounded(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     rounded = exact.to(dtype)
-    # factors and weights are finite, so that only a narrow dtype can make them infinite
+    # factors and weights are finite, so only the narrower range of float16 can result in infinite values
     if rounded is not exact and dtype == torch.float16 and not torch.isfinite(rounded).all():
-        raise ValueError(f"{name} has values that are beyond the range of {dtype}. Choose torch.bfloat16.")
+        raise ValueError(f"{name} contains values that exceed the range of {dtype}. Set dtype=torch.bfloat16.")
     return rounded
 
 
 def _check_not_merged(model: nn.Module) -> None:
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ValueError(f"{path} has adapters merged into it, by which it was rounded. Call unmerge_adapter().")
+            raise ValueError(
+                f"{path} has merged adapters, so its weights were already rounded. Call unmerge_adapter() first."
+            )
 
 
 def _weights(model: nn.Module, names: Sequence[str]) -> Iterator[Weight | MergedStack]:
-    """All weights and persistent buffers, by the names that the model without adapters has."""
+    """All weights and persistent buffers, under their names in the model without adapters."""
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, path: str, is_saved: bool) -> Iterator[Weight | MergedStack]:
@@ -244,8 +250,8 @@ def _weights(model: nn.Module, names: Sequence[str]) -> Iterator[Weight | Merged
         is_linear = isinstance(layer, (nn.Linear, nn.Embedding))
         if isinstance(module, LoraLayer) and not is_linear:
             raise ValueError(
-                f"{path} is of class {type(layer).__name__}, whose merged weight can't be streamed. Leave it out of "
-                "target_modules, or merge the adapter into a directory."
+                f"{path} is of class {type(layer).__name__}, for which streaming merged weights is not supported. "
+                "Exclude it from target_modules, or merge the adapter into a directory."
             )
         if is_linear:
             own = _adapters_on(module, names)
@@ -265,7 +271,7 @@ def _weights(model: nn.Module, names: Sequence[str]) -> Iterator[Weight | Merged
         for name, child in layer.named_children():
             if isinstance(child, (Stack, ExpertsLora)):
                 continue
-            # what is left of the module that experts were in has its parameters under their own names
+            # other parameters of the replaced experts module keep their original names
             is_rest = isinstance(module, QuantizedExperts) and name == "original"
             yield from walk(child, path if is_rest else f"{path}.{name}".removeprefix("."), is_saved)
 
@@ -273,7 +279,7 @@ def _weights(model: nn.Module, names: Sequence[str]) -> Iterator[Weight | Merged
 
 
 def _getter(module: nn.Module, name: str) -> Callable[[], torch.Tensor]:
-    # asked for each time: engines of training, and casts, put other tensors there
+    # looked up at each call, because training engines and casts replace the tensors
     return lambda: getattr(module, name)
 
 
@@ -310,20 +316,20 @@ def _matrix_of(
 
 
 def _adapters_on(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of the adapters that a layer has."""
+    """The given adapters that exist on a layer."""
     if isinstance(module, TrainableTokensLayer):
         return [name for name in names if name in module.trainable_tokens_delta]
     return [name for name in names if isinstance(module, LoraLayer) and name in module.scaling]
 
 
 def _value_of(module: nn.Module, layer: nn.Module, path: str, names: list[str]) -> Callable[[], torch.Tensor]:
-    """What gives the merged weight of a linear layer or an embedding.
+    """Returns a function that computes the merged weight of a linear layer or an embedding.
 
     Args:
-        module: the layer, or what an adapter has put around it.
-        layer: without adapters.
-        path: of the layer.
-        names: of the adapters that it has.
+        module: the layer, or the adapter layer around it.
+        layer: the layer without adapters.
+        path: path of the layer.
+        names: names of its adapters.
     """
     if names and isinstance(module, TrainableTokensLayer):
         return lambda: module.get_merged_weights(names)
@@ -335,7 +341,7 @@ def _value_of(module: nn.Module, layer: nn.Module, path: str, names: list[str]) 
 
 
 def _delta(module: LoraLayer, names: Sequence[str]) -> torch.Tensor:
-    """`(out, in)` fp32, of an embedding `(rows, features)`. PEFT's `get_delta_weight` rounds as the factors are."""
+    """`(out, in)` fp32; `(rows, features)` of an embedding. PEFT's `get_delta_weight` rounds to the factors' dtype."""
     total = None
     for name in names:
         if name in module.lora_embedding_A:
@@ -348,7 +354,7 @@ def _delta(module: LoraLayer, names: Sequence[str]) -> torch.Tensor:
 
 
 def _decoder_of(layer: nn.Module, path: str) -> Callable[[], torch.Tensor]:
-    """What gives the weight of a layer, decoded to fp32 where it is quantized."""
+    """Returns a function that computes the weight of a layer, decoded to fp32 if it is quantized."""
     if isinstance(layer, QuantizedLinear):
         return lambda: layer.decode(torch.float32)
     if isinstance(layer, Linear4bit):
@@ -357,16 +363,16 @@ def _decoder_of(layer: nn.Module, path: str) -> Callable[[], torch.Tensor]:
             matrix = four_bit_matrix(layer)
             if matrix is None:
                 raise ValueError(
-                    f"{path} is in 4 bits by bitsandbytes in a way that this package doesn't decode: not quantized "
-                    "yet, packed for a CPU, or of unknown scales. Load the model with MoeQuantizationConfig."
+                    f"{path} is a 4-bit layer of bitsandbytes that this package cannot decode: it is not quantized "
+                    "yet, packed for a CPU, or has unknown scales. Load the model with MoeQuantizationConfig."
                 )
             return matrix.decode(torch.float32)
 
         return decode
     if layer.weight.dtype not in _FLOATING:
         raise ValueError(
-            f"{path} is of class {type(layer).__name__} with weights in {layer.weight.dtype}, which can't be "
-            "streamed. Load the model with MoeQuantizationConfig, or with these layers in 16 bits."
+            f"{path} is of class {type(layer).__name__} with weights in {layer.weight.dtype}, for which streaming is "
+            "not supported. Load the model with MoeQuantizationConfig, or load these layers in 16 bits."
         )
     return _getter(layer, "weight")
 
@@ -374,7 +380,7 @@ def _decoder_of(layer: nn.Module, path: str) -> Callable[[], torch.Tensor]:
 def _with_biases(
     found: list[Weight | MergedStack], tuner: LoraModel, names: Sequence[str]
 ) -> list[Weight | MergedStack]:
-    """The same, with biases marked as adapted that a config trains; in inference mode no gradient shows it."""
+    """Marks biases that a config trains as adapted, since in inference mode `requires_grad` does not show it."""
     changed: set[str] = set()
     for name in names:
         bias = tuner.peft_config[name].bias

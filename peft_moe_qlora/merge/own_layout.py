@@ -1,4 +1,4 @@
-"""Writing a merged model as its base's checkpoint is laid out: what wasn't merged is copied byte by byte."""
+"""Writing a merged model in the layout of its base's checkpoint: unchanged tensors are copied byte by byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..quantized_linear import QuantizedLinear
 from .partial_directory import PartialDirectory
 
 Tensors = dict[str, Callable[[], torch.Tensor]]
-"""Key -> what gives its new tensor."""
+"""Key -> function that returns its new tensor."""
 
 
 def write_in_own_layout(
@@ -34,19 +34,19 @@ def write_in_own_layout(
     output: PartialDirectory,
     progressbar: bool = True,
 ) -> None:
-    """Writes the shards of a base again, with the weights that an adapter has changed.
+    """Writes the shards of a base with the weights that an adapter has changed.
 
     Args:
-        merged: the model, its stacks and layers in the formats of the base.
-        finder: of the base's checkpoint, after `find`.
-        sources: name of a stack -> where it is in the checkpoint.
-        changed: names in the model of the stacks and parameters that were merged.
-        output: to be written to.
-        progressbar: show one.
+        merged: the merged model, with its stacks and layers in the formats of the base.
+        finder: finder of the base's checkpoint, after `find`.
+        sources: name of a stack -> its tensors in the checkpoint.
+        changed: names in the model of the merged stacks and parameters.
+        output: the output directory.
+        progressbar: whether to show a progress bar.
 
     Raises:
-        CheckpointError: a layout has no place for merged weights.
-        ValueError: something that was merged has no tensor of its own in the checkpoint, or is stored otherwise there.
+        CheckpointError: a layout cannot store merged weights.
+        ValueError: a merged weight is not a separate tensor in the checkpoint, or is stored in another format there.
     """
     checkpoint = finder.checkpoint
     new = _new_tensors(merged, finder, sources, changed)
@@ -89,7 +89,7 @@ def _new_tensors(
             new[keys[name]] = partial(_of_parameter, merged, name, finder.checkpoint.tensors[keys[name]].dtype)
         else:
             raise ValueError(
-                f"The adapter changes {name}, which is no tensor of its own in {finder.checkpoint.directory}. Merge "
+                f"The adapter changes {name}, which is not a separate tensor in {finder.checkpoint.directory}. Merge "
                 "into 16 bits (without --quantize)."
             )
     return new
@@ -102,12 +102,12 @@ def _has_other_second_scale(layer: QuantizedLinear, packed: PackedTensor, checkp
 
 
 def notes_of_second_scales(merged: PreTrainedModel, finder: SourceFinder, changed: Collection[str]) -> tuple[str, ...]:
-    """What to know of layers whose second-level scale had to grow, as engines have one for layers that they join.
+    """Notes on layers whose second-level scale had to grow, because engines share one scale among fused layers.
 
     Args:
         merged: as in `write_in_own_layout`.
-        finder: likewise.
-        changed: likewise.
+        finder: as in `write_in_own_layout`.
+        changed: as in `write_in_own_layout`.
     """
     found = []
     for name in changed:
@@ -118,9 +118,9 @@ def notes_of_second_scales(merged: PreTrainedModel, finder: SourceFinder, change
     if not found:
         return ()
     return (
-        f"{len(found)} linear layers have another second-level scale than before, {found[0]} first: their deltas are "
-        "too large for that of the base. Engines that join layers, such as q, k and v, take one scale for all of them "
-        "and misread the others. Merge into 16 bits (without --quantize) to serve them.",
+        f"{len(found)} linear layers have a new second-level scale, {found[0]} first, because their merged weights "
+        "exceed the range of the base's scale. Engines that fuse layers, such as q, k and v, use one scale for all of "
+        "them and misread the others. To serve the model, merge into 16 bits (without --quantize).",
     )
 
 
@@ -131,7 +131,7 @@ def _of_layer(layer: QuantizedLinear, packed: PackedTensor, key: str) -> torch.T
 def _requantized(
     matrix: Callable[[], torch.Tensor], packed: PackedTensor, checkpoint: Checkpoint, key: str
 ) -> torch.Tensor:
-    """Of a weight that is decoded in the model; what isn't of its codes and scales stays."""
+    """Requantizes a weight that is decoded in the model; tensors other than its codes and scales are kept."""
     stored = packed.storage.requantize(matrix(), packed.read(checkpoint), packed.num_parts)
     written = packed.write(stored)
     return written[key] if key in written else checkpoint.read(key)
@@ -145,8 +145,9 @@ def _of_stack(stack: Stack, source: Source, checkpoint: Checkpoint) -> Tensors:
     if isinstance(source, PackedSource):
         if stack.storage != source.storage:
             raise ValueError(
-                f"{source.target.name} was trained in {stack.storage or '16 bits'}, but the base has it in "
-                f"{source.storage}, so that its layout can't be written. Choose layout='native' (--layout native)."
+                f"{source.target.name} was stored as {stack.storage or '16 bits'} in training, but as "
+                f"{source.storage} in the base, so the base's layout cannot be used. Set layout='native' "
+                "(--layout native)."
             )
         if source.is_fused:
             packed = source.lists[0][0]
@@ -161,11 +162,11 @@ def _of_stack(stack: Stack, source: Source, checkpoint: Checkpoint) -> Tensors:
         return new
     if isinstance(source, DenseSource):
         return _of_dense(stack, source, checkpoint)
-    raise TypeError(f"{type(source).__name__} is no source of a checkpoint that others have quantized.")
+    raise TypeError(f"{type(source).__name__} is not supported. Expected a PackedSource or a DenseSource.")
 
 
 def _of_part(stack: QuantizedStack, expert: int, number: int, count: int, packed: PackedTensor, key: str | None):
-    """One of the parts that an expert's matrix is made of, such as its gate; without a key all of its tensors."""
+    """A tensor of one part of an expert's matrix, such as its gate; all tensors of the part if `key` is None."""
     part = {name: tensor.chunk(count)[number] for name, tensor in _tensors_of(stack, expert).items()}
     written = packed.write(part)
     return written if key is None else written[key]
@@ -176,7 +177,7 @@ def _of_all_experts(stack: QuantizedStack, packed: PackedTensor, key: str) -> to
 
 
 def _of_dense(stack: Stack, source: DenseSource, checkpoint: Checkpoint) -> Tensors:
-    """Of a stack that the checkpoint has in floating point beside those that are quantized."""
+    """New tensors of a floating-point stack in a quantized checkpoint."""
     places = source.find_places(checkpoint)
 
     def tensor_of(key: str, experts: list[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A directory that appears when everything in it is written, and not before."""
+"""An output directory that is created atomically, after all of its files are written."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from huggingface_hub.utils import WeakFileLock
 from ..loading.paths import is_plain_name
 
 _NOTES = ".unfinished"
-"""Folder of what is needed for taking up work; nothing of a checkpoint is in a hidden folder."""
+"""Subdirectory with the state needed to resume; checkpoint files are never in a hidden directory."""
 _PLAN = "plan.json"
 _CAN_BE_TAKEN_UP = "can_be_taken_up"
 
 
 class PartialDirectory:
-    """Files are written to `DIRECTORY.partial`, which has no config.json and so can't be loaded, and is renamed last.
+    """Writes files to `DIRECTORY.partial`, which cannot be loaded without its config.json, and renames it at the end.
 
-    What an interrupted run has finished is kept for the next one of the same task. Runs keep each other out by a lock
-    beside the directory, `.DIRECTORY.lock`, which is held until the directory has appeared.
+    Finished files of an interrupted run are kept for the next run of the same task. The lock file `.DIRECTORY.lock` in
+    the parent directory excludes concurrent runs until the directory is complete.
 
     Args:
-        directory: what is to appear; must not be there, or be empty.
-        task: what identifies the work, as plain data.
-        can_be_taken_up: whether a later run can use what an earlier one of the same task has left.
+        directory: the output directory; must be empty or not exist.
+        task: JSON values that identify the work.
+        can_be_taken_up: whether a later run of the same task can resume the work.
 
     Raises:
-        ValueError: the directory holds something, can't be renamed to, or has unfinished work of another task.
+        ValueError: the directory is not empty, is a mount point, or has unfinished work of another task.
     """
 
     def __init__(self, directory: str | Path, task: Mapping[str, Any], can_be_taken_up: bool = True) -> None:
@@ -44,20 +44,21 @@ class PartialDirectory:
         self._task = dict(task) if can_be_taken_up else {**task, _CAN_BE_TAKEN_UP: False}
         if self.directory.is_mount():
             raise ValueError(
-                f"{self.directory} is a mount point, which nothing can be renamed to; name a folder in it."
+                f"{self.directory} is a mount point, so the finished directory cannot be renamed to it. Choose a "
+                "subdirectory of it."
             )
         self._check()
 
     def _check(self) -> bool:
-        """Whether what an earlier run has left is of use.
+        """Whether the work of an earlier run can be resumed.
 
         Raises:
-            ValueError: the directory is there, or its place is taken by other work.
+            ValueError: the directory is not empty, or has unfinished work of another task.
         """
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            what = "there already and not empty. If it is a finished merge, nothing is left to do"
+            what = "is not empty. It may contain a finished merge"
             raise ValueError(
-                f"{self.directory} is {what if self.directory.is_dir() else 'a file'}; name another directory, or "
+                f"{self.directory} {what if self.directory.is_dir() else 'is a file'}. Choose another directory, or "
                 "remove it."
             )
         plan = self.partial / _NOTES / _PLAN
@@ -65,23 +66,23 @@ class PartialDirectory:
         if self.partial.is_symlink():
             is_other = True
         elif known is None:
-            # a run that was killed at its very start has left no more than its notes
+            # a run that was killed at the start has left at most its notes
             is_other = self.partial.exists() and not _holds_at_most_notes(self.partial)
         else:
             is_other = known != self._task and known.get(_CAN_BE_TAKEN_UP, True)
         if is_other:
             raise ValueError(
-                f"{self.partial} holds unfinished work of another merge: another adapter, base or option. Finish that "
-                "with the same command, or remove the directory."
+                f"{self.partial} contains unfinished work of another merge, with another adapter, base or option. "
+                "Rerun that command to finish it, or remove the directory."
             )
         return self._can_be_taken_up and known == self._task
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Creates the directory, or takes up what is there, and keeps other runs away while in the context.
+        """Creates the directory or resumes work in it, and excludes concurrent runs while in the context.
 
         Raises:
-            ValueError: another run is at it, or has been since this object was made.
+            ValueError: another run is writing the directory, or has written it since this object was created.
         """
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
@@ -89,10 +90,10 @@ class PartialDirectory:
                 held.enter_context(WeakFileLock(self._lock, timeout=0.1))
             except Timeout as error:
                 raise ValueError(
-                    f"Another run is writing {self.partial}. Wait for it, or stop it. If there is none, remove "
+                    f"Another run is writing {self.partial}. Wait for it, or stop it. If no other run exists, remove "
                     f"{self._lock}."
                 ) from error
-            # again, now that nobody else can change it
+            # checked again under the lock
             if not self._check():
                 self._clear()
             for left in self.partial.rglob("*.writing"):
@@ -105,7 +106,8 @@ class PartialDirectory:
                     self.discard()
                 raise
             if not self.partial.exists():
-                # only now: who still gets hold of it finds the directory full. Windows removes it by itself
+                # after the rename: a run that still acquires the lock finds a non-empty directory. Windows removes
+                # the lock file itself
                 with suppress(PermissionError):
                     self._lock.unlink(missing_ok=True)
 
@@ -115,60 +117,66 @@ class PartialDirectory:
         self.partial.mkdir()
 
     def place(self, name: str) -> Path:
-        """Where a file of the result is.
+        """Path of a file of the result.
 
         Raises:
-            ValueError: the name is none inside the directory.
+            ValueError: the name is not a plain file name inside the directory.
         """
         if not is_plain_name(name):
-            raise ValueError(f"{name!r} can't be written: it is not a plain file name in {self.directory}.")
+            raise ValueError(
+                f"{name!r} is not a plain file name inside {self.directory}. Rename the file in the base's checkpoint."
+            )
         return self.partial / name
 
     def is_written(self, name: str) -> bool:
         return self.place(name).is_file()
 
     def path_to_write(self, name: str) -> Path:
-        """Where to write a file; it counts as written after `written`."""
+        """Path to write a file to; call `written` when it is complete."""
         path = _unfinished(self.place(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def written(self, name: str) -> None:
-        """Gives a file its name, once it is on the disk."""
+        """Renames a completely written file to its final name, after a sync to disk."""
         _finish(self.place(name))
 
     def write_json(self, name: str, values: Any) -> None:
         write_json(self.place(name), values)
 
+    def write_text(self, name: str, text: str) -> None:
+        self.path_to_write(name).write_text(text, encoding="utf-8")
+        self.written(name)
+
     def write_note(self, name: str, values: Any) -> None:
-        """Writes plain data that a run needs which takes up the work, and that is no part of the result."""
+        """Writes JSON values that are needed to resume the work and are not part of the result."""
         write_json(self._note(name), values)
 
     def read_note(self, name: str) -> Any:
-        """What `write_note` has written; None if it hasn't."""
+        """Reads the JSON values written by `write_note`; None if there are none."""
         file = self._note(name)
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def _note(self, name: str) -> Path:
-        self.place(name)  # refuses what is no plain name
+        self.place(name)  # rejects names that are not plain
         return self.partial / _NOTES / name
 
     def finish(self) -> None:
-        """Lets the directory appear."""
+        """Renames the partial directory to its final name."""
         _sync_directory(self.partial)
         if self.directory.exists():
             self.directory.rmdir()
         os.replace(self.partial, self.directory)
-        # last, so that a run that is killed before is taken up
+        # removed last, so a run that was killed before can be resumed
         shutil.rmtree(self.directory / _NOTES)
 
     def discard(self) -> None:
-        """Removes unfinished work that no other run could finish either."""
+        """Removes unfinished work that a rerun could not finish either."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Writes plain data such that the file is there whole or not at all; a link of its name is replaced."""
+    """Writes JSON values to a file atomically; a link with its name is replaced."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _unfinished(file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     _finish(file)
@@ -179,13 +187,13 @@ def _unfinished(file: Path) -> Path:
 
 
 def _finish(file: Path) -> None:
-    with _unfinished(file).open("rb+") as written:  # Windows syncs only what is open for writing
+    with _unfinished(file).open("rb+") as written:  # Windows syncs only files that are open for writing
         os.fsync(written.fileno())
     os.replace(_unfinished(file), file)
 
 
 def _sync_directory(path: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows can't open one, and needs it not
+    if not hasattr(os, "O_DIRECTORY"):  # Windows neither supports nor requires this
         return
     descriptor = os.open(path, os.O_DIRECTORY)
     try:
@@ -203,6 +211,6 @@ def _read_plan(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} can't be read ({error}); the plan of an interrupted merge was expected. Remove "
-            f"{file.parent.parent}."
+            f"{file} is unreadable: {error}. Expected the plan of an interrupted merge. Remove {file.parent.parent} "
+            "and rerun the merge."
         ) from error

@@ -1,6 +1,6 @@
-"""Merging an adapter into a checkpoint whose experts are quantized.
+"""Merging an adapter into a checkpoint with quantized experts.
 
-The model is in memory as it was in training: what rounding costs least depends on what the layers get to see.
+The model is loaded as it was in training, because second-order rounding depends on the inputs of the layers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..loading import Checkpoint, save_bitsandbytes
 from ..loading.finder import SourceFinder
 from ..loading.load import readable_quantization, saved_config
 from ..loading.packed_sources import PackedSource
+from ..loading.quantization_config import LOADING
 from ..loading.quantizer import quantized_stacks
 from ..loading.sources import Source, each_source
 from ..quantization import Stack, parse_format
@@ -41,7 +42,7 @@ from .report import REPORT_NAME, FidelityRow, MergeReport, note_of_lost
 from .unmerged import load_unmerged, plan_unmerged, read_windows
 
 LAYOUTS = ("native", "bitsandbytes", "base")
-"""The layouts that a quantized merge is written in."""
+"""The output layouts of a quantized merge."""
 
 
 def merge_quantized(
@@ -60,40 +61,41 @@ def merge_quantized(
     """Merges an adapter into its base and writes a checkpoint with quantized experts.
 
     Args:
-        base: directory of the base's checkpoint, or its name on the hub, in floating point, or quantized as trained.
+        base: directory of the base's checkpoint, or its name on the hub, in floating point, or quantized as in
+            training.
         adapter: directory of the adapter.
-        directory: to be written to; must be empty or not there.
-        quant_type: format of the experts by its name, such as `"nf4"` or `"nf4/64"`; has to be what the adapter was
+        directory: output directory; must be empty or not exist.
+        quant_type: name of the experts' format, such as `"nf4"` or `"nf4/64"`; must be the format that the adapter was
             trained on.
-        layout: `"native"`, which this package loads; `"bitsandbytes"`, one set of keys per expert; or `"base"`, as the
-            base's checkpoint is, which others have quantized: what the adapter doesn't change is copied. Default:
-            `"base"` for such a base, else `"native"`.
-        rounding: of experts, as in `MoeQLoraModel.merge_and_unload`.
-        calibration: file of plain text that the rounding is good for. Default: random tokens.
-        device: where the model is put.
-        dry_run: settle everything, load and write nothing.
-        progressbar: show one.
-        allow_unchanged: go on where a delta is lost in rounding altogether; the report then names what it is of.
+        layout: `"native"`, which this package loads; `"bitsandbytes"`, one set of keys per expert; or `"base"`, the
+            layout of a base that another tool has quantized, in which unchanged tensors are copied. Default: `"base"`
+            for such a base, else `"native"`.
+        rounding: rounding of experts, as in `MoeQLoraModel.merge_and_unload`.
+        calibration: plain text file for second-order rounding. Default: random tokens.
+        device: device of the model.
+        dry_run: run all checks, but load no weights and write nothing.
+        progressbar: whether to show a progress bar.
+        allow_unchanged: continue if a delta is lost in rounding; the report then names the stacks and layers.
 
     Returns:
-        What was done, which also stands in `merge_report.json`.
+        The report, which is also saved as `merge_report.json`.
 
     Raises:
-        ValueError: see `read_adapter`, `plan_unmerged`, `load_unmerged` and `PartialDirectory`; or the base has
-            this adapter in it already, the adapter was trained on another storage or changes one of two weights that
-            are tied, or a stack or layer is the same after the merge as before.
+        ValueError: see `read_adapter`, `plan_unmerged`, `load_unmerged` and `PartialDirectory`; or this adapter is
+            already merged into the base, was trained on another storage, or changes only one of two tied weights; or
+            a stack or layer that the adapter should change stays unchanged.
         CheckpointError: see `readable_quantization`, `Checkpoint`, `SourceFinder` and `names_beside`.
     """
     if layout not in (None, *LAYOUTS):
-        raise ValueError(f"layout={layout!r} is unknown; choose one of {LAYOUTS}.")
+        raise ValueError(f"layout={layout!r} is unknown. Choose one of {LAYOUTS}.")
     adapter = Path(adapter)
     base = checkpoint_directory(base, adapter)
     found = read_adapter(adapter, base)
     name = str(found.config.format or "16 bits")
     if quant_type not in (name, name.partition("/")[0]):
         raise ValueError(
-            f"The adapter was trained on experts in {name}, not {quant_type}. Merge it without quantizing, then load "
-            "the result with MoeQuantizationConfig and save it."
+            f"The adapter was trained on experts in {name}, not in {quant_type}. Merge it without --quantize, then "
+            "load the result with MoeQuantizationConfig and save it."
         )
     digest = adapter_digest(adapter)
     merged_before = digests_merged_before(base, digest)
@@ -105,12 +107,12 @@ def merge_quantized(
     layout = layout or ("base" if can_be_base else "native")
     if layout == "base" and not can_be_base:
         raise ValueError(
-            f"{base} is not quantized by others in {name}, so that there is no layout of theirs to write. Choose the "
-            "layout 'native' or 'bitsandbytes'."
+            f"layout='base' requires a base that another tool has quantized in {name}, which {base} is not. Set "
+            "layout='native' or layout='bitsandbytes' (--layout)."
         )
     notes = _check_checkpoint(found, model, finder, sources)
     if layout == "base":
-        notes = ()  # nothing is left out
+        notes = ()  # all tensors are written
     plan = plan_unmerged(base, adapter)
     tokens = None if calibration is None else read_windows(calibration, base)
     task = {
@@ -142,14 +144,15 @@ def merge_quantized(
         before = _checksums_of_adapted(unmerged)
         if len(before) != num_with_delta:
             raise ValueError(
-                f"The adapter has deltas for {num_with_delta} stacks and layers, but {len(before)} were reached in "
-                "the model. Merge in memory, and report this."
+                f"The adapter has deltas for {num_with_delta} stacks and layers, but the loaded model has "
+                f"{len(before)} with a delta. Merge in memory, and report this error."
             )
         tuner, reference = unmerged.base_model, None
-        if rounding == "nearest":  # for which the merge itself doesn't run the model
-            reference = take_reference(tuner, tuner.active_adapters, random_token_ids(tuner.model.config))
+        if rounding == "nearest":  # in this case the merge itself does not run the model
+            tokens_run = random_token_ids(tuner.model.config)
+            reference = take_reference(tuner, tuner.active_adapters, tokens_run, progressbar)
         merged = unmerged.merge_and_unload(progressbar, rounding=rounding, calibration=tokens)
-        check = tuner.merge_check if reference is None else reference.check(merged)
+        check = tuner.merge_check if reference is None else reference.check(merged, progressbar)
         unchanged = _unchanged(merged, before, allow_unchanged)
         _check_trained_in_full(merged, in_full)
         if layout == "base":
@@ -175,6 +178,8 @@ def merge_quantized(
         )
         new = {REPORT_NAME: done.to_dict()} if config is None else {"config.json": config, REPORT_NAME: done.to_dict()}
         copy_beside(base, beside, output, new)
+        if layout == "native" and "README.md" not in beside:
+            output.write_text("README.md", f"A checkpoint with quantized experts. To load it: {LOADING}.\n")
         output.finish()
     return done
 
@@ -186,7 +191,7 @@ def _finder(base: BaseModel) -> SourceFinder:
 
 
 def _changed_names(merged: nn.Module, before: dict[str, int], adapter: AdapterFile) -> list[str]:
-    """The stacks and parameters of a merged model that an adapter has changed."""
+    """The names of the stacks and parameters that an adapter has changed."""
     found = []
     for path in (name.rpartition(".")[0] for name in before):
         found.append(path if isinstance(merged.get_submodule(path), Stack) else f"{path}.weight")
@@ -199,10 +204,10 @@ def _changed_names(merged: nn.Module, before: dict[str, int], adapter: AdapterFi
 def _check_checkpoint(
     adapter: AdapterFile, base: BaseModel, finder: SourceFinder, sources: dict[str, Source]
 ) -> tuple[str, ...]:
-    """Holds the adapter against the tensors of its base; gives what is to be noted.
+    """Checks the adapter against the tensors of its base and returns notes for the report.
 
     Raises:
-        ValueError: the base is another, or changes would be lost because tensors share their weights.
+        ValueError: the adapter belongs to another base, or changes tied or shared weights.
         CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
     """
     check_base(adapter, base, finder.checkpoint, sources)
@@ -211,33 +216,33 @@ def _check_checkpoint(
     shared = [name for name in adapter.stacks if name in tied or name in tied.values()]
     if shared:
         raise ValueError(
-            f"{shared[0]} is shared by two modules of the base, which would load one for both again. Merge into 16 "
-            "bits in memory: load base and adapter, and call merge_and_unload(dtype=...)."
+            f"{shared[0]} is shared by two modules of the base, and a saved checkpoint stores it once for both. Merge "
+            "into 16 bits in memory: load base and adapter, and call merge_and_unload(dtype=...)."
         )
     dropped = sorted(_dropped(base, finder, sources))
     if not dropped:
         return ()
-    return (f"{len(dropped)} tensors that the model doesn't load are left out, {dropped[0]} first.",)
+    return (f"{len(dropped)} tensors that the model does not load are omitted, {dropped[0]} first.",)
 
 
 def _unchanged(merged: nn.Module, before: dict[str, int], allow_unchanged: bool) -> list[str]:
-    """The stacks and layers that came out of the merge as they went in.
+    """The stacks and layers that the merge left unchanged.
 
     Raises:
-        ValueError: there are some, and that isn't allowed.
+        ValueError: there are unchanged ones and `allow_unchanged` is False.
     """
     unchanged = [name for name, checksum in before.items() if _checksum(merged.get_parameter(name)) == checksum]
     if unchanged and not allow_unchanged:
         raise ValueError(
-            f"{len(unchanged)} of {len(before)} stacks and layers are the same after the merge, {unchanged[0]} first: "
-            "their deltas are lost in rounding. Merge into 16 bits instead, or allow it (allow_unchanged=True, "
-            "--allow-unchanged)."
+            f"{len(unchanged)} of {len(before)} stacks and layers that the adapter should change are unchanged after "
+            f"the merge, {unchanged[0]} first: their deltas are lost in rounding. Merge into 16 bits instead, or "
+            "allow unchanged weights (allow_unchanged=True, --allow-unchanged)."
         )
     return unchanged
 
 
 def _save(merged: PreTrainedModel, layout: str, directory: Path) -> dict[str, Any]:
-    """Writes the tensors, and gives the config that belongs to them."""
+    """Writes the tensors and returns their config."""
     with TemporaryDirectory(dir=directory) as saved:
         if layout == "native":
             merged.save_pretrained(saved)
@@ -249,26 +254,28 @@ def _save(merged: PreTrainedModel, layout: str, directory: Path) -> dict[str, An
 
 
 def _num_with_delta(adapter: AdapterFile) -> int:
-    """How many stacks and layers the adapter's factors change, by the file alone."""
+    """Number of stacks and layers with a nonzero delta, according to the adapter file."""
     experts = sum(bool(one.A.any() and one.B.any()) for one in adapter.experts)
     return experts + sum(pair.has_delta for pair in factor_pairs(adapter.non_expert))
 
 
 def _check_trained_in_full(merged: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Makes sure that what was trained in full stands in the merged model.
+    """Checks that the merged model contains the modules that were trained in full.
 
     Raises:
-        ValueError: names the first that doesn't.
+        ValueError: a tensor differs; the error names the first.
     """
     in_model = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
     for key, tensor in tensors.items():
         found = in_model[name_in_model(key)].cpu()
         if not torch.equal(found, tensor.to(found.dtype)):
-            raise ValueError(f"The adapter's {key} was not applied to the merged model. Merge in memory.")
+            raise ValueError(
+                f"The adapter's {key} was not applied to the merged model. Merge in memory, and report this error."
+            )
 
 
 def _dropped(base: BaseModel, finder: SourceFinder, sources: dict[str, Source]) -> set[str]:
-    """Keys that the model has no place for, such as those of layers for speculative decoding."""
+    """Keys that the model does not load, such as those of layers for speculative decoding."""
     used = {key for source in sources.values() for key in source.keys}
     used |= {*finder.beside_stacks.values(), *finder.known_keys()}
     saved = saved_config(finder.checkpoint.directory)
@@ -279,11 +286,11 @@ def _dropped(base: BaseModel, finder: SourceFinder, sources: dict[str, Source]) 
 
 
 def _checksums_of_adapted(model: PeftModel) -> dict[str, int]:
-    """One for the weights of every stack and layer that the adapter has a delta for."""
+    """Name -> checksum of the weights of every stack and layer for which the adapter has a delta."""
     found = {}
     for path, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer) and any(_has_delta(layer, name) for name in layer.active_adapters):
-            # of a stack its codes, or its weights in 16 bits
+            # for a stack, its codes or 16-bit weights
             name, weight = next(layer.get_base_layer().named_parameters())
             found[f"{path}.{name}"] = _checksum(weight)
     return found

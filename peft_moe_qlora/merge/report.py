@@ -1,4 +1,4 @@
-"""What a merge has done, and how true it is: `merge_report.json`, and a table."""
+"""The report of a merge and its fidelity: `merge_report.json`, and a table."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class FidelityRow:
-    """One stack of experts, or one other tensor.
+    """Fidelity of one stack of experts, or of one other tensor.
 
     Args:
-        name: in the model.
+        name: name in the model.
         relative_delta: L2 norm of the delta, relative to the exact merged weights.
-        relative_error: L2 error of what is written, likewise.
-        delta_kept: share of the delta that is in what is written; None where there is none.
+        relative_error: L2 error of the written weights, relative to the exact merged weights.
+        delta_kept: fraction of the delta that the written weights keep; None if the delta is zero.
     """
 
     name: str
@@ -40,13 +40,13 @@ class FidelityRow:
 
 @dataclass(frozen=True)
 class Verification:
-    """Comparison of a merged model with the live adapter on a text.
+    """Comparison of a merged model with the unmerged adapter on a text.
 
     Args:
-        num_tokens: positions compared.
-        kl: mean KL divergence of the merged model's next-token distribution from the live adapter's, in nats.
-        equal_argmax: share of positions where both find the same token likeliest.
-        kl_of_base: the same divergence of the base without adapter, which the merge can be measured by.
+        num_tokens: number of compared positions.
+        kl: mean KL divergence of the merged model's next-token distribution from the unmerged adapter's, in nats.
+        equal_argmax: fraction of positions with the same most likely token (top-1 agreement).
+        kl_of_base: the same divergence for the base without adapter, as a reference.
     """
 
     num_tokens: int
@@ -60,20 +60,21 @@ class MergeReport:
     """Report of a merge or, if `tensors_written` is 0, of a planned one.
 
     Args:
-        base: directory.
-        adapter: directory.
-        adapter_sha256: of the adapter's weights.
-        onto: what was merged onto.
-        storage: dtype or 4-bit format of what is written.
-        tensors_expected: tensors of the checkpoint that the adapter changes; of a quantized merge, stacks and layers.
-        tensors_changed: those that came out changed.
-        tensors_written: tensors of the new checkpoint.
-        stacks: of experts.
-        others: linear layers and whatever else was changed.
-        merged_before: SHA-256 of the adapters that the base had in it already.
-        notes: what a reader should know.
-        verification: None if not asked for.
-        check: of a quantized merge, against the live adapter.
+        base: directory of the base.
+        adapter: directory of the adapter.
+        adapter_sha256: SHA-256 of the adapter's weights.
+        onto: the weights that the deltas were added to, as in `merge_checkpoint`.
+        storage: dtype or format of the written weights.
+        tensors_expected: number of checkpoint tensors that the adapter should change; in a quantized merge, number of
+            stacks and layers.
+        tensors_changed: number of these that changed.
+        tensors_written: number of tensors in the new checkpoint.
+        stacks: fidelity of stacks of experts.
+        others: fidelity of linear layers and other changed tensors.
+        merged_before: SHA-256 of the adapters that had been merged into the base before.
+        notes: additional information on this merge.
+        verification: comparison on a text; None if it was not requested.
+        check: comparison of a quantized merge with the unmerged adapter.
     """
 
     base: str
@@ -96,10 +97,10 @@ class MergeReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MergeReport:
-        """What `to_dict` has given, by way of a file."""
+        """Creates a report from the parsed JSON of `to_dict`."""
         for name in ("base", "adapter", "adapter_sha256"):
             if not isinstance(values[name], str):
-                raise TypeError(f"{name}={values[name]!r:.200}, a string was expected")
+                raise TypeError(f"{name}={values[name]!r:.200} is not a string")
         rows = {name: tuple(FidelityRow(**row) for row in values[name]) for name in ("stacks", "others")}
         lists = {name: tuple(values[name]) for name in ("merged_before", "notes")}
         found = values["verification"]
@@ -113,7 +114,7 @@ class MergeReport:
         """The report of a merged checkpoint; None if there is none.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the report is damaged.
         """
         file = directory / REPORT_NAME
         if not file.is_file():
@@ -122,18 +123,20 @@ class MergeReport:
             return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{file} can't be read ({type(error).__name__}: {error}); the report of a merge was expected. Remove "
-                "it, and take care not to merge an adapter twice."
+                f"{file} is unreadable ({type(error).__name__}: {error}). Expected the report of a merge. Remove the "
+                "file, and do not merge an adapter twice: without the report this is not detected."
             ) from error
 
     def __str__(self) -> str:
         lines = [_table(self.stacks)] if self.stacks else []
         if self.others:
-            lines.append(f"{len(self.others)} other tensors; of those, the largest error and the least share kept:")
+            lines.append(
+                f"{len(self.others)} other tensors; the largest error and the smallest kept share of a delta:"
+            )
             lines.append(_table(_worst(self.others)))
         lines += self.notes
         lines.append(
-            f"merged onto {self.onto} as {self.storage}: {self.tensors_expected} tensors expected to change, "
+            f"merged onto {self.onto} weights as {self.storage}: {self.tensors_expected} tensors expected to change, "
             f"{self.tensors_changed} changed, {self.tensors_written} written"
         )
         if self.check is not None:
@@ -141,14 +144,14 @@ class MergeReport:
         if self.verification is not None:
             found = self.verification
             lines.append(
-                f"KL divergence from the live adapter {found.kl:.2e} (the base's: {found.kl_of_base:.2e}), same "
-                f"likeliest token at {found.equal_argmax:.2%} of {found.num_tokens} positions"
+                f"KL divergence from the unmerged adapter: {found.kl:.2e} (base without adapter: "
+                f"{found.kl_of_base:.2e}), top-1 agreement: {found.equal_argmax:.2%} of {found.num_tokens} positions"
             )
         return "\n".join(lines)
 
 
 def note_of_lost(what: str, names: list[str]) -> str:
-    """That deltas are lost in rounding, and whose: the first twenty."""
+    """Note that deltas are lost in rounding, with the first twenty names."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{len(names)} {what} whose deltas are lost in rounding: {', '.join(names[:_NAMED])}{more}"
 
@@ -173,4 +176,4 @@ def _table(rows: Iterable[FidelityRow]) -> str:
         )
         for row in rows
     ]
-    return tabulate(shown, ("weights", "size of delta", "error", "delta kept"), disable_numparse=True)
+    return tabulate(shown, ("weights", "relative delta", "relative error", "delta kept"), disable_numparse=True)

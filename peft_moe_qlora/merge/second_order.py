@@ -1,13 +1,13 @@
-"""Quantizing merged weights so that what the layer gives changes least, rather than the weights.
+"""Quantizing merged weights with minimal error of the layer's output, rather than of the weights.
 
-Rounding each weight to the nearest value of its block is best where inputs are alike in every direction. Inputs of
-experts are not. With their second moment `H = E[x x^T]`, the error of a row `w` is `(q - w) H (q - w)^T`, and columns
-are rounded one after the other, each error being made up for by the columns that are still to come (GPTQ: Frantar et
-al. 2022, arXiv:2210.17323, section 3). Scales are chosen before, for each block the best of a few.
+Rounding each weight to the nearest value of its block is optimal for isotropic inputs. Inputs of experts are not
+isotropic. With their second moment `H = E[x x^T]`, the output error of a row `w` is `(q - w) H (q - w)^T`. Columns are
+rounded one after the other, and the error of each is compensated by the remaining columns (GPTQ: Frantar et al. 2022,
+arXiv:2210.17323, section 3). Scales are chosen before, for each block the best of a few candidates.
 
-What is merged onto lies on the grid already, and a delta that is small beside the grid's steps may be lost less by
-leaving a row as it is than by rounding it in turn. So each row starts from the better of the two, and then its columns
-are visited again, each getting the code that is best while the others stay (coordinate descent).
+The base weights are already on the grid. If a delta is small compared to the grid's steps, nearest rounding of a row
+may have a smaller error than GPTQ. Therefore each row starts from the better of the two results, and then its columns
+are visited again: each gets the best code given all others (coordinate descent).
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ..quantization import Fidelity, Format, QuantizedStack, choose_scales
 
 _COLUMNS_AT_A_TIME = 128
 _VISITS = 2
-"""Of each column after the first rounding; more gained little."""
+"""Visits of each column after the first rounding; more visits gained little."""
 _NAMED = 20
 
 SHARE_OF_ALL = 0.02
-"""How much the second moment over all experts counts beside an expert's own, which may come from few tokens."""
+"""Weight of the second moment over all experts relative to an expert's own, which may be based on few tokens."""
 SHARE_OF_DELTA = 1.0
-"""How much the directions that the adapter reads count, in units of the mean over all directions."""
+"""Weight of the directions that the adapter's A reads, relative to the mean over all directions."""
 DAMPING = 0.01
-"""What is added to the diagonal, in the same units."""
+"""Value added to the diagonal, relative to the mean over all directions."""
 
 
 @dataclass(frozen=True)
 class MergedExpert:
-    """What a stack is to hold of one expert.
+    """The exact merged weights of one expert, and the statistics for rounding them.
 
     Args:
         weight: `(out, in)` fp32, the exact merged matrix.
-        moment: `(in, in)` fp32, mean of `x x^T` over the tokens that the expert has seen; zeros if it saw none. The
-            inputs may be in any unit that all experts share.
+        moment: `(in, in)` fp32, mean of `x x^T` over the tokens routed to the expert; zeros if there are none. The
+            inputs may be scaled by any factor that is the same for all experts.
         core: `(r, in)` fp32 with `core^T core = delta^T delta`.
     """
 
@@ -52,17 +52,17 @@ class MergedExpert:
 def quantize_second_order(
     stack: QuantizedStack, merged: Callable[[int], MergedExpert], moment_of_all: torch.Tensor
 ) -> QuantizedStack:
-    """A new stack in the storage of another, with the merged weights of each expert.
+    """Creates a stack in the same storage with the merged weights of each expert.
 
-    What is stored of an expert without a delta is copied.
+    The codes and scales of experts without a delta are copied.
 
     Args:
-        stack: of before the merge; its scales are among those tried.
-        merged: gives what an expert is to hold.
+        stack: the stack before the merge; its scales are among the candidates.
+        merged: returns the merged weights of an expert.
         moment_of_all: `(in, in)` fp32, mean of `x x^T` over all experts' tokens.
 
     Returns:
-        The stack; its `merge_notes` name experts whose moments were of no use, which are rounded to the nearest.
+        The stack; its `merge_notes` name experts whose moments are unusable, which are rounded to the nearest value.
 
     Raises:
         ValueError: a merged weight is not finite.
@@ -89,8 +89,8 @@ def quantize_second_order(
     result.fidelity = fidelity
     if nearest:
         result.merge_notes = (
-            f"the second moments of the inputs can't be factorized, so that {_of_experts(nearest)} are rounded to the "
-            "nearest",
+            "the Cholesky factorization of the inputs' second moments failed; "
+            f"{_of_experts(nearest)} were rounded to the nearest value",
         )
     return result
 
@@ -98,7 +98,7 @@ def quantize_second_order(
 def _round(
     stack: QuantizedStack, result: QuantizedStack, found: dict[int, MergedExpert], moment_of_all: torch.Tensor
 ) -> list[int]:
-    """Stores some merged experts in `result`; gives those that are rounded to the nearest."""
+    """Stores merged experts in `result` and returns those that are rounded to the nearest value."""
     if not found:
         return []
     scales = []
@@ -127,17 +127,17 @@ def _of_experts(ids: list[int]) -> str:
 
 
 def _batch_bytes(device: torch.device) -> int:
-    """What several experts at a time may take; on a GPU one expert's columns are too little work."""
+    """Memory limit for a batch of experts; on a GPU the columns of a single expert are too little work."""
     if device.type != "cuda":
         return 2**29
     return min(2**33, torch.cuda.mem_get_info(device)[0] // 4)
 
 
 def _hessian(merged: MergedExpert, moment_of_all: torch.Tensor) -> torch.Tensor:
-    """What an error costs, `(in, in)`, in units of its mean over all directions."""
+    """The cost matrix of errors, `(in, in)`, relative to the mean over all directions."""
     moment = merged.moment + SHARE_OF_ALL * moment_of_all
     unit = moment.diagonal().mean()
-    # no token, no input: every direction counts alike
+    # without tokens all directions have the same weight
     moment = moment / (unit if unit != 0 else 1)
     largest = torch.linalg.matrix_norm(merged.core, 2) if len(merged.core) else merged.core.new_zeros(())
     if largest > 0:
@@ -150,7 +150,7 @@ def _hessian(merged: MergedExpert, moment_of_all: torch.Tensor) -> torch.Tensor:
 def round_second_order(
     weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: Format
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of several matrices, their columns rounded in turn.
+    """Codes of several matrices, whose columns are rounded one after the other.
 
     Args:
         weights: `(E, out, in)` fp32.
@@ -160,9 +160,9 @@ def round_second_order(
 
     Returns:
         `(E, out, in)` uint8; and `(E,)` bool: whether a Hessian is not positive definite, or not finite. Such a matrix
-        is rounded to the nearest.
+        is rounded to the nearest value.
     """
-    # the costliest columns first, while there are many left to make up for their errors
+    # the costliest columns first, while many columns remain to compensate their errors
     order = hessians.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     of_columns = order[:, None].expand_as(weights)
     weights, scales = weights.gather(2, of_columns), scales.gather(2, of_columns)
@@ -181,7 +181,7 @@ def round_second_order(
 
 
 def _round_in_turn(weights: torch.Tensor, scales: torch.Tensor, spread: torch.Tensor, storage: Format) -> torch.Tensor:
-    """Codes; the weights are changed. `spread` is that of `_inverse_factor`."""
+    """Codes; modifies the weights in place. `spread` is the result of `_inverse_factor`."""
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     for start, stop in _runs(weights.shape[2]):
         errors = torch.empty_like(weights[:, :, start:stop])
@@ -199,7 +199,7 @@ def _round_in_turn(weights: torch.Tensor, scales: torch.Tensor, spread: torch.Te
 def _costs(
     codes: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: Format
 ) -> torch.Tensor:
-    """`(E, out)`: what the errors of each row cost."""
+    """`(E, out)`: the cost of each row's errors."""
     errors = storage.values(codes) * scales - weights
     return (errors @ hessians * errors).sum(dim=2)
 
@@ -207,7 +207,7 @@ def _costs(
 def _visit_again(
     codes: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor, storage: Format
 ) -> torch.Tensor:
-    """Codes, none of which costs more than before: one column after the other gets its best, the others given."""
+    """Improves codes by coordinate descent: each column gets the best code given all others; costs never increase."""
     codes, values = codes.clone(), storage.values(codes) * scales
     costs = hessians.diagonal(dim1=1, dim2=2)
     for _ in range(_VISITS):
@@ -226,17 +226,16 @@ def _visit_again(
 
 
 def _runs(columns: int) -> list[tuple[int, int]]:
-    """Columns that are worked on together: what they ask of the others is added once for all."""
+    """Ranges of columns that are processed together; updates of the remaining columns are applied once per range."""
     return [(start, min(start + _COLUMNS_AT_A_TIME, columns)) for start in range(0, columns, _COLUMNS_AT_A_TIME)]
 
 
 def _inverse_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper triangular `U` with `U^T U = H^-1`, `(E, in, in)`: in row k, what column k's error asks of later ones.
+    """Upper triangular `U` with `U^T U = H^-1`, `(E, in, in)`: row k has the updates of later columns for column k.
 
-    Where `H` has no such factor, `U` is the identity, by which errors ask nothing of other columns. `(E,)` bool says
-    where.
+    If `H` has no such factor, `U` is the identity, which results in no updates. The `(E,)` bool tensor marks these.
     """
-    # of H with rows and columns in reverse order the Cholesky factor is lower, of H itself then upper
+    # the lower Cholesky factor of H with reversed rows and columns becomes upper after reversing it back
     factor, info = torch.linalg.cholesky_ex(hessians.double().flip(1, 2))
     factor = factor.flip(1, 2)
     identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)

@@ -1,4 +1,4 @@
-"""An adapter on its base as it was trained, loaded anew; and what a model makes of a text."""
+"""Loading an adapter with its base as in training, and evaluating models on a text."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _POSITIONS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class UnmergedPlan:
-    """How base and adapter are to be loaded.
+    """How base and adapter are loaded.
 
     Args:
-        base: directory of the model.
+        base: directory of the model, or its name on the hub.
         adapter: directory of the adapter.
-        model_class: whose `from_pretrained` loads the base.
-        dtype: of the model, or `"auto"` for that of the checkpoint.
-        quantization: of a base in floating point; None to leave it so, or quantized as it is.
-        is_quantized: whether anything of the model is quantized.
-        revision: of a base that is named as on the hub; None for the usual one.
+        model_class: the class whose `from_pretrained` loads the base.
+        dtype: dtype of the model, or `"auto"` for that of the checkpoint.
+        quantization: quantization config for loading; None to load the base as stored.
+        is_quantized: whether any part of the model is quantized.
+        revision: revision of a base on the hub; None for the default.
     """
 
     base: str | Path
@@ -57,22 +57,24 @@ def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | No
     Args:
         base: directory of the model, or its name on the hub.
         adapter: directory of the adapter.
-        dtype: of the model. Default: that of the training, or of the checkpoint.
+        dtype: dtype of the model. Default: that of the training, or of the checkpoint.
 
     Raises:
-        ValueError: the adapter isn't of this package, or was trained with linear layers stored in another way than
-            the experts, which can't be made again.
+        ValueError: the adapter is not one of this package, or was trained with a storage of linear layers that one
+            quantization config cannot reproduce.
     """
     options = read_config(Path(adapter))
     found_type = options.get("peft_type")
     if found_type != MoeQLoraPeftType.MOE_QLORA.value:
         raise ValueError(
-            f"{adapter} is an adapter of type {found_type}, which doesn't say how its base was stored. Convert it "
-            "first (peft-moe-qlora convert --to moe-qlora)."
+            f"{adapter} contains an adapter of type {found_type}, which does not record the storage of its base. "
+            "Convert it first (peft-moe-qlora convert --to moe-qlora)."
         )
     config = MoeQLoraConfig.from_pretrained(str(adapter))
     if config.stored is None:
-        raise ValueError(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}; a saved adapter was expected.")
+        raise ValueError(
+            f"{adapter} contains no {SAFETENSORS_WEIGHTS_NAME}. Expected the directory of a saved adapter."
+        )
     revision = revision_of_base(options, base)
     found = BaseModel.open(base, (key.removeprefix(PREFIX) for key in config.stored.shapes), revision)
     identity = BaseIdentity.of(config.base)
@@ -85,11 +87,11 @@ def plan_unmerged(base: str | Path, adapter: str | Path, dtype: torch.dtype | No
 
 
 def load_unmerged(plan: UnmergedPlan, device: str) -> PeftModel:
-    """Base and adapter, the base stored as the adapter's config says it was.
+    """Loads base and adapter, with the base stored as in training.
 
     Args:
-        plan: by `plan_unmerged`.
-        device: where the model is put.
+        plan: the result of `plan_unmerged`.
+        device: device of the model.
 
     Raises:
         ValueError: the adapter was trained on other weights.
@@ -106,16 +108,16 @@ def load_unmerged(plan: UnmergedPlan, device: str) -> PeftModel:
         try:
             return PeftModel.from_pretrained(model, str(plan.adapter)).eval()
         except RuntimeWarning as error:
-            raise ValueError(f"{plan.base} is not the base of {plan.adapter}: {error}") from error
+            raise ValueError(f"{plan.base} is not the base model of {plan.adapter}. {error}") from error
 
 
 def _of_quantized(
     base: BaseModel, config: MoeQLoraConfig, identity: BaseIdentity | None
 ) -> MoeQuantizationConfig | None:
-    """How a base that others have quantized was loaded for the training; None for as it is stored.
+    """The config with which a base quantized by another tool was loaded in training; None if loaded as stored.
 
     Raises:
-        ValueError: no configuration says it.
+        ValueError: no single quantization config reproduces it.
     """
     finder = SourceFinder(base.model, Checkpoint.open(base.directory))
     stored = {source.storage for source in each_source(finder.find()) if isinstance(source, PackedSource)}
@@ -126,8 +128,8 @@ def _of_quantized(
         return None
     if config.format is None and not in_4_bits:
         raise ValueError(
-            f"{base.directory} is quantized, but the adapter was trained on experts in 16 bits, which can't be loaded "
-            "by one configuration. Load the model as it was, and call merge_and_unload."
+            f"{base.directory} is quantized, but the adapter was trained on experts in 16 bits, which no single "
+            "quantization config reproduces. Load the model as it was loaded for training, and call merge_and_unload."
         )
     return MoeQuantizationConfig(
         None,
@@ -141,7 +143,7 @@ def _of_quantized(
 def _quantization(
     base: BaseModel, config: MoeQLoraConfig, identity: BaseIdentity | None
 ) -> MoeQuantizationConfig | None:
-    """How a base in floating point has to be loaded to be what the adapter was trained on."""
+    """The quantization config that reproduces the training's base from a floating-point checkpoint."""
     linear = list(identity.linear) if identity is not None else []
     if config.format is None and not linear:
         return None
@@ -151,8 +153,9 @@ def _quantization(
     are_known = all(isinstance(parse_format(name), FourBitFormat) for name in linear)
     if linear and (linear != expected or not are_known):
         raise ValueError(
-            f"The adapter was trained with linear layers in {', '.join(linear)} beside experts in {experts}, which "
-            "can't be loaded by one configuration. Load the model as it was, and call merge_and_unload."
+            f"The adapter was trained with linear layers in {', '.join(linear)} and experts in {experts}, which no "
+            "single quantization config reproduces. Load the model as it was loaded for training, and call "
+            "merge_and_unload."
         )
     skipped = list(identity.dense_stacks) if identity is not None else []
     skipped = {name.rpartition(".")[0] for name in skipped}
@@ -175,24 +178,24 @@ def read_windows(file: str | Path, tokenizer_of: str | Path, revision: str | Non
     """Returns token ids `(N, L)` of a text, at most 16 windows of 512.
 
     Args:
-        file: of plain text.
+        file: plain text file.
         tokenizer_of: directory of a model, or its name on the hub.
-        revision: of a model on the hub; None for the usual one.
+        revision: revision of a model on the hub; None for the default.
 
     Raises:
-        ValueError: the text is not in UTF-8, or has less than two tokens.
+        ValueError: the text is not in UTF-8, or has fewer than two tokens.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
+        raise ValueError(f"{file} is not valid UTF-8: {error}. Expected a plain text file.") from error
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, revision=revision or "main")
     ids = torch.tensor(tokenizer(text)["input_ids"])
     length = min(_WINDOW, len(ids))
     if length < 2:
         raise ValueError(
-            f"{file} has {len(ids)} tokens by the tokenizer in {tokenizer_of}; a text of some hundreds was expected, "
-            "and a tokenizer to be there."
+            f"{file} has {len(ids)} tokens with the tokenizer of {tokenizer_of}. Expected a text of a few hundred "
+            "tokens. Check that the tokenizer files are complete."
         )
     return ids[: len(ids) // length * length].view(-1, length)[:_MOST_WINDOWS]
 
@@ -213,7 +216,7 @@ def logits_of_window(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
 def kl_divergence(of: torch.Tensor, against: torch.Tensor) -> float:
     """Mean over positions of the KL divergence in nats, from logits `(N, L, V)`, computed in fp64."""
     total = 0.0
-    # few positions at a time: in fp64 the logits of a window can be 1 GB
+    # few positions at a time: in fp64 the logits of a window can take 1 GB
     for left, right in zip(*(logits.flatten(0, 1).split(_POSITIONS_AT_A_TIME) for logits in (of, against))):
         left, right = left.double().log_softmax(dim=-1), right.double().log_softmax(dim=-1)
         total += (left.exp() * (left - right)).sum().item()

@@ -1,4 +1,4 @@
-"""Whether a merged model says what the live adapter says."""
+"""Compares a merged checkpoint with the unmerged adapter on a text."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ def verify_merge(
     device: str = "cpu",
     progressbar: bool = True,
 ) -> MergeReport:
-    """Compares the next-token distributions of a merged checkpoint and the live adapter on a text.
+    """Compares the next-token distributions of a merged checkpoint and the unmerged adapter on a text.
 
     The two models are loaded one after the other. The head of the first and its inputs, `(tokens, hidden size)`, stay
     in memory; logits are computed for one window of 512 tokens at a time.
 
     Args:
-        directory: of a merged checkpoint, whose report names base and adapter; the result is added to it.
-        text: file of plain text, of which up to 8192 tokens are taken.
-        dtype: that both are run in. Default: that of the training.
-        device: where.
-        progressbar: show one.
+        directory: directory of a merged checkpoint. Its report names base and adapter; the result is added to it.
+        text: plain text file, of which up to 8192 tokens are used.
+        dtype: dtype of both models. Default: that of the training.
+        device: device of both models.
+        progressbar: whether to show a progress bar.
 
     Returns:
         The report with `verification`.
 
     Raises:
-        ValueError: there is no report, what it names is gone or another, the text is too short, the base can't be
-            loaded as it was trained on, or its class makes logits in an unusual way.
+        ValueError: there is no report, base or adapter no longer exist or have changed, the text is too short, the
+            base cannot be loaded as in training, or its class does not compute logits with its output embeddings.
     """
     report = MergeReport.read(Path(directory))
     if report is None:
         raise ValueError(
-            f"{directory} has no {REPORT_NAME}; a checkpoint that was merged by this package was expected."
+            f"{directory} contains no {REPORT_NAME}. Expected a checkpoint that was merged by this package."
         )
     for place in (report.base, report.adapter):
         if not Path(place).is_dir():
-            raise ValueError(f"{place}, of which {directory} was merged, is gone. Put it there again.")
+            raise ValueError(
+                f"{place} does not exist, but the report in {directory} names it as an input of the merge. Restore it."
+            )
     if adapter_digest(Path(report.adapter)) != report.adapter_sha256:
         raise ValueError(
-            f"{report.adapter} is another adapter now than the one that was merged into {directory}. Merge it, or put "
-            "the other one there again."
+            f"{report.adapter} has changed since it was merged into {directory}. Merge the new adapter, or restore "
+            "the old one."
         )
     windows = read_windows(text, report.base)
     model = load_unmerged(plan_unmerged(report.base, report.adapter, dtype), device)
@@ -85,19 +87,22 @@ def verify_merge(
 
 
 def _head(model: nn.Module) -> nn.Module:
-    """What makes logits of hidden states, but for what the model does to logits afterwards.
+    """The output embeddings, which compute logits from hidden states, without the model's postprocessing of logits.
 
     Raises:
-        ValueError: the model doesn't say.
+        ValueError: the model has none.
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} doesn't say what makes its logits, so they can't be compared.")
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings (get_output_embeddings), so its logits cannot be "
+            "compared. Compare the two models without verify_merge."
+        )
     return head
 
 
 def _logits_and_hidden(model: nn.Module, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits_of_window`, and on the CPU what the head was given for them, `(1, L, hidden size)`."""
+    """`logits_of_window`, and the inputs of the head, `(1, L, hidden size)` on the CPU."""
     given = []
     handle = _head(model).register_forward_pre_hook(lambda _, args: given.append(args[0].cpu()))
     try:
@@ -106,8 +111,8 @@ def _logits_and_hidden(model: nn.Module, window: torch.Tensor) -> tuple[torch.Te
         handle.remove()
     if [one.shape[:2] for one in given] != [logits.shape[:2]]:
         raise ValueError(
-            f"{type(model).__name__} makes its logits in another way than by its head, of all tokens at once, so they "
-            "can't be compared."
+            f"{type(model).__name__} does not compute the logits of all tokens with one call of its output "
+            "embeddings, so they cannot be compared. Compare the two models without verify_merge."
         )
     return logits, given[0]
 
@@ -115,9 +120,9 @@ def _logits_and_hidden(model: nn.Module, window: torch.Tensor) -> tuple[torch.Te
 def _logits_of_both(
     model: nn.Module, window: torch.Tensor, other_head: nn.Module, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits_of_window`, and those that a model of the same class has made of `hidden` with its head.
+    """`logits_of_window`, and the logits of another model of the same class, given its hidden states and its head.
 
-    The second go along from the head on, so that the model does to both what it does to logits.
+    The second are concatenated after the head, so the model applies its postprocessing of logits to both.
     """
 
     def join(head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:

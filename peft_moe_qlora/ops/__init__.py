@@ -1,4 +1,4 @@
-"""How a layer of experts is computed: routed rows, grouped products, low-rank terms.
+"""Computation of a layer of experts: routed rows, grouped products, low-rank terms.
 
 Letters: T tokens, K experts chosen per token, E experts, S = T * K routed rows, H hidden size, I intermediate size,
 R rank. Rows are sorted by expert; `offsets (E,)` int32 holds the exclusive end of each expert's rows.
@@ -7,6 +7,7 @@ R rank. Rows are sorted by expert; `offsets (E,)` int32 holds the exclusive end 
 from .decode_matrix import decode_matrix
 from .dispatch import LARGEST_RANK, ComputePath, choose_library_path, choose_path, log_once, why_no_kernels
 from .grouped_linear import LowRank, grouped_linear
+from .held_casts import HeldCasts
 from .kept_activations import keep_experts, kept_nbytes, without_output
 from .kernels.tuning import tiles_origin
 from .linear_lora import StoredMatrix, bias_gradient, linear_dtype, linear_lora, low_rank_term, without_autocast
@@ -18,6 +19,7 @@ __all__ = [
     "ComputePath",
     "Factors",
     "Gate",
+    "HeldCasts",
     "LowRank",
     "Routing",
     "StoredMatrix",

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def cached_constant(function: Callable[..., T]) -> Callable[..., T]:
-    """Caches results by arguments and makes them constants for `torch.compile`, which warns of caches that it sees."""
+    """Caches results by arguments and makes them constants for `torch.compile`, which warns about traced caches."""
     cached = cache(function)
 
     @torch.compiler.assume_constant_result

@@ -1,4 +1,4 @@
-"""Decodes one matrix on its own device, with the Triton kernels where they support it."""
+"""Decodes one matrix on its device, with the Triton kernels if they support it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .operands import PackedWeight, why_not_read_as
 def decode_matrix(
     tensors: Sequence[torch.Tensor], storage: Format, rows: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`(rows, columns)` weights, products taken in fp32 and rounded once; both ways give the same bits.
+    """`(rows, columns)` weights, multiplied in fp32 and rounded once; torch and the kernels give the same bits.
 
     Args:
-        tensors: of one matrix, in the order of the format.
+        tensors: tensors of one matrix, in the order of the format.
         storage: the format.
-        rows: of the matrix.
-        columns: of the matrix.
-        dtype: of the result.
+        rows: number of rows.
+        columns: number of columns.
+        dtype: dtype of the result.
     """
     device = tensors[0].device
     if why_no_kernels(device, dtype) is None and why_not_read_as(storage, rows, columns) is None:
@@ -34,7 +34,7 @@ def decode_matrix(
 def _by_kernels(
     tensors: Sequence[torch.Tensor], storage: Format, rows: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same with kernels; models have many linear layers, so launches are recorded once per size."""
+    """The same with kernels; launches are recorded once per size, since models have many linear layers."""
     from .kernels.decode import decode, frozen_tensors  # needs Triton
     from .kernels.launch import device_of
     from .kernels.launch_recorder import recorded

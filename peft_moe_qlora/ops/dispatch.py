@@ -1,4 +1,4 @@
-"""Which implementation computes the experts, and why."""
+"""Selects the implementation that computes the experts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .kernels.tuning import tiles_origin
 logger = logging.getLogger(__name__)
 
 LARGEST_RANK = 128
-"""Of a low-rank term in the fused layer; more does not fit into shared memory beside the tiles."""
+"""Largest rank of a low-rank term in the fused layer; larger ones do not fit into shared memory with the tiles."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class ComputePath:
-    """A choice and its reason, for the report.
+    """An implementation and the reason for its choice, for the report.
 
     Args:
         name: `"fused"`, the whole layer in Triton kernels; `"triton"`, a Triton kernel for this product;
             `"grouped_mm"`, torch's grouped matrix product over all experts in one launch; or `"loop"`, one product for
             each expert that has rows.
-        reason: why, in a few words.
+        reason: the reason.
     """
 
     name: Literal["fused", "triton", "grouped_mm", "loop"]
@@ -41,22 +41,22 @@ class ComputePath:
 
 @cached_constant
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels can't compute in a dtype on a device; None if they can."""
+    """The reason why the Triton kernels do not support a dtype on a device; None if they do."""
     if device.type != "cuda":
-        return f"the kernels need a GPU, not {device.type}"
+        return f"the kernels require a GPU, not {device.type}"
     if torch.version.hip is not None:
-        return "the kernels were never run on ROCm"
+        return "the kernels are not tested on ROCm"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels need compute capability 8.0"
+        return "the kernels require compute capability 8.0"
     if dtype not in KERNEL_DTYPES:
-        return f"the kernels don't compute in {dtype}"
+        return f"the kernels do not support {dtype}"
     return None
 
 
 def choose_path(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int) -> ComputePath:
-    """The path for rows `(S, in_features)` times a frozen stack, in `dtype` on `device`."""
+    """The path for the product of `(S, in_features)` rows with a frozen stack, in `dtype` on `device`."""
     reason = why_no_kernels(device, dtype)
     if reason is None:
         return ComputePath("triton", f"{dtype} on a GPU, {tiles_origin(device, dtype)}")
@@ -66,20 +66,20 @@ def choose_path(device: torch.device, dtype: torch.dtype, in_features: int, out_
 def choose_library_path(
     device: torch.device, dtype: torch.dtype, in_features: int, out_features: int, reason: str = ""
 ) -> ComputePath:
-    """The path for rows times `(E, in_features, out_features)` matrices in the same dtype, without the kernels."""
+    """The path for rows times `(E, in_features, out_features)` matrices in the same dtype, without Triton."""
     if device.type != "cuda":
-        return ComputePath("loop", reason or f"torch's grouped product is not used on {device.type}")
+        return ComputePath("loop", reason or f"torch's grouped_mm is not used on {device.type}")
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return ComputePath("loop", "torch's grouped product needs compute capability 8.0")
+        return ComputePath("loop", "torch's grouped_mm requires compute capability 8.0")
     if dtype != torch.bfloat16:
-        return ComputePath("loop", f"torch's grouped product is in bfloat16, not {dtype}")
+        return ComputePath("loop", f"torch's grouped_mm requires bfloat16, not {dtype}")
     if in_features % 8 or out_features % 8:
         # rows of every operand must be 16-byte aligned
-        return ComputePath("loop", f"{in_features} x {out_features} features are no multiples of 8")
+        return ComputePath("loop", f"{in_features} x {out_features} features are not multiples of 8")
     return ComputePath("grouped_mm", reason or "bfloat16 on a GPU")
 
 
 @cache
 def log_once(message: str) -> None:
-    """Says which path runs, once for each; a GPU that can't take the fast one is worth a warning."""
+    """Logs a message once, as a warning."""
     logger.warning(message)

@@ -31,7 +31,7 @@ def _signatures(tensors: Iterable[Tensor | None]) -> list[tuple | None]:
 
 
 class _FusedExperts(torch.autograd.Function):
-    """For eager mode, where dispatching a custom operator costs more than all its launches."""
+    """For eager mode, in which the dispatch of a custom operator takes longer than all its launches."""
 
     @staticmethod
     def forward(
@@ -75,7 +75,7 @@ class _FusedExperts(torch.autograd.Function):
         if taken is None:
             inputs = (*given, *frozen_tensors(up, down))
             (out, *kept), heights = recorded(("forward", unused is None, *key), inputs, run)
-            keep((out.detach(), kept, heights))  # autograd writes to the tensor that is returned
+            keep((out.detach(), kept, heights))  # detached: autograd changes the returned tensor
         else:
             kept_out, kept, heights = taken
             out = kept_out.detach()
@@ -157,17 +157,17 @@ def fused_experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """The experts' share of a MoE layer, differentiable in all but the weights and biases.
+    """Output of the experts of a MoE layer, differentiable in all inputs except weights and biases.
 
     Args:
-        hidden_states: `(T, H)` in bfloat16, float16 or float32, T not 0.
+        hidden_states: `(T, H)` in bfloat16, float16 or float32, T > 0.
         top_k_index: `(T, K)` integer ids; pairs with ids outside `[0, E)` are not computed and count as zero.
-        top_k_weights: `(T, K)` in any floating dtype.
-        up: the first projection, gate and up in one.
+        top_k_weights: `(T, K)` in any floating-point dtype.
+        up: the first projection, gate and up fused.
         down: the second projection.
-        gate: between the two.
-        up_factors: low-rank term of the first projection, of any floating dtype.
-        down_factors: low-rank term of the second.
+        gate: the gate between the two projections.
+        up_factors: low-rank term of the first projection, in any floating-point dtype.
+        down_factors: low-rank term of the second projection.
         up_bias: `(E, 2I)`, frozen.
         down_bias: `(E, H)`, frozen.
 
@@ -175,7 +175,7 @@ def fused_experts(
         `(T, H)` in the dtype of the hidden states. Deterministic; no copy to the host.
 
     Raises:
-        ValueError: shapes or devices don't fit each other, or factors are of rank 0.
+        ValueError: shapes or devices do not match, or factors have rank 0.
     """
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     arguments = (hidden_states, top_k_index, top_k_weights, up, down)

@@ -68,7 +68,7 @@ def _experts_op(
             keep(tuple([tensor.detach() for tensor in results]))
     if unused == "nan":
         results = (torch.full_like(results[0], float("nan")), *results[1:])
-    # an operator must return fresh tensors, not ones that it has returned before
+    # an operator must not return the same tensors twice
     return tuple([tensor.detach() for tensor in results])
 
 
@@ -147,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.is_given = [tensor is not None for tensor in optional]
     given = [tensor for tensor in optional if tensor is not None]
     ctx.save_for_backward(hidden_states, top_k_weights, *output[1:], *given)
-    # frozen and shared by all steps: not activations
+    # not saved tensors: they are frozen and shared by all steps
     ctx.up, ctx.down, ctx.static = up, down, static
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -188,10 +188,10 @@ def experts_op(
     gate: Gate,
     by_gemv: bool,
 ) -> Tensor:
-    """`fused_experts` as one node of a traced graph; its backward computes every gradient, needed or not.
+    """`fused_experts` as one node of a traced graph; its backward always computes all gradients.
 
     Args:
-        by_gemv: result of `goes_by_gemv`; if true, there is no backward.
+        by_gemv: result of `goes_by_gemv`; if True, there is no backward.
     """
     up_A, up_B, up_scaling = up_factors or (None, None, 1.0)
     down_A, down_B, down_scaling = down_factors or (None, None, 1.0)

@@ -23,14 +23,14 @@ from .routing import Routing
 
 @dataclass(frozen=True)
 class LowRank:
-    """What one adapter adds to a projection: `scaling * (dropout(x) A^T) B^T`, per expert (LoRA, arXiv:2106.09685).
+    """Low-rank term of an adapter: `scaling * (dropout(x) A^T) B^T`, per expert (LoRA, arXiv:2106.09685).
 
     Args:
         A: `(E, R, in)`.
         B: `(E, out, R)`.
         scaling: factor of the product.
-        dropout: applied to the routed rows before A; None for none.
-        token_mask: `(T,)` bool, tokens that the adapter applies to; None for all.
+        dropout: applied to the routed rows before A; None for no dropout.
+        token_mask: `(T,)` bool mask of the tokens to which the adapter applies; None for all tokens.
     """
 
     A: torch.Tensor
@@ -55,7 +55,7 @@ class _FrozenGroupedLinear(torch.autograd.Function):
 
 
 def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_stored: bool) -> torch.Tensor:
-    """Rows times the matrices as stored (`as_stored`) or times their transposes."""
+    """Product of the rows with the matrices as stored (`as_stored`) or with their transposes."""
     _, stored_rows, stored_columns = stack.shape
     in_features, out_features = (stored_rows, stored_columns) if as_stored else (stored_columns, stored_rows)
     choose = choose_path if why_not_read(stack) is None else choose_library_path
@@ -64,7 +64,7 @@ def _frozen_product(rows: torch.Tensor, stack: Stack, offsets: torch.Tensor, as_
         matrices = stack.decode(rows.dtype)
         return grouped_mm(rows, matrices if as_stored else matrices.transpose(1, 2), offsets)
     if torch.compiler.is_compiling():
-        # torch.compile can't trace into a launch, nor know how many rows an expert has
+        # torch.compile cannot trace a launch and does not know the number of rows of an expert
         weight = packed_weight(stack)
         tensors, by_kernels = list(weight.tensors), path == "triton"
         return _frozen_product_op(
@@ -114,7 +114,7 @@ def _(rows, tensors, offsets, flat_shape, storage, as_stored, by_kernels):
 
 def _low_rank_product(rows: torch.Tensor, term: LowRank, routing: Routing) -> torch.Tensor:
     A, B = term.A.to(rows.dtype), term.B.to(rows.dtype)
-    # zero-padded to a multiple of 8, every rank is eligible for the grouped product
+    # grouped_mm requires a multiple of 8, so pad the rank with zeros
     padding = -A.shape[1] % 8 if choose_library_path(rows.device, rows.dtype, 8, 8).name == "grouped_mm" else 0
     if padding:
         A, B = pad(A, (0, 0, 0, padding)), pad(B, (0, padding))
@@ -133,14 +133,14 @@ def grouped_linear(
     bias: torch.Tensor | None = None,
     low_rank: Sequence[LowRank] = (),
 ) -> torch.Tensor:
-    """Each routed row through its expert's linear layer: `(S, in)` -> `(S, out)` in the dtype of `rows`.
+    """Applies the linear layer of its expert to each routed row: `(S, in)` -> `(S, out)` in the dtype of `rows`.
 
     Args:
         rows: `(S, in)`, sorted by expert.
         stack: the frozen weights.
-        routing: whose row belongs to which expert.
+        routing: assignment of rows to experts.
         bias: `(E, out)`.
-        low_rank: what adapters add.
+        low_rank: low-rank terms of the adapters.
     """
     out = _FrozenGroupedLinear.apply(rows, stack, routing.offsets)
     for term in low_rank:

@@ -14,7 +14,7 @@ from .dispatch import choose_library_path
 def multiply_groups(
     rows: torch.Tensor, matrix_of: Callable[[int], torch.Tensor], offsets: torch.Tensor, out_features: int
 ) -> torch.Tensor:
-    """`out[s] = rows[s] @ matrix_of(e)` for the rows s of each expert e; zero for rows of no expert.
+    """`out[s] = rows[s] @ matrix_of(e)` for the rows s of each expert e; zero for rows without an expert.
 
     Args:
         rows: `(S, in)`.
@@ -34,11 +34,11 @@ def groups(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def grouped_mm(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """torch's grouped product `(S, in) x (E, in, out)`, with rows of no expert set to zero."""
+    """torch's `grouped_mm`, `(S, in) x (E, in, out)`, with rows without an expert set to zero."""
     out = torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
-    # the kernel doesn't write these rows
+    # the kernel does not write these rows
     is_tail = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
-    # not in place: torch.compile of torch 2.11 then gives zeros as gradients
+    # not in place: torch.compile of torch 2.11 would return zero gradients
     return out.masked_fill(is_tail[:, None], 0)
 
 
@@ -92,7 +92,7 @@ def _outer_product_of_groups(rows: torch.Tensor, grad_out: torch.Tensor, offsets
     return grad
 
 
-# custom operators, since the loop over experts reads row counts on the host, which torch.compile can't trace
+# custom operators, since torch.compile cannot trace the loop over experts, which reads row counts on the host
 
 
 @torch.library.custom_op("peft_moe_qlora::multiply_groups", mutates_args=())
@@ -116,7 +116,7 @@ def _(rows, grad_out, offsets):
 
 
 def grouped_matmul(rows: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """`out[s] = rows[s] @ matrices[expert of s]`, differentiable in both; zero for rows of no expert.
+    """`out[s] = rows[s] @ matrices[expert of s]`, differentiable in both; zero for rows without an expert.
 
     Args:
         rows: `(S, in)`, sorted by expert.

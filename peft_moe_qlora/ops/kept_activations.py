@@ -1,8 +1,8 @@
 """Reuse of experts' activations when a checkpointed region is recomputed.
 
-The fused layer saves its gate's input and the rank-r activations. Where they are kept, recomputation reuses them
-instead of running the grouped products again; the rest of the region is recomputed as usual. The layer's backward
-never reads its output, so recomputation skips the second product if no other operation's backward reads it.
+The fused layer saves the input of its gate and the rank-r activations. With selective checkpointing, recomputation
+reuses them instead of running the grouped products again; the rest of the region is recomputed as usual. The backward
+of the layer does not read its output, so recomputation skips the second product unless another backward reads it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Literal
 _local = threading.local()
 
 Unused = Literal["empty", "nan"]
-"""What stands for an output that is not computed: whatever the memory holds, or nan to find out who reads it."""
+"""Contents of an output that is not computed: uninitialized memory, or NaN to detect whether it is read."""
 
 
 class _Region:
-    """The calls of experts in one run of a region, in their order."""
+    """The calls of experts in one run of a region, in order."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
@@ -44,7 +44,7 @@ class _Run(AbstractContextManager):
 def keep_experts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Returns the `context_fn` pair of selective checkpointing that saves the activations of experts.
 
-    Pass it as `context_fn` of `torch.utils.checkpoint.checkpoint`, or to a Trainer by
+    Pass it as `context_fn` of `torch.utils.checkpoint.checkpoint`, or in TrainingArguments as
     `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_experts}`. Only the fused kernels save
     activations; other paths are recomputed.
     """
@@ -53,14 +53,14 @@ def keep_experts() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def keep(what: Any) -> None:
-    """Saves a call's results if this thread runs the forward of a region."""
+    """Saves the results of a call if this thread runs the forward of a region."""
     run = getattr(_local, "run", None)
     if run is not None and not run.is_recomputation:
         run.region.kept.append(what)
 
 
 def take_kept() -> Any | None:
-    """What the same call saved in the forward if this thread recomputes a region; else None."""
+    """Results that the same call saved in the forward, if this thread recomputes a region; else None."""
     run = getattr(_local, "run", None)
     if run is None or not run.is_recomputation or run.taken == len(run.region.kept):
         return None
@@ -69,15 +69,15 @@ def take_kept() -> Any | None:
 
 
 def kept_nbytes(num_tokens: int, top_k: int, hidden: int, up_features: int, rank: int) -> int:
-    """Bytes that one experts module keeps in 16 bits: its output, its gate's input, rank-r rows, and the routing."""
+    """Bytes that one experts module saves in 16 bits: output, input of the gate, rank-r rows, and the routing."""
     return num_tokens * (2 * hidden + top_k * (2 * up_features + 2 * 2 * rank + 2 * 4))
 
 
 class without_output(AbstractContextManager):
-    """Fused experts that this thread runs don't compute their output, only what their backward needs.
+    """Makes fused experts in this thread compute only what their backward needs, not their output.
 
     Args:
-        unused: what they give instead.
+        unused: contents of the output instead.
     """
 
     def __init__(self, unused: Unused = "empty") -> None:
@@ -91,5 +91,5 @@ class without_output(AbstractContextManager):
 
 
 def unused_output() -> Unused | None:
-    """Placeholder for the output of experts that this thread runs; None where it is computed."""
+    """Contents of the uncomputed output of experts in this thread; None if the output is computed."""
     return getattr(_local, "unused", None)

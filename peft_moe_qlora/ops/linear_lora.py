@@ -1,9 +1,9 @@
-"""A frozen linear layer with its low-rank term: decoded once, one product, and the term accumulated into it.
+"""A frozen linear layer with its low-rank term: the weight is decoded once, and the term is added to the product.
 
     y = x W^T + bias + scaling * (x A^T) B^T
 
-Factors are cast from their own dtype to that of the product; the scaling is applied in the small products.
-The backward decodes again. Letters: T rows, R rank.
+Factors are cast to the dtype of the product; the scaling is applied in the small products. The backward decodes the
+weight again. Letters: T rows, R rank.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from torch.nn.functional import linear
 
 from ..quantization import Format, FourBitFormat, dynamic_map, parse_format
 from .decode_matrix import decode_matrix
+from .held_casts import cast_factor
 
 MOST_ROWS_OF_LIBRARY = 512
-"""bitsandbytes has kernels that decode inside a product of few rows, and for more of them decodes first."""
+"""Number of rows up to which the product of bitsandbytes is used, which decodes inside the product."""
 
 
 class StoredMatrix(NamedTuple):
-    """The `(rows, columns)` weight of a layer, for the length of one product: whoever shards tensors moves them.
+    """The `(rows, columns)` weight of a layer, valid for one product, since sharding engines move tensors.
 
     Args:
-        tensors: those of the format in its order, or the weight alone.
-        rows: of the weight, the layer's `out_features`.
-        columns: of the weight.
-        storage: the format; None where the weight is not packed.
-        storage_name: of the format, written before: torch.compile can't put numbers into text.
+        tensors: tensors of the format in order, or only the 16-bit weight.
+        rows: rows of the weight, `out_features` of the layer.
+        columns: columns of the weight.
+        storage: the format; None if the weight is not packed.
+        storage_name: name of the format, precomputed since torch.compile cannot format numbers into strings.
     """
 
     tensors: tuple[Tensor, ...]
@@ -48,7 +49,7 @@ class StoredMatrix(NamedTuple):
 
 
 def linear_dtype(inputs: Tensor) -> torch.dtype:
-    """As nn.Linear has it under autocast, which leaves fp64 alone; elsewhere that of the inputs."""
+    """Dtype of the product of an nn.Linear: autocast's, except for fp64 inputs, or else that of the inputs."""
     device_type = inputs.device.type
     if torch.is_autocast_enabled(device_type) and inputs.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -73,15 +74,15 @@ def linear_lora(
     """`(..., in)` -> `(..., out)` in `dtype`, differentiable in all but the weight.
 
     Args:
-        inputs: of any floating dtype, kept as they are for the backward.
+        inputs: inputs in any floating-point dtype, saved unchanged for the backward.
         bias: `(out,)`.
-        A: `(R, in)`, of any floating dtype, as B is; gradients have the dtype of the factor.
+        A: `(R, in)`, in any floating-point dtype, like B; gradients have the dtype of the factor.
         B: `(out, R)`.
         scaling: factor of the term.
         matrix: the weight.
-        matrix_of: gives it again in the backward, where its tensors may be others.
-        dtype: of the products.
-        term_inputs: what the term has in the place of the inputs, such as these after dropout; None for the inputs.
+        matrix_of: function that returns the weight in the backward, when its tensors may have been replaced.
+        dtype: dtype of the products.
+        term_inputs: inputs of the term if they differ, for example after dropout; None for `inputs`.
     """
     if torch.compiler.is_compiling():
         term_inputs = None if term_inputs is None else term_inputs.to(dtype)
@@ -94,12 +95,13 @@ def linear_lora(
 
 
 def low_rank_term(inputs: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """What one more adapter adds, in the dtype of the inputs."""
-    return linear(linear(inputs, A.to(inputs.dtype)) * scaling, B.to(inputs.dtype))
+    """Low-rank term of a further adapter, in the dtype of the inputs."""
+    dtype = inputs.dtype
+    return linear(linear(inputs, cast_factor(A, dtype)) * scaling, cast_factor(B, dtype))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products run in the dtype of what they are given."""
+    """Disables autocast, so that products have the dtype of their operands."""
     is_on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
@@ -118,8 +120,9 @@ def _forward(
     with without_autocast(inputs.device):
         rows = _as_rows(inputs, dtype)
         out = _product(rows, None if bias is None else _cast(bias, dtype), matrix, inputs.shape[:-1])
-        reduced = _scaled_product(rows if term_inputs is None else _as_rows(term_inputs, dtype), A.t(), scaling)
-        out.view(-1, matrix.rows).addmm_(reduced, _cast(B, dtype).t())
+        term_rows = rows if term_inputs is None else _as_rows(term_inputs, dtype)
+        reduced = _scaled_product(term_rows, cast_factor(A, dtype).t(), scaling)
+        out.view(-1, matrix.rows).addmm_(reduced, cast_factor(B, dtype).t())
     return out, reduced
 
 
@@ -128,12 +131,12 @@ def _as_rows(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # a no-op cast costs nearly as much as a launch, and there are a dozen in a layer
+    # even a no-op cast takes nearly as long as a launch
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _product(rows: Tensor, bias: Tensor | None, matrix: StoredMatrix, shape: torch.Size) -> Tensor:
-    """Allocated in its final shape: the caller could not write in place to a view made in here."""
+    """Product in its final shape, since the caller cannot write in place to a view created here."""
     if _goes_by_library(rows, matrix):
         return _library_product(rows.view(*shape, matrix.columns), bias, matrix)
     out = rows.new_empty((*shape, matrix.rows))
@@ -150,7 +153,7 @@ def _goes_by_library(rows: Tensor, matrix: StoredMatrix) -> bool:
     return (
         isinstance(storage, FourBitFormat)
         and 0 < rows.shape[0] <= MOST_ROWS_OF_LIBRARY
-        and (is_cuda or storage.blocksize < 2048)  # it would compile a kernel for these on a CPU
+        and (is_cuda or storage.blocksize < 2048)  # for these, bitsandbytes would compile a kernel on a CPU
         and matrix.columns % storage.blocksize == 0
         and rows.dtype != torch.float64
     )
@@ -171,7 +174,7 @@ def _library_product(inputs: Tensor, bias: Tensor | None, matrix: StoredMatrix) 
 def _scaled_product(rows: Tensor, factor: Tensor, scaling: float) -> Tensor:
     """`scaling * rows @ factor`, in the dtype of the rows."""
     out = rows.new_empty((rows.shape[0], factor.shape[1]))
-    # with beta 0, the uninitialized memory is not read
+    # with beta=0, the uninitialized memory is not read
     return out.addmm_(rows, _cast(factor, rows.dtype), beta=0, alpha=scaling)
 
 
@@ -188,12 +191,12 @@ def _backward(
     needs: Sequence[bool],
     is_differentiable: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of inputs, term inputs, A and B, those that are needed; the first two as rows in `dtype`.
+    """Required gradients of inputs, term inputs, A and B; the first two as rows in `dtype`.
 
     Args:
-        rows: what A is multiplied with; None where no factor needs a gradient.
-        reduced: that of the forward; None where B needs no gradient.
-        needs: which gradients.
+        rows: inputs of A; None if no factor requires a gradient.
+        reduced: `scaling * x A^T` of the forward; None if B requires no gradient.
+        needs: the gradients to compute.
         is_differentiable: whether the backward may itself be differentiated (`create_graph=True`).
     """
     of_inputs, of_term_inputs, of_A, of_B = needs
@@ -219,7 +222,7 @@ def _backward(
 
 
 def _factor_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, is_differentiable: bool) -> Tensor:
-    """`left^T right`; where factors are in fp32, sums are not rounded to 16 bits in between."""
+    """`left^T right`; for fp32 factors, the sum is not rounded to 16 bits."""
     if dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
         if left.is_cuda and not is_differentiable:  # not differentiable, and not available on the CPU
             return torch.mm(left.t(), right, out_dtype=dtype)
@@ -228,7 +231,7 @@ def _factor_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, is_differe
 
 
 class _LinearLora(torch.autograd.Function):
-    """For eager mode, where dispatching a custom operator costs more than a small product."""
+    """For eager mode, in which the dispatch of a custom operator takes longer than a small product."""
 
     @staticmethod
     def forward(
@@ -270,7 +273,8 @@ class _LinearLora(torch.autograd.Function):
         return grad_inputs, grad_term_inputs, grad_bias, *of_factors, None, None, None, None
 
 
-# The same for torch.compile, as custom operators: one node forward, one backward, no decoded weight saved
+# The same as custom operators for torch.compile: one node in the forward and one in the backward, without saving the
+# decoded weight
 
 
 def _matrix(tensors: list[Tensor], storage: str, shape: list[int]) -> StoredMatrix:
@@ -329,7 +333,7 @@ def _(grad_out, inputs, reduced, A, B, scaling, tensors, storage, shape, has_ter
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     inputs, term_inputs, bias, A, B, *static = inputs
     ctx.save_for_backward(inputs if term_inputs is None else term_inputs, output[1], A, B)
-    # the weight is frozen and shared by all steps: not an activation
+    # not a saved tensor: the weight is frozen and shared by all steps
     ctx.static = *static, term_inputs is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -1,4 +1,4 @@
-"""What the kernels compute with, besides activations: weights, low-rank factors and gates."""
+"""Operands of the kernels besides activations: weights, low-rank factors and gates."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..quantization import DenseStack, Format, QuantizedStack, Stack, parse_form
 
 
 class PackedWeight(NamedTuple):
-    """What a kernel reads of a stack.
+    """Tensors and properties of a stack for kernels.
 
     Args:
-        tensors: those of the format in its order, or the 16-bit weight alone.
-        rows: of one expert's matrix as stored.
-        columns: of one expert's matrix as stored.
-        is_transposed: stored `(in, out)`.
-        storage: the format; None where the weight is not packed.
-        parts: matrices stacked along the rows that make up one.
-        storage_name: name of the format, precomputed since torch.compile can't format numbers into strings.
+        tensors: tensors of the format in order, or only the 16-bit weight.
+        rows: rows of one expert's matrix as stored.
+        columns: columns of one expert's matrix as stored.
+        is_transposed: whether matrices are stored `(in, out)`.
+        storage: the format; None if the weight is not packed.
+        parts: number of matrices concatenated along the rows.
+        storage_name: name of the format, precomputed since torch.compile cannot format numbers into strings.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -36,7 +36,7 @@ class PackedWeight(NamedTuple):
         return self.tensors[0].shape[0]
 
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """`(rows, columns)` weights of one expert, by plain torch."""
+        """`(rows, columns)` weights of one expert, decoded with torch."""
         if self.storage is None:
             return self.tensors[0][expert].to(dtype)
         names = self.storage.tensors(self.rows, self.columns, self.parts)
@@ -45,12 +45,12 @@ class PackedWeight(NamedTuple):
 
     @property
     def flat_shape(self) -> list[int]:
-        """The numbers among the fields, for an operator of torch; see `from_flat`."""
+        """The integer fields, as an argument of a custom operator; see `from_flat`."""
         return [self.rows, self.columns, int(self.is_transposed), self.parts]
 
     @classmethod
     def from_flat(cls, tensors: list[torch.Tensor], flat_shape: list[int], storage_name: str) -> PackedWeight:
-        """From the arguments of an operator of torch."""
+        """Creates a weight from the arguments of a custom operator."""
         rows, columns, is_transposed, parts = flat_shape
         storage = parse_format(storage_name) if storage_name else None
         return cls(tuple(tensors), rows, columns, bool(is_transposed), storage, parts, storage_name)
@@ -64,12 +64,12 @@ class PackedWeight(NamedTuple):
         return self.columns if self.is_transposed else self.rows
 
     def contracts_columns(self, for_input_gradient: bool) -> bool:
-        """Whether a product runs along the stored columns: with the transposes `(in, out)`, or for gradients."""
+        """Whether the contraction of a product is along the stored columns."""
         return self.is_transposed == for_input_gradient
 
     @property
     def signature(self) -> tuple:
-        """Everything but the values of the tensors."""
+        """All properties except the values of the tensors."""
         dtypes = tuple([tensor.dtype for tensor in self.tensors])
         return (self.num_experts, dtypes, self.tensors[0].device, *self[1:])
 
@@ -84,48 +84,48 @@ class PackedWeight(NamedTuple):
 
     @property
     def tile_block(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, where tiles can find their scales by them."""
+        """Rows and columns that share a scale; None if blocks are not a grid that tiles can use."""
         return self.storage.tile_block(self.rows, self.columns, self.parts) if self.is_packed else None
 
 
 def packed_weight(stack: Stack) -> PackedWeight:
-    """A view of a stack's tensors.
+    """Views of a stack's tensors.
 
     Raises:
-        TypeError: the stack is of a storage that the kernels can't read.
+        TypeError: the class of the stack is not supported by the kernels.
     """
     rows, columns = stack.shape[1:]
     if isinstance(stack, DenseStack):
         return PackedWeight((stack.weight,), rows, columns, stack.is_transposed, None)
     if not isinstance(stack, QuantizedStack):
-        raise TypeError(f"the kernels read DenseStack and QuantizedStack, not {type(stack).__name__}.")
+        raise TypeError(f"Expected a DenseStack or QuantizedStack, found {type(stack).__name__}.")
     tensors = tuple(stack.tensors.values())
     return PackedWeight(tensors, rows, columns, stack.is_transposed, stack.storage, stack.parts, stack.storage_name)
 
 
 def why_not_read(stack: Stack) -> str | None:
-    """Why the kernels can't read a stack; None if they can."""
+    """The reason why the kernels do not support the storage of a stack; None if they do."""
     if stack.storage is None:
         return None
-    # torch.compile warns of caches that it sees
+    # torch.compile warns about traced caches
     find = why_not_read_as.__wrapped__ if torch.compiler.is_compiling() else why_not_read_as
     return find(stack.storage, *stack.shape[1:], stack.parts)
 
 
 @cache
 def why_not_read_as(storage: Format, rows: int, columns: int, parts: int = 1) -> str | None:
-    """The same for matrices of a format."""
+    """The reason why the kernels do not support matrices of a format; None if they do."""
     if rows * columns >= 2**31:
-        return "the kernels count the weights of a matrix in 32 bits"
+        return "the kernels index the weights of a matrix in 32 bits"
     if storage.kernel_codes is None:
         return f"the kernels have no decoder for {storage}"
     if storage.flat_blocksize is None and (storage.tile_block(rows, columns, parts) is None or columns % 2):
-        return f"the kernels' tiles don't fit the blocks of {storage}"
+        return f"the kernels' tiles do not match the blocks of {storage}"
     return None
 
 
 class Factors(NamedTuple):
-    """One low-rank term: `A (E, R, in)`, `B (E, out, R)` and what their product is scaled by."""
+    """One low-rank term: `A (E, R, in)`, `B (E, out, R)` and the scaling of their product."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -133,15 +133,15 @@ class Factors(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """A gate that the kernels know.
+    """A gate that the kernels support.
 
     Args:
         kind: `"silu"`: silu(g) * u. `"gelu_tanh"`: gelu(g) * u by the tanh formula. `"clamped_silu"`:
             silu(min(g, limit)) * clamp(u). `"swiglu_oai"`: (clamp(u) + 1) * g' * sigmoid(alpha * g') with
             g' = min(g, limit), as in gpt-oss. clamp is to [-limit, limit].
-        interleaved: gate and up columns alternate, instead of standing one block after the other.
-        limit: of the clamps.
-        alpha: of the sigmoid.
+        interleaved: gate and up columns alternate, instead of being two consecutive blocks.
+        limit: limit of the clamps.
+        alpha: factor in the sigmoid.
     """
 
     kind: str

@@ -1,5 +1,7 @@
-"""Reference implementation of the experts layer in plain torch: every faster path is tested against it, and the gate
-of an experts class is compared with it to see whether the kernels support it.
+"""Reference implementation of the experts layer in torch.
+
+All faster paths are tested against it, and the gate of an experts class is compared with it to find out whether the
+kernels support the gate.
 
 Dense weights, one product for each routed pair, no sorting, autograd throughout.
 """
@@ -23,9 +25,9 @@ def linear(
     bias: torch.Tensor | None = None,
     low_rank: Sequence[LowRank] = (),
 ) -> torch.Tensor:
-    """Each row through its expert: `(S, in)`, `(S,)` -> `(S, out)`, in the dtype of `x`.
+    """Applies the linear layer of its expert to each row: `(S, in)`, `(S,)` -> `(S, out)`, in the dtype of `x`.
 
-    Rows whose expert is not in the stack are zero. Dropout and token masks of `low_rank` are not modelled.
+    Rows without an expert in the stack are zero. Dropout and token masks of `low_rank` are ignored.
     """
     matrices = stack.decode(x.dtype)
     matrices = matrices if stack.is_transposed else matrices.transpose(1, 2)
@@ -51,4 +53,4 @@ def gated(x: torch.Tensor, gate: Gate) -> torch.Tensor:
         return silu(g) * u
     if gate.kind == "swiglu_oai":
         return (u + 1) * g * torch.sigmoid(gate.alpha * g)
-    raise ValueError(f"{gate} is of no kind that the kernels know.")
+    raise ValueError(f"{gate} is not a gate that the kernels support.")

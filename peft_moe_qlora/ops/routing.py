@@ -1,6 +1,6 @@
-"""From tokens to routed rows and back: sorting by expert, gathering, weighting and summing.
+"""Conversion of tokens to routed rows and back: sorting by expert, gathering, weighting and summing.
 
-All of it stays on the device: nothing here copies to the host or has a shape that depends on values.
+There are no copies to the host and no shapes that depend on values.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each routed (token, chosen expert) pair stands among the rows sorted by expert.
+    """Positions of the routed (token, chosen expert) pairs among the rows sorted by expert.
 
     Args:
-        offsets: `(E,)` int32, row -> end of each expert's rows.
-        expert_of_row: `(S,)` int64; rows from `offsets[-1]` on belong to no expert here and name the last one.
+        offsets: `(E,)` int32, exclusive end of each expert's rows.
+        expert_of_row: `(S,)` int64; rows from `offsets[-1]` on have no expert here and contain the last id.
         token_of_row: `(S,)` int64, row -> token.
         row_of_pair: `(T, K)` int64, (token, choice) -> row.
-        is_routed: `(T, K)` bool, False for a pair whose expert lives elsewhere (expert parallelism).
+        is_routed: `(T, K)` bool, False for a pair whose expert is in another process (expert parallelism).
     """
 
     offsets: torch.Tensor
@@ -37,11 +37,11 @@ class Routing:
 
 @torch.no_grad()
 def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
-    """Sorts the routed pairs by expert, stably, so that equal inputs give equal order.
+    """Sorts the routed pairs by expert with a stable sort.
 
     Args:
-        top_k_index: `(T, K)` integer expert ids. An id outside `[0, num_experts)` is a pair that this module does not
-            compute: transformers marks experts of other ranks with `num_experts`. Such rows come last.
+        top_k_index: `(T, K)` integer expert ids. Pairs with an id outside `[0, num_experts)` are not computed and come
+            last; transformers marks experts of other ranks with `num_experts`.
         num_experts: E.
     """
     num_tokens, top_k = top_k_index.shape
@@ -61,7 +61,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> Routing:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Indexing whose backward sums a token's K rows in fp32 and in a fixed order, without atomic adds."""
+    """Indexing with a backward that sums the K rows of a token in fp32 in a fixed order, without atomic additions."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -89,7 +89,7 @@ class _CombineRows(torch.autograd.Function):
         num_tokens, top_k = row_of_pair.shape
         out = rows.new_zeros((num_tokens, rows.shape[1]), dtype=torch.float32)
         for choice in range(top_k):
-            # not in place: torch.compile of torch 2.11 then gives zeros as gradients
+            # not in place: torch.compile of torch 2.11 would return zero gradients
             out = out + rows[row_of_pair[:, choice]] * weights[:, choice, None].float()
         return out
 
@@ -111,9 +111,9 @@ def gather_rows(hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 def combine_rows(rows: torch.Tensor, top_k_weights: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Weights the routed rows and sums each token's: `(S, H)`, `(T, K)` -> `(T, H)` fp32.
+    """Multiplies the routed rows by the weights and sums those of each token: `(S, H)`, `(T, K)` -> `(T, H)` fp32.
 
-    Pairs that are not computed here count as zero, in the gradient of their weight too.
+    Pairs that are not computed here count as zero, also in the gradient of their weight.
     """
     weights = top_k_weights.masked_fill(~routing.is_routed, 0)
     return _CombineRows.apply(rows, weights, routing)

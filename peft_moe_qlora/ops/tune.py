@@ -1,8 +1,8 @@
-"""Measures on this GPU which tiles are fastest for the products of an experts layer.
+"""Measures the fastest tiles for the products of an experts layer on this GPU.
 
-Every candidate computes the same product, with a low-rank term; candidates that do not fit on the GPU are skipped, and
-different results are an error. `benchmarks/tune.py` makes the package's tables with this, and `peft-moe-qlora tune` a
-user's own.
+All candidates compute the same product with a low-rank term. Candidates that do not fit on the GPU are skipped;
+different results are an error. `benchmarks/tune.py` creates the package's tables, and `peft-moe-qlora tune` those of a
+user.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .operands import packed_weight, why_not_read_as
 
 LARGEST_ERROR = 6e-3
 WORTH_A_WORKSPACE = 0.05
-"""Decoding beforehand is chosen where it is faster by this share."""
+"""Minimum relative speedup for which decoding before the product is chosen."""
 HOLDS_BELOW = 4
-"""The entry of the fewest rows that were measured holds down to this share of them."""
+"""The entry with the fewest measured rows applies down to these rows divided by this number."""
 STACK_BYTES = 2**31
-"""Experts beyond this much in 16 bits are left out of a measured product: they change nothing but its length."""
+"""Limit on the measured experts in bytes of 16-bit weights; more experts only increase the time."""
 TWINS = 4
-"""Experts of a measured stack that differ; quantizing all of them would take longer than the measurement."""
+"""Number of distinct experts in a measured stack; quantizing more would take longer than the measurement."""
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -48,8 +48,8 @@ class Product(NamedTuple):
     Args:
         n: columns of the result.
         k: length of the contraction.
-        along: whether it runs along the stored `"columns"` or `"rows"`.
-        is_gathered: its rows are read from tokens.
+        along: whether the contraction is along the stored `"columns"` or `"rows"`.
+        is_gathered: whether rows are gathered from tokens.
     """
 
     n: int
@@ -59,7 +59,7 @@ class Product(NamedTuple):
 
 
 def products_of(shape: LayerShape, storage: Format | None) -> list[Product]:
-    """Both projections of a layer, forward and backward, in this order."""
+    """Products of both projections of a layer, forward and backward, in this order."""
     is_transposed = shape.is_transposed and not (storage is not None and storage.is_out_in)
     found = []
     up = (shape.hidden, (1 + shape.has_gate) * shape.intermediate)
@@ -75,8 +75,8 @@ def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles
     """Candidate tiles, with decoding inside and before the product.
 
     Args:
-        rows_per_expert: the mean.
-        thorough: more of them, for the tables of the package.
+        rows_per_expert: mean number of rows.
+        thorough: return more candidates, for the tables of the package.
     """
     shapes: Iterable[tuple]
     if rows_per_expert <= 2:
@@ -93,7 +93,7 @@ def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles
         shapes = [(heights, n, 64, warps, stages) for (heights, n, warps), stages in itertools.product(large, (3, 4))]
         if thorough:
             shapes += [((256, 128, 32), 128, 64, 8, stages) for stages in (3, 4)]
-        # what fits into the shared memory of smaller GPUs
+        # shapes that fit into the shared memory of smaller GPUs
         shapes += [((64, 32, 16), 128, 64, 4, 3), ((128, 64, 32), 128, 32, 8, 3), ((64, 32, 16), 128, 32, 4, 4)]
     found = []
     for heights, tile_n, tile_k, num_warps, num_stages in shapes:
@@ -101,13 +101,13 @@ def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles
             if decode_first and (rows_per_expert < 64 or (weight_left and not thorough)):
                 continue
             if not decode_first and tile_n == 256 and not thorough:
-                continue  # the decoded tile and the accumulator don't both fit in registers
+                continue  # the decoded tile and the accumulator do not both fit into registers
             found.append(GemmTiles(heights, tile_n, tile_k, num_warps, num_stages, weight_left, decode_first))
     return found
 
 
 def kind_of(storage: Format | None, product: Product) -> str:
-    """What the weight of a product is called in tables: by its codes, or `dense` where it is decoded anyway."""
+    """Name of the weight of a product in tables: its codes, or `dense` if it is always decoded first."""
     rows, columns = (product.n, product.k) if product.along == "columns" else (product.k, product.n)
     if storage is None or storage.tile_block(rows, columns) is None:
         return "dense"
@@ -115,17 +115,17 @@ def kind_of(storage: Format | None, product: Product) -> str:
 
 
 class Problem:
-    """A product on random inputs, to be computed with one candidate after the other.
+    """A product with random inputs, for the measurement of candidates.
 
     Args:
-        product: which.
-        experts: E of the layer.
-        top_k: K.
-        rows_per_expert: the mean.
-        storage: of the weights; None for 16 bits.
-        rank: of the low-rank term.
-        dtype: of the activations.
-        device: where.
+        product: the product.
+        experts: number of experts, E.
+        top_k: number of experts per token, K.
+        rows_per_expert: mean number of rows.
+        storage: format of the weights; None for 16 bits.
+        rank: rank of the low-rank term.
+        dtype: dtype of the activations.
+        device: device of the product.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Problem:
         if rank:
             reduced = torch.randn(num_pairs, rank, device=device).to(dtype)
             factor = torch.randn(experts, rank, n, device=device) * 0.02
-            # B forward, A transposed backward
+            # B in the forward, A transposed in the backward
             factor = factor.transpose(1, 2) if self.for_input_gradient else factor.view(experts, n, rank)
             self.term = LowRankTerm(reduced, factor)
 
@@ -185,7 +185,7 @@ def _random_stack(
 
 
 def graph_milliseconds(run: Callable[[], object], repeats: int = 9) -> float:
-    """Median device time of a CUDA graph's replay."""
+    """Median device time of the replay of a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -206,10 +206,10 @@ def graph_milliseconds(run: Callable[[], object], repeats: int = 9) -> float:
 
 
 def time_all(problem: Problem, tried: Sequence[GemmTiles], timer: Timer) -> list[tuple[float, GemmTiles]]:
-    """Milliseconds of each that fits on the GPU, the best first.
+    """Milliseconds of each candidate that fits on the GPU, fastest first.
 
     Raises:
-        ValueError: some give other numbers than the first, or other bits the second time.
+        ValueError: results differ from those of the first candidate, or between two runs.
     """
     reference, timed = None, []
     num_rows = int(problem.rows.ends[-1])
@@ -221,16 +221,16 @@ def time_all(problem: Problem, tried: Sequence[GemmTiles], timer: Timer) -> list
         reference = out if reference is None else reference
         error = ((out - reference).float().norm() / reference.float().norm()).item()
         if not error <= LARGEST_ERROR:
-            raise ValueError(f"{tiles} differ from {tried[0]} by {error:.1e}.")
+            raise ValueError(f"The results of {tiles} differ from those of {tried[0]} by {error:.1e}.")
         timed.append((timer(partial(problem.run, tiles)), tiles))
         if not torch.equal(out, problem.run(tiles)[:num_rows]):
-            raise ValueError(f"{tiles} give other bits the second time.")
-    # a workspace has to be worth its memory
+            raise ValueError(f"The results of {tiles} are not reproducible bit for bit.")
+    # a workspace must be worth its memory
     return sorted(timed, key=lambda pair: pair[0] * (1 + WORTH_A_WORKSPACE * pair[1].decode_first))
 
 
 class Job(NamedTuple):
-    """What `compile_share` compiles one candidate for."""
+    """Arguments of `compile_share` for one candidate."""
 
     product: Product
     experts: int
@@ -241,7 +241,7 @@ class Job(NamedTuple):
 
 
 def compile_share(jobs: Sequence[Job], share: tuple[int, int]) -> None:
-    """Compiles a process's share of the candidates into Triton's on-disk cache."""
+    """Compiles the share of one process of the candidates into Triton's on-disk cache."""
     number, of = share
     problems: dict[tuple, Problem] = {}
     for job in jobs[number::of]:
@@ -253,11 +253,11 @@ def compile_share(jobs: Sequence[Job], share: tuple[int, int]) -> None:
             problems[job[:-1]].run(job.tiles)
             torch.cuda.synchronize()
         except OutOfResources:
-            continue  # `time_all` leaves it out, too
+            continue  # `time_all` skips it too
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> None:
-    """Compiles in parallel processes, since compilation takes longest."""
+    """Compiles in parallel processes, since compilation takes most of the time."""
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(workers, len(jobs)))
     with context.Pool(workers) as pool:
@@ -266,12 +266,12 @@ def compile_all(jobs: Sequence[Job], workers: int) -> None:
 
 
 def measured_experts(shape: LayerShape, product: Product) -> int:
-    """How many experts a measured product has."""
+    """Number of experts in a measured product."""
     return max(1, min(shape.experts, STACK_BYTES // (2 * product.n * product.k)))
 
 
 def _fewest_experts(shape: LayerShape, product: Product) -> int:
-    """The fewest experts that compile as all of them do: the workspace holds all in both cases, or in neither."""
+    """Smallest number of experts with the same code as for all: they fit into the workspace if and only if all do."""
     return min(measured_experts(shape, product), WORKSPACE_BYTES // (2 * product.n * product.k) + 1)
 
 
@@ -290,21 +290,21 @@ def measure_layer(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Entries of a table, as in JSON: the best tiles for each product of a layer and number of rows.
+    """Measures a layer; returns JSON entries with the best tiles for each product and number of rows.
 
     Args:
-        shape: of the layer.
-        storage: of its weights; None for 16 bits.
-        rank: of the low-rank terms.
-        rows: numbers of rows per expert; those of `LayerShape.default_rows` if there are none.
-        workers: processes that compile; 0 to compile where it is measured.
+        shape: sizes of the layer.
+        storage: format of the weights; None for 16 bits.
+        rank: rank of the low-rank terms.
+        rows: numbers of rows per expert; default: `LayerShape.default_rows`.
+        workers: number of compilation processes; 0 to compile in this process.
         thorough: try more candidates.
-        timer: gives the milliseconds that something takes.
-        dtype: of the activations.
-        device: where.
+        timer: function that returns the milliseconds of a call.
+        dtype: dtype of the activations.
+        device: device of the measurement.
 
     Raises:
-        ValueError: the kernels can't read such weights, or candidates give different numbers.
+        ValueError: the kernels do not support the format, or results of candidates differ.
     """
     rows = sorted(set(rows or shape.default_rows()))
     wanted = list(dict.fromkeys(products_of(shape, storage)))
@@ -312,10 +312,10 @@ def measure_layer(
         stored = (product.n, product.k) if product.along == "columns" else (product.k, product.n)
         reason = None if storage is None else why_not_read_as(storage, *stored)
         if reason is not None:
-            raise ValueError(f"a product of {product.n} x {product.k} in {storage} can't be measured: {reason}.")
+            raise ValueError(f"A product of {product.n} x {product.k} in {storage} cannot be measured: {reason}.")
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     if workers:
-        # those of a product follow each other, so that a process makes its inputs once
+        # sorted by product, so that a process creates the inputs of a product once
         jobs = [
             Job(product, _fewest_experts(shape, product), shape.top_k, _stored_as(storage, product), rank, tiles)
             for product in wanted
@@ -332,7 +332,7 @@ def measure_layer(
         problem = Problem(product, experts, shape.top_k, number, _stored_as(storage, product), rank, dtype, device)
         timed = time_all(problem, _tried(number, kind, thorough), timer)
         if not timed:
-            raise ValueError(f"none of the candidates for {number:g} rows per expert fits on {device}.")
+            raise ValueError(f"None of the candidates for {number:g} rows per expert fits on {device}.")
         best, tiles = timed[0]
         entries.append(
             {
@@ -355,7 +355,7 @@ def _stored_as(storage: Format | None, product: Product) -> Format | None:
 
 
 def with_bounds(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Replaces each measured number of rows by the range in which the entry applies."""
+    """Replaces each measured number of rows by the range of rows to which the entry applies."""
     bounded = []
     for before, entry, following in zip([None, *entries], entries, [*entries[1:], None]):
         number = entry["rows_per_expert"]

@@ -1,4 +1,4 @@
-"""How a stack of expert weights is stored."""
+"""Storage formats of expert weights."""
 
 from .fidelity import Fidelity
 from .format import Format, Spec, parse_format, register_format

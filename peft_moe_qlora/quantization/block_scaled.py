@@ -1,8 +1,8 @@
-"""What formats share whose scales lie on a grid of blocks, rows by columns: FP8, MX, and integers in groups.
+"""Base class of formats with a grid of scales, one per block of rows and columns: FP8, MX, and integers in groups.
 
-Codes are a byte each, or two to a byte with the first in the low half, and follow the rows. Scales are `(R, C)`, one
-for each block, as the bits of the dtype that they are published in. Where a matrix is several parts under each other,
-each has a grid of its own, and R counts the rows of all.
+Codes are stored row by row, one per byte or two per byte with the first in the low half. Scales are `(R, C)`, one per
+block, stored as the bits of the dtype in which they are published. If a matrix consists of several parts along its
+rows, each part has a separate grid, and R is the sum of their rows.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ SCALE_DTYPES = {
     "fp16": torch.int16,
     "e8m0": torch.uint8,
 }
-"""Kind of scale -> integers that hold its bits. e8m0 is a power of two, 2^(bits - 127) (OCP MX 1.0, section 5.4.1)."""
+"""Kind of scale -> integer dtype of its bits. e8m0 is a power of two, 2^(bits - 127) (OCP MX 1.0, section 5.4.1)."""
 
 SCALE_LIMIT = 2.0**7
-"""Scales are below it: the kernels' decoding needs the room above. No weights of a model need more."""
+"""Upper bound of scales: the kernels' decoding needs the exponents above. Model weights never need larger scales."""
 
 WHOLE_ROW = 2**30
-"""Columns of a block that has all of a row, whose number may be no power of two."""
+"""Stands for the columns of a block that spans a whole row, whose number may not be a power of two."""
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {(1, 0): "channel", (0, 0): "tensor"}
 
 
 def grid_text(block: tuple[int, int], scale: str) -> str:
-    """Block and kind of scale as they stand in the name of a format: `"128x128"`, `"channel+bf16"`, `"tensor"`."""
+    """Block and kind of scale as written in the name of a format: `"128x128"`, `"channel+bf16"`, `"tensor"`."""
     name = _NAMES.get(block) or "x".join(map(str, block))
     return name + ("" if scale == "fp32" else f"+{scale}")
 
 
 def parse_grid(text: str) -> tuple[tuple[int, int], str] | None:
-    """Reads what `grid_text` writes; None if it is something else."""
+    """Inverse of `grid_text`; None if the text is not of this form."""
     match = re.fullmatch(rf"(channel|tensor|[0-9]+x[0-9]+)(?:\+({'|'.join(SCALE_DTYPES)}))?", text)
     if match is None:
         return None
@@ -54,16 +54,16 @@ def parse_grid(text: str) -> tuple[tuple[int, int], str] | None:
 
 
 def scale_values(bits: torch.Tensor, kind: str) -> torch.Tensor:
-    """The fp32 scales that stored bits stand for."""
+    """Decodes stored bits to fp32 scales."""
     if kind != "e8m0":
         return bits.view(_FLOATS[kind]).float()
-    # the exponent of fp32; its smallest power of two that isn't subnormal is 2^-126
+    # the bits are the exponent of an fp32 number, except 2^-127, which is subnormal
     values = (bits.int() << 23).view(torch.float32)
     return torch.where(bits == 0, 2.0**-127, torch.where(bits == 255, torch.nan, values))
 
 
 def scale_bits(scales: torch.Tensor, kind: str) -> torch.Tensor:
-    """fp32 scales as they are stored; for e8m0 the power of two that isn't smaller."""
+    """Encodes fp32 scales as stored bits; for e8m0, rounded up to a power of two."""
     if kind != "e8m0":
         return scales.to(_FLOATS[kind]).view(SCALE_DTYPES[kind])
     mantissa, exponent = torch.frexp(scales)
@@ -76,11 +76,11 @@ class BlockScaled(Format):
     """A format with a grid of scales.
 
     Args:
-        block: rows and columns that share a scale; 0 for all of a part.
+        block: rows and columns that share a scale; 0 for all rows or columns of a part.
         scale: kind of the scales, one of `SCALE_DTYPES`.
 
     Raises:
-        ValueError: a size of the block is none, or the kind of scale is unknown.
+        ValueError: `block` or `scale` is invalid.
     """
 
     block: tuple[int, int] = (128, 128)
@@ -89,29 +89,29 @@ class BlockScaled(Format):
     is_out_in: ClassVar[bool] = True
     codes_per_byte: ClassVar[int] = 1
     largest_value: ClassVar[float]
-    """That a code stands for, before the scale."""
+    """Largest value of a code, before scaling."""
 
     def __post_init__(self) -> None:
         sizes = self.block
         if not isinstance(sizes, tuple) or len(sizes) != 2 or any(type(n) is not int or n < 0 for n in sizes):
-            raise ValueError(f"block={sizes!r:.200}: rows and columns were expected, 0 for all.")
+            raise ValueError(f"block={sizes!r:.200}: expected a tuple (rows, columns), with 0 for all.")
         if self.scale not in SCALE_DTYPES:
-            raise ValueError(f"scale={self.scale!r:.200} is unknown; choose one of {tuple(SCALE_DTYPES)}.")
+            raise ValueError(f"scale={self.scale!r:.200} is unknown. Use one of {tuple(SCALE_DTYPES)}.")
 
     @abstractmethod
     def values(self, codes: torch.Tensor) -> torch.Tensor: ...
 
     @abstractmethod
     def nearest_values(self, ratios: torch.Tensor) -> torch.Tensor:
-        """The codes whose values are nearest; uint8."""
+        """The uint8 codes whose values are nearest."""
 
     def grid(self, rows: int, columns: int, parts: int = 1) -> tuple[int, int]:
-        """`(R, C)`: how many scales there are."""
+        """`(R, C)`: the shape of the scales."""
         block_rows, block_columns = self.block_of(rows, columns, parts)
         return parts * -(-(rows // parts) // block_rows), -(-columns // block_columns)
 
     def block_of(self, rows: int, columns: int, parts: int = 1) -> tuple[int, int]:
-        """Rows and columns of a block of a matrix, none 0."""
+        """Rows and columns of a block of a matrix, with 0 replaced by the actual size."""
         return min(self.block[0] or rows, rows // parts), min(self.block[1] or columns, columns)
 
     def tensors(self, rows: int, columns: int, parts: int = 1) -> dict[str, Spec]:
@@ -130,11 +130,11 @@ class BlockScaled(Format):
         return {**self.store_codes(codes), **stored}
 
     def requantize(self, matrix: torch.Tensor, before: Tensors, parts: int = 1) -> dict[str, torch.Tensor]:
-        """Tries the scales of before too: fresh ones would move every weight, wherever others had been chosen."""
+        """Tries the previous scales, too: if new scales differ from them, they change every weight."""
         rows, columns = matrix.shape
         old = self.scales({name: tensor[None] for name, tensor in before.items()})[0]
         stored = self.store_scales_anew(choose_scales(matrix, old, self, parts), before, rows, columns, parts)
-        # codes are those of the scales as stored, which may be rounded
+        # compute codes from the stored scales, which may be rounded
         scales = self.scales({name: tensor[None] for name, tensor in stored.items()})[0]
         return {
             **self.store_codes(self.nearest(matrix, self.scale_of_weights(scales, rows, columns, parts))),
@@ -142,15 +142,16 @@ class BlockScaled(Format):
         }
 
     def check_shape(self, rows: int, columns: int, parts: int = 1) -> None:
-        """Makes sure that a matrix can be stored.
+        """Checks that a matrix can be stored.
 
         Raises:
-            ValueError: the parts are not of equal size, or a row's codes end within a byte.
+            ValueError: the parts have different sizes, or the codes of a row do not fill whole bytes.
         """
         if rows % parts or columns % self.codes_per_byte:
             raise ValueError(
-                f"a matrix of {rows} x {columns} in {parts} part(s) can't be stored as {self}: rows must be a "
-                f"multiple of {parts}, columns of {self.codes_per_byte}."
+                f"A matrix of shape ({rows}, {columns}) with {parts} part(s) cannot be stored as {self}. Expected "
+                f"rows to be a multiple of {parts}, and columns a multiple of {self.codes_per_byte}. Use another "
+                "storage, or leave the module in 16 bits."
             )
 
     def fresh_scales(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -171,7 +172,7 @@ class BlockScaled(Format):
         )
 
     def matrices_at_a_time(self, rows: int, columns: int) -> int:
-        return max(1, 2**26 // (rows * columns))  # values and products are in fp32 on the way
+        return max(1, 2**26 // (rows * columns))  # bounds the fp32 intermediates
 
     @property
     def scale_kind(self) -> str:
@@ -208,7 +209,7 @@ class BlockScaled(Format):
         return of_rows.repeat_interleave(block_columns, dim=1)[:, :columns]
 
     def candidates(self, largest: torch.Tensor, before: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The scale of before, which moves no weight that the delta leaves alone; then wider ones of the same grid."""
+        """The previous scale, which keeps every weight without a delta; twice and half of it; and a new scale."""
         fresh = torch.where(largest == 0, 1.0, largest / self.largest_value)
         rounded = (scale_values(scale_bits(one, self.scale), self.scale) for one in (before * 2, before / 2, fresh))
         return (before, *rounded)
@@ -222,15 +223,15 @@ class BlockScaled(Format):
         return {"codes": codes[:, ::2] | codes[:, 1::2] << 4}
 
     def check_scales(self, scales: torch.Tensor) -> None:
-        """Makes sure that the kernels can decode by scales.
+        """Checks that the kernels can decode the scales.
 
         Raises:
-            ValueError: one is too large.
+            ValueError: a scale is too large.
         """
         if (scales >= SCALE_LIMIT).any():
             raise ValueError(
-                f"a block of a matrix has the scale {float(scales.max()):.3g}; less than {SCALE_LIMIT:g} was expected "
-                f"for {self}. Weights beyond {SCALE_LIMIT * self.largest_value:.3g} seem to be broken."
+                f"A block has the scale {float(scales.max()):.3g}. Expected less than {SCALE_LIMIT:g} for {self}. "
+                f"Weights above {SCALE_LIMIT * self.largest_value:.3g} are probably corrupt."
             )
 
     def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Decoding as one operator of torch, for `torch.compile`.
+"""Dequantization as a torch custom operator, for `torch.compile`.
 
-Traced, it is compiled into code that on a CPU gives wrong values where blocks are cut short (Inductor of torch 2.11
-and 2.14), and all that lies between codes and weights is kept for the backward.
+If `torch.compile` traced the dequantization, Inductor (torch 2.11 to 2.14) would compute wrong values on a CPU for
+incomplete blocks, and all intermediate tensors would be kept for the backward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _(tensors, storage, rows, columns, dtype, parts):
 def dequantize(
     storage: Format, name: str, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype, parts: int
 ) -> torch.Tensor:
-    """`storage.dequantize`, which a compiler doesn't look into; `name` is `str(storage)`."""
+    """Calls `storage.dequantize`, as an opaque operator under `torch.compile`; `name` is `str(storage)`."""
     if torch.compiler.is_compiling():
         return _dequantize_op(list(tensors.values()), name, rows, columns, dtype, parts)
     return storage.dequantize(tensors, rows, columns, dtype, parts)

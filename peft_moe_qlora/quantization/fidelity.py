@@ -1,4 +1,4 @@
-"""How true stored weights are to the merged ones that they stand for."""
+"""Quantization error of merged weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Fidelity:
-    """Sums over the weights of a stack, or of any tensor; filled by `add`.
+    """Error sums over the weights of a stack or of any other tensor; filled by `add`.
 
     Args:
         error: sum of `(stored - exact)^2`.
@@ -29,12 +29,12 @@ class Fidelity:
     kept: torch.Tensor | float = field(default=0.0)
 
     def add(self, before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> None:
-        """Counts weights of one shape, on one device.
+        """Adds weights to the sums; all three tensors have the same shape and device.
 
         Args:
-            before: what was merged onto.
-            exact: with the delta, unrounded.
-            stored: as decoded from what is stored.
+            before: weights before merging.
+            exact: merged weights before rounding.
+            stored: merged weights as dequantized from storage.
         """
         before, exact, stored = before.float(), exact.float(), stored.float()
         delta = exact - before
@@ -45,7 +45,7 @@ class Fidelity:
 
     @property
     def relative_error(self) -> float:
-        """L2 error of what is stored, relative to the exact weights."""
+        """L2 error of the stored weights, relative to the exact weights."""
         return _ratio(self.error, self.norm)
 
     @property
@@ -55,7 +55,7 @@ class Fidelity:
 
     @property
     def delta_kept(self) -> float | None:
-        """Share of the delta that is in what is stored: 1 if all of it, 0 if none; None if there was none."""
+        """Share of the delta that survives in the stored weights, 1 for all of it; None if the delta is zero."""
         delta = float(self.delta)
         return float(self.kept) / delta if delta > 0 else None
 

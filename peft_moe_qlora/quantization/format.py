@@ -1,6 +1,6 @@
-"""What a storage of fewer than 16 bits is: the one object that knows its bytes, its values and its rounding.
+"""Interface of storage formats with fewer than 16 bits: tensors, values and rounding.
 
-A format is one file in `formats`, registered there. Everything else, from loading to merging, asks it.
+Each format is defined and registered in one file in `formats`. Loading, training and merging use this interface only.
 """
 
 from __future__ import annotations
@@ -13,57 +13,57 @@ from typing import ClassVar, NamedTuple
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
-"""Name -> tensor: what is stored of one matrix, or with a leading dimension of several."""
+"""Name -> tensor: the stored tensors of one matrix, or of several with a leading dimension."""
 
 
 class Spec(NamedTuple):
-    """Shape and dtype of a stored tensor. All are integers: floating ones would be cast with the model."""
+    """Shape and dtype of a stored tensor. Dtypes are integers: floating-point tensors would be cast with the model."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Format(ABC):
-    """How matrices are stored: codes that stand for values, times scales that blocks of weights share.
+    """A storage format: codes, which represent values, and scales, which blocks of weights share.
 
-    Subclasses are frozen dataclasses, equal where they store alike. A matrix is `(rows, columns)`. Some formats block
-    rows too: the rows of a matrix that is several put under each other, such as gate and up projection, are `parts`
-    of equal size, of which no block spans two.
+    Subclasses are frozen dataclasses; equal instances store weights identically. A matrix is `(rows, columns)`. In
+    some formats, a block spans several rows. For these, the rows of a matrix that consists of several matrices, such
+    as gate and up projection, are divided into `parts` of equal size, and no block spans two parts.
     """
 
     example: ClassVar[str] = ""
-    """A name of the format, for errors."""
+    """A valid name of the format, for errors."""
 
     is_out_in: ClassVar[bool] = False
-    """Whether matrices are stored `(out, in)`, whatever the class has: blocks then run along the inputs."""
+    """Whether matrices are always stored `(out, in)`, even if the class is transposed: blocks run along the inputs."""
 
     kernel_codes: ClassVar[str | None] = None
-    """By which name the kernels know how to decode it; None where they don't, so that torch decodes."""
+    """Name of the code type in the kernels; None if the kernels do not support the format, and torch decodes it."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """A short name that `from_text` reads."""
+        """The short name of the format, which `from_text` parses."""
 
     @classmethod
     @abstractmethod
     def from_text(cls, text: str) -> Format | None:
-        """Reads what `str` writes; None if it is of another format."""
+        """Inverse of `str`; None if the text names another format."""
 
     @abstractmethod
     def tensors(self, rows: int, columns: int, parts: int = 1) -> dict[str, Spec]:
-        """What is stored of one matrix, by the names under which it is saved; the codes come first."""
+        """Name -> spec of the stored tensors of one matrix, under the names used in checkpoints; the codes first."""
 
     def check_shape(self, rows: int, columns: int, parts: int = 1) -> None:
-        """Makes sure that a matrix can be stored.
+        """Checks that a matrix can be stored.
 
         Raises:
-            ValueError: it can't.
+            ValueError: the format does not support the shape.
         """
         return
 
     @abstractmethod
     def quantize(self, matrix: torch.Tensor, parts: int = 1) -> dict[str, torch.Tensor]:
-        """Stores a finite matrix, each weight as the nearest value that its block has."""
+        """Quantizes a finite matrix; each weight is rounded to the nearest value of its block."""
 
     @abstractmethod
     def dequantize(
@@ -72,52 +72,53 @@ class Format(ABC):
         """`(E, rows, columns)` weights of `(E, ...)` tensors: products in fp32, rounded once to `dtype`."""
 
     def requantize(self, matrix: torch.Tensor, before: Tensors, parts: int = 1) -> dict[str, torch.Tensor]:
-        """Stores a finite matrix that a delta was added to, each weight as the nearest value that its block has.
+        """Quantizes a finite matrix after a delta was added; each weight is rounded to the nearest value of its block.
 
         Args:
             matrix: the new weights.
-            before: what was stored of the matrix, by the same names.
-            parts: of the matrix.
+            before: name -> stored tensors of the matrix before the delta was added.
+            parts: number of parts of the matrix.
         """
         return self.quantize(matrix, parts)
 
     def matrices_at_a_time(self, rows: int, columns: int) -> int:
-        """How many matrices `dequantize` can be given."""
+        """Largest number of matrices for one call of `dequantize`."""
         return 2**30
 
     def why_not_joined(self, rows: int, columns: int) -> str | None:
-        """What keeps the tensors of a matrix from being put before those of the one under it; None for nothing."""
+        """Why the tensors of two matrices can't be concatenated along the rows; None if they can."""
         return None
 
-    # what kernels go by
+    # used by kernels
 
     scale_kind: ClassVar[str] = "fp32"
-    """What the integers of the second tensor are the bits of; fp32 where scales take two steps to decode."""
+    """Data type whose bits the second tensor stores; fp32 for scales with two levels."""
 
     second_level: ClassVar[str] = ""
-    """How scales of two steps are decoded, where there are more than two tensors. "map": the second tensor holds
-    numbers of a map, times the third for each 256, plus the fourth. "times" and "over": it holds FP8, to be multiplied
-    or divided by the third, which has one number for each part."""
+    """How two-level scales are decoded, if there are more than two tensors. "map": the second tensor contains indices
+    into a table of values, which are multiplied by the third tensor (one number per 256) and added to the fourth.
+    "times", "over": the second tensor contains FP8 numbers, which are multiplied or divided by the third tensor (one
+    number per part)."""
 
     codes_per_byte: ClassVar[int] = 2
-    """In the first tensor."""
+    """Number of codes per byte of the first tensor."""
 
     flat_blocksize: ClassVar[int | None] = None
-    """Weights that share a scale, where blocks are runs of the flattened matrix."""
+    """Number of weights that share a scale, if blocks are runs of the flattened matrix."""
 
     def tile_block(self, rows: int, columns: int, parts: int = 1) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, the columns a power of two of at least 16.
+        """Rows and columns that share a scale; the number of columns is a power of two of at least 16.
 
-        A scale then is at `(row of the block, column of the block)` of a grid, each part's rows behind those of the
-        one before. None where it isn't so; the kernels then decode whole matrices first.
+        Scales then form a grid of `(block row, block column)`, part after part along the rows. None if the scales are
+        arranged otherwise; the kernels then decode whole matrices first.
         """
         return None
 
-    # what rounding is done by
+    # used by rounding
 
     @abstractmethod
     def blocks(self, matrix: torch.Tensor, parts: int = 1) -> torch.Tensor:
-        """`(num_blocks, weights of a block)`: the weights that share a scale, zeros where a block is cut short."""
+        """`(num_blocks, weights of a block)`: the weights that share a scale; incomplete blocks are zero-padded."""
 
     @abstractmethod
     def scales(self, tensors: Tensors) -> torch.Tensor:
@@ -125,44 +126,44 @@ class Format(ABC):
 
     @abstractmethod
     def scale_of_weights(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> torch.Tensor:
-        """`(rows, columns)`: the scale of each weight, of `(num_blocks,)` scales."""
+        """`(rows, columns)`: `(num_blocks,)` scales expanded to one per weight."""
 
     @abstractmethod
     def candidates(self, largest: torch.Tensor, before: torch.Tensor) -> Iterable[torch.Tensor]:
-        """`(num_blocks,)` scales to choose from when a matrix is rounded anew; of equal ones the first counts.
+        """`(num_blocks,)` candidate scales for requantizing a matrix; if errors are equal, the first is chosen.
 
         Args:
-            largest: magnitude in each block.
-            before: scales that the matrix had.
+            largest: largest magnitude of each block.
+            before: previous scales of the matrix.
         """
 
     @abstractmethod
     def nearest(self, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The codes whose values, times the scales, are nearest; uint8, in the shape of the weights."""
+        """The uint8 codes whose values, times the scales, are nearest, in the shape of the weights."""
 
     @abstractmethod
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """The fp32 values that uint8 codes stand for."""
+        """The fp32 values of uint8 codes."""
 
     @abstractmethod
     def store_codes(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`(rows, columns)` codes, one to a byte, as they are stored."""
+        """Packs `(rows, columns)` codes, one per byte, into the stored tensor."""
 
     @abstractmethod
     def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:
-        """`(num_blocks,)` fp32 scales as they are stored, which may round them."""
+        """Converts `(num_blocks,)` fp32 scales to the stored tensors, which may round them."""
 
     def store_scales_anew(
         self, scales: torch.Tensor, before: Tensors, rows: int, columns: int, parts: int = 1
     ) -> dict[str, torch.Tensor]:
-        """The same for a matrix that is rounded anew: what the scales have in common may stay what it was.
+        """Like `store_scales`, for a matrix that is requantized: scales of a second level may stay unchanged.
 
         Args:
-            scales: the new ones.
-            before: what was stored of the matrix, by name.
-            rows: of the matrix.
-            columns: likewise.
-            parts: likewise.
+            scales: the new scales.
+            before: name -> stored tensors of the matrix before.
+            rows: number of rows of the matrix.
+            columns: number of columns of the matrix.
+            parts: number of parts of the matrix.
         """
         return self.store_scales(scales, rows, columns, parts)
 
@@ -171,29 +172,29 @@ _FORMATS: list[type[Format]] = []
 
 
 def register_format(cls: type[Format]) -> type[Format]:
-    """Lets `parse_format` find a format; a class decorator."""
+    """Class decorator: registers a format for `parse_format`."""
     if cls not in _FORMATS:
         _FORMATS.append(cls)
     return cls
 
 
 def registered_formats() -> tuple[type[Format], ...]:
-    """All formats, in the order in which they were registered."""
+    """All formats, in the order of registration."""
     return tuple(_FORMATS)
 
 
 @cache
 def parse_format(text: str) -> Format:
-    """The format that a name stands for, such as `"nf4/64"`.
+    """The format with a given name, such as `"nf4/64"`.
 
     Raises:
-        ValueError: it is none, or has a part that its format doesn't know.
+        ValueError: the name is unknown, or has an invalid part.
     """
     for cls in _FORMATS:
         found = cls.from_text(text)
         if found is not None:
             return found
-    raise ValueError(f"{text!r} is no format of experts; one such as {_examples()} was expected.")
+    raise ValueError(f"{text!r} is not a storage format. Expected a name such as {_examples()}.")
 
 
 def _examples() -> str:

@@ -1,4 +1,4 @@
-"""The scales that a matrix is rounded by anew."""
+"""The choice of scales when a matrix is requantized."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from .format import Format
 
 
 def choose_scales(matrix: torch.Tensor, before: torch.Tensor, storage: Format, parts: int = 1) -> torch.Tensor:
-    """`(num_blocks,)` fp32 scales of a `(rows, columns)` matrix: of a few, those of least squared error.
+    """`(num_blocks,)` fp32 scales of a `(rows, columns)` matrix: per block, the candidate of least squared error.
 
     Args:
-        matrix: as stored.
-        before: scales to be tried too; if a delta is small, most codes are still right with them.
-        storage: the format.
-        parts: of the matrix, as in `Format`.
+        matrix: weights in the stored orientation.
+        before: previous scales, which are candidates, too: if a delta is small, they keep most codes.
+        storage: storage format.
+        parts: number of parts of the matrix, as in `Format`.
 
     Raises:
         ValueError: a weight is not finite.
     """
     if not torch.isfinite(matrix).all():
-        raise ValueError("NaNs detected in the merged weights, or values out of range.")
+        raise ValueError("NaNs or infinite values detected in the merged weights.")
     blocks = storage.blocks(matrix, parts)
     largest = blocks.abs().amax(dim=1)
     best = torch.full_like(largest, torch.inf)

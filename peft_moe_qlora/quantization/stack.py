@@ -1,7 +1,7 @@
-"""A stack: the weights of one projection of all experts, frozen, in one of several storages.
+"""Stacks: the frozen weights of one projection of all experts, in floating point or in a storage format.
 
 Letters: E experts, `rows` and `columns` the two last dimensions as stored. A stack is `(E, out, in)`, or
-`(E, in, out)` where the class declares `is_transposed`; the codes follow the stored order either way.
+`(E, in, out)` if the class declares `is_transposed`; codes are in the stored order in both cases.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 def _check_finite(matrix: torch.Tensor, expert: int) -> None:
     if not torch.isfinite(matrix).all():
-        raise ValueError(f"NaNs detected in the weights of expert {expert}, or values out of range.")
+        raise ValueError(f"NaNs or infinite values detected in the weights of expert {expert}.")
 
 
 def check_names(names: Iterable[str], module: nn.Module, storage: Format) -> None:
-    """Refuses a format whose tensors are called like something that a module has.
+    """Rejects a format whose tensor names are already attributes of a module.
 
     Raises:
-        ValueError: names the tensor.
+        ValueError: a name is taken; the message has the first.
     """
     taken = [name for name in names if hasattr(type(module), name) or name in (*vars(module), "bias")]
     if taken:
         raise ValueError(
-            f"{storage} calls a tensor {taken[0]!r}, which {type(module).__name__} has already. Give it another name, "
-            f"such as block_{taken[0]}."
+            f"{storage} has a tensor named {taken[0]!r}, which is already an attribute of {type(module).__name__}. "
+            f"Choose another name in the format, such as block_{taken[0]}."
         )
 
 
 class Stack(nn.Module, ABC):
-    """What every storage offers.
+    """Interface of stacks.
 
     Args:
-        shape: `(E, rows, columns)` of the 16-bit parameter it stands for.
+        shape: `(E, rows, columns)` of the 16-bit parameter that the stack replaces.
         is_transposed: whether a matrix is stored `(in, out)`.
     """
 
@@ -57,11 +57,11 @@ class Stack(nn.Module, ABC):
         self.shape = torch.Size(shape)
         self.is_transposed = is_transposed
         self.fidelity: Fidelity | None = None
-        """Of the stored weights to the exact merged ones; None if nothing was merged into fewer bits."""
+        """Error of the stored weights relative to the exact merged ones; None if no merge has requantized them."""
         self.merge_notes: tuple[str, ...] = ()
-        """What a reader of the merge's report should know of how this stack was rounded."""
+        """Notes on the rounding of this stack, for the merge report."""
         self.experts_read: range | None = None
-        """Where only some experts were read, because others keep the rest: which. None for all."""
+        """Experts that this process has read, if others have read the rest; None for all."""
 
     @property
     def num_experts(self) -> int:
@@ -81,18 +81,18 @@ class Stack(nn.Module, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored, scales included, here and by other processes."""
+        """Size of all stored tensors, scales included, over all processes."""
         return sum(whole_shape(one).numel() * one.itemsize for one in self.parameters())
 
     @property
     def storage(self) -> Format | None:
-        """The format, None where the stack is kept in floating point."""
+        """The storage format, None for a stack in floating point."""
         return None
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Dtype of the parameter it stands for."""
+        """Dtype of the parameter that the stack replaces."""
 
     @abstractmethod
     def decode_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Stack(nn.Module, ABC):
 
     @abstractmethod
     def set_expert(self, expert: int, matrix: torch.Tensor) -> None:
-        """Stores `(rows, columns)` weights in the place of one expert.
+        """Stores the `(rows, columns)` weights of one expert.
 
         Raises:
             ValueError: a weight is not finite.
@@ -112,27 +112,27 @@ class Stack(nn.Module, ABC):
 
     @abstractmethod
     def compute_dtype(self, activation_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which activations meet the weights, outside autocast."""
+        """The dtype of products of activations and weights, outside autocast."""
 
     @abstractmethod
     def merged(self, delta: Delta) -> Stack:
-        """A new stack that holds weights plus delta, in this one's storage; this one stays as it is.
+        """A new stack of weights plus delta, in the same storage; this stack does not change.
 
-        What is stored of an expert without a delta is copied.
+        The stored tensors of an expert without a delta are copied.
 
         Args:
-            delta: gives the `(out, in)` fp32 delta of an expert.
+            delta: returns the `(out, in)` fp32 delta of an expert.
 
         Raises:
             ValueError: a merged weight is not finite.
         """
 
     def alias(self) -> Stack:
-        """The same stack as another module: whatever becomes of the parameters of one is of both."""
-        return copy.copy(self)  # the dictionary of parameters is shared
+        """Another module that shares the parameters of this stack; a change of one changes both."""
+        return copy.copy(self)  # shares the dictionary of parameters
 
     def merged_matrices(self, delta: Delta) -> Callable[[int], torch.Tensor]:
-        """For each expert its exact merged `(rows, columns)` matrix in fp32."""
+        """A function that returns the exact merged `(rows, columns)` matrix of an expert, in fp32."""
 
         def matrix(expert: int) -> torch.Tensor:
             update = delta(expert)
@@ -145,10 +145,11 @@ class Stack(nn.Module, ABC):
 
 
 class DenseStack(Stack):
-    """A stack left in floating point.
+    """A stack in floating point.
 
     Args:
-        weight: `(E, rows, columns)`; taken over, and copied only if it is not contiguous.
+        weight: `(E, rows, columns)`; copied only if it is not contiguous.
+        is_transposed: whether a matrix is stored `(in, out)`.
     """
 
     def __init__(self, weight: torch.Tensor, is_transposed: bool) -> None:
@@ -171,7 +172,7 @@ class DenseStack(Stack):
         return self.weight.to(dtype)
 
     def compute_dtype(self, activation_dtype: torch.dtype) -> torch.dtype:
-        # casting the rows is cheaper than casting a whole stack; transformers does the same
+        # casting the activations is cheaper than casting the stack; transformers does the same
         return self.weight.dtype
 
     def merged(self, delta: Delta) -> DenseStack:
@@ -198,24 +199,24 @@ class DenseStack(Stack):
 
 
 class QuantizedStack(Stack):
-    """A stack in a `Format`, whose tensors are its parameters, by the format's names.
+    """A stack in a `Format`. The tensors of the format are its parameters, under the format's names.
 
-    Every expert is quantized by itself, so that no block spans two experts whatever the sizes. All tensors are frozen
-    parameters with the experts in front, so that sharding by expert (FSDP2, expert parallelism) works on each alike.
-    All are integers, scales as the bits of what they are: engines of mixed precision (FSDP2, DeepSpeed) round floating
-    parameters to 16 bits.
+    Every expert is quantized separately, so no block spans two experts. All tensors are frozen parameters whose first
+    dimension is the expert, so all can be sharded by expert (FSDP2, expert parallelism). All have integer dtypes, and
+    scales are stored as bits, because mixed precision (FSDP2, DeepSpeed) would cast floating-point parameters to
+    16 bits.
 
     Args:
         shape: `(E, rows, columns)` as stored.
-        dtype: of the parameter it stands for.
+        dtype: dtype of the parameter that the stack replaces.
         is_transposed: whether a matrix is stored `(in, out)`.
-        storage: the format.
-        device: of the tensors, which are left as they are allocated.
-        parts: matrices of equal size under each other that make up one, of which no block spans two.
+        storage: storage format.
+        device: device of the tensors, which are not initialized.
+        parts: number of matrices of equal size, stacked along the rows, that make up one; no block spans two.
 
     Raises:
-        ValueError: the format stores `(out, in)` only, can't store matrices of this shape, or has a tensor of a name
-            that the module needs.
+        ValueError: the format stores only `(out, in)` matrices, does not support the shape, or has a tensor whose name
+            is an attribute of the module.
     """
 
     def __init__(
@@ -228,11 +229,14 @@ class QuantizedStack(Stack):
         parts: int = 1,
     ) -> None:
         super().__init__(shape, is_transposed)
-        # parts are of what goes out; formats of (in, out) matrices have no blocks of rows
+        # parts are along the output features; formats that store (in, out) have no blocks of several rows
         parts = 1 if is_transposed else parts
         storage.check_shape(*self.shape[1:], parts)
         if is_transposed and storage.is_out_in:
-            raise ValueError(f"{storage} stores matrices as (out, in); a stack of {tuple(shape)} is (in, out).")
+            raise ValueError(
+                f"{storage} stores matrices as (out, in), but the stack of shape {tuple(shape)} is (in, out). "
+                "Transpose the stack, or use a 4-bit format such as nf4/64."
+            )
         self._dtype = dtype
         self._storage = storage
         self.storage_name = str(storage)
@@ -254,12 +258,12 @@ class QuantizedStack(Stack):
 
     @classmethod
     def from_dense(cls, weight: torch.Tensor, is_transposed: bool, storage: Format, parts: int = 1) -> QuantizedStack:
-        """Quantizes a `(E, rows, columns)` stack on its own device, expert by expert.
+        """Quantizes a `(E, rows, columns)` stack on its device, expert by expert.
 
         Args:
-            weight: the stack.
-            is_transposed: whether it is `(E, in, out)`. If the format wants `(out, in)`, the result isn't.
-            storage: the format.
+            weight: the weights.
+            is_transposed: whether they are `(E, in, out)`. If the format stores only `(out, in)`, they are transposed.
+            storage: storage format.
             parts: see the class.
         """
         if is_transposed and storage.is_out_in:
@@ -270,21 +274,21 @@ class QuantizedStack(Stack):
         return stack
 
     def like_this(self) -> QuantizedStack:
-        """An empty stack of the same kind."""
+        """An empty stack with the same shape and storage."""
         return QuantizedStack(self.shape, self.dtype, self.is_transposed, self.storage, self.device, self.parts)
 
     @property
     def tensors(self) -> dict[str, nn.Parameter]:
-        """What is stored, by the format's names and in its order."""
+        """Name -> stored tensor, with the names and in the order of the format."""
         return {name: self._parameters[name] for name in self._names}
 
     def tensors_of(self, experts: slice) -> dict[str, torch.Tensor]:
-        """The same of some experts: name -> `(number of experts, ...)`."""
+        """Name -> stored tensor of some experts, `(number of experts, ...)`."""
         return {name: tensor[experts] for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def set_tensors(self, expert: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Stores tensors, of the format's names, shapes and dtypes, in the place of one expert's."""
+        """Stores the tensors of one expert, with the names, shapes and dtypes of the format."""
         for name, tensor in tensors.items():
             self._parameters[name][expert] = tensor
 
@@ -297,9 +301,9 @@ class QuantizedStack(Stack):
         """Stores `(num_blocks,)` fp32 scales, which the format may round.
 
         Args:
-            expert: of which they are.
-            scales: in the order of the format's blocks.
-            before: what was stored of the matrix, by name, where it is rounded anew.
+            expert: index of the expert.
+            scales: scales in the order of the format's blocks.
+            before: name -> stored tensors of the matrix before, if it is requantized.
         """
         if before is None:
             self.set_tensors(expert, self.storage.store_scales(scales, *self.shape[1:], self.parts))
@@ -307,7 +311,7 @@ class QuantizedStack(Stack):
             self.set_tensors(expert, self.storage.store_scales_anew(scales, before, *self.shape[1:], self.parts))
 
     def set_codes(self, expert: int, codes: torch.Tensor) -> None:
-        """Stores `(rows, columns)` uint8 codes, one to a byte."""
+        """Stores `(rows, columns)` uint8 codes, one per byte."""
         self.set_tensors(expert, self.storage.store_codes(codes))
 
     def scales(self, experts: slice) -> torch.Tensor:
@@ -359,7 +363,7 @@ class QuantizedStack(Stack):
         return stack
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedStack:
-        # `model.to(dtype)` means the weights that it stands for, whose dtype an empty one of them shows
+        # `model.to(dtype)` changes the dtype of the weights that the stack replaces; an empty tensor shows the result
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""A decoder layer's forward, compiled once for all layers of a kind.
+"""The forward of a decoder layer, compiled once for all layers with the same structure.
 
-The layer is an argument of the compiled function: modules of equal structure share code, whatever their weights.
-torch keeps at most 8 compiled variants of a code object, so each way of running has a code object of its own.
+The layer is an argument of the compiled function, so modules with the same structure share code. torch keeps at most 8
+compiled variants of a code object, so each combination of modes has a separate code object.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import nn
 Function = Callable[..., Any]
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
-"""Names that transformers has for the cache of keys and values."""
+"""Names of the KV cache among the arguments of decoder layers in transformers."""
 
 
 class compiled_forward:
-    """The forward of a layer's class, compiled by `torch.compile` where it pays, bound to the layer.
+    """The forward of a layer, compiled with `torch.compile`.
 
-    It is compiled at the first call, for one length of sequences; at the first other length it is compiled again, for
-    all lengths. All layers of the same class and structure share that, in all models. Each Python
-    control flow is compiled separately: with and without gradients, training and evaluation, another dtype under
-    autocast, other active adapters.
+    The first call compiles it for one sequence length; the first call with another length compiles it for all lengths.
+    All layers with the same class and structure share the compiled code, in all models. There are separate variants
+    with and without gradients, in training and evaluation, for another dtype under autocast, and for other active
+    adapters.
 
-    A call with a KV cache is not compiled, since caches differ by layer and by step. Nor is a call that is being
-    compiled from outside, as when transformers compiles decoding with a static cache.
+    A call with a KV cache is not compiled, since caches differ by layer and by step. A call inside of another
+    compilation is not compiled separately, for example when transformers compiles decoding with a static cache.
 
     Args:
         layer: a decoder layer whose forward takes hidden states first, and which is not checkpointed by transformers
             (`layer.gradient_checkpointing` is False).
-        backend: of `torch.compile`.
+        backend: backend of `torch.compile`.
     """
 
     def __init__(self, layer: nn.Module, backend: str | Callable = "inductor") -> None:
@@ -48,7 +48,7 @@ class compiled_forward:
         if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in CACHES):
             return self._plain(self.layer, hidden_states, *args, **kwargs)
         if not torch.is_grad_enabled():
-            hidden_states = hidden_states.detach()  # `requires_grad` would cause a needless recompilation
+            hidden_states = hidden_states.detach()  # `requires_grad` would cause an unnecessary recompilation
         has_mask = kwargs.get("attention_mask") is not None
         way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask)
         return _compiled(self._plain, self._structure, self._backend, way)(self.layer, hidden_states, *args, **kwargs)
@@ -56,7 +56,7 @@ class compiled_forward:
 
 @cache
 def _compiled(plain: Function, structure: str, backend: str | Callable, way: tuple[bool, ...]) -> Function:
-    """`plain` with its own code object, whose name lets all variants of a structure share which sizes are dynamic."""
+    """`plain` with a separate code object; variants of a structure share its name and thus the dynamic sizes."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return plain(*args, **kwargs)

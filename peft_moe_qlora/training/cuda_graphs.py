@@ -1,11 +1,11 @@
-"""CUDA graphs of decoder layers: forward and backward of each, captured once for a shape and replayed.
+"""CUDA graphs of the forward and backward of decoder layers, captured once for each shape and replayed.
 
-A step of a MoE model launches some ten thousand kernels and is launch-bound. A replay is one launch for a layer's
-forward and one for its backward, recomputation included. The kernels are the same, so results are bit-identical.
+A step of a MoE model launches about ten thousand kernels and is launch-bound. A replay is one launch for the forward
+of a layer and one for its backward, including recomputation. The kernels are the same, so results are bit-identical.
 
-All graphs of a model share one memory pool and one set of input and output buffers, since they run one after the
-other. So results are copied out before the next graph runs. A layer's output is in the buffer from which the next one
-reads its input, and its input's gradient in the one from which the previous layer reads its output's gradient.
+All graphs of a model run sequentially and share one memory pool and one set of input and output buffers. Results are
+therefore copied before the next graph runs. The output of a layer is in the buffer that the next layer reads, and the
+gradient of its input in the buffer that the previous layer reads in its backward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Replayable(Protocol):
 
 
 class Backend(Protocol):
-    """How work is captured: by CUDA, or in tests by calling it again."""
+    """Interface for capturing work: with CUDA, or in tests by calling the work again."""
 
     device_type: str
 
@@ -45,7 +45,7 @@ class Backend(Protocol):
 
 
 class CudaBackend:
-    """Captures on a stream of its own, into a pool that all of its graphs share."""
+    """Captures on a separate stream, into a memory pool that is shared by all graphs."""
 
     device_type = "cuda"
 
@@ -55,7 +55,7 @@ class CudaBackend:
         self.pool = torch.cuda.graph_pool_handle()
         self.pool_bytes = 0
         self._plain_peak = torch.cuda.max_memory_allocated(device)
-        # a pool can't be reused after its last graph is freed, even that of a failed capture
+        # a pool cannot be reused after its last graph is freed, even that of a failed capture
         self._holds_pool = self.capture(lambda: torch.zeros(1, device=device))
 
     @contextmanager
@@ -67,23 +67,23 @@ class CudaBackend:
         current.wait_stream(self.stream)
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Runs the work before its capture, so that it compiles, loads and allocates."""
+        """Runs the work once before its capture, for compilation, loading and allocation."""
         with self._on_stream():
             work()
-        # the graphs' pool can't use memory that plain steps and this one leave in torch's caching allocator
+        # the pool of the graphs cannot use memory that is left in torch's caching allocator
         torch.cuda.empty_cache()
 
     def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A graph of everything that `work` launches; nothing is computed yet.
+        """Captures all launches of `work` in a graph, without running them.
 
         Raises:
-            RuntimeError: CUDA can't capture some of it, such as a copy to the host.
+            RuntimeError: CUDA cannot capture an operation, such as a copy to the host.
         """
         graph = torch.cuda.CUDAGraph()
         reserved = torch.cuda.memory_reserved(self.device)
         with self._on_stream():
             try:
-                # other threads may allocate meanwhile, a data loader's for example
+                # other threads, such as a data loader's, may allocate during the capture
                 graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 work()
             except BaseException:
@@ -94,21 +94,23 @@ class CudaBackend:
         return graph
 
     def why_no_room(self) -> str | None:
-        """Why plain steps, whose gradients and optimizer come after a capture, may not fit beside the graphs."""
+        """The reason why gradients and optimizer may not fit into the remaining memory; None if they do."""
         free, total = torch.cuda.mem_get_info(self.device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
         room = min(allowed, free + torch.cuda.memory_reserved(self.device))
         if self._plain_peak + self.pool_bytes <= room:
             return None
         plain, graphs, room = (size / 2**30 for size in (self._plain_peak, self.pool_bytes, room))
-        return f"steps before took {plain:.2f} GiB, graphs take {graphs:.2f} more, and there are {room:.2f}"
+        return (
+            f"earlier steps used {plain:.2f} GiB, graphs need {graphs:.2f} GiB more, and {room:.2f} GiB are available"
+        )
 
     def _end_failed(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
             graph.capture_end()
         except RuntimeError:
-            # it reports an invalidated capture, which the error being raised explains, and leaves the random
-            # generator in the state of a capture; a successful one resets it
+            # reports an invalidated capture, whose cause is the error being raised, and leaves the random generator
+            # in the state of a capture; a successful capture resets it
             other = torch.cuda.CUDAGraph()
             other.capture_begin()
             torch.zeros(1, device=self.device)
@@ -116,7 +118,7 @@ class CudaBackend:
 
 
 class Call(NamedTuple):
-    """The arguments of a layer: hidden states, other tensors, and how to rebuild the arguments from them."""
+    """The arguments of a layer: hidden states, other tensors, and the structure that contains them."""
 
     hidden_states: Tensor
     tensors: list[Tensor]
@@ -124,7 +126,7 @@ class Call(NamedTuple):
     spec: TreeSpec
 
     def arguments(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
-        """The layer's `(args, kwargs)` with other tensors in their places."""
+        """`(args, kwargs)` of the layer with other tensors."""
         others = iter(tensors)
         leaves = [next(others) if isinstance(leaf, _Tensor) else leaf for leaf in self.rest]
         args, kwargs = tree_unflatten(leaves, self.spec)
@@ -132,7 +134,7 @@ class Call(NamedTuple):
 
     @property
     def signature(self) -> tuple:
-        """Everything but the values of the tensors."""
+        """All properties except the values of the tensors."""
         shapes = [(tensor.shape, tensor.dtype) for tensor in (self.hidden_states, *self.tensors)]
         return (*shapes, *self.rest, self.spec)
 
@@ -145,18 +147,18 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, _Ten
 
 
 def flatten(arguments: Any) -> tuple[list[Any], TreeSpec]:
-    """The leaves of tuples, lists and dictionaries; other containers of tensors are leaves."""
+    """The leaves of tuples, lists and dictionaries; other containers count as leaves."""
     return tree_flatten(arguments, is_leaf=lambda node: not isinstance(node, (tuple, list, dict)))
 
 
 def why_not_constant(leaves: Iterable[Any]) -> str | None:
-    """Why non-tensor leaves could change unnoticed by a graph: they may hold tensors, as caches do."""
+    """The reason why leaves may change without an effect on a graph: other types may contain tensors, as caches do."""
     kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _CONSTANTS)})
     return f"arguments of type {', '.join(kinds)} are neither tensors nor constants" if kinds else None
 
 
 def read_call(args: tuple, kwargs: dict[str, Any]) -> Call:
-    """Takes a layer's arguments apart; the hidden states are the first, or so named."""
+    """Splits the arguments of a layer; the hidden states are the first argument or `hidden_states`."""
     kwargs = dict(kwargs)
     hidden_states, *args = args if args else (kwargs.pop("hidden_states"),)
     leaves, spec = flatten((tuple(args), kwargs))
@@ -166,22 +168,22 @@ def read_call(args: tuple, kwargs: dict[str, Any]) -> Call:
 
 
 class CapturedLayer:
-    """The two graphs of a layer for one signature of its arguments.
+    """The forward and backward graph of a layer for one signature of its arguments.
 
     Args:
-        function: the layer's forward.
-        layer: whose parameters are trained.
+        function: forward of the layer.
+        layer: the layer with the trained parameters.
         call: example arguments.
-        static: buffers.
-        backend: captures.
-        keep: what the forward keeps for the backward, which recomputes the rest: `"nothing"`, `"experts"` or
+        static: shared buffers.
+        backend: backend for the capture.
+        keep: activations that the forward saves; the backward recomputes the others: `"nothing"`, `"experts"` or
             `"everything"`.
     """
 
     def __init__(
         self, function: Function, layer: nn.Module, call: Call, static: StaticTensors, backend: Backend, keep: str
     ) -> None:
-        self._call = call._replace(hidden_states=None, tensors=[])  # its tensors would live as long as the graphs
+        self._call = call._replace(hidden_states=None, tensors=[])  # without tensors, to free them
         self._static = static
         self._keeps = keep != "nothing"
         self.trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -191,7 +193,7 @@ class CapturedLayer:
         hidden_states, tensors = self._load(call.hidden_states, call.tensors)
         grad_out = static.buffer("grad_hidden_states", call.hidden_states)
         arguments = self._call.arguments
-        # separate leaves: the model's own would bring the stream of their first use into the capture
+        # separate leaves: the model's parameters would add the stream of their first use to the capture
         aliases = [nn.Parameter(parameter.detach()) for parameter in self.trained]
         x = hidden_states.detach().requires_grad_()
         of_forward, of_backward = keep_experts() if keep == "experts" else (nullcontext(), nullcontext())
@@ -204,7 +206,7 @@ class CapturedLayer:
             with _swapped(layer, self.trained, aliases):
                 out = function(*args, **kwargs)
             if not isinstance(out, Tensor):
-                raise TypeError(f"{type(layer).__name__} gives a {type(out).__name__}, not a tensor")
+                raise TypeError(f"{type(layer).__name__} returns a {type(out).__name__}, not a tensor")
             return out
 
         def forward() -> None:
@@ -226,7 +228,7 @@ class CapturedLayer:
                 self._generator = generator
             grad_out.fill_(1)
             backward(without_output("nan"))
-            # where no gradient has read the experts' output, the recomputation skips it
+            # if no gradient depends on the experts' output, the recomputation skips it
             is_read = not all(torch.isfinite(grad).all() for grad in self._grads if grad is not None)
             of_experts.append(nullcontext() if is_read else without_output())
             static.changed("hidden_states")
@@ -234,7 +236,7 @@ class CapturedLayer:
             backward(of_experts[0])
 
         generator = _default_generator(call.hidden_states.device)
-        state = generator.get_state()  # on the host, for a GPU too
+        state = generator.get_state()  # on the host, also for a GPU
         of_experts: list[AbstractContextManager] = []
         backend.warm_up(warm_up)
         self._forward = backend.capture(forward)
@@ -248,11 +250,11 @@ class CapturedLayer:
         return self._static.load("hidden_states", hidden_states), others
 
     def __call__(self, call: Call) -> Tensor:
-        """The layer's output for new values, differentiable in the hidden states and the trained parameters."""
+        """The output for new arguments, differentiable in the hidden states and the trained parameters."""
         return _Replay.apply(self, call.hidden_states, len(call.tensors), *call.tensors, *self.trained)
 
     def run_forward(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """The output, and what `run_backward` has to know of this replay."""
+        """The output, and the state of this replay for `run_backward`."""
         state = None if self._generator is None else self._generator.get_state()
         self._load(hidden_states, tensors)
         self._forward.replay()
@@ -266,12 +268,12 @@ class CapturedLayer:
     def run_backward(
         self, hidden_states: Tensor, tensors: Sequence[Tensor], grad_out: Tensor, of_forward: Any
     ) -> list[Tensor | None]:
-        """Gradients of the hidden states and of the trained parameters, None for what the layer didn't use."""
+        """Gradients of the hidden states and the trained parameters; None for unused ones."""
         forward, state = of_forward
         now = None if state is None else self._generator.get_state()
         self._load(hidden_states, tensors)
         if self._keeps and forward != self._kept_of:
-            # another forward has overwritten what this one saved
+            # another forward has overwritten the saved activations
             self._rewind(state)
             self._forward.replay()
             self._kept_of = forward
@@ -289,7 +291,7 @@ class CapturedLayer:
         return grads
 
     def _rewind(self, state: Tensor | None) -> None:
-        """Restores the random state of the forward for its recomputation."""
+        """Restores the random state of the forward for the recomputation."""
         if state is not None:
             self._generator.set_state(state)
 
@@ -313,7 +315,7 @@ class _Replay(torch.autograd.Function):
 
 @contextmanager
 def _swapped(layer: nn.Module, parameters: Sequence[nn.Parameter], aliases: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Replaces some parameters of the layer by aliases of the same memory."""
+    """Replaces parameters of the layer by aliases with the same memory."""
     alias_of = {id(parameter): alias for parameter, alias in zip(parameters, aliases)}
     places = [
         (module, name, parameter)
@@ -331,14 +333,14 @@ def _swapped(layer: nn.Module, parameters: Sequence[nn.Parameter], aliases: Sequ
 
 
 def autocast_state() -> dict[str, torch.dtype]:
-    """Device type -> dtype, where autocast is on."""
+    """Device type -> dtype, for devices with autocast enabled."""
     return {
         device: torch.get_autocast_dtype(device) for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)
     }
 
 
 def _uncached_autocast(state: dict[str, torch.dtype]) -> ExitStack:
-    """Autocast as it was, without cached casts from outside the capture."""
+    """Autocast with the given state, without cached casts from outside of the capture."""
     stack = ExitStack()
     for device, dtype in state.items():
         stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))

@@ -1,4 +1,4 @@
-"""Skips DDP's broadcast of packed weights that every process has read from the same file."""
+"""Skips DDP's broadcast of packed weights that are equal in all processes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 _CHUNK = 2**24
-"""Bytes that are summed at a time, as eight times as many."""
+"""Number of bytes that are summed at a time; as int64 they take eight times the memory."""
 
 
 @torch.no_grad()
 def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
     """Excludes packed weights that are equal in all processes from the broadcast of `DistributedDataParallel(model)`.
 
-    When DDP is created, it broadcasts all parameters of the first process, frozen ones too. Packed weights are
+    When DDP is created, it broadcasts all parameters of the first process, including frozen ones. Packed weights are
     integers and never trained. Their checksums are compared; weights that differ are broadcast as usual, with a
-    warning. Call it in all processes after the process group is created (`TrainingArguments` creates it), on the model
-    that will be wrapped, adapters included; a Trainer wraps the model that it is given.
+    warning. Call this function in all processes after the process group is created (`TrainingArguments` creates it),
+    on the model that DDP or Trainer will wrap, with all adapters.
 
     Args:
-        model: not wrapped yet.
-        process_group: that it will be wrapped for. Default: all processes.
+        model: the model, not yet wrapped.
+        process_group: process group of DDP. Default: all processes.
 
     Returns:
         Number of bytes that are not sent.
@@ -34,7 +34,7 @@ def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = N
     """
     if not dist.is_initialized():
         raise RuntimeError(
-            "There is no process group yet, so that weights can't be compared between processes. Make "
+            "torch.distributed has no process group, which is required to compare weights between processes. Create "
             "TrainingArguments first, or call torch.distributed.init_process_group."
         )
     integers = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_floating_point()}
@@ -45,8 +45,8 @@ def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = N
     different = [name for name in integers if name not in equal]
     if different:
         warnings.warn(
-            f"{len(different)} packed weights are not the same in all processes, {different[0]} among them, and are "
-            "broadcast. Let all processes load the same checkpoint on the same kind of device.",
+            f"{len(different)} packed weights, such as {different[0]}, differ between processes and are broadcast. "
+            "Load the same checkpoint on the same kind of device in all processes.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -55,7 +55,7 @@ def skip_broadcast(model: nn.Module, process_group: dist.ProcessGroup | None = N
 
 
 def _digest(tensor: torch.Tensor) -> tuple:
-    """Dtype, shape and two sums, one weighted by position, so that a changed or moved value changes the digest."""
+    """Dtype, shape, sum, and sum weighted by position, which detects moved values."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     plain = weighted = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, len(flat), _CHUNK):

@@ -1,15 +1,16 @@
 """A CUDA graph of one step of decoding with a static cache, for generation beside training.
 
 A step of one token launches thousands of kernels and is launch-bound. With
-`generate(cache_implementation="static", disable_compile=True)` the first step after the prompt runs as usual, the
-second is captured, and all later ones replay it. Compiling such a step takes minutes, capturing it as long as a step.
+`generate(cache_implementation="static", disable_compile=True)` one step is captured per prompt, and later ones replay
+it. The first step of a batch size and cache length runs as usual before. Compiling such a step takes minutes,
+capturing it as long as a step.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from types import MethodType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_unflatten
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from ..ops import HeldCasts
 from .compiled import CACHES
 from .cuda_graphs import Backend, CudaBackend, autocast_state, flatten, why_not_constant
 from .layer_graphs import layer_state, why_not_captured
@@ -27,11 +29,15 @@ from .static_tensors import StaticTensors
 
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
+MOST_WARM = 8
+"""Kinds of steps that are remembered to have run without a graph: batch sizes, cache lengths and adapters."""
+
 
 class DecodeRunner:
     """Takes the place of the `forward` of a model's stack of decoder layers.
 
-    Only steps of one token with a static cache, in evaluation mode and without gradients, are captured.
+    Only steps of one token with a static cache, in evaluation mode and without gradients, are captured. Factors of
+    linear layers are read once per prompt.
 
     Args:
         decoder: the stack, `model.get_decoder()`.
@@ -50,6 +56,8 @@ class DecodeRunner:
         self._last: tuple | None = None
         self._reason: str | None = None
         self._is_after_prompt = True
+        self._warm: deque[tuple] = deque(maxlen=MOST_WARM)
+        self._casts = HeldCasts()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = MethodType(type(self.decoder).forward, self.decoder)
@@ -60,19 +68,31 @@ class DecodeRunner:
             return plain(*args, **kwargs)
         leaves, spec = flatten({name: value for name, value in kwargs.items() if name not in CACHES})
         key = (spec, *_signature(leaves), *autocast_state().items())
-        if self._step is not None and not self._step.fits(key, cache, self._is_after_prompt):
+        is_after_prompt, self._is_after_prompt = self._is_after_prompt, False
+        if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
             self._step = None
-        self._is_after_prompt = False
+        if is_after_prompt:
+            self._casts.refresh()  # factors may have been trained since the last generation
         if self._step is None:
             if self._last != (key, id(cache)):
-                # loads and compiles kernels, which a capture can't
                 self._last, self._reason = (key, id(cache)), None
-                return plain(*args, **kwargs)
+                if not self._is_warm(key, cache):
+                    with self._casts.active():
+                        return plain(*args, **kwargs)
             self._capture(plain, key, leaves, cache_name, cache)
         if self._step is None:
             self.reasons[self._reason] += 1
             return plain(*args, **kwargs)
         return self._step(leaves, cache)
+
+    def _is_warm(self, key: tuple, cache: StaticCache) -> bool:
+        """Whether such a step has run before, which loads and compiles kernels; a capture can't."""
+        lengths = {getattr(layer, "max_cache_len", None) for layer in cache.layers}
+        step = (key, lengths, layer_state(self.decoder))
+        is_warm = step in self._warm
+        if not is_warm:
+            self._warm.append(step)
+        return is_warm
 
     def _capture(self, plain: MethodType, key: tuple, leaves: list[Any], name: str, cache: StaticCache) -> None:
         """Captures a step, or says why not; a failed capture is not retried before the next prompt."""
@@ -81,9 +101,9 @@ class DecodeRunner:
         others = (leaf for leaf in leaves if not isinstance(leaf, Tensor))
         self._reason = why_not_constant(others) or _why_not(self.decoder, cache)
         if self._reason is None:
-            backend = self._make_backend(self.decoder.device)
             try:
-                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend)
+                backend = self._make_backend(self.decoder.device)
+                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend, self._casts)
             except RuntimeError as error:
                 # CUDA errors; nothing has run, so the cache is unchanged
                 self._reason = f"the capture failed: {error}"
@@ -112,7 +132,8 @@ class DecodeRunner:
         return lines + [f"decoding without a graph, {count} steps: {why}" for why, count in self.reasons.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": None, "_last": None}
+        copy = {**self.__dict__, "_step": None, "_last": None, "_casts": HeldCasts()}
+        return {**copy, "_warm": deque(maxlen=MOST_WARM)}
 
 
 class CapturedStep:
@@ -126,6 +147,7 @@ class CapturedStep:
         cache_name: what the stack calls its cache.
         cache: of keys and values; no reference is held, so that it is freed as without a graph.
         backend: captures.
+        casts: copies of factors that the graph reads.
     """
 
     def __init__(
@@ -137,6 +159,7 @@ class CapturedStep:
         cache_name: str,
         cache: StaticCache,
         backend: Backend,
+        casts: HeldCasts,
     ) -> None:
         self.replays = 0
         self._key = key
@@ -153,7 +176,8 @@ class CapturedStep:
         self._output_type: type | None = None
 
         def work() -> None:
-            output = plain(**inputs, **{cache_name: self._cache()})
+            with casts.active():
+                output = plain(**inputs, **{cache_name: self._cache()})
             self._output_type = type(output)
             # the output must not hold a reference to the cache
             self._output = {name: value for name, value in output.items() if value is not self._cache()}

@@ -1,4 +1,4 @@
-"""Warns once of adapted layers that got no gradient in the first backward of a training."""
+"""Warns once about adapted layers that got no gradient in the first backward."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 
 def watch_gradients(model: nn.Module) -> None:
-    """Warns at the second training forward about trainable layers that got no gradient in the backward before.
+    """Warns in the second training forward about trainable layers that got no gradient in the previous backward.
 
-    It waits until at least one layer has a gradient. A model that is compiled as a whole is not watched.
+    The warning waits until at least one layer has a gradient. A model compiled as a whole is not watched.
 
     Args:
         model: the base model, with its adapters.
@@ -25,10 +25,10 @@ def watch_gradients(model: nn.Module) -> None:
 
 
 class GradientWatch:
-    """A forward pre-hook, which removes itself and the hooks on factors when the first backward is over.
+    """A forward pre-hook that removes itself and its hooks on factors after the first backward.
 
-    It sets those on factors at the first training forward, because FSDP2 replaces parameters before that. A copy of
-    the model, or one that was pickled, is watched from the beginning.
+    It adds the hooks on factors in the first training forward, because FSDP2 replaces parameters before. For a copied
+    or unpickled model, the watch starts again.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class GradientWatch:
     def _remove(self, model: nn.Module) -> None:
         for handle in self.handles:
             handle.remove()
-        # a copy of the model has no handle of this hook
+        # a copy of the model has no handle for this hook
         for key, hook in list(model._forward_pre_hooks.items()):
             if hook is self:
                 del model._forward_pre_hooks[key]
@@ -70,7 +70,7 @@ def _trainable_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name in layer.adapter_layer_names:
             for factors in getattr(layer, name).values():
                 for factor in [factors] if isinstance(factors, torch.Tensor) else factors.parameters():
-                    # replicas of DataParallel have no leaf tensors
+                    # in replicas of DataParallel, parameters are not leaf tensors
                     if factor.requires_grad and factor.is_leaf:
                         yield path, factor
 
@@ -79,15 +79,15 @@ def _message(missing: set[str], reached: set[str]) -> str:
     parts = _parts(missing, reached)
     pattern = "|".join(re.escape(part).replace(r"\*", r"\d+") for part in parts)
     return (
-        f"Adapted layers got no gradient in the first backward: {', '.join(parts)}. Either the batch didn't reach "
-        "them (a vision tower, without an image), or LoRA can't train them, because the model reads their weights "
-        "without calling them or only selects with them. Layers that never get a gradient are not trained, and "
-        f'DistributedDataParallel fails on them. To leave them out: exclude_modules=r"({pattern})(\\..*)?".'
+        f"Adapted layers got no gradient in the first backward: {', '.join(parts)}. Either the batch did not use them "
+        "(a vision tower without an image), or LoRA cannot train them, because the model reads their weights without "
+        "calling them or uses them only for selection. Layers without a gradient are not trained, and "
+        f'DistributedDataParallel fails on them. To exclude them, set exclude_modules=r"({pattern})(\\..*)?".'
     )
 
 
 def _parts(missing: set[str], reached: set[str]) -> list[str]:
-    """The largest parts of the model that hold missing layers and no other; `*` is any number."""
+    """The largest parts of the model that contain only missing layers; `*` stands for any number."""
     reached_parts = {part for path in reached for above in _and_above(path) for part in (above, _numberless(above))}
     largest = set()
     for path in missing:
@@ -97,7 +97,7 @@ def _parts(missing: set[str], reached: set[str]) -> list[str]:
 
 
 def _and_above(path: str) -> list[str]:
-    """A path and those above it, the highest first."""
+    """A path and the paths of its parents, outermost first."""
     names = path.split(".")
     return [".".join(names[:length]) for length in range(1, len(names) + 1)]
 

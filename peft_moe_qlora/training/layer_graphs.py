@@ -1,4 +1,4 @@
-"""The captured decoder layers of a model: when a layer is captured, when its graphs fit, and why there are none."""
+"""Decides when decoder layers of a model are captured in CUDA graphs, and which graph a call can use."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from .static_tensors import StaticTensors
 logger = logging.getLogger(__name__)
 
 MOST_SHAPES = 8
-"""Shapes of inputs that are captured in a model; each takes seconds, and memory."""
+"""Limit on the captured input shapes of a model; each takes seconds and memory."""
 
 NO_ROOM = (
-    "the GPU has no room for graphs ({}); all were freed. Fewer tokens in a batch, a lower rank or an optimizer in 8 "
-    "bits make room"
+    "the GPU has too little memory for graphs ({}); all were freed. Use fewer tokens per batch, a lower rank or an "
+    "8-bit optimizer"
 )
 
 MOST_CAPTURES = 8
-"""Of one layer for one shape: for adapters that take turns, and for parameters that were moved."""
+"""Limit on the captures of a layer for one shape, for switched adapters and moved parameters."""
 
 
 class LayerGraphs:
     """The captured decoder layers of a model.
 
     An input shape is captured layer by layer on its second occurrence; the first warms up compilation, loading and
-    autotuning. What can't be captured runs without a graph; `report` says why.
+    autotuning. Layers that cannot be captured run without a graph; `report` lists the reasons.
 
     Args:
-        keep: what the forward keeps for the backward; see `CapturedLayer`.
-        make_backend: what captures on a device.
+        keep: activations that the forward saves; see `CapturedLayer`.
+        make_backend: class of the backend for the capture.
     """
 
     def __init__(self, keep: str = "nothing", make_backend: type[Backend] = CudaBackend) -> None:
         self.keep = keep
         self.is_paused: str | None = None
-        """Why no layer runs from a graph in this forward; None if they do."""
+        """The reason why no graphs are used in this forward; None if they are."""
         self._make_backend = make_backend
         self.forget()
 
@@ -70,14 +70,14 @@ class LayerGraphs:
         self._shapes: set[tuple] = set()
 
     def run(self, layer: nn.Module, function: Function, plain: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a layer from its graphs, or without.
+        """Runs a layer with or without its graphs.
 
         Args:
             layer: the decoder layer.
-            function: its forward, to be captured.
-            plain: what runs it without graphs.
-            args: of the forward.
-            kwargs: of the forward.
+            function: forward of the layer, to be captured.
+            plain: function that runs the layer without graphs.
+            args: arguments of the forward.
+            kwargs: keyword arguments of the forward.
         """
         call = read_call(args, kwargs)
         found = self.is_paused or self._why_no_call(call) or self._find(layer, function, call)
@@ -90,18 +90,18 @@ class LayerGraphs:
         return plain(*args, **kwargs)
 
     def _why_no_call(self, call: Call) -> str | None:
-        """Why these arguments can't be those of a graph."""
+        """The reason why a graph does not support these arguments; None if it does."""
         if not isinstance(call.hidden_states, Tensor):
             return f"its first argument is a {type(call.hidden_states).__name__}, not hidden states"
         device_type = call.hidden_states.device.type
         if device_type != self._make_backend.device_type:
             return f"it is on {device_type}, not on {self._make_backend.device_type}"
         if any(tensor.requires_grad for tensor in call.tensors):
-            return "gradients are wanted for another argument than the hidden states"
+            return "an argument other than the hidden states requires gradients"
         return why_not_constant(call.rest)
 
     def _find(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str | None:
-        """A captured layer, why there is none, or None where this call only warms up."""
+        """A captured layer, the reason why there is none, or None if this call is the warm-up."""
         if self._no_room is not None:
             return self._no_room
         inputs = (call.signature, *autocast_state().items())
@@ -113,9 +113,9 @@ class LayerGraphs:
             self._captures[of_layer] = 0
             return None
         if inputs not in self._shapes and len(self._shapes) == MOST_SHAPES:
-            return f"{MOST_SHAPES} shapes of inputs are captured; pad or pack sequences to few lengths"
+            return f"{MOST_SHAPES} input shapes are captured already; pad or pack sequences to fewer lengths"
         if self._captures[of_layer] == MOST_CAPTURES:
-            return "its parameters have moved or its adapters have changed too often"
+            return "its parameters or adapters have changed too often"
         found = why_not_captured(layer)
         if found is None:
             try:
@@ -124,7 +124,7 @@ class LayerGraphs:
             except torch.OutOfMemoryError:
                 no_room = "a capture ran out of memory"
             if no_room is not None:
-                # the graphs take memory that plain layers need
+                # free the graphs, whose memory is needed without them
                 self.forget()
                 self._no_room = NO_ROOM.format(no_room)
                 return self._no_room
@@ -134,8 +134,10 @@ class LayerGraphs:
         return found
 
     def _capture(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str:
-        """Raises:
-        torch.OutOfMemoryError: the GPU has no room for the graphs.
+        """Captures a layer, or returns the reason why it cannot be captured.
+
+        Raises:
+            torch.OutOfMemoryError: the GPU has too little memory for the graphs.
         """
         if self._backend is None:
             self._backend = self._make_backend(call.hidden_states.device)
@@ -148,21 +150,21 @@ class LayerGraphs:
             return f"the capture failed: {error}"
 
     def report(self) -> list[str]:
-        """What is captured, and why something is not."""
+        """Lists captured graphs, and the reasons for calls without a graph."""
         captured = sum(isinstance(found, CapturedLayer) for found in self._captured.values())
-        lines = [f"{captured} graphs of layers, for {len(self._shapes)} shapes of inputs"]
+        lines = [f"{captured} graphs of layers, for {len(self._shapes)} input shapes"]
         return lines + [f"without a graph, {count} times: {reason}" for reason, count in self.reasons.items()]
 
     def __reduce__(self) -> tuple:
-        # a copy of the model captures its own
+        # a copy of the model captures its own graphs
         return LayerGraphs, (self.keep, self._make_backend)
 
 
 def why_sequences_are_split(config: PreTrainedConfig) -> str | None:
-    """Why no layer of a model can be captured while processes share its sequences; None if they don't.
+    """The reason why a model with sequence parallelism cannot be captured; None without sequence parallelism.
 
-    Their attention then sends parts of a sequence around, with buffers that it makes at each call. Both engines put
-    functions of their own in the place of transformers' and torch's, for as long as they are at work.
+    Attention then exchanges parts of sequences, with buffers that are allocated in each call. While they are active,
+    both engines replace attention functions of transformers and torch, by which they are detected.
     """
     attention = ALL_ATTENTION_FUNCTIONS.get(config.get_text_config()._attn_implementation)
     of_engines = {
@@ -176,39 +178,39 @@ def why_sequences_are_split(config: PreTrainedConfig) -> str | None:
 
 
 def why_not_captured(layer: nn.Module) -> str | None:
-    """Why what a layer, or all of them, launch can't be captured."""
+    """The reason why a layer cannot be captured; None if it can."""
     engine = engine_of(layer)
-    if engine is not None:  # it frees parameters that a graph would read, and gathers them at other addresses
+    if engine is not None:  # frees parameters that a graph reads, and gathers them at other addresses
         return f"its parameters are sharded by {engine}"
     for path, module in layer.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves its weights ({path or 'the layer itself'})"
         hooks = [hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()]
-        # those of transformers let inputs require gradients, and record outputs, for which graphs are paused
+        # transformers' hooks make inputs require gradients, or record outputs, for which graphs are paused
         if path and any(not hook.__module__.startswith("transformers.") for hook in hooks):
-            return f"{path} has a forward hook, which a graph would not call"
+            return f"{path} has a forward hook, which a graph does not call"
         if isinstance(module, QuantizedExperts):
             reason = _why_experts_copy(module)
             if reason is not None:
-                return f"its experts are computed one by one, {reason}"
+                return f"its experts are computed one at a time: {reason}"
     return None
 
 
 def _why_experts_copy(experts: QuantizedExperts) -> str | None:
-    """Why experts copy numbers of rows to the host, which a capture can't; None if they don't."""
+    """The reason why experts copy row counts to the host, which cannot be captured; None if they do not."""
     stack, path = experts.stack(experts.layout.up_name), experts.compute_path(experts.layout.up_name)
     if stack.device.type != "cuda" or path.name == "fused":
         return None
-    # what is not fused takes the library's path for its low-rank terms
+    # without the fused kernels, low-rank terms use the library path
     paths = (path, choose_library_path(stack.device, stack.dtype, stack.in_features, stack.out_features, path.reason))
     return next((one.reason for one in paths if one.name == "loop"), None)
 
 
 def layer_state(layer: nn.Module) -> tuple:
-    """What a graph assumes: the addresses of parameters, which are trained, and the state of adapters."""
+    """State on which a graph depends: addresses of parameters, which of them are trained, and state of adapters."""
     state: list[Any] = []
     left = [layer]
-    while left:  # `parameters()` and `modules()` would take longer than a replay
+    while left:  # `parameters()` and `modules()` take longer than a replay
         module = left.pop()
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""How decoder layers run in training: checkpointed, compiled, from CUDA graphs, or several of these."""
+"""Runs decoder layers in training with checkpointing, compilation, CUDA graphs, or several of these."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .layer_graphs import LayerGraphs, why_sequences_are_split
 Keep = Literal["nothing", "experts", "everything"]
 
 GRAPHS_BACKEND = CudaBackend
-"""What captures."""
+"""Backend for the capture."""
 
 _RECORDED = ("output_router_logits", "output_attentions")
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How decoder layers run in training.
+    """Settings of decoder layers in training.
 
     Args:
-        keep: what the forward keeps for the backward: `"nothing"` but a layer's input, `"experts"` for the activations
-            of experts too, or `"everything"`.
+        keep: activations that the forward saves in addition to the input of the layer: `"nothing"`, `"experts"` or
+            `"everything"`.
         compile_layers: compile each layer.
         cuda_graphs: capture each layer.
     """
@@ -44,14 +44,14 @@ class RunSettings:
 
 
 class LayerRunner:
-    """Takes the place of a decoder layer's `forward`.
+    """Replaces the `forward` of a decoder layer.
 
-    In evaluation mode or without gradients, it only calls that.
+    In evaluation mode or without gradients, it only calls the original forward.
 
     Args:
         layer: the decoder layer.
-        settings: how it runs.
-        graphs: those of the model, None without.
+        settings: the settings.
+        graphs: graphs of the model; None without CUDA graphs.
     """
 
     def __init__(self, layer: nn.Module, settings: RunSettings, graphs: LayerGraphs | None) -> None:
@@ -63,7 +63,7 @@ class LayerRunner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.layer.training and torch.is_grad_enabled()):
             return self.plain_function(*args, **kwargs)
-        # recomputation would write to a cache again
+        # recomputation would write to the cache again
         kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
         if self.graphs is None:
             return self.without_graphs(*args, **kwargs)
@@ -75,13 +75,13 @@ class LayerRunner:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The layer's own forward, compiled if the settings say so."""
+        """The forward of the layer, compiled if set."""
         if self._function is None:
             self._function = compiled_forward(self.layer) if self.settings.compile_layers else self.plain_function
         return self._function
 
     def without_graphs(self, *args: Any, **kwargs: Any) -> Any:
-        """Checkpointed as the settings say."""
+        """Runs the layer with checkpointing as set."""
         if self.settings.keep == "everything":
             return self.function(*args, **kwargs)
         context_fn = keep_experts if self.settings.keep == "experts" else noop_context_fn
@@ -92,12 +92,12 @@ class LayerRunner:
         return inspect.signature(self.plain_function)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a compiled function can't be copied, and is recreated
+        # a compiled function cannot be copied; it is created again
         return {**self.__dict__, "_function": None}
 
 
 class _BeforeForward:
-    """A forward pre-hook of the model, for what its layers don't see of a call."""
+    """A forward pre-hook of the model that reads arguments which its layers do not get."""
 
     def __init__(self, layers: Sequence[nn.Module], graphs: LayerGraphs | None) -> None:
         self.layers = layers
@@ -106,11 +106,11 @@ class _BeforeForward:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self.layers:
             if layer.gradient_checkpointing:
-                # a Trainer with gradient_checkpointing=True would checkpoint these layers twice
+                # with gradient_checkpointing=True, Trainer would checkpoint these layers twice
                 layer.gradient_checkpointing = False
         if self.graphs is not None:
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
-            why_recorded = f"{recorded[0]}=True records what happens inside a layer" if recorded else None
+            why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
             self.graphs.is_paused = why_recorded or why_sequences_are_split(model.config)
 
 
@@ -120,28 +120,30 @@ def _is_asked(model: nn.Module, name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers that transformers would checkpoint."""
+    """The layers that transformers checkpoints."""
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
 def run_layers(model: nn.Module, settings: RunSettings) -> None:
-    """Makes all decoder layers of a transformers model run in training as the settings say.
+    """Applies the settings to all decoder layers of a transformers model.
 
     Args:
-        model: with or without adapters.
-        settings: how.
+        model: the model, with or without adapters.
+        settings: the settings.
 
     Raises:
-        ValueError: the model has no decoder layers that can be checkpointed, or its layers have been set up before.
+        ValueError: the model has no `GradientCheckpointingLayer`, or its layers are already prepared.
     """
     layers = list(decoder_layers(model))
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no layers that transformers can checkpoint, so that none can be compiled, "
-            "captured or checkpointed. Leave compile_layers and cuda_graphs out."
+            f"{type(model).__name__} has no GradientCheckpointingLayer, so its decoder layers cannot be compiled, "
+            "captured or checkpointed. Remove compile_layers and cuda_graphs."
         )
     if any(isinstance(layer.__dict__.get("forward"), LayerRunner) for layer in layers):
-        raise ValueError(f"The layers of {type(model).__name__} have been set up before; set them up once.")
+        raise ValueError(
+            f"The layers of {type(model).__name__} are already prepared. Call prepare_model_for_training once."
+        )
     graphs = LayerGraphs(settings.keep, GRAPHS_BACKEND) if settings.cuda_graphs else None
     for layer in layers:
         layer.forward = LayerRunner(layer, settings, graphs)
@@ -152,19 +154,19 @@ def run_layers(model: nn.Module, settings: RunSettings) -> None:
 
 
 def graphs_of(model: nn.Module) -> list[LayerGraphs | DecodeRunner]:
-    """What captures of a model: the graphs of its layers in training, and that of a step of decoding."""
+    """The graphs of a model: of its layers in training, and of a decoding step."""
     runners = [module.__dict__.get("forward") for module in model.modules()]
     layers = {id(one.graphs): one.graphs for one in runners if isinstance(one, LayerRunner) and one.graphs is not None}
     return [*layers.values(), *(one for one in runners if isinstance(one, DecodeRunner))]
 
 
 def graphs_report(model: nn.Module) -> str:
-    """Lists which layers of a model are captured in CUDA graphs, and why others are not."""
+    """Lists the CUDA graphs of a model, and the reasons for calls without a graph."""
     lines = [line for graphs in graphs_of(model) for line in graphs.report()]
     return "\n".join(lines) or "Layers run without CUDA graphs."
 
 
 def release_graphs(model: nn.Module) -> None:
-    """Frees the CUDA graphs of a model and their memory; they are recaptured when needed."""
+    """Frees the CUDA graphs of a model and their memory; they are captured again when needed."""
     for graphs in graphs_of(model):
         graphs.forget()

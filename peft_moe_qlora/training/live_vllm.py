@@ -1,7 +1,7 @@
-"""TRL's online trainers with generation by vLLM: merged weights are pushed into the engine, under its names.
+"""TRL's online trainers with vLLM generation: merged weights are pushed into the engine with its names.
 
-Needs TRL and vLLM, and isn't imported by the package. TRL's own push merges in the storage of the experts and sends
-codes, which no engine accepts.
+Requires TRL and vLLM; the package does not import this module. TRL's own weight synchronization merges in the storage
+of the experts and sends codes, which no engine accepts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def load_into_vllm(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
     """Replaces the weights of a running engine.
 
     Args:
-        llm: a `vllm.LLM` in this process: `distributed_executor_backend="external_launcher"`, as TRL starts it, or
-            `VLLM_ENABLE_V1_MULTIPROCESSING=0`.
-        weights: key in the checkpoint -> tensor, such as `LiveWeights`; all parts of a layer that the engine fuses.
+        llm: a `vllm.LLM` in this process, with `distributed_executor_backend="external_launcher"`, as started by TRL,
+            or `VLLM_ENABLE_V1_MULTIPROCESSING=0`.
+        weights: key in the checkpoint -> tensor, such as `LiveWeights`, with all parts of layers that the engine
+            fuses.
 
     Raises:
         ValueError: the engine is in another process.
@@ -32,18 +33,18 @@ def load_into_vllm(llm: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
     executor = getattr(llm.llm_engine, "model_executor", None)
     if executor is None:
         raise ValueError(
-            "The engine runs in a process of its own, to which weights can't be handed. Start it with "
+            "The engine runs in another process, which cannot share weights with this one. Start it with "
             "distributed_executor_backend='external_launcher', or with VLLM_ENABLE_V1_MULTIPROCESSING=0."
         )
     with _kernels_made_anew(executor.driver_worker.model_runner.get_model()):
-        # not the model's own `load_weights`: this repeats the engine's rearrangement of weights for its kernels
+        # unlike the model's `load_weights`, this repeats the engine's conversion of weights for its kernels
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
     llm.reset_prefix_cache()
 
 
 @contextmanager
 def _kernels_made_anew(model: nn.Module) -> Iterator[None]:
-    """On a CPU, vLLM 0.32 packs experts only when it creates their kernel, which it does only if there is none."""
+    """Removes the kernels of experts on a CPU: vLLM 0.32 packs experts only when it creates their kernel."""
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     on_cpu = next(model.parameters()).device.type == "cpu"
     kernels = {method: method.moe_kernel for method in methods if on_cpu and getattr(method, "moe_kernel", None)}
@@ -53,19 +54,19 @@ def _kernels_made_anew(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for method, kernel in kernels.items():
-            if method.moe_kernel is None:  # nothing was loaded there
+            if method.moe_kernel is None:  # not loaded, restore
                 method.moe_kernel = kernel
 
 
 class LiveVllmGeneration(VLLMGeneration):
     """Generates with vLLM, in this process or on a server, and pushes `LiveWeights` into it.
 
-    The first push sends all weights, since the engine has loaded the unquantized base; later ones send what the
-    adapters change. An engine in sleep mode loses its weights and gets all of them each time.
+    The first push sends all weights, since the engine has loaded the unquantized base; later ones send only weights
+    that the adapters change. An engine in sleep mode loses its weights and gets all weights each time.
 
     Args:
-        llm: the engine, for one that TRL's arguments don't describe. Default: TRL starts it.
-        kwargs: of `VLLMGeneration`.
+        llm: the engine, if TRL's arguments cannot create it. Default: TRL starts the engine.
+        kwargs: arguments of `VLLMGeneration`.
     """
 
     def __init__(self, *, llm: Any = None, **kwargs: Any) -> None:
@@ -80,7 +81,7 @@ class LiveVllmGeneration(VLLMGeneration):
             self.llm, self._llm_weights_sleeping = self._given, False
             return
         model = self.model
-        # TRL looks for layers of bitsandbytes, and would make vLLM quantize the same way
+        # TRL looks for bitsandbytes layers in the model, and would make vLLM quantize in the same way
         self.model = _Named(model.name_or_path)
         try:
             super()._init_vllm()
@@ -107,7 +108,7 @@ class LiveVllmGeneration(VLLMGeneration):
 
 
 class _Named(nn.Module):
-    """Stand-in for the model when an engine is started."""
+    """Placeholder for the model while the engine starts."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -115,17 +116,17 @@ class _Named(nn.Module):
 
 
 class _WithLiveVllm:
-    """Mixin before one of TRL's trainers, which creates its `VLLMGeneration` in its constructor."""
+    """Mixin for TRL's trainers, which create their `VLLMGeneration` in the constructor."""
 
     logprobs: int | None = 0
 
     def __init__(self, *positional: Any, llm: Any = None, **kwargs: Any) -> None:
         args = kwargs.get("args")
         if args is None or not args.use_vllm:
-            raise ValueError(f"{type(self).__name__} generates with vLLM: pass args=...Config(use_vllm=True).")
+            raise ValueError(f"{type(self).__name__} requires vLLM generation. Pass args=...Config(use_vllm=True).")
         if getattr(args, "loss_type", None) == "vespo":
             raise ValueError("loss_type='vespo' is not tested with live weights. Choose another loss.")
-        # otherwise TRL would start the engine for its own push
+        # otherwise TRL would start the engine with its own synchronization
         args.use_vllm = False
         try:
             super().__init__(*positional, **kwargs)
@@ -164,10 +165,10 @@ class _WithLiveVllm:
 
 
 class LiveVllmGRPOTrainer(_WithLiveVllm, GRPOTrainer):
-    """`GRPOTrainer` with a model of this package and `use_vllm=True`; `args` by name, and `llm` as above."""
+    """`GRPOTrainer` for a model of this package with `use_vllm=True`; pass `args` by keyword, `llm` as above."""
 
 
 class LiveVllmRLOOTrainer(_WithLiveVllm, RLOOTrainer):
-    """`RLOOTrainer` with a model of this package and `use_vllm=True`; `args` by name, and `llm` as above."""
+    """`RLOOTrainer` for a model of this package with `use_vllm=True`; pass `args` by keyword, `llm` as above."""
 
     logprobs = None

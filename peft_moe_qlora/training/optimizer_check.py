@@ -1,4 +1,4 @@
-"""Rejects optimizers that support 2-D factors only, before their first step changes anything."""
+"""Rejects optimizers that support only 2-D factors, before their first step."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..layer import ExpertsLora
 
-# class -> the function that makes it. PEFT's Riemannian one would step experts as if there were no preconditioner
+# class -> the function that creates it. PEFT's Riemannian optimizer would not precondition the factors of experts
 _OF_MATRICES = {
     "LoraFAOptimizer": "create_lorafa_optimizer",
     "RiemannianPreconditionedOptimizer": "create_riemannian_optimizer",
 }
-# packages whose optimizers project gradients as matrices, in parameter groups with a rank, and elsewhere are Adam or
-# Adafactor. For a stack they only report that some shapes don't match
+# packages whose optimizers project gradients as matrices in parameter groups with a rank, and are Adam or Adafactor in
+# other groups. For stacks they only report mismatched shapes
 _PROJECTING = ("apollo_torch", "galore_torch")
 
 
 def refuse_optimizers_of_matrices(model: nn.Module) -> None:
-    """Makes steps of optimizers for matrices on the expert factors of this model raise a ValueError.
+    """Makes optimizers for 2-D factors raise a ValueError in a step on expert factors of this model.
 
     Args:
-        model: with `ExpertsLora` somewhere in it, now or later.
+        model: a model that has, or will have, `ExpertsLora` layers.
     """
     handle = register_optimizer_step_pre_hook(_Check(model))
     weakref.finalize(model, handle.remove)
@@ -47,21 +47,21 @@ class _Check:
             if id(factor) in stepped:
                 name, remedy = _name_and_remedy(kind, package)
                 raise ValueError(
-                    f"{name} is for factors that are matrices, but those of {path} are stacks, "
-                    f"{tuple(factor.shape)}. This step changed nothing. {remedy}"
+                    f"{name} supports only 2-D factors, but the factors of {path} are 3-D stacks of shape "
+                    f"{tuple(factor.shape)}. No parameter was changed. {remedy}"
                 )
 
 
 def _name_and_remedy(kind: type, package: str) -> tuple[str, str]:
     if kind.__name__ in _OF_MATRICES:
         return f"peft.optimizers.{_OF_MATRICES[kind.__name__]}", (
-            "Use an optimizer of single values, such as torch.optim.AdamW or create_loraplus_optimizer, or adapt "
-            "linear layers only. create_lorafa_optimizer has frozen A: model.set_requires_grad(adapter_name) undoes "
-            "that."
+            "Use an element-wise optimizer, such as torch.optim.AdamW or create_loraplus_optimizer, or adapt only "
+            "linear layers. create_lorafa_optimizer has frozen the A factors; call "
+            "model.set_requires_grad(adapter_name) to unfreeze them."
         )
     return f"{package}'s {kind.__name__}", (
-        "Put the factors of experts into a parameter group without a rank, as a Trainer does, or use an optimizer of "
-        "single values, such as torch.optim.AdamW."
+        "Put the factors of experts into a parameter group without a rank, as Trainer does, or use an element-wise "
+        "optimizer, such as torch.optim.AdamW."
     )
 
 

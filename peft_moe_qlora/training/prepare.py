@@ -1,4 +1,4 @@
-"""Preparing a model in memory: quantizing its experts, and freezing it for training."""
+"""Preparation of a model in memory: quantization of its experts, and setup for training."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ def quantize_experts(
         quant_type: `"nf4"` or `"fp4"`.
         blocksize: number of weights that share a scale.
         double_quant: store the scales in 8 bits.
-        progressbar: show one.
-        storage: a format by its name, such as `"fp8/128x128"`, instead of the three options of 4 bits.
+        progressbar: show a progress bar.
+        storage: name of a format, such as `"fp8/128x128"`, instead of the three 4-bit options.
 
     Returns:
-        What is stored how.
+        Report on the experts.
 
     Raises:
-        ValueError: no routed experts, an experts class that is not supported, stacks that are offloaded, packed by
-            another quantizer or stored otherwise already. The error names the module, and the model is unchanged.
+        ValueError: there are no routed experts, an experts class is not supported, or stacks are offloaded, quantized
+            by another library or already stored in another format. The error names the module, and the model is
+            unchanged.
     """
     store_experts(model, format_of(storage, quant_type, blocksize, double_quant), progressbar)
     return experts_report(model)
@@ -55,49 +56,53 @@ def prepare_model_for_training(
 ) -> nn.Module:
     """Freezes a base model and sets up checkpointing, compilation and CUDA graphs; call it before `get_peft_model`.
 
-    Unlike `peft.prepare_model_for_kbit_training`, it casts nothing: PEFT's function casts every 16-bit parameter
-    that it does not know to fp32, experts included.
+    Unlike `peft.prepare_model_for_kbit_training`, it does not cast parameters. PEFT's function casts all unquantized
+    16-bit parameters to fp32, including experts.
 
-    With `compile_layers` or `cuda_graphs`, this package checkpoints the layers, and a Trainer's
-    `gradient_checkpointing=True` has no effect.
+    With `compile_layers` or `cuda_graphs`, this package checkpoints the layers, and `gradient_checkpointing=True` in
+    TrainingArguments has no effect.
 
     Args:
-        model: a transformers model, its experts quantized or not.
-        use_gradient_checkpointing: what the backward computes again. True: each decoder layer, from its input.
-            `"keep-experts"`: all of a layer but its experts, whose products take most of the time; what the fused
-            kernels need for that, `(T * K, 2I)` for each layer, is kept. False: nothing.
-        gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`. Default: `{"use_reentrant": False}`.
+        model: a transformers model with quantized or unquantized experts.
+        use_gradient_checkpointing: True recomputes each decoder layer in the backward. `"keep-experts"` recomputes all
+            of a layer except its experts, whose products take most of the time; the fused kernels save `(T * K, 2I)`
+            activations per layer for that. False saves all activations.
+        gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`. Default:
+            `{"use_reentrant": False}`.
         compile_layers: compile each decoder layer with `torch.compile`, for training.
-        cuda_graphs: capture forward and backward of each decoder layer in CUDA graphs, for training. A shape of
-            inputs is captured when it comes for the second time, so pad or pack to few lengths. `graphs_report(model)`
-            says what is captured.
+        cuda_graphs: capture forward and backward of each decoder layer in CUDA graphs, for training. An input shape is
+            captured on its second occurrence, so pad or pack sequences to few lengths. `graphs_report(model)` lists
+            the captured graphs.
 
     Returns:
         The model, changed in place.
 
     Raises:
-        ValueError: the model has an adapter already, which would be frozen too; the layers have been set up before;
-            or `gradient_checkpointing_kwargs` are given for layers that this package checkpoints.
+        ValueError: the model already has an adapter, which would be frozen too; its layers are already prepared; or
+            `gradient_checkpointing_kwargs` are given for layers that this package checkpoints.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("The model has an adapter, which would be frozen too. Prepare it before get_peft_model.")
+        raise ValueError(
+            "The model already has an adapter, which would be frozen too. Call prepare_model_for_training before "
+            "get_peft_model."
+        )
     if use_gradient_checkpointing not in (True, False, "keep-experts"):
         raise ValueError(
-            f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not known; it is True, False or "
+            f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not valid. Expected True, False or "
             '"keep-experts".'
         )
     is_run = compile_layers or cuda_graphs
     if is_run and gradient_checkpointing_kwargs is not None:
         raise ValueError(
-            "gradient_checkpointing_kwargs are those of torch's checkpointing, which compile_layers and cuda_graphs "
-            'replace by their own. Leave them out, or say use_gradient_checkpointing="keep-experts".'
+            "gradient_checkpointing_kwargs apply to torch's checkpointing, which compile_layers and cuda_graphs "
+            'replace. Remove them, or set use_gradient_checkpointing="keep-experts".'
         )
     model.requires_grad_(False)
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
         if use_gradient_checkpointing == "keep-experts":
             kwargs = {**kwargs, "context_fn": keep_experts}
-        # its name in newer versions of transformers, or the older one
+        # the name in newer versions of transformers, or the older name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(kwargs)
         # reentrant checkpointing computes gradients only if its input requires them

@@ -1,4 +1,4 @@
-"""Tensors at addresses that don't change, for what a CUDA graph reads and writes."""
+"""Tensors with fixed addresses, for inputs and outputs of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 
 class StaticTensors:
-    """One buffer for each role, shape and dtype, shared by all graphs that run one after the other on a stream."""
+    """One buffer for each role, shape and dtype, shared by all graphs that run sequentially on a stream."""
 
     def __init__(self) -> None:
         self._buffers: dict[Hashable, Tensor] = {}
         self._loaded: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
 
     def buffer(self, role: Hashable, like: Tensor) -> Tensor:
-        """An uninitialized, contiguous buffer of the shape, dtype and device of a tensor."""
+        """A contiguous buffer with the shape, dtype and device of a tensor; uninitialized at first."""
         key = (role, like.shape, like.dtype, like.device)
         if key not in self._buffers:
-            with torch.inference_mode(False):  # inference tensors can't be written to outside of it
+            with torch.inference_mode(False):  # inference tensors are read-only outside of inference mode
                 self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return self._buffers[key]
 
     @torch.no_grad()
     def load(self, role: Hashable, source: Tensor) -> Tensor:
-        """The buffer of a role with the values of a tensor; copied unless they are there already."""
+        """The buffer of a role with the values of a tensor; copies them unless the buffer already contains them."""
         key = (role, source.shape, source.dtype, source.device)
         buffer = self.buffer(role, source)
-        if source.is_inference():  # has no version counter
+        if source.is_inference():  # no version counter
             buffer.copy_(source)
             return buffer
         loaded, version = self._loaded.get(key, (None, 0))
@@ -45,16 +45,16 @@ class StaticTensors:
         return buffers
 
     def holds(self, role: Hashable, source: Tensor) -> None:
-        """Says that the buffer of a role has the values of a tensor, so that loading it copies nothing."""
+        """Marks the buffer of a role as containing the values of a tensor, so that `load` does not copy it."""
         self._loaded[role, source.shape, source.dtype, source.device] = (weakref.ref(source), source._version)
 
     def changed(self, *roles: Hashable) -> None:
-        """Says that a graph has written to the buffers of roles."""
+        """Marks the buffers of roles as changed by a graph."""
         self._loaded = {key: loaded for key, loaded in self._loaded.items() if key[0] not in roles}
 
 
 def copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Copies that are independent of the buffers they are taken from."""
+    """Copies of buffers."""
     results = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
     _copy([one for one in results if one is not None], [one for one in tensors if one is not None])
     return results
@@ -62,8 +62,8 @@ def copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copies all in a few launches."""
+    """Copies all tensors in few launches."""
     if targets:
-        # through `data`: autograd must not count this as an in-place change of what a captured backward reads,
-        # which is restored by then
+        # through `data`: autograd must not count this as an in-place change of tensors that a captured backward reads;
+        # their values are restored before it runs
         torch._foreach_copy_([target.data for target in targets], sources)

@@ -10,15 +10,15 @@ from torch.distributed.tensor import DTensor
 
 
 class UnsyncedAdamW8bit(AdamW8bit):
-    """bitsandbytes' AdamW8bit without its GPU synchronization after each parameter, of which an adapter has hundreds.
+    """bitsandbytes' AdamW8bit without its GPU synchronization after each parameter.
 
-    States and updates are bit-identical to the parent's; arguments are the same. A Trainer takes it as
+    States and updates are bit-identical to the parent's; arguments are the same. Pass it to Trainer as
     `optimizer_cls_and_kwargs=(UnsyncedAdamW8bit, {"lr": 1e-4})`.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One step of all parameters that have a gradient; returns what the closure does, which is called first.
+        """Updates all parameters with a gradient; calls the closure first and returns its result.
 
         Raises:
             ValueError: parameters are sharded over processes.
@@ -42,6 +42,6 @@ class UnsyncedAdamW8bit(AdamW8bit):
     def _refuse_sharded(self) -> None:
         if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
             raise ValueError(
-                f"{type(self).__name__} can't step parameters that are sharded over processes (FSDP2), as none of "
-                "bitsandbytes' optimizers can. Use torch.optim.AdamW, whose states are sharded too."
+                f"{type(self).__name__} does not support parameters that are sharded over processes (FSDP2), like all "
+                "optimizers of bitsandbytes. Use torch.optim.AdamW, which shards its states too."
             )

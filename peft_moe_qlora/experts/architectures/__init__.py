@@ -1,4 +1,4 @@
-"""Experts classes that the general layout can't describe, one file for each."""
+"""Experts classes that do not declare their layout, one module per class."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Architecture", "architecture_of", "checkpoint_conversions", "declara
 
 
 def architecture_of(module: nn.Module) -> Architecture | None:
-    """What we say of an experts module's class; None where the class speaks for itself."""
+    """The description of an experts module's class in this package; None if the class declares its layout."""
     return _BY_CLASS.get(type(module).__name__)
 
 
 def declaration(module: nn.Module, name: str) -> bool | None:
-    """The value of `is_transposed` and the like; None where neither the class nor we declare it."""
+    """The value of a flag such as `is_transposed`; None if neither the class nor this package declares it."""
     architecture = architecture_of(module)
     return getattr(module, name, None) if architecture is None else architecture.declarations[name]
 
 
 def checkpoint_conversions(model: nn.Module) -> list[WeightTransform]:
-    """Conversions that transformers' mapping lacks, for the experts that a model has."""
+    """Weight conversions for the experts of a model that transformers' mapping does not have."""
     names = {type(module).__name__ for module in model.modules()} & _BY_CLASS.keys()
     return [conversion for name in sorted(names) for conversion in _BY_CLASS[name].conversions()]

@@ -1,4 +1,4 @@
-"""What has to be said of an experts class that doesn't declare its layout."""
+"""Description of an experts class that does not declare its layout."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Architecture:
     """An experts class without `@use_experts_implementation`.
 
     Args:
-        class_name: the class.
-        declarations: what the decorator would have set on the instance: `is_transposed`, `is_concatenated`,
+        class_name: name of the class.
+        declarations: attributes that the decorator would set on the instance: `is_transposed`, `is_concatenated`,
             `has_bias`, `has_gate`.
         apply_gate: `act_fn(gate) * up`, as a function of the experts module and `(R, 2 * I)` rows -> `(R, I)`.
-        route: what the class is called with, `(hidden states, E)` -> `(R, 1)` expert ids, E for rows that need no
-            computing, and `(R, 1)` weights. None: it is called with ids and weights, as declared classes are.
-        conversions: how checkpoints with one tensor per expert become its stacks, where transformers doesn't say.
+        route: function `(hidden states, E)` -> `(R, 1)` expert ids, E for rows that are not computed, and `(R, 1)`
+            weights. None: the class is called with ids and weights, like classes with the decorator.
+        conversions: conversions of checkpoints with one tensor per expert, if transformers has none.
     """
 
     class_name: str

@@ -1,8 +1,8 @@
 """Liger's experts (liger-kernel 0.8).
 
-`apply_liger_kernel_to_qwen3_moe()` and its like, and a Trainer with `use_liger_kernel=True`, put them in the place of
-a model's own class for the rest of the process: Mixtral, Qwen3-MoE, Qwen3-VL-MoE, Qwen3-Next, Qwen3.5-MoE, GLM-4.5V,
-HunYuan-MoE, DeepSeek V2 and V3. All have stacks of one layout, and Liger refuses other gates than SiLU itself.
+`apply_liger_kernel_to_qwen3_moe()`, similar functions, and Trainer with `use_liger_kernel=True` replace the experts
+class of transformers for the rest of the process: Mixtral, Qwen3-MoE, Qwen3-VL-MoE, Qwen3-Next, Qwen3.5-MoE, GLM-4.5V,
+HunYuan-MoE, DeepSeek V2 and V3. All have the same layout, and Liger rejects gates other than SiLU.
 """
 
 from __future__ import annotations

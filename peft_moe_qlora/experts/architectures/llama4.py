@@ -1,7 +1,7 @@
 """Llama 4 (transformers 5.17 to 5.24).
 
-The block weights copies of all tokens by the router, zero where an expert isn't chosen, and calls its experts with
-`(E * T, H)`, the rows of an expert together.
+The block calls its experts with `(E * T, H)`: one copy of all tokens per expert, multiplied by the routing weights,
+which are zero for experts that are not chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _apply_gate(experts: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _route(hidden_states: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row of zeros gives zeros and has no gradient, since gate and up are both zero: it needs no computing."""
+    """Skips rows of zeros: gate and up are both zero, so output and gradient are zero too."""
     num_rows = hidden_states.shape[0]
     experts = torch.arange(num_experts, device=hidden_states.device).repeat_interleave(num_rows // num_experts)
     is_chosen = (hidden_states != 0).any(dim=-1)
@@ -28,7 +28,7 @@ def _route(hidden_states: torch.Tensor, num_experts: int) -> tuple[torch.Tensor,
 
 
 def _conversions() -> list[WeightConverter]:
-    # what quantizers that cut the stacks into linear layers have saved; transformers has no mapping for it
+    # names in checkpoints of quantizers that split the stacks into linear layers; transformers has no mapping for them
     experts = "feed_forward.experts"
     return [
         WeightConverter(

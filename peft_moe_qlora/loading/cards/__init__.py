@@ -1,4 +1,4 @@
-"""What fits on a card: the sizes of a model, the memory that training takes, and which settings to choose.
+"""What fits on a card: the sizes of a model, estimates of the memory for training, and a search for settings.
 
-Import the modules individually: checkpoint inspection, which is outside of this package, uses some of them.
+Import the modules individually: `loading.inspection`, outside this package, uses some of them.
 """

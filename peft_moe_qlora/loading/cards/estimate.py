@@ -1,7 +1,7 @@
-"""The memory that training a model takes on one GPU, part by part.
+"""Estimates the memory for training a model on one GPU, part by part.
 
 Checked against peaks measured on an H200 (`benchmarks/results`, `tests/test_card.py`; differences in docs/cards.md).
-Letters: T tokens of a step, K experts for a token, H hidden size, 2I features of gate and up projection.
+Letters: T tokens per step, K experts per token, H hidden size, 2I features of gate and up projection, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .sizes import DTYPE, ModelSizes, factors_of
 
 GIB = 2**30
 MOST_WORKSPACE = 256 * 2**20
-"""Of the grouped products, where matrices are decoded before they are multiplied (`ops/kernels/grouped_gemm.py`)."""
+"""Workspace of grouped products that dequantize matrices first (`ops/kernels/grouped_gemm.py`)."""
 LIBRARIES = 2**26
-"""For cuBLAS, on each stream that runs something, and tables."""
+"""Workspace of cuBLAS, per stream, and tables."""
 FRAGMENTATION = 0.01
-"""Of the memory that torch has taken from the GPU, what is free but not where it is needed."""
+"""Share of the memory reserved by torch that is free but unusable because of fragmentation."""
 OUTSIDE_OF_TORCH = 3 * 2**29
-"""For the CUDA context, kernels and graphs, 0.85 GiB on an H200, and a display."""
+"""The CUDA context, kernels and graphs (0.85 GiB on an H200), and a display."""
 
 
 @dataclass(frozen=True)
 class OptimizerSize:
-    """What an optimizer keeps for factors in fp32.
+    """Size of an optimizer's state for factors in fp32.
 
     Args:
-        title: of it.
+        title: name of the optimizer, for tables.
         state: shape of a factor -> bytes of its state on the GPU.
     """
 
@@ -41,7 +41,7 @@ class OptimizerSize:
 
 
 def _in_8_bits(moments: int) -> Callable[[tuple[int, ...]], int]:
-    """bitsandbytes: an fp32 scale for 256 values; tensors of fewer than 4,096 values stay in fp32."""
+    """State in 8 bits of bitsandbytes: one fp32 scale per 256 values; tensors below 4,096 values stay in fp32."""
 
     def state(shape: tuple[int, ...]) -> int:
         size = prod(shape)
@@ -57,12 +57,12 @@ def _of_rows_and_columns(shape: tuple[int, ...]) -> int:
 
 OPTIMIZERS = {
     "adamw_torch_fused": OptimizerSize("AdamW", lambda shape: 8 * prod(shape)),
-    "adamw_8bit": OptimizerSize("AdamW in 8 bits", _in_8_bits(moments=2)),
-    "paged_adamw_8bit": OptimizerSize("AdamW in 8 bits, its state in the CPU's memory", lambda shape: 0),
-    "lion_8bit": OptimizerSize("Lion in 8 bits", _in_8_bits(moments=1)),
+    "adamw_8bit": OptimizerSize("8-bit AdamW", _in_8_bits(moments=2)),
+    "paged_adamw_8bit": OptimizerSize("8-bit AdamW with its state in CPU memory", lambda shape: 0),
+    "lion_8bit": OptimizerSize("8-bit Lion", _in_8_bits(moments=1)),
     "adafactor": OptimizerSize("Adafactor", _of_rows_and_columns),
 }
-"""`optim` of `TrainingArguments` -> what it keeps; docs/optimizers.md has more of them."""
+"""`optim` of `TrainingArguments` -> size of its state. docs/optimizers.md lists more optimizers."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class Settings:
     """Settings of a training run.
 
     Args:
-        storage: of the experts; None for what the checkpoint has, or 16 bits.
-        rank: on linear layers.
-        expert_rank: on experts.
-        tokens: in a sequence.
-        batch: sequences in a step.
-        keep_experts: with `use_gradient_checkpointing="keep-experts"`, else True.
-        optimizer: of `OPTIMIZERS`.
-        linear_in_4_bits: linear layers are loaded in NF4, else as they are.
-        logits: the loss is computed from all logits, without Liger or TRL's own head.
-        cuda_graphs: with `cuda_graphs=True`.
-        accumulates: gradients stay from one backward to the next (`gradient_accumulation_steps` above 1).
+        storage: storage format of the experts; None for that of the checkpoint, or 16 bits.
+        rank: rank on linear layers.
+        expert_rank: rank on experts.
+        tokens: number of tokens per sequence.
+        batch: number of sequences per step.
+        keep_experts: whether `use_gradient_checkpointing` is `"keep-experts"` rather than True.
+        optimizer: a key of `OPTIMIZERS`.
+        linear_in_4_bits: whether linear layers are loaded in NF4 rather than as stored.
+        logits: whether the loss materializes all logits, unlike the fused losses of Liger and TRL.
+        cuda_graphs: whether training uses `cuda_graphs=True`.
+        accumulates: whether gradients persist between backward passes (`gradient_accumulation_steps` above 1).
     """
 
     storage: Format | None
@@ -105,17 +105,17 @@ class MemoryEstimate:
     """Peak memory of training in bytes, by purpose.
 
     Args:
-        experts: their codes and scales.
-        linear_layers: those that are loaded in 4 bits, or would be.
-        other_weights: embeddings, head, norms, routers and all else, in 16 bits.
-        factors: of LoRA, in fp32.
-        gradients: of the factors, in fp32.
-        optimizer: its state.
-        layer_inputs: of all decoder layers, in 16 bits, from which the backward recomputes the rest.
-        kept_experts: what the experts' backward needs, where it isn't recomputed.
-        head: the loss, and what it saves for the backward.
-        one_layer: of the layer being recomputed: its activations, their gradients, and workspace.
-        graph_buffers: what CUDA graphs read and write.
+        experts: codes and scales of the experts.
+        linear_layers: linear layers that `linear_in_4_bits` stores in 4 bits, in either setting.
+        other_weights: embeddings, head, norms, routers and all other weights, in 16 bits.
+        factors: LoRA factors, in fp32.
+        gradients: gradients of the factors, in fp32.
+        optimizer: state of the optimizer.
+        layer_inputs: inputs of all decoder layers, in 16 bits, from which the backward recomputes activations.
+        kept_experts: activations of the experts that are kept for the backward.
+        head: the loss, and tensors that it saves for the backward.
+        one_layer: activations of the layer that is recomputed, their gradients, and workspace.
+        graph_buffers: inputs and outputs of CUDA graphs.
         before_capture: an allowance for memory cached by the steps before the capture, which graphs can't use; most of
             it is freed before a capture.
         libraries: see `LIBRARIES`.
@@ -141,7 +141,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Memory that the GPU must have."""
+        """Required GPU memory."""
         return sum(asdict(self).values())
 
     @property
@@ -151,7 +151,7 @@ class MemoryEstimate:
 
     @property
     def peak_allocated(self) -> int:
-        """Memory of tensors (`torch.cuda.max_memory_allocated`); the graphs' pool counts as free between replays."""
+        """Peak memory of tensors (`torch.cuda.max_memory_allocated`); the pool of graphs is free between replays."""
         taken = self.reserved - self.fragmentation - self.before_capture
         return taken - (self.one_layer if self.graph_buffers else 0)
 
@@ -161,7 +161,7 @@ class MemoryEstimate:
         return self.experts + self.linear_layers + self.other_weights + self.factors
 
     def table(self) -> str:
-        """The parts that are not 0, and their sum."""
+        """A table of the parts that are not 0, and their sum."""
         parts = {name.replace("_", " "): size for name, size in asdict(self).items() if size}
         rows = [(name, f"{size / GIB:.2f}") for name, size in {**parts, "total": self.total}.items()]
         return tabulate(rows, ("", "GiB"), disable_numparse=True, colalign=("left", "right"))
@@ -170,13 +170,14 @@ class MemoryEstimate:
 def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
     """Estimates the memory of training.
 
-    The backward frees the input of a layer once it has the gradients of its factors, so the peak is at its beginning
-    (the head or the last layer) or at its end (the first layer). Captured layers keep their activations in the graphs'
-    pool permanently. Graphs can't use memory cached by the steps before the capture: that of the first step, where
-    neither the optimizer's state nor later steps reuse it, and that of a layer on the graphs' own stream.
+    The backward frees the input of a layer after the gradients of its factors are computed, so the peak is at its
+    beginning (the head or the last layer) or at its end (the first layer). Captured layers keep their activations
+    permanently in the pool of the graphs. Graphs can't use memory cached by the steps before the capture: memory of
+    the first step that neither the optimizer's state nor later steps reuse, and memory of a layer on the stream of the
+    graphs.
 
     Raises:
-        ValueError: the experts can't be stored in this format.
+        ValueError: the storage format does not support the shape of the experts.
     """
     storage, shapes = settings.storage, sizes.factor_shapes(settings.rank, settings.expert_rank)
     double_quant = isinstance(storage, FourBitFormat) and storage.double_quant
@@ -217,7 +218,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
 
 
 def kept_experts(sizes: ModelSizes, settings: Settings) -> int:
-    """Of all experts modules, see `kept_nbytes`."""
+    """Memory kept for the backward of all experts modules; see `kept_nbytes`."""
     if not settings.keep_experts:
         return 0
     kept = 0
@@ -231,11 +232,11 @@ def kept_experts(sizes: ModelSizes, settings: Settings) -> int:
 def one_layer(sizes: ModelSizes, settings: Settings) -> int:
     """Peak of a layer's backward, which is in its experts.
 
-    Of experts, `ops/fused_steps.py`: for each of the T K rows its gate's input, the gradient of that, and of the
-    gate's output or of the input, whichever is larger; the gradient of the output and of the input for each of T
-    tokens; a workspace. Of the rest of the layer, what stands before the experts: inputs and
-    outputs of its linear layers in 16 bits, and 24 H bytes of norms and residuals, which are in fp32 in part. Where
-    a model class has no SDPA, scores of attention four times in 16 bits, between product, softmax and back.
+    For the experts (`ops/fused_steps.py`): for each of T K rows, the input of the gate, its gradient, and the larger
+    of the gradients of the gate's output and of the input; for each of T tokens, the gradients of output and input;
+    and a workspace. For the rest of the layer, whose activations precede the experts: inputs and outputs of its linear
+    layers in 16 bits, and 24 H bytes per token for norms and residuals, partly in fp32. For a model class without
+    SDPA, four copies of the attention scores in 16 bits, for product, softmax and backward.
     """
     tokens = settings.step_tokens
     experts = 0
@@ -251,10 +252,11 @@ def one_layer(sizes: ModelSizes, settings: Settings) -> int:
 
 
 def head(sizes: ModelSizes, settings: Settings) -> int:
-    """With logits, 12 bytes of each: its log-softmax in fp32, and two gradients of that.
+    """Peak memory of the head and the loss.
 
-    Without, the gradient of the last hidden states, and 6 bytes of each logit of a chunk, which Liger makes as long as
-    `T H / V` rounded up to a power of two.
+    With `logits`, 12 bytes per logit: the log-softmax in fp32, and two gradients. Otherwise the gradient of the last
+    hidden states, and 6 bytes per logit of a chunk; Liger uses chunks of `T H / V` tokens, rounded up to a power of
+    two.
     """
     tokens = settings.step_tokens
     if settings.logits:
@@ -265,7 +267,7 @@ def head(sizes: ModelSizes, settings: Settings) -> int:
 
 
 def graph_buffers(sizes: ModelSizes, settings: Settings) -> int:
-    """Two for the gradients of a layer's factors, and three of the size of hidden states; all graphs share them."""
+    """Buffers shared by all graphs: two for the gradients of a layer's factors, and three for hidden states."""
     if not settings.cuda_graphs:
         return 0
     of_layer = max(sum(4 * prod(shape) for shape in factors_of(one, settings.expert_rank)) for one in sizes.layouts)

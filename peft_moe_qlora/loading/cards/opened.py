@@ -1,4 +1,4 @@
-"""A checkpoint opened by its config and headers alone: its model, and the source of each stack."""
+"""A checkpoint opened from its config and headers only: its model, and the source of each stack."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .sizes import DTYPE, ModelSizes, format_nbytes, four_bit_nbytes, sizes_of
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """What `open` found.
+    """Result of `open`.
 
     Args:
-        model: on the meta device.
-        checkpoint: its headers.
-        finder: that has assigned tensors to stacks.
+        model: model on the meta device.
+        checkpoint: checkpoint of the model.
+        finder: finder that mapped tensors to stacks.
         sources: path -> projection -> source.
-        saved: the configuration that this package has saved it with; None for other checkpoints.
-        quantization: `quantization_config` in its config.json; None for none.
+        saved: configuration of a checkpoint saved by this package; None for other checkpoints.
+        quantization: `quantization_config` of the checkpoint; None for an unquantized one.
     """
 
     model: PreTrainedModel
@@ -43,11 +43,11 @@ class OpenedCheckpoint:
 
     @classmethod
     def open(cls, directory: str | Path) -> OpenedCheckpoint:
-        """Reads no weight.
+        """Opens a checkpoint without reading weights.
 
         Raises:
             CheckpointError: see `readable_quantization`, `Checkpoint` and `SourceFinder`.
-            ValueError: the model has no routed experts, or of a class that is not supported.
+            ValueError: the model has no routed experts, or the class of the experts is not supported.
         """
         config = read_config(directory)
         quantization = readable_quantization(config, directory)
@@ -63,15 +63,15 @@ class OpenedCheckpoint:
 
     @property
     def method(self) -> str | None:
-        """`quant_method`, None for a checkpoint that is not quantized."""
+        """`quant_method`, None for an unquantized checkpoint."""
         return None if self.quantization is None else quant_method(self.quantization)
 
     def empty_stack(self, source: Source, storage: Format | None) -> Stack:
-        """A stack as it is loaded, on the meta device.
+        """An empty stack on the meta device, as `load_quantized` would create it.
 
         Args:
-            source: of it.
-            storage: format for experts in floating point.
+            source: source of the stack.
+            storage: storage format for experts in floating point.
         """
         # weights that a quantized checkpoint has in 16 bits stay in 16 bits
         is_left = self.quantization is not None and isinstance(source, DenseSource)
@@ -82,10 +82,10 @@ class OpenedCheckpoint:
         return stack
 
     def packed_weights(self, double_quant: bool = False) -> dict[str, int]:
-        """Name of a weight -> bytes, of those beside the experts that the checkpoint has packed.
+        """Name -> bytes of the weights outside the experts that are packed in the checkpoint.
 
         Args:
-            double_quant: what bitsandbytes has packed has its scales in 8 bits.
+            double_quant: whether weights packed by bitsandbytes have 8-bit scales.
         """
         found = {}
         if self.quantization is not None:
@@ -103,7 +103,7 @@ class OpenedCheckpoint:
         return found
 
     def sizes(self, double_quant: bool = False) -> ModelSizes:
-        """See `packed_weights` for the argument."""
+        """The sizes of the model. See `packed_weights` for the argument."""
         stacks = {
             source.target.name: self.empty_stack(source, None)
             for of_module in self.sources.values()
@@ -120,10 +120,10 @@ class OpenedCheckpoint:
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """The model of a config, on the meta device.
+    """Creates the model of a config on the meta device.
 
     Raises:
-        ValueError: transformers has no such class, or its experts are not supported.
+        ValueError: transformers does not have the class, or its experts are not supported.
     """
     with torch.device("meta"):
         model = class_of(config)._from_config(config)

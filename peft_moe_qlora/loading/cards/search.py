@@ -17,25 +17,13 @@ TOKENS = (4096, 2048, 1024, 512)
 EXPERT_RANKS = (16, 8, 4, 2)
 SEARCHED_OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
 CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
-"""GiB of cards that there are."""
+"""Memory of common cards, GiB."""
 LONGEST = 2**17
 
 
 @dataclass(frozen=True)
 class Pins:
-    """Settings fixed before the search; None for those to be found.
-
-    Args:
-        storage: of the experts.
-        rank: on linear layers.
-        expert_rank: on experts.
-        tokens: in a sequence.
-        batch: sequences in a step.
-        keep_experts: with `use_gradient_checkpointing="keep-experts"`.
-        optimizer: of `OPTIMIZERS`.
-        logits: see `Settings`.
-        accumulates: see `Settings`.
-    """
+    """Settings fixed before the search; the search chooses those that are None. See `Settings` for the arguments."""
 
     storage: Format | None = None
     rank: int = 16
@@ -59,15 +47,15 @@ class Row:
 
 @dataclass(frozen=True)
 class CardAnswer:
-    """What `what_fits` found; prints as tables and lines to paste.
+    """Result of `what_fits`; prints as tables and code to paste.
 
     Args:
-        model: name or path.
-        model_class: its class.
+        model: name or path of the model.
+        model_class: class of the model.
         packed_as: see `ModelSizes`.
-        card: GiB.
-        rows: for each length and rank on experts.
-        longest: tokens in a sequence that fit with what is recommended, all else equal.
+        card: memory of the card, GiB.
+        rows: one row for each sequence length and rank on experts.
+        longest: longest sequence that fits with the recommended settings, in tokens.
     """
 
     model: str
@@ -79,7 +67,7 @@ class CardAnswer:
 
     @property
     def recommended(self) -> Row | None:
-        """The first that fits."""
+        """The first row that fits."""
         return next((row for row in self.rows if row.fits), None)
 
     @property
@@ -108,22 +96,22 @@ class CardAnswer:
         }
 
     def __str__(self) -> str:
-        header = ("tokens", "experts' r", "experts in", "optimizer", "computed again", "graphs", "GiB", "fits")
+        header = ("tokens", "expert rank", "expert storage", "optimizer", "recomputed", "graphs", "GiB", "fits")
         table = tabulate([_shown(row) for row in self.rows], header, disable_numparse=True)
         found = self.recommended
         if found is None:
             return f"{table}\n\n{self._what_is_missing()}\n{self.smallest.memory.table()}"
         sequences = f"{found.settings.batch} x " if found.settings.batch > 1 else ""
-        title = f"The first that fits, {sequences}{found.settings.tokens:,} tokens, up to {self.longest:,} if need be:"
+        title = f"Recommended: {sequences}{found.settings.tokens:,} tokens (up to {self.longest:,} fit):"
         lines = recipe(self.model, found.settings, self.packed_as)
         return "\n".join([table, "", title, found.memory.table(), "", *lines])
 
     def _what_is_missing(self) -> str:
         least = self.smallest.memory.total / GIB
         larger = [size for size in CARDS if size >= least]
-        remedy = f"The smallest card for it has {larger[0]} GiB" if larger else "No single card is known to have that"
+        remedy = f"The smallest card that fits has {larger[0]} GiB" if larger else "No known single card has enough"
         return (
-            f"Nothing fits on {self.card:g} GiB: what takes least of these needs {least:.1f} GiB, "
+            f"Nothing fits on {self.card:g} GiB: the smallest of these settings requires {least:.1f} GiB, "
             f"{least - self.card:.1f} more. {remedy}."
         )
 
@@ -147,16 +135,16 @@ def _shown(row: Row) -> tuple[str, ...]:
 
 
 def what_fits(model: str, sizes: ModelSizes, card: float, pins: Pins = Pins()) -> CardAnswer:
-    """The settings that fit, for lengths and ranks on experts in order of preference.
+    """Searches for settings that fit, for sequence lengths and ranks on experts in order of preference.
 
-    At one length and rank, the precision of base and optimizer comes first: the finest storage, then AdamW in fp32
-    before 8 bits before paged. Then speed: graphs and kept experts, either, neither.
+    At one length and rank, precision takes precedence: first of the storage, then of the optimizer (fp32, 8-bit, paged
+    8-bit AdamW). Then speed: graphs with kept experts, graphs only, kept experts only, neither.
 
     Args:
-        model: name or path, for the lines to paste.
-        sizes: of it.
-        card: GiB.
-        pins: what is settled.
+        model: name or path of the model, for the code to paste.
+        sizes: sizes of the model.
+        card: memory of the card, GiB.
+        pins: fixed settings.
 
     Raises:
         ValueError: the experts can't be stored in the requested format.
@@ -180,8 +168,8 @@ def _or(pinned: Any | None, wished: tuple) -> tuple:
 
 
 def _candidates(sizes: ModelSizes, pins: Pins, tokens: int, expert_rank: int) -> Iterator[Settings]:
-    """In order of preference."""
-    # graphs hold what a layer's attention takes, which without SDPA is most of it
+    """All settings in order of preference."""
+    # graphs keep the memory of a layer's attention, which is most of the total without SDPA
     graphs = (False,) if sizes.eager_heads else (True, False)
     for storage, optimizer, cuda_graphs, keep_experts in product(
         _storages(sizes, pins),
@@ -205,10 +193,12 @@ def _candidates(sizes: ModelSizes, pins: Pins, tokens: int, expert_rank: int) ->
 
 
 def _storages(sizes: ModelSizes, pins: Pins) -> tuple[Format | None, ...]:
-    """None for what the checkpoint has."""
+    """Storages to try, None for that of the checkpoint."""
     if sizes.is_packed and not sizes.may_repack:
         if pins.storage is not None:
-            raise ValueError(f"the experts are packed already, and can't be stored as {pins.storage}. Leave that out.")
+            raise ValueError(
+                f"The experts are already quantized, and cannot be stored as {pins.storage}. Remove that option."
+            )
         return (None,)
     if pins.storage is not None:
         return (pins.storage,)
@@ -219,7 +209,7 @@ def _storages(sizes: ModelSizes, pins: Pins) -> tuple[Format | None, ...]:
 
 
 def _longest(sizes: ModelSizes, settings: Settings, card: float) -> int:
-    """By steps of 256 tokens."""
+    """Longest sequence that fits, in steps of 256 tokens."""
     fitting, too_long = settings.tokens, LONGEST + 1
     while too_long - fitting > 256:
         middle = (fitting + too_long) // 2
@@ -231,7 +221,7 @@ def _longest(sizes: ModelSizes, settings: Settings, card: float) -> int:
 
 
 def recipe(model: str, settings: Settings, packed_as: Format | None = None) -> list[str]:
-    """Lines to paste, up to the dataset."""
+    """Code to paste, up to the dataset."""
     storage, found = storage_name(settings), settings.storage or packed_as
     stored = "" if found is None else f', storage="{found}"'
     loading = f'"{model}"'
@@ -247,12 +237,12 @@ def recipe(model: str, settings: Settings, packed_as: Format | None = None) -> l
         f"per_device_train_batch_size={settings.batch}",
         f'optim="{settings.optimizer}"',
         "bf16=True",
-        "gradient_checkpointing=False",  # a Trainer would replace the prepared checkpointing by its own
+        "gradient_checkpointing=False",  # otherwise Trainer replaces the checkpointing that was set up before
     ]
     lines = [
         "from peft import get_peft_model",
         f"from peft_moe_qlora import {', '.join(names)}",
-        "from trl import SFTConfig, SFTTrainer  # its loss never holds all logits",
+        "from trl import SFTConfig, SFTTrainer  # its loss never materializes all logits",
         "",
         f'model = load_quantized({loading}, device_map={{"": 0}})',
         f"prepare_model_for_training(model, use_gradient_checkpointing={keep}{fast})",
@@ -268,5 +258,5 @@ def recipe(model: str, settings: Settings, packed_as: Format | None = None) -> l
     if settings.optimizer == "adamw_8bit":
         lines.append("# faster: optimizer_cls_and_kwargs=(peft_moe_qlora.training.UnsyncedAdamW8bit, {'lr': 1e-4})")
     if settings.cuda_graphs:
-        lines.append("# graphs are captured for each length: pad or pack to few lengths, or leave cuda_graphs out")
+        lines.append("# graphs are captured per length: pad or pack to few lengths, or remove cuda_graphs")
     return lines

@@ -1,4 +1,4 @@
-"""The sizes of a model that determine its memory in training, found without reading weights."""
+"""The sizes that determine the memory of a model in training, computed without reading weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ..linear import asked_for_dtype
 from ..sources import Target
 
 DTYPE = torch.bfloat16
-"""Of what is not quantized."""
+"""Dtype of unquantized weights."""
 _CODE_TABLES = {False: 4 * 16, True: 4 * (16 + 256)}
-"""Bytes of the tables of values that bitsandbytes keeps with each 4-bit layer: of codes, and of nested scales."""
+"""Bytes of the tables that bitsandbytes keeps for each 4-bit layer: for codes, and for nested scales."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StackSize:
 
     Args:
         shape, is_transposed, parts: see `Target`.
-        stored_nbytes: as the checkpoint has packed it; None for a stack in floating point.
+        stored_nbytes: size of a stack packed in the checkpoint; None for a stack in floating point.
     """
 
     shape: tuple[int, int, int]
@@ -43,11 +43,11 @@ class StackSize:
     stored_nbytes: int | None = None
 
     def nbytes(self, storage: Format | None, may_repack: bool) -> int:
-        """Bytes when it is loaded.
+        """Size of the loaded stack in bytes.
 
         Args:
-            storage: of experts; None for what the checkpoint has, or 16 bits.
-            may_repack: whether experts that the checkpoint has packed can be stored as something else.
+            storage: storage format of experts; None for that of the checkpoint, or 16 bits.
+            may_repack: whether experts packed in the checkpoint can be requantized.
         """
         if self.stored_nbytes is not None and (storage is None or not may_repack):
             return self.stored_nbytes
@@ -61,21 +61,21 @@ def _nbytes_of_stack(shape: tuple[int, int, int], is_transposed: bool, parts: in
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes that determine the memory of a model in training; mappings give counts.
+    """Sizes that determine the memory of a model in training. The values of mappings are counts.
 
     Args:
-        model_class: its name.
-        stacks: of experts.
-        layouts: of the experts modules.
-        linear: shapes `(out, in)` of linear layers that are loaded in 4 bits or in 16.
-        other_nbytes: of all other weights, which are the same in every setting.
-        factors: `(out, in)` of the linear layers that LoRA adapts with `target_modules="all-linear"`.
-        top_k: experts for a token.
-        hidden_size, num_layers, vocab_size: of the decoder.
-        layer_features: inputs and outputs of all linear layers of a decoder layer, the widest one's.
-        eager_heads: heads whose attention scores are computed in full; 0 where they never are.
-        may_repack: whether experts that the checkpoint has packed can be decoded and stored as something else.
-        packed_as: the format of experts that the checkpoint has packed; None for several, or none.
+        model_class: name of the model class.
+        stacks: sizes of the experts stacks.
+        layouts: layouts of the experts modules.
+        linear: shapes `(out, in)` of linear layers that may be loaded in 4 bits or in 16 bits.
+        other_nbytes: bytes of all other weights, which do not depend on settings.
+        factors: shapes `(out, in)` of the linear layers that LoRA adapts with `target_modules="all-linear"`.
+        top_k: number of experts per token.
+        hidden_size, num_layers, vocab_size: sizes of the decoder.
+        layer_features: sum of inputs and outputs of all linear layers of a decoder layer; the largest of all layers.
+        eager_heads: number of heads if attention scores are materialized; 0 with SDPA.
+        may_repack: whether experts packed in the checkpoint can be requantized.
+        packed_as: storage format of experts packed in the checkpoint; None for none, or if they have several.
     """
 
     model_class: str
@@ -95,12 +95,14 @@ class ModelSizes:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the checkpoint has experts in fewer than 16 bits."""
+        """Whether the checkpoint has quantized experts."""
         return any(stack.stored_nbytes is not None for stack in self.stacks)
 
     def experts_nbytes(self, storage: Format | None) -> int:
-        """Raises:
-        ValueError: a stack can't be stored in this format.
+        """Size of all stacks in bytes.
+
+        Raises:
+            ValueError: the format does not support the shape of a stack.
         """
         return sum(count * stack.nbytes(storage, self.may_repack) for stack, count in self.stacks.items())
 
@@ -110,7 +112,7 @@ class ModelSizes:
         return sum(count * DTYPE.itemsize * prod(shape) for shape, count in self.linear.items())
 
     def factor_shapes(self, rank: int, expert_rank: int) -> Counter[tuple[int, ...]]:
-        """Shape of a factor -> number of them, A and B of linear layers and of experts."""
+        """Shape of a factor -> number of factors, for A and B of linear layers and experts."""
         found: Counter[tuple[int, ...]] = Counter()
         for (out_features, in_features), count in self.factors.items():
             found[rank, in_features] += count
@@ -132,7 +134,7 @@ def factors_of(layout: ExpertsLayout, rank: int) -> list[tuple[int, ...]]:
 
 
 def four_bit_nbytes(shape: tuple[int, int], double_quant: bool) -> int:
-    """Bytes of a linear layer of bitsandbytes, in blocks of 64 (QLoRA, section 3)."""
+    """Size in bytes of a 4-bit linear layer of bitsandbytes, in blocks of 64 (QLoRA, section 3)."""
     return format_nbytes(shape, FourBitFormat("nf4", 64, double_quant)) + _CODE_TABLES[double_quant]
 
 
@@ -162,10 +164,10 @@ def sizes_of(
     """The sizes of a model on the meta device.
 
     Args:
-        model: with its own experts modules.
-        stored: name of a stack -> bytes, of those that the checkpoint has packed.
-        packed: name of another weight -> bytes, of those that the checkpoint has packed.
-        keeps_linear: whether linear layers are loaded as the checkpoint has them, whatever is asked for.
+        model: model with unconverted experts modules.
+        stored: name -> bytes of stacks packed in the checkpoint.
+        packed: name -> bytes of other weights packed in the checkpoint.
+        keeps_linear: whether linear layers are always loaded as stored.
         may_repack, packed_as: see `ModelSizes`.
 
     Raises:
@@ -209,18 +211,18 @@ def sizes_of(
 
 
 def linear_for_4_bits(model: PreTrainedModel, packed: Iterable[str] = ()) -> dict[str, nn.Linear]:
-    """Path -> linear layer, of those that loading quantizes to 4 bits.
+    """Path -> linear layer, for layers that are quantized to 4 bits when loaded.
 
     Args:
-        model: with its own layers.
-        packed: names of weights that the checkpoint has packed.
+        model: model with unconverted layers.
+        packed: names of weights packed in the checkpoint.
     """
     left_out = {*asked_for_dtype(model), *(name.removesuffix(".weight") for name in packed)}
     return {name: layer for name, layer in quantizable_linear(model).items() if name not in left_out}
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Those with experts; all that transformers would checkpoint where none of them is known as such."""
+    """Layers with experts; if none are found, all layers that transformers would checkpoint."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return [layer for layer in layers if expert_layouts(layer)] or layers
 

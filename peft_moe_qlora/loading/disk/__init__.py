@@ -1,4 +1,4 @@
-"""The layouts of quantized weights in checkpoints, one file each; each turns its tensors into those of a format."""
+"""The layouts of quantized weights in checkpoints, one file each, and their conversion to storage formats."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ LAYOUTS: list[type[DiskLayout]] = [
     Nvfp4Layout,
     Mxfp4Layout,
 ]
-"""In the order in which they are asked."""
+"""All layouts; the first that matches a weight is used."""
 
 
 def is_read(declared: dict[str, Any]) -> bool:
-    """Whether all weights that a checkpoint's `quantization_config` declares are in layouts that are read."""
+    """Whether the layouts of all weights declared in a checkpoint's `quantization_config` are supported."""
     schemes = weight_schemes(declared)
     return bool(schemes) and all(any(layout.reads(scheme) for layout in LAYOUTS) for scheme in schemes)
 
 
 def layouts_of(declared: dict[str, Any] | None) -> list[DiskLayout]:
-    """The layouts in which a checkpoint may have weights.
+    """The layouts that weights of a checkpoint may have.
 
     Args:
-        declared: the `quantization_config` in its config.json; None for none.
+        declared: the `quantization_config` in its config.json; None for an unquantized checkpoint.
 
     Raises:
-        CheckpointError: it has a value that means nothing.
+        CheckpointError: `declared` has an invalid value.
     """
     schemes = [] if declared is None else weight_schemes(declared)
     found = []
@@ -48,7 +48,7 @@ def layouts_of(declared: dict[str, Any] | None) -> list[DiskLayout]:
 
 
 PACKS_ALL_EXPERTS = {"mxfp4": "mxfp4"}
-"""`quant_method` that says without a look at the tensors that all experts are packed -> their format."""
+"""`quant_method` for which all experts are always packed -> their storage format."""
 
 __all__ = [
     "LAYOUTS",

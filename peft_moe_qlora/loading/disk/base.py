@@ -1,4 +1,4 @@
-"""What a layout of quantized weights in a checkpoint says: which tensors belong together, and how they are read."""
+"""Interface of layouts of quantized weights: which tensors of a checkpoint belong together, and how to read them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ...quantization import Format
 from ..checkpoint import Checkpoint, CheckpointError, TensorInfo
 
 Scheme = dict[str, Any]
-"""How one kind of weights is quantized, as the config of a checkpoint has it, its `quant_method` included."""
+"""The quantization of one group of weights as declared in a checkpoint's config, including its `quant_method`."""
 
 
 def quant_method(declared: dict[str, Any]) -> str:
-    """By what a checkpoint is quantized, as its `quantization_config` says; bitsandbytes did not always say it."""
+    """`quant_method` in a checkpoint's `quantization_config`; old versions of bitsandbytes did not write it."""
     default = "bitsandbytes" if declared.keys() & {"load_in_4bit", "load_in_8bit"} else "a method without a name"
     method = declared.get("quant_method") or default
     return str(method.value if isinstance(method, QuantizationMethod) else method)
 
 
 def weight_schemes(declared: dict[str, Any]) -> list[Scheme]:
-    """One for each kind of weights that a `quantization_config` declares.
+    """The schemes declared in a `quantization_config`.
 
-    compressed-tensors has groups of layers, each with its own; others have one for all.
+    compressed-tensors has one per group of layers, other methods have one for all layers.
     """
     method = quant_method(declared)
     groups = declared.get("config_groups")
@@ -47,8 +47,8 @@ class Group:
     """The tensors of a checkpoint that may be one quantized weight.
 
     Args:
-        key: that the weight would have in a 16-bit checkpoint.
-        tensors: by the suffix of their key; the suffix is empty for the tensor that has the weight's own key.
+        key: key of the weight in a 16-bit checkpoint.
+        tensors: suffix of the key -> tensor; the suffix is empty for the tensor with the key of the weight.
     """
 
     key: str
@@ -61,13 +61,13 @@ class Group:
 
 @dataclass(frozen=True)
 class PackedTensor(ABC):
-    """One quantized weight of a checkpoint, its headers checked.
+    """One quantized weight of a checkpoint, whose headers have been checked.
 
     Args:
-        key: that the weight would have in a 16-bit checkpoint.
-        shape: of the weight: a matrix, or one of each expert.
-        storage: the format that its tensors become, without a bit changed.
-        keys: of all its tensors.
+        key: key of the weight in a 16-bit checkpoint.
+        shape: shape of the weight: a matrix, or one matrix per expert.
+        storage: storage format to which its tensors are converted without loss.
+        keys: keys of all its tensors.
     """
 
     key: str
@@ -76,67 +76,67 @@ class PackedTensor(ABC):
     keys: tuple[str, ...]
 
     is_out_in: ClassVar[bool] = True
-    """Whether it is stored `(out, in)` whatever the class has; otherwise as the class has it."""
+    """Whether the weight is always stored `(out, in)`; otherwise in the orientation of the class."""
 
     can_be_requantized: ClassVar[bool] = True
-    """Whether another storage may be asked for, into which it is decoded."""
+    """Whether the weight can be requantized to another storage."""
 
     @property
     def num_parts(self) -> int:
-        """Matrices under each other that one is made of."""
+        """Number of matrices stacked along the rows in one matrix."""
         return 1
 
     @property
     def description(self) -> str:
-        """How the weight is stored, for people."""
+        """Description of the storage, for reports."""
         return f"{self.storage}, {'one tensor per expert' if len(self.shape) == 2 else 'fused'}"
 
     @abstractmethod
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """The format's tensors, on the CPU.
+        """Reads the tensors of the storage format, on the CPU.
 
         Args:
-            checkpoint: where the keys are.
-            expert: which one, where the weight is one of each expert.
+            checkpoint: the checkpoint.
+            expert: index of the expert, if the weight has one matrix per expert.
 
         Raises:
-            CheckpointError: a value is none that a quantizer writes.
+            CheckpointError: a value is invalid.
         """
 
     def write(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What `read` gives of one matrix, as it lies in the file: key -> tensor, without experts in front.
+        """Inverse of `read` for one matrix: key -> tensor as in the file, without the dimension of experts.
 
         Args:
-            tensors: of the format, on the CPU.
+            tensors: tensors of the storage format, on the CPU.
 
         Raises:
-            CheckpointError: the layout has no place for them, or none is known of it.
+            CheckpointError: the layout cannot store these tensors, or writing it is not supported.
         """
         raise CheckpointError(
-            f"{self.key} is stored in a layout that merged weights are not written in. Merge into 16 bits, or in "
-            "memory."
+            f"{self.key}: writing merged weights in the layout of this checkpoint is not supported. Merge into 16 "
+            "bits, or in memory."
         )
 
     def read_each(self, checkpoint: Checkpoint) -> Iterator[dict[str, torch.Tensor]]:
-        """`read` for all experts, one after the other."""
+        """Calls `read` for all experts, one after the other."""
         return (self.read(checkpoint, expert) for expert in range(self.shape[0]))
 
 
 class DiskLayout(ABC):
-    """A way in which quantized weights lie in checkpoints.
+    """A layout of quantized weights in checkpoints.
 
     Args:
-        schemes: what the checkpoint declares that this layout reads.
+        schemes: the schemes in the checkpoint's config that this layout supports.
     """
 
     must_be_declared: ClassVar[bool] = True
-    """Whether the config of a checkpoint has to say that weights are in this layout."""
+    """Whether the config of a checkpoint must declare this layout."""
 
     endings: ClassVar[dict[str, str]]
-    """Ending of a key -> what stands there in the key of the weight; of several that fit the first counts."""
+    """Ending of a key -> ending of the key of the weight; the first ending that matches is used."""
 
     describing: ClassVar[tuple[str, ...]]
-    """The endings of tensors without which the weight means nothing, such as scales."""
+    """The endings of tensors that are required to decode a weight, such as scales."""
 
     def __init__(self, schemes: list[Scheme]) -> None:
         self.schemes = schemes
@@ -144,10 +144,10 @@ class DiskLayout(ABC):
     @classmethod
     @abstractmethod
     def reads(cls, scheme: Scheme) -> bool:
-        """Whether weights that are declared so are in this layout."""
+        """Whether weights with this scheme have this layout."""
 
     def plain_key(self, key: str) -> tuple[str, str]:
-        """The key that the weight would have in a 16-bit checkpoint, and the ending of this one; empty for none."""
+        """The key of the weight in a 16-bit checkpoint, and the ending of the given key; empty for none."""
         for ending, plain in self.endings.items():
             if key.endswith(ending):
                 return key.removesuffix(ending) + plain, ending
@@ -155,17 +155,17 @@ class DiskLayout(ABC):
 
     @abstractmethod
     def codes_of(self, group: Group) -> str | None:
-        """The key of a group's codes; None if it is no weight in this layout."""
+        """The key of a group's codes; None if the group is not a weight in this layout."""
 
     @abstractmethod
     def packed_tensor(self, checkpoint: Checkpoint, group: Group, parts: int = 1) -> PackedTensor:
-        """Describes a weight, and makes sure from the headers that all its parts are there and fit each other.
+        """Describes a weight, and checks from the headers that its tensors are complete and consistent.
 
         Args:
-            checkpoint: where the tensors are.
-            group: of the weight.
-            parts: matrices under each other that one is made of, such as gate and up projection.
+            checkpoint: the checkpoint.
+            group: tensors of the weight.
+            parts: number of matrices stacked along the rows in one matrix, such as gate and up projection.
 
         Raises:
-            CheckpointError: a part is missing, of another shape or dtype, or described in an unknown way.
+            CheckpointError: a tensor is missing, has another shape or dtype, or metadata that is not supported.
         """

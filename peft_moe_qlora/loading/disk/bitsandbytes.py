@@ -1,9 +1,9 @@
-"""4-bit weights as bitsandbytes serializes them: a packed tensor, and beside it what its `QuantState` needs.
+"""4-bit weights as serialized by bitsandbytes: a packed tensor, and the tensors of its `QuantState`.
 
-`KEY` holds the codes, `(numel / 2, 1)` uint8, or the same bytes as another dtype (`bnb_4bit_quant_storage`);
-`KEY.absmax`, `KEY.quant_map` and `KEY.quant_state.bitsandbytes__nf4`
-(or `fp4`) the rest, the last as JSON in bytes; `KEY.nested_absmax` and `KEY.nested_quant_map` where the scales are
-stored in 8 bits. Format: `bitsandbytes.functional.QuantState.as_dict(packed=True)`, bitsandbytes 0.41 to 0.50.
+`KEY` contains the codes, `(numel / 2, 1)` uint8, or the same bytes as another dtype (`bnb_4bit_quant_storage`).
+`KEY.absmax` contains the scales, `KEY.quant_map` the table of values, and `KEY.quant_state.bitsandbytes__nf4`
+(or `fp4`) metadata as JSON in bytes. `KEY.nested_absmax` and `KEY.nested_quant_map` exist if the scales are stored in
+8 bits. Format: `bitsandbytes.functional.QuantState.as_dict(packed=True)`, bitsandbytes 0.41 to 0.50.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class BitsAndBytesTensor(PackedTensor):
     """A weight packed in 4 bits.
 
     Args:
-        key: likewise of its codes.
-        shape: of the weight.
-        storage: how the codes are to be read; the scales are given in fp32, whatever the checkpoint has.
-        keys: of all its tensors.
-        nested_offset: mean of the scales; None where they are stored in fp32.
+        key: key of the weight and of its codes.
+        shape: shape of the weight.
+        storage: storage format; always with fp32 scales, to which 8-bit scales of the checkpoint are decoded.
+        keys: keys of all its tensors.
+        nested_offset: mean of the scales; None if they are stored in fp32.
     """
 
     nested_offset: float | None
@@ -68,17 +68,20 @@ class BitsAndBytesTensor(PackedTensor):
             )
             absmax = bnb.dequantize_blockwise(absmax, nested) + self.nested_offset
         if not torch.isfinite(absmax).all():
-            raise CheckpointError(f"{self.key} has scales that are not finite; the checkpoint is broken.")
+            raise CheckpointError(
+                f"{self.key} has scales that are NaN or infinite. Expected finite scales. The checkpoint is damaged; "
+                "download it again, or use the 16-bit checkpoint."
+            )
         return {"codes": codes, **self.storage.store_scales(absmax, *self.shape[-2:])}
 
     def read_each(self, checkpoint: Checkpoint) -> Iterator[dict[str, torch.Tensor]]:
-        # all experts are one run of blocks, whose scales are decoded together
+        # blocks run on from expert to expert, so all scales are decoded together
         whole = {name: tensor.view(self.shape[0], -1) for name, tensor in self.read(checkpoint).items()}
         return ({name: tensor[expert] for name, tensor in whole.items()} for expert in range(self.shape[0]))
 
 
 class BitsAndBytesLayout(DiskLayout):
-    """bitsandbytes' 4 bits. Each weight describes itself, so that the config needn't."""
+    """4-bit weights of bitsandbytes. Each weight has its own metadata, so the config need not declare them."""
 
     must_be_declared: ClassVar[bool] = False
     endings: ClassVar[dict[str, str]] = dict.fromkeys(SUFFIXES, "")
@@ -96,25 +99,25 @@ class BitsAndBytesLayout(DiskLayout):
 
 
 def packed_tensor(checkpoint: Checkpoint, key: str) -> BitsAndBytesTensor:
-    """Reads the description of a packed weight, and checks that its parts are complete and consistent.
+    """Reads the metadata of a packed weight, and checks that its tensors are complete and consistent.
 
     Raises:
-        CheckpointError: a part is missing, of another shape or dtype, or described in an unknown way.
+        CheckpointError: a tensor is missing, has another shape or dtype, or metadata that is not supported.
     """
     info = checkpoint.tensors[key]
     states = [suffix for suffix in STATE_SUFFIXES if key + suffix in checkpoint.tensors]
     if len(states) != 1:
         raise CheckpointError(
-            f"{info} has {len(states)} tensors {' or '.join(STATE_SUFFIXES)} beside it; one was expected for a weight "
-            "packed by bitsandbytes."
+            f"{info} has {len(states)} tensors {' or '.join(STATE_SUFFIXES)}. Expected one for a weight packed by "
+            "bitsandbytes. Download the checkpoint again."
         )
     state = _read_state(checkpoint, key + states[0])
     shape, blocksize, quant_type = tuple(state["shape"]), state["blocksize"], state["quant_type"]
     num_bytes = -(-math.prod(shape) // 2)
     if info.dtype_name not in _STORAGES or info.nbytes != num_bytes:
         raise CheckpointError(
-            f"{info} doesn't fit a {quant_type} weight of shape {list(shape)}: U8 with {num_bytes} values was "
-            f"expected, or as many bytes in one of {', '.join(_STORAGES[1:])}."
+            f"{info} does not match a {quant_type} weight of shape {list(shape)}. Expected U8 with {num_bytes} "
+            f"values, or the same number of bytes in one of {', '.join(_STORAGES[1:])}. Download the checkpoint again."
         )
     num_blocks = -(-math.prod(shape) // blocksize)
     nested = "nested_blocksize" in state
@@ -127,14 +130,20 @@ def packed_tensor(checkpoint: Checkpoint, key: str) -> BitsAndBytesTensor:
     for suffix, expected in parts.items():
         part = checkpoint.tensors.get(key + suffix)
         if part is None:
-            raise CheckpointError(f"{info} lacks {key + suffix}, without which it can't be decoded.")
+            raise CheckpointError(
+                f"{info} lacks {key + suffix}, which is required to decode it. The checkpoint is incomplete; download "
+                "it again."
+            )
         if (part.dtype_name, part.numel) != expected:
             raise CheckpointError(
-                f"{part} doesn't fit a {quant_type} weight of shape {list(shape)} in blocks of {blocksize}: "
-                f"{expected[0]} with {expected[1]} values was expected."
+                f"{part} does not match a {quant_type} weight of shape {list(shape)} in blocks of {blocksize}. "
+                f"Expected {expected[0]} with {expected[1]} values. Download the checkpoint again."
             )
     if not torch.equal(checkpoint.read(f"{key}.quant_map"), code_values(quant_type, torch.device("cpu"))):
-        raise CheckpointError(f"{key}.quant_map is not the table of {quant_type}; the codes mean something else.")
+        raise CheckpointError(
+            f"{key}.quant_map is not the table of {quant_type}, so the codes have other values. Use the 16-bit "
+            "checkpoint."
+        )
     offset = float(state["nested_offset"]) if nested else None
     keys = tuple(key + suffix for suffix in ("", *SUFFIXES) if key + suffix in checkpoint.tensors)
     return BitsAndBytesTensor(key, shape, FourBitFormat(quant_type, blocksize), keys, offset)
@@ -142,15 +151,15 @@ def packed_tensor(checkpoint: Checkpoint, key: str) -> BitsAndBytesTensor:
 
 def _read_state(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
     info = checkpoint.tensors[key]
-    what = f"{info} is no quantization state"
+    what = f"{info} is not a quantization state"
     if info.dtype_name != "U8" or info.numel > 2**16:
-        raise CheckpointError(f"{what}: a short text in U8 was expected.")
-    state = read_object(bytes(checkpoint.read(key).flatten().tolist()), f"{what}: it")
+        raise CheckpointError(f"{what}. Expected at most {2**16} bytes in U8. Download the checkpoint again.")
+    state = read_object(bytes(checkpoint.read(key).flatten().tolist()), f"{what}: its text")
     expected = _STATE | (_NESTED_STATE if "nested_blocksize" in state else {})
     for name, (values, fits) in expected.items():
         if name not in state or not fits(state[name]):
             found = f"{name}={state[name]!r:.200}" if name in state else f"no {name}"
-            raise CheckpointError(f"{what}: it has {found}; {values} was expected.")
+            raise CheckpointError(f"{what}: it has {found}. Expected {values}. Use the 16-bit checkpoint.")
     return state
 
 
@@ -161,7 +170,7 @@ def _are_sizes(value: Any) -> bool:
 _LARGEST_OFFSET = torch.finfo(torch.float32).max
 _STORAGES = ("U8", "I8", "F16", "BF16", "F32", "F64")
 _DTYPES = [str(dtype).removeprefix("torch.") for dtype in QUANTIZABLE_DTYPES]
-# name -> what it may be, in words, and whether a value is that
+# name -> description of the allowed values, and a function that checks a value
 _STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "shape": ("a list of two or three sizes", _are_sizes),
     "dtype": (f"one of {', '.join(_DTYPES)}", _DTYPES.__contains__),

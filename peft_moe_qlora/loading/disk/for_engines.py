@@ -1,6 +1,6 @@
-"""Weights quantized for serving: how tensors of a 16-bit checkpoint are written in layouts that engines read.
+"""Weights quantized for serving: how weights of a 16-bit checkpoint are written in layouts that engines read.
 
-Each layout that can be written is an `EngineLayout`, in the file that reads it. Merging looks it up by name.
+Each layout that can be written is an `EngineLayout`, defined in the file that reads it. Merging looks it up by name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Stored(NamedTuple):
     """One tensor of a file.
 
     Args:
-        shape: of the tensor.
-        dtype: as the file has it.
+        shape: shape of the tensor.
+        dtype: dtype in the file.
     """
 
     shape: tuple[int, ...]
@@ -34,52 +34,52 @@ class EngineLayout(ABC):
     """How engines expect quantized weights, and which weights they expect quantized."""
 
     name: ClassVar[str]
-    """By which it is asked for."""
+    """Name for `engine_layout`."""
 
     storage: ClassVar[Format]
-    """What codes and scales are made by."""
+    """Storage format of codes and scales."""
 
     linear: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Last parts of the names of the linear layers that engines have in this storage. Those of one group become one
-    layer there, so that all of them are stored so, or none."""
+    """Last parts of the names of the linear layers that engines support in this storage. Engines fuse the layers of a
+    group, so either all of them or none are quantized."""
 
     whole_rows: ClassVar[int] = 128
-    """Rows, counted from the first, at whose multiples no block is cut."""
+    """A matrix can be split at any multiple of this number of rows without splitting a block."""
 
     @abstractmethod
     def stored(self, key: str, rows: int, columns: int) -> dict[str, tuple[str, Stored]]:
-        """What is written for a matrix `(out, in)`: name of a tensor of the format -> key and tensor of the file.
+        """The tensors written for a matrix `(out, in)`: name of a tensor of the format -> key and tensor in the file.
 
         Args:
-            key: of the matrix in a checkpoint in 16 bits.
-            rows: of the matrix.
-            columns: likewise.
+            key: key of the matrix in a 16-bit checkpoint.
+            rows: number of rows of the matrix.
+            columns: number of columns of the matrix.
         """
 
     @abstractmethod
     def keys_of_stack(self, class_name: str, key: str, parts: int) -> list[str] | None:
-        """The keys written for a stack that a 16-bit checkpoint has as one tensor.
+        """The keys written for a stack that is one tensor in a 16-bit checkpoint.
 
         Args:
-            class_name: of the experts.
-            key: of the stack.
-            parts: matrices stacked along the rows of one expert's, such as gate and up.
+            class_name: class of the experts module.
+            key: key of the stack.
+            parts: number of matrices stacked along the rows of an expert's matrix, such as gate and up.
 
         Returns:
-            One key for each part, with `{}` for the number of the expert; or a single one without, of all experts.
-            None where it is unknown what engines read.
+            One key per part, with `{}` for the index of the expert; or a single key without `{}` for all experts. None
+            if the names that engines expect are unknown.
         """
 
     def takes_single_experts(self, class_name: str) -> bool:
-        """Whether engines read experts of a class in this storage that the checkpoint has one by one."""
+        """Whether engines support experts of a class in this storage if the checkpoint has one tensor per expert."""
         return True
 
     @abstractmethod
     def why_not(self, rows: int, columns: int) -> str | None:
-        """Why engines can't read a matrix of that size; None if they can."""
+        """Why engines do not support a matrix of this shape; None if they do."""
 
     def takes_linear(self, name: str, rows: int, columns: int) -> bool:
-        """Whether engines read a linear layer of that size, by the last part of its name."""
+        """Whether engines support a linear layer of this shape, given the last part of its name."""
         return self.why_not(rows, columns) is None
 
     @abstractmethod
@@ -87,20 +87,20 @@ class EngineLayout(ABC):
         """The `quantization_config` of the checkpoint.
 
         Args:
-            kept: modules whose weights stay as they are.
+            kept: modules whose weights are not quantized.
         """
 
     def encode(self, key: str, matrix: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Rounds a finite matrix `(out, in)` to the nearest: tensors of the file, and the values they encode, in fp32.
+        """Quantizes a finite matrix `(out, in)`: returns the tensors of the file, and their dequantized fp32 values.
 
         Raises:
-            ValueError: a weight is beyond the range of the format.
+            ValueError: a weight is out of the range of the format.
         """
         rows, columns = matrix.shape
         try:
             tensors = self.storage.quantize(matrix)
         except ValueError as error:
-            raise ValueError(f"{key} can't be stored: {error}") from error
+            raise ValueError(f"{key} cannot be stored: {error}") from error
         found = {}
         for name, (stored_key, stored) in self.stored(key, rows, columns).items():
             found[stored_key] = tensors[name].contiguous().view(stored.dtype).view(stored.shape)
@@ -109,7 +109,7 @@ class EngineLayout(ABC):
 
 
 ENGINE_LAYOUTS: dict[str, EngineLayout] = {}
-"""By their names."""
+"""Name -> layout."""
 
 
 def register_engine_layout(cls: type[EngineLayout]) -> type[EngineLayout]:
@@ -119,11 +119,11 @@ def register_engine_layout(cls: type[EngineLayout]) -> type[EngineLayout]:
 
 
 def engine_layout(name: str) -> EngineLayout:
-    """The layout of that name.
+    """The layout with the given name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name not in ENGINE_LAYOUTS:
-        raise ValueError(f"{name!r:.200} is not a format for serving; choose one of {tuple(ENGINE_LAYOUTS)}.")
+        raise ValueError(f"{name!r:.200} is not a format for serving. Use one of {tuple(ENGINE_LAYOUTS)}.")
     return ENGINE_LAYOUTS[name]

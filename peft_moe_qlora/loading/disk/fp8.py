@@ -1,9 +1,10 @@
-"""FP8 as it is published: `quant_method: fp8` and `mxfp8`, and compressed-tensors' `float-quantized`.
+"""Published FP8 layouts: `quant_method: fp8` and `mxfp8`, and `float-quantized` of compressed-tensors.
 
-`KEY` holds the codes, F8_E4M3 `(out, in)`, or `(E, out, in)` for all experts; `KEY_scale_inv` or `KEY_scale` the
-scales, or, where KEY ends in `.weight`, `.scale` in its place. A weight is code times scale: "inv" refers to the
-quantizer's factor. The config declares how many weights share a scale: 192 rows have two scales in blocks of 128, but
-also in blocks of 96. Scales of inputs (`activation_scale`, `input_scale`) are not scales of weights.
+`KEY` contains the codes, F8_E4M3 `(out, in)`, or `(E, out, in)` for all experts. `KEY_scale_inv` or `KEY_scale`
+contains the scales; if KEY ends in `.weight`, the ending may be replaced by `.scale`. A weight is code times scale:
+"inv" refers to the quantizer's factor. The block size is read from the config, because shapes do not determine it: 192
+rows have two scales in blocks of 128 and in blocks of 96. Scales of inputs (`activation_scale`, `input_scale`) are
+ignored.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ TENSOR, CHANNEL, MX = (0, 0), (1, 0), (1, 32)
 
 
 class Fp8Layout(DiskLayout):
-    """e4m3 with scales in blocks of a declared size, per channel or per tensor; decided by the dtype of each weight.
+    """e4m3 with scales per block of a declared size, per channel or per tensor; recognized by the dtype of a weight.
 
     Args:
-        schemes: likewise.
+        schemes: as in `DiskLayout`.
 
     Raises:
-        CheckpointError: a scheme has blocks of no size.
+        CheckpointError: a scheme has an invalid block size.
     """
 
     endings: ClassVar[dict[str, str]] = {
@@ -63,8 +64,8 @@ class Fp8Layout(DiskLayout):
         weight = group.tensors[""]
         if weight.dtype_name != "F8_E4M3":
             raise CheckpointError(
-                f"{weight} is in {_NAMES.get(weight.dtype_name, 'a type that is not read')}; F8_E4M3 was expected. "
-                "Use a checkpoint in e4m3 (float8_e4m3fn), or the one in 16 bits."
+                f"{weight} is in {_NAMES.get(weight.dtype_name, 'a dtype that is not supported')}. Expected F8_E4M3. "
+                "Use a checkpoint in e4m3 (float8_e4m3fn), or the 16-bit checkpoint."
             )
         check_matrix(weight)
         scales = only_scale(weight, group, self.describing)
@@ -81,25 +82,26 @@ class Fp8Layout(DiskLayout):
     def _misfit(self, weight: TensorInfo, scales: TensorInfo, expected: list[tuple[int, ...]]) -> CheckpointError:
         if self.blocks == [TENSOR] and not self.is_declared and len(scales.shape) > 1:
             return CheckpointError(
-                f"{scales} holds scales of blocks of {weight.key}, but quantization_config in config.json has no "
-                "weight_block_size; their size was expected there, such as [128, 128]. Put it there, as the model "
-                "card has it."
+                f"{scales} contains one scale per block of {weight.key}, but quantization_config in config.json has "
+                "no weight_block_size. Expected the size of the blocks, such as [128, 128]. Add it to config.json as "
+                "given in the model card."
             )
         blocks = " or ".join(str(list(block)) if all(block) else _NAMES_OF_BLOCKS[block] for block in self.blocks)
         return CheckpointError(
-            f"{scales} doesn't fit {weight}: with the blocks that quantization_config declares ({blocks}), "
-            f"{' or '.join(str(list(shape)) for shape in expected)} was expected. Download the checkpoint again, or "
-            "correct config.json."
+            f"{scales} does not match {weight}. Expected {' or '.join(str(list(shape)) for shape in expected)} for "
+            f"the blocks declared in quantization_config ({blocks}). Download the checkpoint again, or correct "
+            "config.json."
         )
 
 
 @register_engine_layout
 class Fp8ForEngines(EngineLayout):
-    """As DeepSeek-V3 was published: blocks of 128 x 128 with scales in fp32, one expert and projection to a weight.
+    """The layout of DeepSeek-V3: blocks of 128 x 128 with fp32 scales, one tensor per expert and projection.
 
-    vLLM 0.33 and SGLang 0.5.23 read experts like this, and all linear layers that `modules_to_not_convert` doesn't
-    name. They reject experts whose width is not a multiple of the block size, quantize inputs in runs of 128 columns,
-    and concatenate the layers of a group along the rows, of which only the last may end within a block.
+    vLLM 0.33 and SGLang 0.5.23 read experts in this layout, and all linear layers that are not listed in
+    `modules_to_not_convert`. They reject experts whose width is not a multiple of the block size, quantize inputs in
+    blocks of 128 columns, and concatenate the layers of a group along the rows; only the last of a group may end in an
+    incomplete block.
     """
 
     name: ClassVar[str] = "fp8"
@@ -135,7 +137,7 @@ class Fp8ForEngines(EngineLayout):
         return f"{misfits[0]} is not a multiple of {self.storage.block[0]}" if misfits else None
 
     def takes_linear(self, name: str, rows: int, columns: int) -> bool:
-        if name == "kv_a_proj_with_mqa":  # the last one concatenated
+        if name == "kv_a_proj_with_mqa":  # the last of its group, which may end in an incomplete block
             rows = self.storage.block[0]
         return super().takes_linear(name, rows, columns)
 
@@ -150,7 +152,7 @@ class Fp8ForEngines(EngineLayout):
 
 
 _FUSED_IN_16_BITS = frozenset({"Qwen3_5MoeExperts", "Qwen3VLMoeTextExperts"})
-"""Experts that are one tensor in checkpoints of 16 bits, and in those of FP8 that their makers publish one by one."""
+"""Classes whose published checkpoints have fused experts in 16 bits, but one tensor per expert in FP8."""
 
 
 def _shapes_of_scales(weight: TensorInfo, storage: Fp8Format, parts: int) -> list[tuple[int, ...]]:
@@ -166,15 +168,15 @@ def _block(scheme: Scheme) -> tuple[int, int]:
     """Rows and columns that share a scale, 0 for all.
 
     Raises:
-        CheckpointError: they are not valid sizes, or another type of codes is declared.
+        CheckpointError: the sizes are invalid, or another type of codes is declared.
     """
     if scheme["quant_method"] == "compressed-tensors":
         block = _OF_STRATEGY[scheme["strategy"]]
         return _sizes("block_structure", scheme.get("block_structure")) if block is None else block
     if str(scheme.get("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise CheckpointError(
-            f"quantization_config has fmt={scheme['fmt']!r:.200}; 'e4m3' was expected. Use a checkpoint in e4m3, or "
-            "the one in 16 bits."
+            f"quantization_config has fmt={scheme['fmt']!r:.200}. Expected 'e4m3'. Use a checkpoint in e4m3, or the "
+            "16-bit checkpoint."
         )
     default = list(MX) if scheme["quant_method"] == "mxfp8" else None
     found = scheme.get("weight_block_size", default)
@@ -185,18 +187,18 @@ def _sizes(name: str, found: Any) -> tuple[int, int]:
     is_pair = isinstance(found, (list, tuple)) and len(found) == 2
     if not is_pair or not all(type(size) is int and 0 < size <= _LARGEST_BLOCK for size in found):
         raise CheckpointError(
-            f"quantization_config has {name}={found!r:.200}; rows and columns of a block, such as [128, 128], were "
-            "expected. Correct config.json, as the model card has it."
+            f"quantization_config has {name}={found!r:.200}. Expected rows and columns of a block, such as [128, "
+            "128]. Correct config.json as given in the model card."
         )
     return tuple(found)
 
 
 _LARGEST_BLOCK = 2**20
 _OF_STRATEGY = {"channel": CHANNEL, "tensor": TENSOR, "block": None}
-_NAMES_OF_BLOCKS = {CHANNEL: "one scale to a row", TENSOR: "one scale to a matrix"}
+_NAMES_OF_BLOCKS = {CHANNEL: "one scale per row", TENSOR: "one scale per matrix"}
 _NAMES = {
-    "F8_E5M2": "e5m2, which is made for gradients",
-    "F8_E4M3FNUZ": "e4m3fnuz (ROCm), whose codes mean half as much",
+    "F8_E5M2": "e5m2, a format for gradients",
+    "F8_E4M3FNUZ": "e4m3fnuz (ROCm), whose codes have half the value",
     "F8_E5M2FNUZ": "e5m2fnuz (ROCm)",
-    "F8_E8M0": "e8m0, which is made for scales",
+    "F8_E8M0": "e8m0, a format for scales",
 }

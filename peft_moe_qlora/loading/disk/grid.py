@@ -1,4 +1,4 @@
-"""Codes with a grid of scales, read unchanged: shared by the layouts of formats with blocks of rows and columns."""
+"""Weights with a grid of scales, which are read unchanged: shared by the layouts of `BlockScaled` formats."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ..checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .base import Group, PackedTensor
 
 KIND_OF_SCALE = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F8_E8M0": "e8m0", "U8": "e8m0"}
-"""dtype of a file -> kind of scale. Bytes are powers of two (OCP MX 1.0), which torch once had no dtype for."""
+"""Dtype in a file -> kind of scale. U8 are e8m0 scales (OCP MX 1.0) from before torch had this dtype."""
 
 PLACEHOLDER_BLOCKS = 8
-"""A quantizer that finds a scale of exactly 1 for more blocks than this has not looked at the weights."""
+"""If more blocks than this all have a scale of exactly 1, the scales are placeholders."""
 
 _LIKELY = (1e-5, 10.0)
-"""Between which the median magnitude of the weights of any model is."""
+"""Range of the median magnitude of a model's weights."""
 _SAMPLED = (64, 256)
-"""Rows and columns that the median is taken from."""
+"""Number of rows and columns sampled for the median."""
 
 
 @dataclass(frozen=True)
 class GridTensor(PackedTensor):
-    """A weight whose codes are one tensor and whose scales another.
+    """A weight with a tensor of codes and a tensor of scales.
 
     Args:
-        key: likewise.
-        shape: of the weight, not of its codes.
-        storage: likewise.
-        keys: likewise.
-        codes: as in the file, one byte per element.
-        scales: likewise.
-        parts: matrices stacked along the rows that one is made of, each with its own grid.
+        key: as in `PackedTensor`.
+        shape: shape of the weight, not of its codes.
+        storage: as in `PackedTensor`.
+        keys: as in `PackedTensor`.
+        codes: header of the codes.
+        scales: header of the scales.
+        parts: number of matrices stacked along the rows in one matrix, each with a separate grid.
     """
 
     storage: BlockScaled
@@ -49,18 +49,18 @@ class GridTensor(PackedTensor):
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
-        """The file's tensors, in the order of the format's."""
+        """The tensors in the file, in the order of the storage format."""
         return self.codes, self.scales
 
     def turned(self, codes: torch.Tensor) -> torch.Tensor:
-        """Converts the file's codes to the format's, and back."""
+        """Converts codes between file and storage format, in both directions."""
         return codes
 
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """Codes and scales, bit for bit.
+        """Reads codes and scales without changing a bit.
 
         Raises:
-            CheckpointError: a code is not a number, or no quantizer writes such a scale.
+            CheckpointError: a code is NaN, or a scale is invalid.
         """
         rows, columns = self.shape[-2:]
         found = {}
@@ -77,16 +77,16 @@ class GridTensor(PackedTensor):
         self._check_magnitude(found["codes"], scales, expert)
         if (scales >= SCALE_LIMIT).any():
             raise CheckpointError(
-                f"{self.scales}{_of(expert)} has scales up to {float(scales.max()):.4g}; less than {SCALE_LIMIT:g} "
-                "was expected. Download the checkpoint again, or use the one in 16 bits."
+                f"{self.scales}{_of(expert)} has scales up to {float(scales.max()):.4g}. Expected less than "
+                f"{SCALE_LIMIT:g}. Download the checkpoint again, or use the 16-bit checkpoint."
             )
         return found
 
     def write(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Codes and scales in the file's dtypes and shapes.
+        """Converts codes and scales to the dtypes and shapes of the file.
 
         Raises:
-            CheckpointError: the file has one scale for all parts, which now have several.
+            CheckpointError: the file has one scale for all parts, but the tensors have different ones.
         """
         found = {}
         for bits, info in zip(tensors.values(), self.stored):
@@ -96,8 +96,8 @@ class GridTensor(PackedTensor):
             numel = math.prod(shape) * dtype.itemsize // flat.itemsize
             if numel < flat.numel() and (flat != flat[0]).any():
                 raise CheckpointError(
-                    f"{info} has one scale for gate and up projection, but their merged weights need two. Merge into "
-                    "16 bits."
+                    f"{info} contains one scale for gate and up projection, but the merged weights require two. Merge "
+                    "into 16 bits."
                 )
             found[info.key] = flat[:numel].view(dtype).view(shape)
         return found
@@ -105,33 +105,34 @@ class GridTensor(PackedTensor):
     def _check_codes(self, codes: torch.Tensor, expert: int | None) -> None:
         if any((codes == code).any() for code in _codes_that_are_nan(self.storage)):
             raise CheckpointError(
-                f"{self.codes}{_of(expert)} has codes that are NaN; finite ones were expected. The checkpoint is "
-                "broken, or its codes are of another type than it says: download it again, or use the one in 16 bits."
+                f"{self.codes}{_of(expert)} has codes that are NaN. Expected finite values. The checkpoint is "
+                "damaged, or its codes have another type than declared. Download it again, or use the 16-bit "
+                "checkpoint."
             )
 
     def _check_scales(self, codes: torch.Tensor, scales: torch.Tensor, expert: int | None) -> None:
-        where, again = f"{self.scales}{_of(expert)}", "Download the checkpoint again, or use the one in 16 bits."
+        where, again = f"{self.scales}{_of(expert)}", "Download the checkpoint again, or use the 16-bit checkpoint."
         if not torch.isfinite(scales).all():
-            raise CheckpointError(f"{where} has scales that are NaN or infinite; finite ones were expected. {again}")
+            raise CheckpointError(f"{where} has scales that are NaN or infinite. Expected finite scales. {again}")
         if (scales == torch.finfo(torch.float32).min).any():
             raise CheckpointError(
-                f"{where} has scales of {float(scales.min()):.4g}, by which vLLM marks those that are not set; "
-                f"positive ones were expected. {again}"
+                f"{where} has scales of {float(scales.min()):.4g}, the value of vLLM for scales that are not set. "
+                f"Expected positive scales. {again}"
             )
         if (scales < 0).any():
-            raise CheckpointError(f"{where} has negative scales; positive ones were expected. {again}")
+            raise CheckpointError(f"{where} has negative scales. Expected positive scales. {again}")
         rows, columns = self.shape[-2:]
         if (scales == 0).any():
             of_weights = self.storage.scale_of_weights(scales, rows, columns, self.parts)
             if (self._values(codes)[of_weights == 0] != 0).any():
                 raise CheckpointError(
-                    f"{where} has scales of 0 for weights whose codes in {self.codes.key} are not 0; positive ones "
-                    f"were expected. {again}"
+                    f"{where} has scales of 0 for weights whose codes in {self.codes.key} are not 0. Expected "
+                    f"positive scales. {again}"
                 )
         if scales.numel() > PLACEHOLDER_BLOCKS and (scales == 1).all() and self._values(codes).any():
             raise CheckpointError(
-                f"{where} has a scale of exactly 1 for each of its {scales.numel()} blocks, which is what tools put "
-                f"where they have none; those of the weights were expected. {again}"
+                f"{where} has a scale of exactly 1 for each of its {scales.numel()} blocks, which tools write as a "
+                f"placeholder. Expected scales computed from the weights. {again}"
             )
 
     def _check_magnitude(self, codes: torch.Tensor, scales: torch.Tensor, expert: int | None) -> None:
@@ -150,10 +151,9 @@ class GridTensor(PackedTensor):
         median = float(sizes.median())
         if not _LIKELY[0] <= median <= _LIKELY[1]:
             raise CheckpointError(
-                f"{self.codes}{_of(expert)} decodes to weights of {median:.2g} in the middle; {_LIKELY[0]:g} to "
-                f"{_LIKELY[1]:g} was expected. Codes are multiplied by {self.scales.key}, which seems to hold "
-                "reciprocals, or to be of another weight. Use a checkpoint whose scales multiply, or the one in 16 "
-                "bits."
+                f"{self.codes}{_of(expert)} decodes to weights with a median magnitude of {median:.2g}. Expected "
+                f"{_LIKELY[0]:g} to {_LIKELY[1]:g}. The scales in {self.scales.key} are probably reciprocals, or "
+                "belong to another weight. Use a checkpoint whose scales multiply the codes, or the 16-bit checkpoint."
             )
 
     def _values(self, codes: torch.Tensor) -> torch.Tensor:
@@ -164,34 +164,34 @@ def scale_kind(weight: TensorInfo, scales: TensorInfo) -> str:
     """The kind of a tensor of scales.
 
     Raises:
-        CheckpointError: its dtype is not one of scales.
+        CheckpointError: the dtype is not supported for scales.
     """
     kind = KIND_OF_SCALE.get(scales.dtype_name)
     if kind is None:
         raise CheckpointError(
-            f"{scales}, the scales of {weight.key}, is in a storage that is not known for scales; one of "
-            f"{', '.join(KIND_OF_SCALE)} was expected. Use the checkpoint in 16 bits."
+            f"{scales}, the scales of {weight.key}, has a dtype that is not supported for scales. Expected one of "
+            f"{', '.join(KIND_OF_SCALE)}. Use the 16-bit checkpoint."
         )
     return kind
 
 
 def only_scale(weight: TensorInfo, group: Group, endings: tuple[str, ...]) -> TensorInfo:
-    """The one tensor of scales that a weight has.
+    """The tensor of scales of a weight.
 
     Raises:
-        CheckpointError: there is none, or there are two.
+        CheckpointError: there is none, or there are several.
     """
     found = [group.tensors[ending] for ending in endings if ending in group.tensors]
     if not found:
         names = " or ".join(_key_of_scale(group.key, ending) for ending in endings)
         raise CheckpointError(
-            f"{weight} has no scales beside it, without which it can't be decoded: {names} was expected. The "
-            "checkpoint is incomplete; download it again, or use the one in 16 bits."
+            f"{weight} has no scales. Expected {names}, which is required to decode it. The checkpoint is incomplete; "
+            "download it again, or use the 16-bit checkpoint."
         )
     if len(found) > 1:
         raise CheckpointError(
-            f"{weight} has scales twice, {found[0]} and {found[1]}; one of them was expected. Remove the one that is "
-            "left over from a conversion."
+            f"{weight} has two tensors of scales, {found[0]} and {found[1]}. Expected one of them. Remove the one "
+            "that a conversion has left over."
         )
     return found[0]
 
@@ -203,7 +203,9 @@ def check_matrix(weight: TensorInfo) -> None:
         CheckpointError: names the tensor.
     """
     if len(weight.shape) not in (2, 3) or weight.numel == 0:
-        raise CheckpointError(f"{weight}: one matrix, or one of each expert, was expected.")
+        raise CheckpointError(
+            f"{weight}: expected a matrix, or a 3-D tensor of one matrix per expert. Use the 16-bit checkpoint."
+        )
 
 
 def _key_of_scale(plain: str, ending: str) -> str:

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are quantized weights, and what belongs to each."""
+"""Index of the quantized weights of a checkpoint and of their tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .base import DiskLayout, Group, PackedTensor
 
 
 class PackedIndex:
-    """The quantized weights of a checkpoint, tensor by tensor: what the config says of layers isn't asked.
+    """The quantized weights of a checkpoint, recognized by their tensors; lists of layers in the config are not used.
 
     Args:
-        checkpoint: by its headers.
-        layouts: in which it may have weights.
+        checkpoint: the checkpoint; only its headers are used.
+        layouts: layouts that its weights may have.
     """
 
     def __init__(self, checkpoint: Checkpoint, layouts: Sequence[DiskLayout]) -> None:
@@ -23,7 +23,7 @@ class PackedIndex:
         self._plain: dict[str, str] = {}
         self._codes: set[str] = set()
         self.orphans: dict[str, str] = {}
-        """Key -> key of the weight, of tensors that describe a weight which isn't there, or not quantized."""
+        """Key -> key of the weight, for scales and other metadata of a weight that is missing or not quantized."""
         for layout in layouts:
             self._find(layout)
         self.orphans = {key: plain for key, plain in self.orphans.items() if key not in self._plain}
@@ -44,33 +44,33 @@ class PackedIndex:
                 self.orphans |= {tensors[one].key: plain for one in tensors.keys() & {*layout.describing}}
 
     def __contains__(self, key: str) -> bool:
-        """Whether a weight, by the key that it would have in 16 bits, is quantized."""
+        """Whether a weight, given by its key in a 16-bit checkpoint, is quantized."""
         return key in self._found
 
     def plain_key(self, key: str) -> str:
-        """The key that the weight would have in a 16-bit checkpoint, of one of its tensors; others keep theirs."""
+        """The key in a 16-bit checkpoint of the weight that a tensor belongs to; the same key for other tensors."""
         return self._plain.get(key, key)
 
     def is_beside_codes(self, key: str) -> bool:
-        """Whether a tensor belongs to a quantized weight, but isn't its codes."""
+        """Whether a tensor belongs to a quantized weight, but is not its codes."""
         return key in self._plain and key not in self._codes
 
     def weights(self) -> list[str]:
-        """The keys that the quantized weights would have in a 16-bit checkpoint."""
+        """The keys of the quantized weights in a 16-bit checkpoint."""
         return list(self._found)
 
     def layout(self, key: str) -> DiskLayout:
         return self._found[key][0]
 
     def info(self, key: str) -> TensorInfo:
-        """The tensor of a weight, by the key that it would have in 16 bits: its codes, if it is quantized."""
+        """The tensor of a weight, given by its key in a 16-bit checkpoint; its codes if it is quantized."""
         if key not in self._found:
             return self.checkpoint.tensors[key]
         layout, group = self._found[key]
         return self.checkpoint.tensors[layout.codes_of(group)]
 
     def keys_of(self, key: str) -> tuple[str, ...]:
-        """All tensors of a quantized weight."""
+        """Keys of all tensors of a quantized weight."""
         return self._found[key][1].keys
 
     def packed_tensor(self, key: str, parts: int = 1) -> PackedTensor:

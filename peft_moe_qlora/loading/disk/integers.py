@@ -1,12 +1,13 @@
-"""Integers as compressed-tensors stores them: one byte each, or several packed into an int32.
+"""Integer layouts of compressed-tensors: one byte per integer, or several packed into an int32.
 
 - `int-quantized`: `NAME.weight` I8 `(out, in)`.
-- `pack-quantized`: `NAME.weight_packed` I32 `(out, in / 8)` of 4 bits, `(out, in / 4)` of 8, the first column in the
-  lowest; half of the range is added to each number, so that none is negative. `NAME.weight_shape` is `(out, in)`.
+- `pack-quantized`: `NAME.weight_packed` I32 `(out, in / 8)` for 4 bits, `(out, in / 4)` for 8 bits, with the first
+  column in the lowest bits. Integers are stored unsigned, with an offset of half the range. `NAME.weight_shape` is
+  `(out, in)`.
 
-`NAME.weight_scale` is `(out, 1)` per channel, `(1,)` per tensor, or one for each group of columns or each block. A
-weight is number times scale; scales of inputs (`input_scale`) are not of weights. Zero points and reordered columns
-are not supported: formats here are symmetric, with groups of consecutive columns.
+`NAME.weight_scale` is `(out, 1)` per channel, `(1,)` per tensor, or one scale per group of columns or per block. A
+weight is integer times scale. Scales of inputs (`input_scale`) are ignored. Zero points and reordered columns are not
+supported: formats here are symmetric, with groups of consecutive columns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .grid import GridTensor, only_scale, scale_kind
 
 _SIZES = {"channel": (1, 0), "tensor": (0, 0)}
 _STRATEGIES = (*_SIZES, "group", "block")
-_INSTEAD = "Use a checkpoint of this model in another storage, or the one in 16 bits."
+_INSTEAD = "Use a checkpoint of this model in another storage, or the 16-bit checkpoint."
 _BESIDE = {
     ".weight_zero_point": ".weight",
     ".weight_g_idx": ".weight",
@@ -35,19 +36,19 @@ _BESIDE = {
     ".weight_packed": ".weight",
 }
 _REFUSED = {
-    ".weight_zero_point": "zero points of weights, which stand for values that are not symmetric around 0",
-    ".weight_g_idx": "columns in another order (actorder), which have no blocks",
+    ".weight_zero_point": "zero points of weights (asymmetric quantization)",
+    ".weight_g_idx": "reordered columns, whose groups are not contiguous (actorder)",
 }
 
 
 class Int8Layout(DiskLayout):
-    """int8 by compressed-tensors, a byte to a code.
+    """int8 of compressed-tensors, one byte per code.
 
     Args:
-        schemes: likewise.
+        schemes: as in `DiskLayout`.
 
     Raises:
-        CheckpointError: a scheme has zero points, or blocks of no size.
+        CheckpointError: a scheme has zero points, or an invalid block size.
     """
 
     endings: ClassVar[dict[str, str]] = _BESIDE
@@ -68,7 +69,7 @@ class Int8Layout(DiskLayout):
     def packed_tensor(self, checkpoint: Checkpoint, group: Group, parts: int = 1) -> GridTensor:
         weight = group.tensors[""]
         if len(weight.shape) != 2 or weight.numel == 0:
-            raise CheckpointError(f"{weight}: one matrix (out, in) was expected.")
+            raise CheckpointError(f"{weight}: expected one matrix (out, in). {_INSTEAD}")
         scales, kind = _scales_of(weight, group, self.describing)
         shapes = {Int8Format(block, kind): weight.shape for block in self.blocks}
         storage = _fitting(weight, shapes, scales, parts)
@@ -77,30 +78,30 @@ class Int8Layout(DiskLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedIntegers(GridTensor):
-    """A weight with several numbers packed into an int32.
+    """A weight with several integers packed into an int32.
 
     Args:
-        shape_info: the tensor that says how many rows and columns there are.
-        num_bits: of a number.
+        shape_info: header of the tensor that contains the shape of the weight.
+        num_bits: number of bits per integer.
     """
 
     shape_info: TensorInfo
     num_bits: int
 
     def turned(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes ^ 128 if self.num_bits == 8 else codes  # 128 more, or two's complement
+        return codes ^ 128 if self.num_bits == 8 else codes  # offset of 128 <-> two's complement
 
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """Codes and scales.
+        """Reads codes and scales.
 
         Raises:
-            CheckpointError: likewise, or the weight is said to be of another shape.
+            CheckpointError: as in `GridTensor.read`, or `weight_shape` contains another shape.
         """
         found = checkpoint.read(self.shape_info.key).tolist()
         if found != list(self.shape):
             raise CheckpointError(
-                f"{self.shape_info} says that {self.codes} is of {found}; {list(self.shape)} was expected, by "
-                f"{32 // self.num_bits} columns to an integer. Rows that end within one are not read. {_INSTEAD}"
+                f"{self.shape_info} has the shape {found} for {self.codes}. Expected {list(self.shape)}, with "
+                f"{32 // self.num_bits} columns per int32; rows that end within an int32 are not supported. {_INSTEAD}"
             )
         return super().read(checkpoint, expert)
 
@@ -112,13 +113,13 @@ class PackedIntegers(GridTensor):
 
 
 class PackedIntegersLayout(DiskLayout):
-    """int4 and int8 by compressed-tensors, packed into int32.
+    """int4 and int8 of compressed-tensors, packed into int32.
 
     Args:
-        schemes: likewise.
+        schemes: as in `DiskLayout`.
 
     Raises:
-        CheckpointError: a scheme has zero points, columns in another order, or blocks of no size.
+        CheckpointError: a scheme has zero points, reordered columns, or an invalid block size.
     """
 
     endings: ClassVar[dict[str, str]] = _BESIDE
@@ -143,18 +144,18 @@ class PackedIntegersLayout(DiskLayout):
         weight = group.tensors[".weight_packed"]
         if "" in group.tensors:
             raise CheckpointError(
-                f"{weight} and {group.tensors['']} are both the weight {group.key}; one was expected. The checkpoint "
-                "is a mixture of two; download it again."
+                f"{weight} and {group.tensors['']} are both the weight {group.key}. Expected one of them. The "
+                "checkpoint is a mixture of two; download it again."
             )
         if len(weight.shape) != 2 or weight.numel == 0:
-            raise CheckpointError(f"{weight}: one matrix (out, integers of a row) was expected.")
+            raise CheckpointError(f"{weight}: expected one matrix (out, int32 per row). {_INSTEAD}")
         scales, kind = _scales_of(weight, group, (".weight_scale",))
         shape_info = group.tensors.get(".weight_shape")
         if shape_info is None or shape_info.shape != (2,) or shape_info.dtype not in (torch.int32, torch.int64):
             raise CheckpointError(
-                f"{weight} has {'no shape' if shape_info is None else shape_info} beside it; I32 or I64 [2] was "
-                f"expected as {group.key.removesuffix('.weight')}.weight_shape. The checkpoint is incomplete; "
-                "download it again, or use the one in 16 bits."
+                f"{weight} has {'no weight_shape' if shape_info is None else shape_info}. Expected I32 or I64 [2] as "
+                f"{group.key.removesuffix('.weight')}.weight_shape. The checkpoint is incomplete; download it again, "
+                "or use the 16-bit checkpoint."
             )
         rows, integers = weight.shape
         storages = {
@@ -180,18 +181,18 @@ def _blocks(schemes: list[Scheme]) -> list[tuple[int, int]]:
     """Rows and columns that share a scale, 0 for all, of each scheme.
 
     Raises:
-        CheckpointError: they are no sizes, or codes are not all that values are made of.
+        CheckpointError: a block size is invalid, or the scheme has zero points or reordered columns.
     """
     for scheme in schemes:
         if scheme.get("symmetric") is False:
             raise CheckpointError(
-                f"quantization_config has symmetric=False: {_REFUSED['.weight_zero_point']}; they are not read. "
+                f"quantization_config has symmetric=False: {_REFUSED['.weight_zero_point']} are not supported. "
                 f"{_INSTEAD}"
             )
         if scheme.get("actorder") not in (None, False, "weight", "static"):
             raise CheckpointError(
-                f"quantization_config has actorder={scheme['actorder']!r:.200}: {_REFUSED['.weight_g_idx']}; they are "
-                f"not read. {_INSTEAD}"
+                f"quantization_config has actorder={scheme['actorder']!r:.200}: {_REFUSED['.weight_g_idx']} are not "
+                f"supported. {_INSTEAD}"
             )
     return list(dict.fromkeys(_block(scheme) for scheme in schemes))
 
@@ -206,11 +207,11 @@ def _block(scheme: Scheme) -> tuple[int, int]:
     is_pair = isinstance(sizes, (list, tuple)) and len(sizes) == 2
     if not is_pair or not all(type(size) is int and 0 < size <= _LARGEST for size in sizes):
         expected = (
-            "columns of a group, such as 128," if strategy == "group" else "rows and columns, such as [128, 128],"
+            "the columns of a group, such as 128" if strategy == "group" else "rows and columns, such as [128, 128]"
         )
         raise CheckpointError(
-            f"quantization_config has {name}={found!r:.200}; {expected} were expected. Correct config.json, as the "
-            "model card has it."
+            f"quantization_config has {name}={found!r:.200}. Expected {expected}. Correct config.json as given in the "
+            "model card."
         )
     return tuple(sizes)
 
@@ -222,17 +223,18 @@ def _scales_of(weight: TensorInfo, group: Group, endings: tuple[str, ...]) -> tu
     """The scales of a weight, and their kind.
 
     Raises:
-        CheckpointError: there are none, they are no floating numbers, or values are made of more than them.
+        CheckpointError: there are no scales, they are not floating-point numbers, or the weight has zero points or
+            reordered columns.
     """
     for ending, meaning in _REFUSED.items():
         if ending in group.tensors:
-            raise CheckpointError(f"{group.tensors[ending]} holds {meaning}; they are not read. {_INSTEAD}")
+            raise CheckpointError(f"{group.tensors[ending]} contains {meaning}, which are not supported. {_INSTEAD}")
     scales = only_scale(weight, group, endings)
     kind = scale_kind(weight, scales)
     if kind == "e8m0":
         raise CheckpointError(
-            f"{scales}, the scales of {weight.key}, are powers of two; F32, BF16 or F16 was expected beside whole "
-            f"numbers. {_INSTEAD}"
+            f"{scales}, the scales of {weight.key}, are powers of two. Expected F32, BF16 or F16 for integers. "
+            f"{_INSTEAD}"
         )
     return scales, kind
 
@@ -240,16 +242,16 @@ def _scales_of(weight: TensorInfo, group: Group, endings: tuple[str, ...]) -> tu
 def _fitting(
     weight: TensorInfo, found: dict[BlockScaled, tuple[int, int]], scales: TensorInfo, parts: int
 ) -> BlockScaled:
-    """The storage whose grid the scales match.
+    """The storage format whose grid the scales match.
 
     Args:
-        weight: the tensor of codes.
-        found: storage -> rows and columns that the weight then has.
-        scales: of the weight.
-        parts: of the weight.
+        weight: header of the codes.
+        found: storage format -> rows and columns of the weight in this format.
+        scales: header of the scales.
+        parts: number of parts of the weight.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no format matches.
     """
     expected: list[tuple[int, ...]] = []
     for storage, shape in found.items():
@@ -258,7 +260,7 @@ def _fitting(
             return storage
         expected += shapes
     raise CheckpointError(
-        f"{scales} doesn't fit {weight}: with the blocks that quantization_config declares "
-        f"({' or '.join(map(str, found))}), {' or '.join(str(list(one)) for one in expected)} was expected. Download "
-        "the checkpoint again, or correct config.json."
+        f"{scales} does not match {weight}. Expected {' or '.join(str(list(one)) for one in expected)} for the blocks "
+        f"declared in quantization_config ({' or '.join(map(str, found))}). Download the checkpoint again, or correct "
+        "config.json."
     )

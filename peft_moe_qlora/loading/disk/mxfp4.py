@@ -1,9 +1,9 @@
-"""MXFP4 as it is published: gpt-oss, DeepSeek-V4's experts, and compressed-tensors' `mxfp4-pack-quantized`.
+"""Published MXFP4 layouts: gpt-oss, the experts of DeepSeek-V4, and `mxfp4-pack-quantized` of compressed-tensors.
 
-Codes are e2m1, two to a byte with the even column in the low half; scales are bytes, powers of two, for 32 columns.
+Codes are e2m1, two per byte with the even column in the low half; 32 columns share an e8m0 scale.
 
-- gpt-oss: `KEY_blocks` U8 `(E, out, in / 32, 16)` and `KEY_scales` U8 `(E, out, in / 32)`: `(out, in)`, though the
-  class has its stacks transposed.
+- gpt-oss: `KEY_blocks` U8 `(E, out, in / 32, 16)` and `KEY_scales` U8 `(E, out, in / 32)`. Matrices are `(out, in)`,
+  although the class has transposed stacks.
 - DeepSeek-V4: `NAME.weight` I8 `(out, in / 2)` and `NAME.scale` F8_E8M0 `(out, in / 32)`; others have both as U8.
 - compressed-tensors: `NAME.weight_packed` U8 `(out, in / 2)` and `NAME.weight_scale` U8 `(out, in / 32)`.
 """
@@ -26,10 +26,10 @@ _BLOCK = _STORAGE.block[1]
 
 
 class Mxfp4Layout(DiskLayout):
-    """e2m1 in blocks of 32 columns; decided by names and dtypes of each weight's tensors.
+    """e2m1 in blocks of 32 columns; recognized by names and dtypes of a weight's tensors.
 
     Args:
-        schemes: likewise.
+        schemes: as in `DiskLayout`.
     """
 
     endings: ClassVar[dict[str, str]] = {
@@ -44,7 +44,7 @@ class Mxfp4Layout(DiskLayout):
 
     def __init__(self, schemes: list[Scheme]) -> None:
         super().__init__(schemes)
-        # compressed-tensors has other integers under that name
+        # compressed-tensors uses the name `weight` for other integers
         self.has_plain_names = any(scheme["quant_method"] != "compressed-tensors" for scheme in schemes)
 
     @classmethod
@@ -52,7 +52,7 @@ class Mxfp4Layout(DiskLayout):
         if scheme["quant_method"] == "compressed-tensors":
             group = (scheme.get("type"), scheme.get("num_bits"), scheme.get("group_size"))
             return group == ("float", 4, _BLOCK) and scheme.get("format") == "mxfp4-pack-quantized"
-        # checkpoints of 8 bits may have their experts in 4 (expert_dtype: fp4)
+        # 8-bit checkpoints may have 4-bit experts (expert_dtype: fp4)
         return scheme["quant_method"] in ("mxfp4", "fp8", "mxfp8")
 
     def codes_of(self, group: Group) -> str | None:
@@ -69,15 +69,14 @@ class Mxfp4Layout(DiskLayout):
         weight = group.tensors[ending]
         if ending and "" in group.tensors:
             raise CheckpointError(
-                f"{weight} and {group.tensors['']} are both the weight {group.key}; one was expected. The checkpoint "
-                "is a mixture of two; download it again."
+                f"{weight} and {group.tensors['']} are both the weight {group.key}. Expected one of them. The "
+                "checkpoint is a mixture of two; download it again."
             )
         is_blocked = ending == "_blocks"
         if weight.dtype_name not in ("U8", "I8") or (is_blocked and len(weight.shape) != 4):
             expected = "(E, out, in / 32, 16)" if is_blocked else "(out, in / 2)"
             raise CheckpointError(
-                f"{weight} is no weight of two codes to a byte: U8 {expected} was expected. Use "
-                "the checkpoint in 16 bits."
+                f"{weight} is not a weight with two codes per byte. Expected U8 {expected}. Use the 16-bit checkpoint."
             )
         if is_blocked:
             *leading, num_blocks, half = weight.shape
@@ -88,21 +87,21 @@ class Mxfp4Layout(DiskLayout):
             columns, half = 2 * half_of_row, _BLOCK // 2
         if columns % _BLOCK or half != _BLOCK // 2 or weight.numel == 0:
             raise CheckpointError(
-                f"{weight} doesn't hold whole blocks of {_BLOCK} columns, 16 bytes each. Download the checkpoint "
-                "again."
+                f"{weight} does not consist of complete blocks. Expected blocks of {_BLOCK} columns in 16 bytes. "
+                "Download the checkpoint again."
             )
         scales = only_scale(weight, group, ("_scales",) if is_blocked else self.describing[1:])
         if scale_kind(weight, scales) != _STORAGE.scale or scales.shape != (*leading, columns // _BLOCK):
             raise CheckpointError(
-                f"{scales} doesn't fit {weight}: U8 or F8_E8M0 {[*leading, columns // _BLOCK]} was expected, a power "
-                f"of two for {_BLOCK} columns. Download the checkpoint again, or use the one in 16 bits."
+                f"{scales} does not match {weight}. Expected U8 or F8_E8M0 {[*leading, columns // _BLOCK]}, one power "
+                f"of two per {_BLOCK} columns. Download the checkpoint again, or use the 16-bit checkpoint."
             )
         return GridTensor(group.key, (*leading, columns), _STORAGE, group.keys, weight, scales, parts)
 
 
 @register_engine_layout
 class Mxfp4ForEngines(EngineLayout):
-    """As gpt-oss was published, the only class whose experts engines read like this; only they are quantized."""
+    """The layout of gpt-oss, the only class for which engines read it; only experts are quantized."""
 
     name: ClassVar[str] = "mxfp4"
     storage: ClassVar[Mxfp4Format] = _STORAGE

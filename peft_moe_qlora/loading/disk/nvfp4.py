@@ -1,12 +1,12 @@
-"""NVFP4 as it is published: by ModelOpt, and by compressed-tensors as `nvfp4-pack-quantized`.
+"""Published NVFP4 layouts: ModelOpt, and `nvfp4-pack-quantized` of compressed-tensors.
 
-Codes are e2m1, two to a byte with the even column in the low half; `NAME.weight_scale` F8_E4M3 `(out, in / 16)` are
-the scales of 16 columns each, and the matrix has one more in F32:
+Codes are e2m1, two per byte with the even column in the low half. `NAME.weight_scale` F8_E4M3 `(out, in / 16)`
+contains the scales of 16 columns each, and a second F32 scale applies to the matrix:
 
 - ModelOpt: `NAME.weight` U8 `(out, in / 2)`, and `NAME.weight_scale_2` `()`, which multiplies.
 - compressed-tensors: `NAME.weight_packed` U8 `(out, in / 2)`, and `NAME.weight_global_scale` `(1,)`, which divides.
 
-Scales of inputs (`input_scale`, `input_global_scale`) are not of weights.
+Scales of inputs (`input_scale`, `input_global_scale`) are ignored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _BLOCK = 16
 _ONE = 0x38
 """1 in e4m3."""
 _OF_GLOBAL = {"": ".weight_scale_2", ".weight_packed": ".weight_global_scale"}
-"""Ending of the codes -> that of the second scale."""
-_AGAIN = "Download the checkpoint again, or use the one in 16 bits."
+"""Ending of the codes' key -> ending of the second scale's key."""
+_AGAIN = "Download the checkpoint again, or use the 16-bit checkpoint."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Nvfp4Tensor(GridTensor):
     """A weight with a second scale.
 
     Args:
-        global_scale: the tensor of it.
+        global_scale: header of the second scale.
     """
 
     global_scale: TensorInfo
@@ -44,32 +44,32 @@ class Nvfp4Tensor(GridTensor):
         return self.codes, self.scales, self.global_scale
 
     def read(self, checkpoint: Checkpoint, expert: int | None = None) -> dict[str, torch.Tensor]:
-        """Codes and both levels of scales, bit for bit.
+        """Reads codes and both levels of scales without changing a bit.
 
         Raises:
-            CheckpointError: likewise, or the second scale is invalid.
+            CheckpointError: as in `GridTensor.read`, or the second scale is invalid.
         """
         whole = float(checkpoint.read(self.global_scale.key))
         if not 0 < whole < torch.inf:
             raise CheckpointError(
-                f"{self.global_scale} is {whole:.4g}; a positive number was expected, by which all scales of "
-                f"{self.codes.key} are {'divided' if self.storage.is_inverse else 'multiplied'}. {_AGAIN}"
+                f"{self.global_scale} is {whole:.4g}. Expected a positive number, which "
+                f"{'divides' if self.storage.is_inverse else 'multiplies'} all scales of {self.codes.key}. {_AGAIN}"
             )
         found = super().read(checkpoint, expert)
         blocks = found["block_scales"]
         if blocks.numel() > PLACEHOLDER_BLOCKS and (blocks == _ONE).all() and self._values(found["codes"]).any():
             raise CheckpointError(
-                f"{self.scales} has a scale of exactly 1 for each of its {blocks.numel()} blocks, which is what tools "
-                f"put where they have none; those of the weights were expected. {_AGAIN}"
+                f"{self.scales} has a scale of exactly 1 for each of its {blocks.numel()} blocks, which tools write "
+                f"as a placeholder. Expected scales computed from the weights. {_AGAIN}"
             )
         return found
 
 
 class Nvfp4Layout(DiskLayout):
-    """e2m1 in blocks of 16 columns with a second scale; decided by names and dtypes of each weight's tensors.
+    """e2m1 in blocks of 16 columns with a second scale; recognized by names and dtypes of a weight's tensors.
 
     Args:
-        schemes: likewise.
+        schemes: as in `DiskLayout`.
     """
 
     endings: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -101,7 +101,7 @@ class Nvfp4Layout(DiskLayout):
     def codes_of(self, group: Group) -> str | None:
         packed, scales = group.tensors.get(".weight_packed"), group.tensors.get(".weight_scale")
         if packed is not None:
-            # MXFP4 has the same names, and powers of two
+            # MXFP4 has the same names, with e8m0 scales
             is_other = scales is not None and scales.dtype_name in ("U8", "F8_E8M0")
             return packed.key if packed.dtype_name == "U8" and not is_other else None
         info = group.tensors.get("")
@@ -113,23 +113,23 @@ class Nvfp4Layout(DiskLayout):
         weight = group.tensors[ending]
         if ending and "" in group.tensors:
             raise CheckpointError(
-                f"{weight} and {group.tensors['']} are both the weight {group.key}; one was expected. The checkpoint "
-                "is a mixture of two; download it again."
+                f"{weight} and {group.tensors['']} are both the weight {group.key}. Expected one of them. The "
+                "checkpoint is a mixture of two; download it again."
             )
         if ".pre_quant_scale" in group.tensors:
             raise CheckpointError(
-                f"{group.tensors['.pre_quant_scale']} is what inputs of {group.key} are to be multiplied by (AWQ), "
-                "which is not done here. Use a checkpoint in NVFP4 without it, or the one in 16 bits."
+                f"{group.tensors['.pre_quant_scale']} scales the inputs of {group.key} (AWQ), which is not supported. "
+                "Use an NVFP4 checkpoint without pre_quant_scale, or the 16-bit checkpoint."
             )
         if len(weight.shape) != 2 or weight.numel == 0 or 2 * weight.shape[1] % _BLOCK:
             raise CheckpointError(
-                f"{weight} is no matrix of whole blocks of {_BLOCK} columns: U8 (out, in / 2) was expected. {_AGAIN}"
+                f"{weight} is not a matrix of complete blocks of {_BLOCK} columns. Expected U8 (out, in / 2). {_AGAIN}"
             )
         rows, columns = weight.shape[0], 2 * weight.shape[1]
         scales = only_scale(weight, group, (".weight_scale",))
         if scales.dtype_name != "F8_E4M3" or scales.shape != (rows, columns // _BLOCK):
             raise CheckpointError(
-                f"{scales} doesn't fit {weight}: F8_E4M3 {[rows, columns // _BLOCK]} was expected, a scale for "
+                f"{scales} does not match {weight}. Expected F8_E4M3 {[rows, columns // _BLOCK]}, one scale per "
                 f"{_BLOCK} columns. {_AGAIN}"
             )
         whole = self._global_scale(weight, group, ending)
@@ -142,16 +142,15 @@ class Nvfp4Layout(DiskLayout):
         for other in others:
             if other in group.tensors:
                 raise CheckpointError(
-                    f"{weight} has {group.tensors[other]} beside it; {expected.removeprefix('.')} alone was expected. "
-                    "One of them multiplies and the other divides: the checkpoint is a mixture of two. Download it "
-                    "again."
+                    f"{weight} has the second scale {group.tensors[other]}. Expected only "
+                    f"{expected.removeprefix('.')}: one of them multiplies, the other divides. The checkpoint is a "
+                    "mixture of two; download it again."
                 )
         if found is None:
             raise CheckpointError(
-                f"{weight} has no second scale beside it, without which it can't be decoded: "
-                f"{group.key.removesuffix('.weight')}{expected} was expected. The checkpoint is incomplete; download "
-                "it again, or use the one in 16 bits."
+                f"{weight} has no second scale. Expected {group.key.removesuffix('.weight')}{expected}, which is "
+                "required to decode it. The checkpoint is incomplete; download it again, or use the 16-bit checkpoint."
             )
         if found.dtype_name != "F32" or found.numel != 1:
-            raise CheckpointError(f"{found} doesn't fit {weight}: one number in F32 was expected. {_AGAIN}")
+            raise CheckpointError(f"{found} does not match {weight}. Expected one number in F32. {_AGAIN}")
         return found

@@ -1,5 +1,5 @@
-"""Triton kernels of the experts layer, each with its launcher; `reference.py` one level up has their torch twins.
+"""Triton kernels of the experts layer with their launchers; `ops/reference.py` has the implementation in torch.
 
-Nothing here copies to the host, has a shape that depends on values, or adds atomically: every launch can be captured
-in a CUDA graph, and equal inputs give equal bits.
+There are no copies to the host, no shapes that depend on values, and no atomic additions: every launch can be captured
+in a CUDA graph, and results are reproducible bit for bit.
 """

@@ -1,4 +1,4 @@
-"""4-bit codes that index a table of values, and PTX that looks them up in registers."""
+"""Decoding of 4-bit codes that index a table of values, with PTX for look-ups in registers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _UNITS = {
     ("fp4", torch.bfloat16): 1.03125,
     ("fp4", torch.float16): 1.03125,
 }
-"""Factors in [1, 2) by which a table rounds well, for Gaussian weights in blocks of 64.
+"""Factors in [1, 2) for which the rounding errors of a table are small, for Gaussian weights in blocks of 64.
 
-What counts is the mean of the errors: where activations have a mean of their own, as behind a gate that is mostly
-positive, it adds up over the contraction. For NF4 in bfloat16 it is 1e-5 of the weights' size (4.6e-4 without a
-factor), and the root mean square 1.0e-3 (1.4e-3). FP4 is exact.
+The mean of the errors matters most: if the mean of the activations is not zero, as after a gate that is mostly
+positive, it accumulates over the contraction. For NF4 in bfloat16 it is 1e-5 relative to the weights (4.6e-4 without a
+factor), and the root mean square is 1.0e-3 (1.4e-3). FP4 is exact.
 """
 
 
@@ -34,8 +34,8 @@ def _select(nibbles, VALUES: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def look_up_codes(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Table values of the first and of the second codes of bytes."""
-    # an attribute is a compile-time constant in a comparison only through a constexpr variable
+    """Table values of the first and of the second code of each byte."""
+    # Triton compares an attribute at compile time only through a constexpr variable
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
         VALUES: tl.constexpr = CODEC.values
@@ -59,9 +59,9 @@ def look_up_codes(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def decode_codes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Weights of the first and of the second codes of bytes, rounded once.
+    """Weights of the first and of the second code of each byte, rounded once.
 
-    `scale`, in fp32, broadcasts to the shape of the codes; it is the blocks' scale divided by the table's unit.
+    `scale` is in fp32 and broadcasts to the shape of the codes; it is the block's scale divided by the table's unit.
     """
     ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
     if ASSEMBLY == "":
@@ -84,12 +84,12 @@ def decode_codes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 
 _LOW_FIRST = {"e2m1": e2m1_values(torch.device("cpu")), "int4": torch.arange(-8, 8, dtype=torch.float32, device="cpu")}
-"""Values of the codes of which the first of two is in the low half of a byte."""
+"""Values of formats with the first code of a byte in its low half."""
 
 
 @register_decoder(*QUANT_TYPES, *_LOW_FIRST)
 def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
-    """The table of a format in a dtype."""
+    """The decoder of a format with a table, for a dtype."""
     unit = _UNITS.get((codes, dtype), 1.0)
     is_high_first = codes not in _LOW_FIRST
     exact = code_values(codes, torch.device("cpu")) if is_high_first else _LOW_FIRST[codes]
@@ -114,19 +114,19 @@ def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
 def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool) -> str:
     """PTX that looks up 8 codes in a table of 16 two-byte values, in registers.
 
-    Operand 4 is four bytes; results 0 to 3 are the pairs of values of their first and second codes. If scaled, each
-    pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands 5 to 8 are
-    pairs of the coarse scale, 9 to 12 of the fine one.
+    Operand 4 contains four bytes; results 0 to 3 are the pairs of values of their first and second codes. If scaled,
+    each pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`. Operands 5 to
+    8 are pairs of the coarse scale, 9 to 12 of the fine scale.
 
-    `prmt.b32 d, a, b, s` picks each byte of d among the eight bytes of a and b by a nibble of s, its top bit clear.
-    The packed codes, masked to three bits each, are such selectors: one permute looks four codes up in the table's
-    first eight entries, one in its last eight, and a third picks between the two by each code's top bit. This is
-    done for the low bytes (0) and the high bytes (1) of the values; the last permutes combine them.
+    `prmt.b32 d, a, b, s` selects each byte of d from the eight bytes of a and b by a nibble of s with a clear top bit.
+    The packed codes, masked to three bits each, are such selectors: one permute looks up four codes in the first eight
+    entries of the table, one in the last eight, and a third selects between the two by the top bit of each code. This
+    is done for the low bytes (0) and the high bytes (1) of the values; the last permutes combine them.
 
-    Permutes, shifts and logic share the pipe that limits products with few rows, so a multiplication, which uses
-    another pipe, replaces a shift by 16. An instruction has one immediate operand; ptxas would move a second constant
-    that is uniform across threads into a register before each permute. Mixing in a zero that looks thread-dependent
-    to ptxas keeps it in a register.
+    Permutes, shifts and logic use the same pipe, which limits products with few rows. A multiplication, which uses
+    another pipe, therefore replaces a shift by 16. An instruction has one immediate operand; ptxas would move a second
+    constant that is uniform across threads into a register before each permute. Combining it with a zero that ptxas
+    considers thread-dependent keeps it in a register.
     """
     patterns = [pattern & 0xFFFF for pattern in values.view(torch.int16).tolist()]
 
@@ -151,13 +151,13 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
         "and.b32 zero, zero, other_lanes;",
         "or.b32 two_16, zero, 0x10000;",
         "and.b32 codes_a, $4, 0x77777777;",
-        # which half of the table, by the codes' top bits: selector i or i + 4
+        # selects the half of the table by the top bit of each code: selector i or i + 4
         "shr.u32 halves_a, $4, 1;",
         "and.b32 halves_a, halves_a, 0x44444444;",
         "or.b32 halves_a, halves_a, 0x32103210;",
         "mul.hi.u32 codes_b, codes_a, two_16;",
         "mul.hi.u32 halves_b, halves_a, two_16;",
-        # added to a product, -0 leaves it unchanged
+        # adding -0 does not change a product
         "mov.b32 minus_zero, 0x80008000;",
     ]
     for byte in range(2):
@@ -165,7 +165,7 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
             names.append(f"{part}{byte}")
             lines.append(f"or.b32 {part}{byte}, zero, {word(byte, first)};")
     packed_type = "bf16x2" if values.dtype == torch.bfloat16 else "f16x2"
-    # the codes of bytes 0 and 1 are a's, those of bytes 2 and 3 b's
+    # a contains the codes of bytes 0 and 1, b those of bytes 2 and 3
     for number, half in enumerate("ab"):
         for byte in range(2):
             found = f"{half}{byte}"
@@ -175,7 +175,7 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
                 f"prmt.b32 {found}_last, last{byte}, {word(byte, 12)}, codes_{half};",
                 f"prmt.b32 {found}, {found}_first, {found}_last, halves_{half};",
             ]
-        # in a selector the low half word comes last: the value of the first code
+        # the low half word, the value of the first code, is last in a selector
         selectors = ("0x4051", "0x6273") if is_high_first else ("0x5140", "0x7362")
         for result, selector in zip((2 * number, 2 * number + 1), selectors):
             lines.append(f"prmt.b32 pair, {half}0, {half}1, {selector};")
@@ -190,9 +190,9 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
 def _shuffle_assembly(values: torch.Tensor, is_high_first: bool) -> str:
     """PTX that looks up 8 codes in a table of 16 fp32 values distributed over the lanes of a warp.
 
-    Lanes i and i + 16 hold value i: four selects by the bits of the lane id, which the compiler hoists since they are
-    the same for all bytes. `shfl.sync.idx` then fetches each code's value from another lane. It reads the lowest five
-    bits of its index, and the fifth is arbitrary here, so the packed codes only need to be shifted.
+    Lanes i and i + 16 contain value i: four selects by the bits of the lane id, which the compiler hoists since they
+    are the same for all bytes. `shfl.sync.idx` then reads the value of each code from another lane. It uses the lowest
+    five bits of its index, of which the fifth is arbitrary here, so the packed codes only need to be shifted.
     """
     level = [f"0x{pattern & 0xFFFFFFFF:08x}" for pattern in values.view(torch.int32).tolist()]
     lines, names = ["mov.u32 lane, %laneid;"], ["lane", "shifted"]
@@ -205,7 +205,7 @@ def _shuffle_assembly(values: torch.Tensor, is_high_first: bool) -> str:
             level[place] = name
         del level[len(level) // 2 :]
     for byte in range(4):
-        # the results: the first codes of the four bytes, then the second ones; the codes follow as operand 8
+        # results are the first codes of the four bytes, then the second codes; operand 8 contains the codes
         high, low = 8 * byte + 4, 8 * byte
         for result, shift in zip((byte, 4 + byte), (high, low) if is_high_first else (low, high)):
             lines.append(f"shr.u32 shifted, $8, {shift};")

@@ -1,4 +1,4 @@
-"""The storage of weights as a kernel sees it: one object, a constexpr argument."""
+"""The storage of weights as one constexpr argument of a kernel."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from ..operands import PackedWeight
 
 @dataclass(frozen=True, repr=False)
 class Codec:
-    """How a tile of bytes becomes weights.
+    """Decoding of a tile of bytes to weights.
 
     Args:
-        name: of the codes and the dtype that they are decoded to; two codecs of one name differ in their grid only.
-        look_up: Triton function `(codes, CODEC, DTYPE)`: the values of the first and of the second codes of pairs, in
+        name: name of the codes and of the dtype that they are decoded to; codecs with the same name differ only in
+            their grid.
+        look_up: Triton function `(codes, CODEC, DTYPE)` -> values of the first and of the second code of each pair, in
             DTYPE. A pair is a byte or a 16-bit integer.
-        decode: `(codes, scale, CODEC, DTYPE)`: the same times an fp32 scale that broadcasts, rounded once.
-        is_packed: whether there are codes; weights in 16 bits are read as they are.
-        first_shift: where in a byte the first of two codes is.
-        block: rows and columns that share a scale, the columns a power of two.
-        part_rows: rows of a part; each part has its own blocks.
-        scale: kind of the scales, fp32 as it is or by its bits.
-        second_level: how two-level scales are decoded, as in `Format`.
-        values: of the 16 codes, for the portable path: a chain of selects.
+        decode: `(codes, scale, CODEC, DTYPE)` -> the same times an fp32 scale that broadcasts, rounded once.
+        is_packed: whether there are codes; 16-bit weights are read without decoding.
+        first_shift: position of the first of two codes in a byte.
+        block: rows and columns that share a scale; the columns are a power of two.
+        part_rows: rows of a part; each part has separate blocks.
+        scale: type of the scales, fp32 or a type given by its bits.
+        second_level: decoding of two-level scales, as in `Format`.
+        values: values of the 16 codes, for the portable path, a chain of selects.
         assembly: PTX of `look_up`; "" for the portable path.
         scaled_assembly: PTX of `decode`.
-        unit: what the values were multiplied by; scales have to be divided by it.
-        power: what `decode` has to multiply scales by.
+        unit: factor by which the values were multiplied; scales must be divided by it.
+        power: factor by which `decode` must multiply scales.
     """
 
     name: str = "16 bits"
@@ -60,7 +61,7 @@ class Codec:
         return self.block[1]
 
     def __repr__(self) -> str:
-        # a part of the names of compiled functions
+        # part of the names of compiled functions
         scale = f"{self.scale}{self.second_level}"
         return f"{self.name}_{self.block[0]}x{self.block[1]}_{self.part_rows}_{scale}".replace(" ", "_")
 
@@ -76,7 +77,7 @@ DENSE = Codec(is_packed=False)
 
 
 class Decoder(NamedTuple):
-    """How codes are decoded, independent of the grid; fields as in `Codec`."""
+    """Decoding of codes, independent of the grid; fields as in `Codec`."""
 
     look_up: Any
     decode: Any
@@ -94,7 +95,7 @@ _DECODERS: dict[str, Callable[[str, torch.dtype, bool], Decoder]] = {}
 def register_decoder(
     *names: str,
 ) -> Callable[[Callable[[str, torch.dtype, bool], Decoder]], Callable[[str, torch.dtype, bool], Decoder]]:
-    """Decorator: registers the decoder of `Format`s with these `kernel_codes`.
+    """Decorator that registers a decoder for formats with these `kernel_codes`.
 
     The function is called with the name, the dtype of the weights, and whether the device runs PTX.
     """
@@ -107,7 +108,7 @@ def register_decoder(
 
 
 def codec_of(weight: PackedWeight, dtype: torch.dtype) -> Codec:
-    """How a weight that the kernels can read is decoded to a dtype."""
+    """The codec that decodes a weight to a dtype."""
     if not weight.is_packed:
         return DENSE
     return codec_for(
@@ -125,7 +126,7 @@ def codec_for(
         name=f"{storage.kernel_codes} {dtype} {'ptx' if decoder.assembly else 'portable'}".replace("torch.", ""),
         block=block,
         part_rows=rows // parts,
-        # fp32: the result of both levels
+        # the product of both levels is fp32
         scale="fp32" if is_nested else storage.scale_kind,
         second_level=storage.second_level if is_nested else "",
         **decoder._asdict(),
@@ -134,9 +135,11 @@ def codec_for(
 
 @cache
 def decoder_of(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
-    """The decoder for a dtype, with PTX where the device runs it."""
+    """The decoder for a dtype, with PTX on NVIDIA GPUs."""
     if codes not in _DECODERS:
-        raise ValueError(f"No decoder is registered for kernel_codes={codes!r}; known are {', '.join(_DECODERS)}.")
+        raise ValueError(
+            f"No decoder is registered for kernel_codes={codes!r}. Expected one of {', '.join(_DECODERS)}."
+        )
     return _DECODERS[codes](codes, dtype, on_nvidia)
 
 
@@ -150,7 +153,7 @@ def runs_ptx(device: torch.device) -> bool:
 
 @triton.jit
 def split_pairs(pairs, DTYPE: tl.constexpr):
-    """The lower and upper 16 bits; joining them again is free and gives the original register."""
+    """The lower and upper 16 bits; joining them again costs nothing and gives the original register."""
     return pairs.to(tl.int16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
 
 
@@ -163,7 +166,7 @@ def as_pairs(x):
 
 @triton.jit
 def decode_bytes(codes, scale, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Pairs of one-byte codes: their values times `scale` (fp32, broadcast), rounded once."""
+    """Values of pairs of one-byte codes times `scale` (fp32, broadcasts), rounded once."""
     ASSEMBLY: tl.constexpr = CODEC.scaled_assembly
     if ASSEMBLY == "":
         first, second = CODEC.look_up(codes, CODEC, DTYPE)

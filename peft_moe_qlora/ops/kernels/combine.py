@@ -58,10 +58,10 @@ def combine(
     Args:
         rows: `(S, columns)`.
         weights: `(T, K)`, contiguous; None for ones.
-        routed: where the rows are; pairs that are not computed here count as zero.
+        routed: positions of the rows; pairs that are not computed here count as zero.
         num_tokens: T.
         top_k: K.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     columns = rows.shape[1]
     out = allocate((num_tokens, columns), dtype, rows.device)

@@ -1,4 +1,4 @@
-"""Decodes a tile of a matrix inside another kernel, or a run of experts into a 16-bit workspace."""
+"""Decodes a tile of a matrix inside another kernel, or consecutive experts into a 16-bit workspace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from ...quantization import dynamic_map
 from ...quantization.formats.four_bit import NESTED_BLOCKSIZE
 from ..operands import PackedWeight
-from . import code_tables, e4m3, int8  # noqa: F401 - they register what decodes
+from . import code_tables, e4m3, int8  # noqa: F401 - register their decoders
 from .codec import Codec, codec_of
 from .e4m3 import e4m3_value
 from .launch import cdiv, launch, next_power_of_2
@@ -19,7 +19,7 @@ from .launch_recorder import allocate
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
 _ONE = tl.constexpr(0x3F800000)
-"""The bits of 1 in fp32."""
+"""Bits of 1.0 in fp32."""
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def as_scale(bits, KIND: tl.constexpr):
 @triton.jit
 def _scale_row(row, CODEC: tl.constexpr):
     """Rows of the scale grid for rows of a matrix."""
-    # an attribute is a compile-time constant in a comparison only through a constexpr variable
+    # Triton compares an attribute at compile time only through a constexpr variable
     BLOCK: tl.constexpr = CODEC.block_rows
     PART: tl.constexpr = CODEC.part_rows
     if BLOCK == 1:
@@ -87,7 +87,7 @@ def weight_tile(
     else:
         BLOCK: tl.constexpr = CODEC.block_columns
         PAIRS: tl.constexpr = COLUMNS // 2
-        # multiplications only: after a division the compiler can't prove that addresses are aligned
+        # multiplications only: after a division the compiler cannot prove that addresses are aligned
         pair = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
         place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]
         if TILE_COLUMNS >= BLOCK:
@@ -147,7 +147,7 @@ def weight_block(
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """`(rows, TILE_COLUMNS)` values of codes, and the scales of the rows: the columns are of one block each."""
+    """`(rows, TILE_COLUMNS)` values of codes, and the scales of the rows, each of which is in one block."""
     PAIRS: tl.constexpr = COLUMNS // 2
     pair = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
     place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]
@@ -181,7 +181,7 @@ def load_scales(
     NUM_BLOCKS: tl.constexpr,
     IS_NESTED: tl.constexpr,
 ):
-    """fp32 block scales of one expert; arbitrary but finite where masked."""
+    """fp32 block scales of one expert; masked elements are arbitrary but finite."""
     place = ABSMAX + expert.to(tl.int64) * NUM_BLOCKS + block
     scale = tl.load(place, mask=mask, other=0)
     if not IS_NESTED:
@@ -196,7 +196,7 @@ def load_scales(
 
 @triton.jit
 def with_second_level(bits, whole, LEVEL: tl.constexpr):
-    """fp32 block scales from their FP8 bits and the bits of the fp32 scale that a part shares."""
+    """fp32 block scales from their FP8 bits and the bits of the fp32 scale of the part."""
     scale = e4m3_value(bits.to(tl.int32), tl.float32)
     whole = as_scale(whole, "fp32")
     return scale * whole if LEVEL == "times" else tl.div_rn(scale, whole)
@@ -216,7 +216,7 @@ def block_scales(
     IS_NESTED: tl.constexpr,
     CODEC: tl.constexpr,
 ):
-    """`(rows, blocks)` fp32: scales of blocks of some rows of one expert; where there are none, a finite value."""
+    """`(rows, blocks)` scales in fp32 of some rows of one expert; finite values outside of the matrix."""
     BLOCK: tl.constexpr = CODEC.block_columns
     GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     is_block = (row < ROWS)[:, None] & (block < GRID_COLUMNS)[None, :]
@@ -257,9 +257,9 @@ def _decode_flat_kernel(
     CODEC: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Grid: runs of `BLOCKS` blocks of a flattened matrix, experts. CODES `(E, bytes)`, OUT `(experts, OUT_NUMEL)`.
+    """Grid: groups of `BLOCKS` blocks of a flattened matrix; experts. CODES `(E, bytes)`, OUT `(experts, OUT_NUMEL)`.
 
-    OUT is the matrix from `first_block` on, or its `WIDTH` columns from `first_column` on.
+    OUT is the matrix starting at `first_block`, or `WIDTH` columns of it starting at `first_column`.
     """
     NUM_BYTES: tl.constexpr = (NUMEL + 1) // 2
     NUM_BLOCKS: tl.constexpr = (NUMEL + BLOCKSIZE - 1) // BLOCKSIZE
@@ -300,8 +300,8 @@ def _decode_grid_kernel(
 ):
     """Grid: tiles of a matrix, row by row; experts.
 
-    CODES `(E, ROWS, COLUMNS / 2)` pairs, SCALES `(E, R, C)`, OUT `(experts, OUT_ROWS, OUT_COLUMNS)`, which begins at
-    some tile.
+    CODES `(E, ROWS, COLUMNS / 2)` pairs, SCALES `(E, R, C)`, OUT `(experts, OUT_ROWS, OUT_COLUMNS)`, which starts at a
+    tile.
     """
     TILES: tl.constexpr = (OUT_COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     expert = first_expert + tl.program_id(1)
@@ -319,11 +319,11 @@ def _decode_grid_kernel(
 
 DECODE_BYTES = 4096
 PART_GRANULE = 256
-"""Parts of a matrix begin at multiples of this many rows or columns."""
+"""Parts of a matrix start at multiples of this number of rows or columns."""
 
 
 def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
-    """Codes, scales, what these need, and dynamic map of a packed weight; the codes replace absent ones."""
+    """Codes, scales, second-level scales and dynamic map of a packed weight; the codes replace absent tensors."""
     first, tensors = _pairs_of_codes(weight), weight.tensors[1:]
     if _has_map(weight):
         return (first, *tensors, dynamic_map(first.device))
@@ -331,9 +331,9 @@ def kernel_tensors(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
 
 
 def _pairs_of_codes(weight: PackedWeight) -> torch.Tensor:
-    """Codes as kernels read them, in pairs: a byte, or a 16-bit integer for one-byte codes.
+    """Codes in pairs, as read by kernels: a byte, or a 16-bit integer for one-byte codes.
 
-    Created on each use: a cached view would hold memory that engines have moved or freed.
+    Created on each use: a cached view could refer to memory that FSDP2 or DeepSpeed has moved or freed.
     """
     codes = weight.tensors[0]
     return codes.view(torch.int16) if weight.is_packed and weight.storage.codes_per_byte == 1 else codes
@@ -344,7 +344,7 @@ def _has_map(weight: PackedWeight) -> bool:
 
 
 def frozen_tensors(*weights: PackedWeight) -> tuple[torch.Tensor, ...]:
-    """Every tensor that kernels read of these weights."""
+    """All tensors of these weights that kernels read."""
     tensors = tuple(tensor for weight in weights for tensor in weight.tensors)
     if any(_has_map(weight) for weight in weights):
         tensors += (dynamic_map(tensors[0].device),)
@@ -379,7 +379,7 @@ def _plain_scales_of_parts_kernel(
 
 
 def with_plain_scales(weight: PackedWeight) -> PackedWeight:
-    """The same weight as products read it: codes in pairs, and nested (two-level) scales decoded to fp32."""
+    """The weight as read by products: codes in pairs, and nested (two-level) scales decoded to fp32."""
     codes = _pairs_of_codes(weight)
     if not weight.is_nested:
         return weight._replace(tensors=(codes, *weight.tensors[1:]))
@@ -417,7 +417,7 @@ class _Part(NamedTuple):
 def decode(
     weight: PackedWeight, first_expert: int, num_experts: int, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`(num_experts, rows, columns)` weights, bit for bit those of `QuantizedStack.decode`; into `out` if given."""
+    """`(num_experts, rows, columns)` weights, bit-identical to `QuantizedStack.decode`; written to `out` if given."""
     if out is None:
         out = allocate((num_experts, weight.rows, weight.columns), dtype, weight.tensors[0].device)
     _decode(weight, first_expert, num_experts, _Part(0, 0, weight.rows, weight.columns), out)
@@ -427,15 +427,16 @@ def decode(
 def decode_part(
     weight: PackedWeight, expert: int, of_rows: bool, first: int, count: int, out: torch.Tensor
 ) -> torch.Tensor:
-    """The same for some rows of one expert, `(count, columns)`, or some columns, `(rows, count)`.
+    """Decodes some rows of one expert, `(count, columns)`, or some columns, `(rows, count)`.
 
     Args:
         weight: the stack.
-        expert: which.
+        expert: index of the expert.
         of_rows: whether the part is a range of rows.
-        first: a multiple of `PART_GRANULE`, and for rows of the blocksize where blocks are runs of the matrix.
-        count: of rows or columns.
-        out: contiguous memory, at least as large.
+        first: first row or column, a multiple of `PART_GRANULE`; for rows of a format with flat blocks, also of the
+            blocksize.
+        count: number of rows or columns.
+        out: contiguous tensor with at least as many elements.
     """
     part = _Part(first, 0, count, weight.columns) if of_rows else _Part(0, first, weight.rows, count)
     _decode(weight, expert, 1, part, out)
@@ -451,7 +452,7 @@ def _decode(weight: PackedWeight, first_expert: int, num_experts: int, part: _Pa
 def _decode_flat(
     weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor
 ) -> None:
-    """For formats whose blocks are runs of the flattened matrix."""
+    """For formats with blocks of the flattened matrix."""
     numel, blocksize = weight.rows * weight.columns, weight.storage.flat_blocksize
     num_blocks = cdiv(part.rows * weight.columns, blocksize)
     blocks = min(next_power_of_2(num_blocks), max(1, 2 * DECODE_BYTES // blocksize))
@@ -475,7 +476,7 @@ def _decode_flat(
 def _decode_grid(
     weight: PackedWeight, codec: Codec, first_expert: int, num_experts: int, part: _Part, out: torch.Tensor
 ) -> None:
-    """For formats whose blocks form a grid."""
+    """For formats with a grid of blocks."""
     tile_columns = min(next_power_of_2(weight.columns), 256)
     tile_rows = max(1, min(next_power_of_2(weight.rows), 2 * DECODE_BYTES // tile_columns))
     if part.first_row or part.rows < weight.rows:

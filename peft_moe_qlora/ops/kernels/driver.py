@@ -1,4 +1,4 @@
-"""Launches through the CUDA driver API, cheaper than Triton's own where only the addresses change."""
+"""Launches through the CUDA driver API, faster than Triton's if only the addresses change."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cache
 from typing import Any
 
 _SPARE = 4
-"""Zeros behind the parameters that we know: Triton gives kernels pointers to scratch memory, which ours don't use."""
+"""Zeros after the known parameters: Triton passes pointers to scratch memory, which these kernels do not use."""
 
 _INVALID_CONTEXT = 201
 
 
 @cache
 def _cu_launch_kernel() -> Any:
-    """`cuLaunchKernel` of the driver API; None where there is no such library."""
+    """`cuLaunchKernel` of the driver API; None if the library is not available."""
     try:
         return ctypes.CDLL("libcuda.so.1").cuLaunchKernel
     except OSError:
@@ -27,10 +27,10 @@ class DriverLaunch:
 
     Args:
         compiled: a `triton.compiler.CompiledKernel` that was launched once; see `can_launch`.
-        grid: three numbers of programs.
-        num_pointers: number of pointers, which are the kernel's first parameters.
-        numbers: the parameters that follow.
-        through_triton: the same launch, for a thread without a current CUDA context.
+        grid: number of programs in three dimensions.
+        num_pointers: number of pointers, which are the first parameters of the kernel.
+        numbers: parameters after the pointers.
+        through_triton: the same launch by Triton, for a thread without a current CUDA context.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DriverLaunch:
         self._pointers[:] = addresses
         status = self._launch(*self._shape, ctypes.c_void_p(stream), self._parameters, None)
         if status == _INVALID_CONTEXT:
-            self._through_triton(addresses, stream)  # which makes one current
+            self._through_triton(addresses, stream)  # makes a context current
         elif status:
             raise RuntimeError(f"{self._name}: cuLaunchKernel failed with CUDA error {status}.")
 
@@ -79,7 +79,7 @@ def _kinds(compiled: Any) -> list[str]:
 
 
 def can_launch(compiled: Any, num_pointers: int, numbers: Sequence[int | float]) -> bool:
-    """Whether `DriverLaunch` can launch a binary; others are launched by Triton."""
+    """Whether `DriverLaunch` supports a binary; Triton launches the others."""
     metadata = getattr(compiled, "metadata", None)
     if metadata is None or not isinstance(getattr(compiled, "function", None), int) or _cu_launch_kernel() is None:
         return False

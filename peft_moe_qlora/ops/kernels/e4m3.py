@@ -1,4 +1,4 @@
-"""FP8 codes (e4m3) to numbers.
+"""Decodes FP8 (e4m3) codes.
 
 As bf16, the bits `sign << 15 | rest << 4` are the value times 2^-120, for subnormal codes too; as fp16, `sign << 15 |
 rest << 7` are the value times 2^-8. The multiplication by the scale corrects this. On compute capability 9.0 the
@@ -16,10 +16,10 @@ from .codec import Decoder, decode_bytes, register_decoder, split_pairs
 
 @triton.jit
 def e4m3_value(code, DTYPE: tl.constexpr):
-    """Portable: from exponent and mantissa. Uses normal numbers only, which no device flushes to zero."""
+    """Portable decoding by exponent and mantissa; uses only normal numbers, which no device flushes to zero."""
     exponent, mantissa = (code >> 3) & 15, code & 7
     significand = tl.where(exponent > 0, mantissa + 8, mantissa).to(tl.float32)
-    # 2^(exponent - 10); subnormal codes have the exponent of the smallest normal ones
+    # 2^(exponent - 10); subnormal codes use the exponent of the smallest normal codes
     power = ((tl.maximum(exponent, 1) + 117) << 23).to(tl.float32, bitcast=True)
     value = significand * power
     return tl.where(code >= 128, -value, value).to(DTYPE)
@@ -27,7 +27,7 @@ def e4m3_value(code, DTYPE: tl.constexpr):
 
 @triton.jit
 def look_up_e4m3(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Values of the first and of the second codes of pairs, exact in 16 bits."""
+    """Values of the first and of the second code of each pair, exact in 16 bits."""
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
         first = e4m3_value(codes.to(tl.int32) & 255, DTYPE)
@@ -54,14 +54,14 @@ def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
 
 
 _POWERS = {torch.float32: 1.0, torch.bfloat16: 2.0**120, torch.float16: 2.0**8}
-"""What bits have to be multiplied by. Scales bring it along; below 2^7 there is room for that (`SCALE_LIMIT`)."""
+"""Factors by which the bits must be multiplied. Scales include them, so scales must be below 2^7 (`SCALE_LIMIT`)."""
 
 
 def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
     """PTX that converts four codes (operand 2) to two pairs of 16-bit numbers (results 0 and 1).
 
     If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(bits, coarse, bits * fine)`; operands 3
-    and 4 are pairs of the coarse scale, 5 and 6 of the fine one, both times the power of two that the bits lack.
+    and 4 are pairs of the coarse scale, 5 and 6 of the fine scale, both multiplied by the power of two in `_POWERS`.
     """
     packed_type, shift, mask, power = (
         ("bf16x2", 4, "0x07f007f0", "0x7b807b80")

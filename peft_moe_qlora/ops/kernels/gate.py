@@ -1,4 +1,4 @@
-"""The activation between the two projections, fused with the products that read it."""
+"""Forward and backward of the gate between the two projections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .schedule import RoutedRows
 @triton.jit
 def _clamp_gate(gate, up, limit, KIND: tl.constexpr):
     if KIND == "clamped_silu" or KIND == "swiglu_oai":
-        # as torch does it: NaN stays NaN
+        # like torch, propagate NaN
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -29,7 +29,7 @@ def _tanh(x):
 
 @triton.jit
 def gate_value(gate, up, limit, alpha, KIND: tl.constexpr):
-    """fp32 gate and up to the gated value."""
+    """The gated value of gate and up, in fp32."""
     gate, up = _clamp_gate(gate, up, limit, KIND)
     if KIND == "gelu_tanh":
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
@@ -41,7 +41,7 @@ def gate_value(gate, up, limit, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def gate_derivatives(gate, up, limit, alpha, KIND: tl.constexpr):
-    """The gated value and its derivatives by gate and up, in fp32."""
+    """The gated value and its derivatives with respect to gate and up, in fp32."""
     g, u = _clamp_gate(gate, up, limit, KIND)
     if KIND == "gelu_tanh":
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
@@ -69,7 +69,7 @@ def gate_derivatives(gate, up, limit, alpha, KIND: tl.constexpr):
 def load_gate_inputs(
     X, row, first_column, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; 0 past the last column."""
+    """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; zero after the last column."""
     base = X + row[:, None].to(tl.int64) * (2 * COLUMNS)
     if INTERLEAVED:
         column = 2 * first_column + tl.arange(0, 2 * WIDTH)
@@ -180,7 +180,7 @@ def _gate_backward_kernel(
             tl.store(base + COLUMNS + column[None, :], by_up, mask=is_row[:, None] & is_column[None, :])
     if HAS_ROW_TERM:
         grad_weight += tl.load(ROW_TERM + source).to(tl.float32)
-    # rows of no expert are uninitialized
+    # rows without an expert are uninitialized
     grad_weight = tl.where(is_here, grad_weight, 0.0)
     tl.store(GRAD_WEIGHTS + pair, grad_weight.to(GRAD_WEIGHTS.dtype.element_ty), mask=is_row)
 
@@ -194,16 +194,16 @@ def gate_backward(
     row_term: torch.Tensor | None = None,
     keeps_value: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the gate's input and of the routing weights, from that of the gated rows before weighting.
+    """Gradients of the gate's input and of the routing weights.
 
     Args:
         x: `(S, 2I)`, input of the gate.
-        grad: `(S, I)`: what the gradient of the gated rows would be if all routing weights were 1.
+        grad: `(S, I)`, gradient of the gated rows for routing weights of 1.
         weights: `(T, K)` routing weights, contiguous.
-        gate: which.
+        gate: the gate.
         rows: the routing.
         row_term: `(S,)`, added to the gradient of each row's weight.
-        keeps_value: overwrite `grad` with the gated rows, which are recomputed anyway.
+        keeps_value: overwrite `grad` with the gated rows, which are computed anyway.
 
     Returns:
         `(S, 2I)` gradient of x, and `(T, K)` `sum(gated * grad)` in the dtype of the weights, 0 for pairs that are not

@@ -1,4 +1,4 @@
-"""Rows of each expert times its matrix, packed or in 16 bits, plus a low-rank term and a bias."""
+"""Product of the rows of each expert with its matrix, packed or in 16 bits, plus a low-rank term and a bias."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .schedule import Tiles
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20
-"""At most this much of a stack is held in 16 bits at a time: some experts, or some columns of a result of one."""
+"""Limit for the part of a stack decoded to 16 bits at a time: some experts, or some columns of one expert."""
 
 
 class Rows(NamedTuple):
     """The left operand: rows in the order of the experts, or tokens to gather them from.
 
     Args:
-        tensor: `(S, features)`, or `(T, features)` with `pair_of_row`; the last dimension contiguous.
-        pair_of_row: `(S,)` int32, row -> token * K + choice; None where the rows are sorted already.
-        top_k: K; 1 where the rows are sorted already.
+        tensor: `(S, features)`, or `(T, features)` with `pair_of_row`; contiguous in the last dimension.
+        pair_of_row: `(S,)` int32, row -> token * K + choice; None if the rows are already sorted.
+        top_k: K; 1 if the rows are already sorted.
     """
 
     tensor: torch.Tensor
@@ -43,8 +43,8 @@ class LowRankTerm(NamedTuple):
     """`reduced (S, R)` times `factor[e] (N, R)` transposed, added to the product.
 
     Args:
-        reduced: `(S, R)`, in the dtype of the rows, scaling included.
-        factor: `(E, N, R)` view, any strides, any floating dtype.
+        reduced: `(S, R)`, in the dtype of the rows, including the scaling.
+        factor: `(E, N, R)` view with any strides, in any floating-point dtype.
     """
 
     reduced: torch.Tensor
@@ -53,7 +53,7 @@ class LowRankTerm(NamedTuple):
 
 @triton.jit
 def row_places(rows, PAIR_OF_ROW, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Where rows lie in the left operand."""
+    """Positions of the rows in the left operand."""
     if GATHER:
         return tl.load(PAIR_OF_ROW + rows) // TOP_K
     return rows
@@ -84,11 +84,11 @@ def _low_rank_operands(
 
 @triton.jit
 def _wait_for_product(acc, CODEC: tl.constexpr):
-    """Returns the accumulator unchanged, but as a new value that depends on it to the compiler.
+    """Returns the accumulator unchanged, as a new value for the compiler, which makes it wait for the product.
 
-    Where the left operand is computed in registers, Triton (3.6; also 3.8 and 3.9, which wait for all wgmma but the
-    last) leaves wgmma of one step in flight while the next step overwrites the registers that they read. On an H200
-    single tiles were occasionally wrong.
+    If the left operand is computed in registers, Triton (3.6; also 3.8 and 3.9, which wait for all wgmma but the last)
+    leaves wgmma of one step in flight while the next step overwrites the registers that they read. On an H200, single
+    tiles were occasionally wrong.
     """
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY != "":
@@ -129,7 +129,7 @@ def _tile(
     TILE_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
 ):
-    """One tile of a result of `N` columns, of which `W`, `FACTOR`, `BIAS` and `OUT` point to `WIDTH`."""
+    """One tile of a result with `N` columns; `W`, `FACTOR`, `BIAS` and `OUT` point to `WIDTH` of them."""
     row = start + tl.arange(0, HEIGHT)
     is_row = row < end
     # rows past the end read the first row instead, and are not stored
@@ -140,7 +140,7 @@ def _tile(
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
     shape: tl.constexpr = (TILE_N, HEIGHT) if WEIGHT_LEFT else (HEIGHT, TILE_N)
     acc = tl.zeros(shape, tl.float32)
-    # multiply by the scale once per sum over a block, or once per weight
+    # apply the scale once per sum over a block, or once per weight
     BLOCK: tl.constexpr = CODEC.block_columns
     BLOCK_K: tl.constexpr = min(BLOCK, TILE_K)
     SCALES_SUMS: tl.constexpr = ALONG_COLUMNS and not WEIGHT_LEFT and 2 * HEIGHT <= BLOCK_K
@@ -225,7 +225,7 @@ def _tile_at(
     TILE_K: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
 ):
-    # so many row tiles share a pass over the columns, since the weight may exceed the cache
+    # number of row tiles per pass over the columns, since the weight may exceed the cache
     GROUP: tl.constexpr = 1 if CODEC.is_packed else 8
     TILES_N: tl.constexpr = (WIDTH + TILE_N - 1) // TILE_N
     group = index // (GROUP * TILES_N)
@@ -319,23 +319,23 @@ def grouped_gemm(
     low_rank: LowRankTerm | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`(S, N)` in the dtype of the rows; rows of no expert are left as they were allocated.
+    """`(S, N)` in the dtype of the rows; rows without an expert are not written.
 
     Args:
         rows: `(S, K)`, or tokens to gather them from.
-        weight: its matrices, `(out, in)` whatever the orientation of storage, give `N, K = out, in`.
-        for_input_gradient: multiply by the matrices themselves instead of their transposes: `N, K = in, out`.
-        ends: `(E,)` int32, the row behind each expert's last one.
-        tiles: how the rows are cut.
-        tuned: shape of the tiles, and whether the weight is decoded inside the product or beforehand.
-        low_rank: added.
-        bias: `(E, N)`, added.
+        weight: `(out, in)` matrices, independent of the orientation of storage: `N, K = out, in`.
+        for_input_gradient: multiply by the matrices instead of their transposes: `N, K = in, out`.
+        ends: `(E,)` int32, exclusive end of each expert's rows.
+        tiles: tiles of the rows.
+        tuned: shape of the tiles, and whether the weight is decoded inside the product or before.
+        low_rank: low-rank term to add.
+        bias: `(E, N)`, bias to add.
     """
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device
     out = allocate((rows.num_rows, out_features), dtype, device)
-    # a tile finds its scales only where rows are whole blocks
+    # a tile can locate its scales only if rows consist of whole blocks
     decodes_before = weight.is_packed and (tuned.decode_first or weight.tile_block is None)
     codec = DENSE if decodes_before else codec_of(weight, dtype)
     term, factor = (out, out[:, :, None]) if low_rank is None else low_rank
@@ -407,26 +407,26 @@ def grouped_gemm(
     for first in range(0, weight.num_experts, group):
         count = min(group, weight.num_experts - first)
         decode(weight, first, count, dtype, out=workspace)
-        # the number of tiles in a group is known on the device only: persistent programs instead of idle ones
+        # the number of tiles in a group is known only on the device, so use persistent programs
         multiply((workspace,), first, count, group < weight.num_experts, everything)
     return out
 
 
 class Columns(NamedTuple):
-    """A run of the columns of a result."""
+    """A range of columns of a result."""
 
     first: int
     count: int
 
 
 def columns_at_a_time(out_features: int, in_features: int, dtype: torch.dtype, weight: PackedWeight) -> int:
-    """How many columns of a result are computed at a time where the workspace can't hold an expert's matrix.
+    """Number of columns of a result to compute at a time if the matrix of an expert exceeds the workspace.
 
     Args:
-        out_features: of the result.
-        in_features: of the rows.
-        dtype: of the workspace.
-        weight: whose blocks begin where columns do.
+        out_features: columns of the result.
+        in_features: columns of the rows.
+        dtype: dtype of the workspace.
+        weight: the weight; each range of columns starts at a block.
     """
     granule = max(PART_GRANULE, weight.storage.flat_blocksize or 0)
     fitting = WORKSPACE_BYTES // (in_features * dtype.itemsize) // granule * granule

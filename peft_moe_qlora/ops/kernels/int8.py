@@ -1,7 +1,7 @@
-"""Decodes int8 codes, exactly in 16 bits.
+"""Decodes int8 codes, with exact values in 16 bits.
 
-The PTX places a code in the mantissa of a number whose exponent gives the last mantissa bit the value 1, and subtracts
-the offset. The 7 mantissa bits of bf16 are one too few: there the upper bit becomes a separate number.
+The PTX places a code in the mantissa of a number whose last mantissa bit has the value 1, and subtracts the offset.
+The mantissa of bf16 has 7 bits, one too few, so the upper bit becomes a separate number.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .codec import Decoder, decode_bytes, register_decoder, split_pairs
 
 @triton.jit
 def look_up_int8(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Values of the first and of the second codes of pairs."""
+    """Values of the first and of the second code of each pair."""
     ASSEMBLY: tl.constexpr = CODEC.assembly
     if ASSEMBLY == "":
-        # shifts to the right keep the sign
+        # right shifts preserve the sign
         first = ((codes.to(tl.int32) << 24) >> 24).to(tl.float32).to(DTYPE)
         second = (codes.to(tl.int32) >> 8).to(tl.float32).to(DTYPE)
     elif tl.float32 == DTYPE:
@@ -48,10 +48,10 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
     """PTX that converts four codes (operand 2) to two pairs of 16-bit numbers (results 0 and 1).
 
     If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands
-    3 and 4 are pairs of the coarse scale, 5 and 6 of the fine one.
+    3 and 4 are pairs of the coarse scale, 5 and 6 of the fine scale.
     """
     if dtype == torch.bfloat16:
-        # 128 + lower bits, less 128, or less 256 for a negative code: the upper bit is the lowest of an exponent
+        # 128 + lower bits, minus 128, or minus 256 for a negative code: the upper bit is the lowest bit of an exponent
         packed_type, codes, magic, names = "bf16x2", "$2", "0x43434343", "placed, over, minus_one"
         lines = ["mov.b32 minus_one, 0xbf80bf80;"]
         value = [
@@ -60,7 +60,7 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
             "fma.rn.bf16x2 placed, over, minus_one, placed;",
         ]
     else:
-        # 1024 + 128 + code; if scaled, a 256th of that
+        # 1024 + 128 + code; if scaled, divided by 256
         packed_type, codes, names = "f16x2", "shifted", "placed, shifted, too_much"
         magic, too_much = ("0x44444444", "0x44804480") if is_scaled else ("0x64646464", "0x64806480")
         lines = ["xor.b32 shifted, $2, 0x80808080;", f"mov.b32 too_much, {too_much};"]

@@ -1,7 +1,7 @@
 """Kernel launches in a few microseconds.
 
-`kernel[grid](...)` inspects every argument to select a binary, which takes longer than most kernels here run. The
-caller knows what the binary depends on, so it is looked up once.
+`kernel[grid](...)` inspects every argument to select a binary, which takes longer than most of these kernels run. The
+caller knows what the binary depends on, so it is looked up only once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _dtype_of = attrgetter("dtype")
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    # Triton's own costs as much as a launch
+    # Triton's cdiv takes as long as a launch
     return -(-numerator // denominator)
 
 
@@ -46,14 +46,14 @@ def launch(
     """Runs a Triton kernel on the current device and stream.
 
     Args:
-        kernel: its parameters are pointers, numbers that it does not specialize on, and constants, in this order.
+        kernel: kernel whose parameters are pointers, numbers without specialization, and constants, in this order.
         grid: numbers of programs.
-        tensors: for the pointers.
+        tensors: tensors for the pointers.
         numbers: 32-bit integers and floats.
-        num_warps: of 32 threads.
-        num_stages: loads in flight.
-        enable_fp_fusion: let a product and a sum be rounded once; not where the bits have to be those of torch.
-        constants: for the `tl.constexpr` parameters, in the order of the kernel's.
+        num_warps: number of warps of 32 threads.
+        num_stages: number of loads in flight.
+        enable_fp_fusion: round a product and a sum once; must be False for results that are bit-identical to torch's.
+        constants: values of the `tl.constexpr` parameters, in the order of the kernel.
     """
     values = tuple(constants.values())
     addresses = reduce(or_, map(_address_of, tensors))
@@ -68,13 +68,11 @@ def launch(
         return
     names = kernel.arg_names
     if list(constants) != names[len(tensors) + len(numbers) :]:
-        raise TypeError(
-            f"{kernel} takes {names}, but got {len(tensors)} tensors, {len(numbers)} numbers, {constants}."
-        )
+        raise TypeError(f"{kernel} takes {names}, found {len(tensors)} tensors, {len(numbers)} numbers, {constants}.")
     compiled = kernel[grid](
         *tensors, *numbers, *values, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion
     )
-    # a binary for some unaligned pointers may not fit others; the interpreter gives None
+    # a binary for unaligned pointers may not be valid for others; the interpreter returns None
     if addresses % 16 == 0:
         _compiled[key] = compiled
     if recorder is not None:
@@ -84,7 +82,7 @@ def launch(
 def _launcher(
     compiled: Any, grid: tuple[int, ...], num_tensors: int, numbers: tuple[int | float, ...], values: tuple
 ) -> Callable[[list[int], int], None]:
-    """A function that launches a binary with other addresses."""
+    """Returns a function that launches a binary with other addresses."""
     whole_grid = (*grid, 1, 1)[:3]
     run = compiled[whole_grid]
 
@@ -97,7 +95,7 @@ def _launcher(
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Context manager that makes the tensor's device current, since kernels launch there."""
+    """Context manager that makes the device of a tensor current, since kernels launch on the current device."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
@@ -105,7 +103,7 @@ def device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 @cache
 def has_much_shared_memory(device: torch.device) -> bool:
-    """Whether a program may have 200 KiB, as on compute capability 9.0 and 10.0; others have about 100."""
+    """Whether a program can use 200 KiB, as on compute capability 9.0 and 10.0; on others it can use about 100 KiB."""
     return (
         device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 2**10
     )

@@ -1,8 +1,9 @@
 """A sequence of allocations and launches, recorded once and replayed with other tensors.
 
-For given shapes a layer always allocates the same tensors and launches the same kernels; deriving them in Python takes
-longer than a small layer runs. A recorder holds the sequence with addresses relative to inputs and allocations. Replay
-is an ordinary sequence of launches on the current stream: it allocates each time, and can be captured in a CUDA graph.
+For given shapes, a layer always allocates the same tensors and launches the same kernels; the Python code for that
+takes longer than a small layer runs. A recorder stores the sequence with addresses relative to inputs and allocations.
+A replay is an ordinary sequence of launches on the current stream: it allocates each time, and can be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 MOST_RECORDINGS = 1024
-"""Sequences of different lengths make a recording each; the oldest is forgotten first."""
+"""Limit on the number of recordings, one per sequence length; the oldest is dropped first."""
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -27,7 +28,7 @@ Outputs = list[torch.Tensor | None]
 
 
 class LaunchRecorder:
-    """Records between its creation and `finish`, in the thread that `active_recorder` belongs to.
+    """Records from its creation to `finish`, in the thread in which it is the `active_recorder`.
 
     Args:
         inputs: tensors that are not allocated during recording; None for absent ones.
@@ -56,23 +57,23 @@ class LaunchRecorder:
         self._steps.append((None, self._add_span(tensor), tensor.shape, tensor.dtype, tensor.device))
 
     def add_launch(self, run: Callable[[list[int], int], None], tensors: Sequence[torch.Tensor]) -> None:
-        """A launch of `run(addresses of tensors, stream)`."""
+        """Adds a launch of `run(addresses of tensors, stream)`."""
         self._steps.append((run, tuple([self._place(tensor.data_ptr()) for tensor in tensors])))
 
     def _place(self, address: int) -> tuple[int, int]:
-        """The input or allocation that an address lies in, and the offset; reused memory belongs to the newest one."""
+        """The input or allocation that contains an address, and the offset; of several, the most recent one."""
         for slot in range(len(self._spans) - 1, -1, -1):
             start, end = self._spans[slot]
             if start <= address < end:
                 return slot, address - start
-        raise ValueError("a kernel was given a tensor that is neither an input nor allocated while recording.")
+        raise ValueError("A kernel got a tensor that is neither an input nor allocated while recording.")
 
     def finish(self, outputs: Outputs, extra: Any) -> None:
         """Ends the recording.
 
         Args:
-            outputs: which allocations are results.
-            extra: anything that is the same at every replay.
+            outputs: the allocations that are results.
+            extra: a value that is the same for every replay.
         """
         self.extra = extra
         self._outputs = [None if tensor is None else self._place(tensor.data_ptr())[0] for tensor in outputs]
@@ -83,7 +84,7 @@ class LaunchRecorder:
                 last_use[what] = number
             else:
                 last_use.update(dict.fromkeys((slot for slot, _ in what), number))
-        # memory is freed as soon as the last launch that uses it is queued, as without a recording
+        # as without a recording, memory is freed when its last launch is queued
         released: dict[int, list[int]] = {}
         for slot in allocated:
             if slot not in self._outputs:
@@ -97,7 +98,7 @@ class LaunchRecorder:
         """Repeats the allocations and launches, and returns the outputs.
 
         Args:
-            addresses: of the inputs, in their order; 0 for absent ones.
+            addresses: addresses of the inputs, in order; 0 for absent inputs.
         """
         num_slots = len(self._spans)
         tensors: Outputs = [None] * num_slots
@@ -118,26 +119,26 @@ class LaunchRecorder:
 
 
 def active_recorder() -> LaunchRecorder | None:
-    """The recorder that this thread's allocations and launches go to."""
+    """The recorder of allocations and launches in this thread."""
     return getattr(_local, "recorder", None)
 
 
 def recorded(
     key: Hashable, inputs: Sequence[torch.Tensor | None], run: Callable[[], tuple[Outputs, Any]]
 ) -> tuple[Outputs, Any]:
-    """`run()`, from a recording if there is one for the key.
+    """Result of `run()`, replayed if there is a recording for the key.
 
     Args:
-        key: everything that allocations and launches depend on.
-        inputs: every tensor that `run` gives to kernels. Where one is not contiguous or not aligned,
-            or two overlap, nothing is recorded.
+        key: all values that allocations and launches depend on.
+        inputs: all tensors that `run` passes to kernels. If one is not contiguous or not aligned, or two overlap,
+            nothing is recorded.
         run: returns outputs, all allocated during the run, and a value that depends only on the key.
     """
     present = [tensor for tensor in inputs if tensor is not None]
     if not all(tensor.is_cuda and tensor.is_contiguous() for tensor in present):
         return run()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-    # binaries are compiled for aligned pointers; only odd slices of tensors are unaligned
+    # binaries are compiled for aligned pointers; only some slices of tensors are unaligned
     if reduce(or_, addresses) % 16:
         return run()
     recorder = _recordings.get(key)
@@ -145,7 +146,7 @@ def recorded(
         return recorder.replay(addresses), recorder.extra
     recorder = LaunchRecorder(inputs)
     if recorder.has_overlapping_inputs():
-        # an address would be ambiguous
+        # addresses would be ambiguous
         return run()
     _local.recorder = recorder
     try:
@@ -161,12 +162,12 @@ def recorded(
 
 
 def forget_recordings() -> None:
-    """Drops all recordings, after a change of something that launches depend on but keys don't contain."""
+    """Drops all recordings, after a change that affects launches but not keys."""
     _recordings.clear()
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialized tensor, known to the recorder if one is active."""
+    """Allocates an uninitialized tensor and records it if a recorder is active."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     recorder = active_recorder()
     if recorder is not None:

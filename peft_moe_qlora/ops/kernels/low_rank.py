@@ -1,4 +1,4 @@
-"""The low-rank products: rows down to the rank, and the gradients of the factors."""
+"""Low-rank products: rows times A, and the gradients of the factors."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
 
     Args:
         rows: `(S, K)`, or tokens to gather them from.
-        factor: `(E, K, R)` view, any strides, any floating dtype; rounded to the dtype of the rows.
+        factor: `(E, K, R)` view with any strides, in any floating-point dtype; rounded to the dtype of the rows.
         scaling: factor of the product.
         ends: `(E,)` int32.
-        tiles: how the rows are cut.
+        tiles: tiles of the rows.
     """
     _, in_features, rank = factor.shape
     out = allocate((rows.num_rows, rank), rows.tensor.dtype, rows.tensor.device)
     height = tiles.heights[0]
-    # rows and features of a step, and loads in flight: measured on an H200
+    # rows and features per step, and loads in flight, as measured on an H200
     if height <= 16:
         part, num_stages = height, 3
         tile_k = 256 if rank <= 16 or has_much_shared_memory(out.device) else 128
@@ -100,36 +100,36 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
 ROWS_OF_A_STEP = 32
 COLUMNS_OF_A_PROGRAM = 128
 SERIAL_ROWS = 512
-"""More rows of one expert than this are worth another launch, which adds up the sums of their runs."""
+"""Number of rows of an expert above which they are summed in several runs, with another launch for the total."""
 ENOUGH_PROGRAMS = 1024
-"""To keep every multiprocessor of a large GPU busy."""
+"""Number of programs that occupies all multiprocessors of a large GPU."""
 
 
 PARTS_BYTES = 32 * 2**20
-"""At most so much is taken for sums of runs of rows."""
+"""Limit on the memory for sums of runs of rows."""
 
 
 def rows_of_a_run(num_rows: int, num_experts: int, columns: int, rank: int) -> int | None:
-    """Most rows of an expert that one program sums in a factor gradient; None for all.
+    """Largest number of rows of an expert that one program sums in a factor gradient; None for all rows.
 
-    Chosen from the mean, since row counts are known on the device only. Rows are split where there are many, which
-    routing may concentrate on a few experts, and where experts are too few to occupy the GPU.
+    Chosen from the mean, since row counts are known only on the device. Rows are split if there are many, since
+    routing may concentrate them on a few experts, and if there are too few experts to occupy the GPU.
 
     Args:
-        num_rows: S.
-        num_experts: E.
+        num_rows: number of rows, S.
+        num_experts: number of experts, E.
         columns: features of the rows.
-        rank: of the factors.
+        rank: rank of the factors.
     """
     mean = cdiv(num_rows, num_experts)
     programs = num_experts * cdiv(columns, COLUMNS_OF_A_PROGRAM)
-    # gives enough programs under even routing
+    # enough programs for even routing
     length = max(next_power_of_2(mean * programs // ENOUGH_PROGRAMS), 4 * ROWS_OF_A_STEP)
     if mean < 2 * length:
-        # with few rows in all, no expert has many
+        # with few rows in total, no expert has many
         if num_rows < 16 * SERIAL_ROWS:
             return None
-        # twice the mean, so that even routing leaves experts whole
+        # twice the mean: with even routing, no expert is split
         length = max(next_power_of_2(2 * mean), SERIAL_ROWS)
     while _num_parts(num_rows, length) * columns * rank * 4 > PARTS_BYTES and length < num_rows:
         length *= 2
@@ -142,10 +142,9 @@ def _num_parts(num_rows: int, length: int) -> int:
 
 @triton.jit
 def _place_of_part(start, rows, half, LENGTH: tl.constexpr):
-    """Slot for the sum of a run, for an expert with several runs; there are `2 * half` slots.
+    """Slot for the sum of a run of an expert with several runs; there are `2 * half` slots.
 
-    Full runs start at least `LENGTH` apart. A shorter run follows a full one, and takes the same slot as that one, in
-    the other half.
+    Full runs start at least `LENGTH` apart. A shorter run follows a full one and uses the same slot in the other half.
     """
     return tl.where(rows == LENGTH, start // LENGTH, half + start // LENGTH - 1)
 
@@ -177,7 +176,7 @@ def _factor_gradient_kernel(
 ):
     """Grid: blocks of columns; experts, or runs of up to `LENGTH` rows of one expert.
 
-    The gradient of an expert that is one run goes to `OUT`, those of others to `PARTS (2 * half, COLUMNS, RANK)`.
+    The gradient of an expert with one run is written to `OUT`, others to `PARTS (2 * half, COLUMNS, RANK)`.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     if LENGTH == 0:
@@ -235,7 +234,7 @@ def _sum_of_runs_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Sums the runs of each expert in order; an expert with a single run is done, one without rows gets zeros."""
+    """Sums the runs of each expert in order; skips experts with one run, writes zeros for experts without rows."""
     expert = tl.program_id(1)
     start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ENDS + expert)
@@ -267,11 +266,11 @@ def factor_gradient(
         rows: `(S, C)`, or tokens to gather them from.
         reduced: `(S, R)` in the dtype of the rows.
         ends: `(E,)` int32.
-        out: `(E, C, R)` view to write to, any strides, any floating dtype; experts without rows get zeros.
+        out: `(E, C, R)` output view with any strides, in any floating-point dtype; zeros for experts without rows.
         weights: `(T, K)` routing weights, contiguous; None for ones.
-        pair_of_row: `(S,)` int32; needed with `weights`.
-        runs: the rows cut into runs of one height (`rows_of_a_run`), which are summed separately and then together, in
-            fp32 and always in the same order; None to sum each expert in one pass.
+        pair_of_row: `(S,)` int32; required with `weights`.
+        runs: tiles of one height (`rows_of_a_run`), which are summed separately and then added in fp32 in a fixed
+            order; None to sum each expert in one pass.
     """
     num_experts, columns, rank = out.shape
     pairs = rows.pair_of_row if rows.pair_of_row is not None else pair_of_row

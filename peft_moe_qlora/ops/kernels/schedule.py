@@ -20,8 +20,8 @@ class RoutedRows(NamedTuple):
     Args:
         ends: `(E,)`, the exclusive end of each expert's rows.
         pair_of_row: `(S,)`, row -> token * K + choice.
-        row_of_pair: `(S,)`, the inverse; pairs whose expert lives elsewhere have the rows from `ends[-1]` on.
-        whole: the tensor that the three are views of, if there is one.
+        row_of_pair: `(S,)`, the inverse; pairs of experts in other processes have the rows from `ends[-1]` on.
+        whole: the tensor of which the three are views, if there is one.
     """
 
     ends: torch.Tensor
@@ -34,10 +34,11 @@ class Tiles(NamedTuple):
     """Runs of rows of one expert, each computed by one program (times the tiles of columns).
 
     Args:
-        tiles: `(3, bound)` int32: expert, first row, and which of `heights`. Behind the last tile the expert is -1.
+        tiles: `(3, bound)` int32: expert, first row, and index of the height. After the last tile the expert is -1.
         tile_ends: `(E,)` int32, the exclusive end of each expert's tiles.
-        heights: in descending order. Rows are cut by the first; an expert's remainder gets the smallest that holds it.
-        whole: the tensor that the two are views of.
+        heights: heights of tiles in descending order. Tiles have the first height; the remainder of an expert has the
+            smallest that fits.
+        whole: the tensor of which the two are views.
     """
 
     tiles: torch.Tensor
@@ -52,7 +53,7 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def _height_index(rows_left, HEIGHTS: tl.constexpr):
-    """Index of a tile's height: the smallest that holds the rest of its expert."""
+    """Index of the height of a tile: the smallest that fits the remaining rows of its expert."""
     height = tl.zeros(rows_left.shape, tl.int32)
     for index in tl.static_range(1, len(HEIGHTS)):
         height = tl.where(rows_left <= HEIGHTS[index], index, height)
@@ -61,9 +62,9 @@ def _height_index(rows_left, HEIGHTS: tl.constexpr):
 
 @triton.jit
 def _load_ids(IDS, pair, num_pairs, NUM_EXPERTS: tl.constexpr):
-    """Expert ids; E for pairs that are not computed here, E + 1 past the last pair."""
+    """Expert ids; E for pairs that are not computed here, E + 1 after the last pair."""
     ids = tl.load(IDS + pair, mask=pair < num_pairs, other=0)
-    # before narrowing to int32
+    # compare before the cast to int32
     ids = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS).to(tl.int32)
     return tl.where(pair < num_pairs, ids, NUM_EXPERTS + 1)
 
@@ -77,7 +78,7 @@ def _count_kernel(IDS, COUNTS, num_pairs, NUM_EXPERTS: tl.constexpr, BUCKETS: tl
 
 @triton.jit(do_not_specialize=["num_programs"])
 def _scan_kernel(COUNTS, num_programs, BUCKETS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr):
-    """Turns the counts of each program into the number of pairs before it, per expert; totals follow the last."""
+    """Replaces the counts of each program by the number of pairs before it, per expert; the totals follow."""
     bucket = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     carried = tl.zeros((GROUP,), tl.int32)
     for first in range(0, num_programs, CHUNK):
@@ -134,7 +135,7 @@ def _route_few_kernel(
     HEIGHTS: tl.constexpr,
     BOUND: tl.constexpr,
 ):
-    """Routing in a single launch, where one program holds all pairs."""
+    """Routing in a single launch with one program for all pairs."""
     pair = tl.arange(0, BLOCK)
     ids = _load_ids(IDS, pair, num_pairs, NUM_EXPERTS)
     is_same_before = (ids[None, :] == ids[:, None]) & (pair[None, :] < pair[:, None])
@@ -161,7 +162,7 @@ def _route_few_kernel(
 
 
 def _aligned(number: int) -> int:
-    """A number of int32 rounded up to 16 bytes, where the next part may start."""
+    """Rounds a number of int32 up to a multiple of 16 bytes, for the start of the next part."""
     return number + -number % 4
 
 
@@ -170,13 +171,13 @@ def routing_size(num_experts: int, num_pairs: int) -> int:
 
 
 def split_routing(ints: torch.Tensor, num_experts: int, num_pairs: int) -> RoutedRows:
-    """The parts of the one tensor that holds a routing."""
+    """Views of the parts of the tensor that contains a routing."""
     second, third = _aligned(num_experts), _aligned(num_experts) + _aligned(num_pairs)
     return RoutedRows(ints[:num_experts], ints[second : second + num_pairs], ints[third:], ints)
 
 
 def _empty_routing(num_experts: int, num_pairs: int, device: torch.device) -> RoutedRows:
-    # one allocation: the caller's launches are many
+    # a single allocation, since callers launch often
     ints = allocate((routing_size(num_experts, num_pairs),), torch.int32, device)
     return split_routing(ints, num_experts, num_pairs)
 
@@ -187,12 +188,12 @@ def _empty_tiles(num_experts: int, num_pairs: int, heights: tuple[int, ...], dev
 
 
 def split_tiles(ints: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> Tiles:
-    """The parts of the one tensor that holds tiles."""
+    """Views of the parts of the tensor that contains tiles."""
     return Tiles(ints[_aligned(num_experts) :].view(3, -1), ints[:num_experts], heights, ints)
 
 
 def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> tuple[RoutedRows, Tiles]:
-    """`sort_pairs` and `cut_tiles`, in one launch where the pairs are few."""
+    """`sort_pairs` and `cut_tiles`, in one launch for few pairs."""
     num_pairs, device = top_k_index.numel(), top_k_index.device
     if num_pairs > MOST_PAIRS_OF_ONE_PROGRAM:
         rows = sort_pairs(top_k_index, num_experts)
@@ -214,7 +215,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...])
 
 
 def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
-    """Sorts the routed pairs by expert, stably.
+    """Sorts the routed pairs by expert with a stable sort.
 
     Args:
         top_k_index: `(T, K)` integer ids, contiguous; ids outside `[0, num_experts)` come last.
@@ -224,7 +225,7 @@ def sort_pairs(top_k_index: torch.Tensor, num_experts: int) -> RoutedRows:
     rows = _empty_routing(num_experts, num_pairs, device)
     buckets = next_power_of_2(num_experts + 2)
     sizes = {"NUM_EXPERTS": num_experts, "BUCKETS": buckets}
-    # small blocks: each pair is compared with all of its block
+    # small blocks: each pair is compared with all pairs of its block
     block = 128
     programs = cdiv(num_pairs, block)
     counts = allocate((programs + 1, buckets), torch.int32, device)
@@ -257,7 +258,7 @@ def _tiles_kernel(
         tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_mine = (tile[:, None] >= (tile_end - num_tiles)[None, :]) & (tile[:, None] < tile_end[None, :])
-    # one-hot over experts, all false past the last tile: sums select that expert's values
+    # one-hot over experts, all False after the last tile: a sum selects the value of the expert
     my_expert = tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1) - 1
     first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * HEIGHTS[0])[None, :], 0), 1) + tile * HEIGHTS[0]
     left = tl.sum(tl.where(is_mine, end[None, :], 0), 1) - first
@@ -268,7 +269,7 @@ def _tiles_kernel(
 
 
 def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
-    """Cuts each expert's rows into tiles of the given heights, powers of two in descending order."""
+    """Divides the rows of each expert into tiles of the given heights, powers of two in descending order."""
     num_experts, num_pairs = rows.ends.shape[0], rows.pair_of_row.shape[0]
     tiles = _empty_tiles(num_experts, num_pairs, heights, rows.ends.device)
     block = 32
@@ -287,7 +288,7 @@ def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
 
 @triton.jit
 def part_of_tile(TILES, ENDS, bound, PART: tl.constexpr, HEIGHT: tl.constexpr):
-    """Expert, first row, rows and whether each is there, and whether any is, of `PART` rows of a tile."""
+    """Expert, first row, rows, a mask of valid rows, and whether any is valid, for `PART` rows of a tile."""
     PARTS: tl.constexpr = (HEIGHT + PART - 1) // PART
     tile = tl.program_id(0) // PARTS
     expert = tl.load(TILES + tile)

@@ -1,4 +1,4 @@
-"""Tables of measured tiles: what an entry holds, how a table is read, and which entry answers a question."""
+"""Tables of measured tiles: entries, parsing, and look-up."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class GemmTiles:
-    """Shape of the tiles of a grouped product, and how it decodes a packed weight.
+    """Shape of the tiles of a grouped product, and its way of decoding a packed weight.
 
     Args:
         heights: numbers of rows, powers of two in descending order (`cut_tiles`).
-        tile_n: columns of the result.
-        tile_k: step along the contraction.
-        num_warps: of 32 threads.
-        num_stages: loads in flight.
+        tile_n: number of columns of the result.
+        tile_k: step size along the contraction.
+        num_warps: number of warps of 32 threads.
+        num_stages: number of loads in flight.
         weight_left: compute the transposed product, in which the weight is the left operand.
-        decode_first: decode into a 16-bit workspace and multiply from there, instead of inside the product.
+        decode_first: decode into a 16-bit workspace before the product, instead of inside the product.
     """
 
     heights: tuple[int, ...]
@@ -35,13 +35,13 @@ class Entry(NamedTuple):
     """The best tiles for one kind of product.
 
     Args:
-        weight: a format's `kernel_codes`, `packed` for those that have no entries of their own, or `dense`.
-        along: whether the contraction runs along the stored `columns` or `rows`.
-        most_rows: up to so many rows per expert.
-        tiles: the choice.
-        least_rows: from so many rows on.
-        n: columns of the result that was measured; None for an entry that holds for any shape.
-        k: length of its contraction; None likewise.
+        weight: a format's `kernel_codes`, `packed` for formats without own entries, or `dense`.
+        along: whether the contraction is along the stored `columns` or `rows`.
+        most_rows: largest number of rows per expert.
+        tiles: the best tiles.
+        least_rows: smallest number of rows per expert.
+        n: columns of the measured result; None for an entry that applies to any shape.
+        k: length of the measured contraction; None for an entry that applies to any shape.
     """
 
     weight: str
@@ -56,24 +56,24 @@ class Entry(NamedTuple):
         return self.least_rows <= rows_per_expert <= self.most_rows
 
     def distance(self, n: int, k: int) -> float:
-        """How far another shape is from the measured one: the logarithms of both ratios."""
+        """Distance of another shape from the measured one: sum of the absolute logarithms of both ratios."""
         return abs(math.log(n / self.n)) + abs(math.log(k / self.k))
 
 
 NEAR = math.log(4)
-"""A shape that is farther away says less than entries that hold for any shape."""
+"""Distance beyond which entries for any shape have precedence."""
 
 
 @dataclass(frozen=True)
 class TuningTable:
-    """What was measured on one device.
+    """Measurements on one device.
 
     Args:
-        device: its name.
-        most_pairs_without_sorting: up to how many routed pairs a forward is faster pair by pair (`gemv`).
-        entries: in the order of their rows; of equally near shapes the first counts.
-        like: `kernel_codes` that use the entries of others of the same size.
-        origin: where the tiles come from, for the report; by default the device.
+        device: name of the device.
+        most_pairs_without_sorting: largest number of routed pairs for which a forward pair by pair (`gemv`) is faster.
+        entries: entries in the order of their rows; of equally near shapes, the first is used.
+        like: `kernel_codes` -> `kernel_codes` of the same size whose entries they use.
+        origin: origin of the tiles, for the report.
     """
 
     device: str
@@ -90,11 +90,11 @@ class TuningTable:
         n: int | None = None,
         k: int | None = None,
     ) -> GemmTiles | None:
-        """The tiles for weights of some `kernel_codes`, None for weights in 16 bits.
+        """The tiles for weights with these `kernel_codes`, or for 16-bit weights if `codes` is None.
 
-        Searches the weight's own kind, else a similar one: the entry of the nearest measured shape, unless it is too
-        far, else one for any shape, else the nearest shape at any distance. None if nothing of these kinds was
-        measured at this number of rows.
+        Searches entries for these codes, then for similar ones: the nearest measured shape, unless it is too far, else
+        an entry for any shape, else the nearest shape at any distance. Returns None if there is no entry for this
+        number of rows.
         """
         kinds = ["dense"] if codes is None else dict.fromkeys((codes, self.like.get(codes, codes), "packed"))
         along = "columns" if along_columns else "rows"
@@ -118,10 +118,10 @@ class TuningTable:
 
 
 def parse_entries(entries: list[dict[str, Any]]) -> tuple[Entry, ...]:
-    """Entries as they are in JSON.
+    """Parses entries from JSON.
 
     Raises:
-        ValueError: names an entry that the kernels don't support.
+        ValueError: an entry is not valid for the kernels; the error names it.
     """
     found = []
     for number, entry in enumerate(entries):
@@ -129,7 +129,7 @@ def parse_entries(entries: list[dict[str, Any]]) -> tuple[Entry, ...]:
             found.append(_parse_entry(entry))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"entry {number} is no entry of a table of tiles ({type(error).__name__}: {error})"
+                f"entry {number} is not a valid entry of a tile table ({type(error).__name__}: {error})"
             ) from error
     return tuple(found)
 
@@ -146,11 +146,11 @@ def _parse_entry(entry: dict[str, Any]) -> Entry:
         entry.get("k"),
     )
     if parsed.along not in ("columns", "rows"):
-        raise ValueError(f"along={parsed.along!r}, not 'columns' or 'rows'")
+        raise ValueError(f"expected along='columns' or 'rows', found {parsed.along!r}")
     if (parsed.n is None) != (parsed.k is None) or any(
         size is not None and not _is_count(size) for size in (parsed.n, parsed.k)
     ):
-        raise ValueError(f"n={parsed.n!r} and k={parsed.k!r} are no numbers of columns")
+        raise ValueError(f"n={parsed.n!r} and k={parsed.k!r} are not both sizes")
     return parsed
 
 
@@ -158,14 +158,14 @@ def _parse_tiles(values: dict[str, Any]) -> GemmTiles:
     tiles = GemmTiles(**{**values, "heights": tuple(values["heights"])})
     sizes = (*tiles.heights, tiles.tile_n, tiles.tile_k)
     if not tiles.heights or not all(_is_count(size) and size >= 16 and size & (size - 1) == 0 for size in sizes):
-        raise ValueError(f"sizes {sizes} are not all powers of two from 16 on")
+        raise ValueError(f"sizes {sizes} are not all powers of two of at least 16")
     if list(tiles.heights) != sorted(set(tiles.heights), reverse=True):
-        raise ValueError(f"heights {tiles.heights} do not descend")
+        raise ValueError(f"heights {tiles.heights} are not in descending order")
     if tiles.num_warps not in (1, 2, 4, 8, 16) or not _is_count(tiles.num_stages):
-        raise ValueError(f"num_warps={tiles.num_warps!r} or num_stages={tiles.num_stages!r}")
+        raise ValueError(f"num_warps={tiles.num_warps!r} or num_stages={tiles.num_stages!r} is not valid")
     for field in fields(GemmTiles):
         if field.type == "bool" and not isinstance(getattr(tiles, field.name), bool):
-            raise ValueError(f"{field.name}={getattr(tiles, field.name)!r}")
+            raise ValueError(f"expected a bool, found {field.name}={getattr(tiles, field.name)!r}")
     return tiles
 
 

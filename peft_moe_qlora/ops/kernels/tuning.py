@@ -1,4 +1,4 @@
-"""Chooses the tiles of a grouped product from measurements: the user's, or the tables of this package."""
+"""Chooses the tiles of a grouped product from the user's measurements or the tables of this package."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _TABLES = Path(__file__).parent / "tables"
 SAFE_TILES = GemmTiles(
     heights=(64, 16), tile_n=64, tile_k=32, num_warps=4, num_stages=2, weight_left=False, decode_first=True
 )
-"""For a GPU that nobody has measured, and for fp32: fits everywhere, and asks least of the compiler."""
+"""Tiles for GPUs without measurements and for fp32; they fit on every supported GPU."""
 
 SAFE_MOST_PAIRS = 16
 
 
 @cache
 def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
-    """The measurements for a compute capability that come with the package, None where there are none."""
+    """The package's measurements for a compute capability; None if there are none."""
     path = _TABLES / f"sm{capability[0]}{capability[1]}.json"
     if not path.exists():
         return None
@@ -36,15 +36,15 @@ def tuning_table(capability: tuple[int, int]) -> TuningTable | None:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """What tiles depend on: the GPU and the compiler."""
-    import triton  # comes with torch for GPUs only
+    """The GPU and the version of the compiler, on which tiles depend."""
+    import triton  # installed only with torch for GPUs
 
     return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), triton.__version__)
 
 
 @cache
 def _table_of(device: torch.device, dtype: torch.dtype) -> TuningTable | None:
-    """The measurements for a dtype on a device, the user's before the package's; None where there are none."""
+    """The measurements for a dtype on a device, the user's before the package's; None if there are none."""
     if device.type != "cuda" or dtype.itemsize != 2:
         return None
     gpu = gpu_of(device)
@@ -61,9 +61,9 @@ def _table_of(device: torch.device, dtype: torch.dtype) -> TuningTable | None:
 
 @cached_constant
 def tiles_origin(device: torch.device, dtype: torch.dtype) -> str:
-    """Where the shapes of the kernels' tiles come from."""
+    """Origin of the kernels' tiles."""
     table = _table_of(device, dtype)
-    return "safe tiles, nobody has measured this GPU and dtype" if table is None else table.origin
+    return "default tiles, this GPU and dtype are not tuned" if table is None else table.origin
 
 
 @cache
@@ -79,11 +79,11 @@ def choose_tiles(
     """The tiles for one product.
 
     Args:
-        device: where it runs.
-        dtype: of the activations.
-        codes: `kernel_codes` of the weight, None in 16 bits.
-        along_columns: whether the contraction runs along the stored columns.
-        rows_per_expert: the mean, all that is known without asking the device.
+        device: device of the product.
+        dtype: dtype of the activations.
+        codes: `kernel_codes` of the weight; None for 16 bits.
+        along_columns: whether the contraction is along the stored columns.
+        rows_per_expert: mean number of rows, which is known without a copy to the host.
         n: columns of the result.
         k: length of the contraction.
     """

@@ -1,7 +1,6 @@
-"""The tiles that a user has measured with `peft-moe-qlora tune`: files in the user's cache directory.
+"""Tables of tiles measured with `peft-moe-qlora tune`, in the user's cache directory.
 
-There is one file per GPU, compute capability and Triton version. Files are replaced atomically: a concurrent reader
-gets the old or the new one.
+There is one file per GPU, compute capability and Triton version. Files are replaced atomically.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _VERSION = 1
 
 
 class Gpu(NamedTuple):
-    """What measured tiles depend on, besides the product."""
+    """The GPU and the Triton version of a measurement."""
 
     device: str
     capability: tuple[int, int]
@@ -33,13 +32,13 @@ class Gpu(NamedTuple):
 
 
 class UserTable(NamedTuple):
-    """Contents of a file: entries, newest first, and the day of the last measurement."""
+    """Contents of a file: entries, newest first, and the date of the last measurement."""
 
     measured: str
     entries: tuple[Entry, ...]
 
     def origin(self, device: str) -> str:
-        """Where the tiles come from, and for which products `(columns x contraction)`."""
+        """Origin of the tiles, and the products `(columns x contraction)` that they are for."""
         shapes = dict.fromkeys(f"{entry.n}x{entry.k}" for entry in self.entries)
         return f"tiles measured on {device} by tune, {self.measured}, for {', '.join(shapes)}"
 
@@ -49,33 +48,33 @@ def cache_directory() -> Path:
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     else:
-        # the convention says to ignore relative paths
+        # the XDG specification says to ignore relative paths
         named = os.environ.get("XDG_CACHE_HOME", "")
         base = named if os.path.isabs(named) else Path.home() / ".cache"
     return Path(base) / "peft-moe-qlora"
 
 
 def table_path(gpu: Gpu) -> Path:
-    """The file for a GPU; `re.sub` removes characters that a file system may reject."""
+    """Path of the file for a GPU; replaces characters that a file system may reject."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu.device} sm{gpu.capability[0]}{gpu.capability[1]} triton {gpu.triton}")
     return cache_directory() / "tiles" / f"{name}.json"
 
 
 def read_user_table(gpu: Gpu) -> UserTable | None:
-    """What was measured on a GPU, None if nothing was.
+    """Reads the measurements for a GPU; None if there are none.
 
     Raises:
-        ValueError: the file is broken, or not of this GPU.
+        ValueError: the file is invalid or for another GPU.
     """
     data = _read(gpu)
     return None if data is None else UserTable(data["measured"], data["parsed"])
 
 
 def write_user_table(gpu: Gpu, entries: Sequence[dict[str, Any]], measured: str) -> Path:
-    """Adds entries, as in JSON, to those of a GPU; they replace those of the same kind, direction and shape.
+    """Adds JSON entries to the file for a GPU; they replace entries with the same weight, direction and shape.
 
     Raises:
-        ValueError: the file that is there is broken.
+        ValueError: the existing file is invalid.
     """
     parse_entries(list(entries))
     data = _read(gpu)
@@ -101,21 +100,25 @@ def _read(gpu: Gpu) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise ValueError(_refusal(path, f"it is no text: {error}")) from error
+        raise ValueError(_refusal(path, f"it is not a text file: {error}")) from error
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ValueError(_refusal(path, f"it is no JSON: {error}")) from error
+        raise ValueError(_refusal(path, f"it is not valid JSON: {error}")) from error
     found = data if isinstance(data, dict) else {}
     if found.get("kind") != _KIND or found.get("version") != _VERSION:
         raise ValueError(
-            _refusal(path, f"it is no table of this version, which says kind {_KIND!r}, version {_VERSION}")
+            _refusal(
+                path,
+                f"expected kind {_KIND!r}, version {_VERSION}, found kind {found.get('kind')!r}, version "
+                f"{found.get('version')!r}",
+            )
         )
     for name, expected in gpu.key.items():
         if found.get(name) != expected:
-            raise ValueError(_refusal(path, f"it is of {name} {found.get(name)!r}, but {expected!r} was expected"))
+            raise ValueError(_refusal(path, f"expected {name} {expected!r}, found {found.get(name)!r}"))
     if not isinstance(found.get("measured"), str) or not isinstance(found.get("entries"), list):
-        raise ValueError(_refusal(path, "it has no day of measurement or no list of entries"))
+        raise ValueError(_refusal(path, "it has no date of measurement or no list of entries"))
     try:
         return {**found, "parsed": parse_entries(found["entries"])}
     except ValueError as error:
@@ -123,4 +126,4 @@ def _read(gpu: Gpu) -> dict[str, Any] | None:
 
 
 def _refusal(path: Path, reason: str) -> str:
-    return f"{path} can't be used: {reason}. Delete the file; `peft-moe-qlora tune` measures anew."
+    return f"{path} is not a valid tile table: {reason}. Delete the file and run `peft-moe-qlora tune` again."

@@ -1,9 +1,10 @@
 """The 4-bit formats of bitsandbytes, for one matrix at a time.
 
-A matrix is flattened row by row and cut into blocks; each block stores its largest magnitude (`absmax`, fp32) and one
-4-bit code per value, two codes to a byte, the first in the high half. The formats `nf4` and `fp4` differ only in the
-table that maps a code to a value in [-1, 1]. NF4 is the data type of QLoRA (Dettmers et al. 2023, arXiv:2305.14314,
-section 3); bytes and scales here are those of `bitsandbytes.functional.quantize_4bit` (0.50).
+A matrix is flattened row by row and divided into blocks; each block stores its largest magnitude (`absmax`, fp32) and
+one 4-bit code per value, two codes per byte, the first in the high half. The formats `nf4` and `fp4` differ only in
+the table that maps a code to a value in [-1, 1]. NF4 is the data type of QLoRA (Dettmers et al. 2023,
+arXiv:2305.14314, section 3). Codes and scales are identical to those of `bitsandbytes.functional.quantize_4bit`
+(0.50).
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from ..format import Format, Spec, Tensors, parse_format, register_format
 
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256  # fixed in bitsandbytes: how many scales share one second-level scale
+NESTED_BLOCKSIZE = 256  # fixed in bitsandbytes: number of scales that share a second-level scale
 QUANTIZABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 _LARGEST_CALL = 2**30
-# of a block's largest magnitude; a smaller scale clips the largest weight and is finer for the others
+# relative to a block's largest magnitude; a smaller scale clips the largest weight, but is finer for the others
 _SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85)
 
 
 @register_format
 @dataclass(frozen=True)
 class FourBitFormat(Format):
-    """How a stack is stored in 4 bits.
+    """NF4 and FP4 of bitsandbytes: `"nf4/64"`, `"fp4/128"`, and with 8-bit scales `"nf4/64+dq"`.
 
     Args:
         quant_type: `"nf4"` or `"fp4"`.
         blocksize: number of values that share a scale, one of `BLOCKSIZES`.
-        double_quant: store the scales themselves in 8 bits (QLoRA section 3, "double quantization"): 0.13 instead of
-            0.5 bits a weight at block size 64.
+        double_quant: store the scales in 8 bits (QLoRA section 3, "double quantization"): 0.13 instead of 0.5 bits per
+            weight at block size 64.
 
     Raises:
-        ValueError: `quant_type` or `blocksize` is none that bitsandbytes knows, or `double_quant` no bool.
+        ValueError: bitsandbytes does not support `quant_type` or `blocksize`, or `double_quant` is not a bool.
     """
 
     quant_type: str = "nf4"
@@ -55,11 +56,11 @@ class FourBitFormat(Format):
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type={self.quant_type!r} is unknown; choose one of {QUANT_TYPES}.")
+            raise ValueError(f"quant_type={self.quant_type!r} is unknown. Use one of {QUANT_TYPES}.")
         if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize={self.blocksize!r} is not supported; choose one of {BLOCKSIZES}.")
+            raise ValueError(f"blocksize={self.blocksize!r} is not supported. Use one of {BLOCKSIZES}.")
         if not isinstance(self.double_quant, bool):
-            raise ValueError(f"double_quant={self.double_quant!r:.200}: True or False was expected.")
+            raise ValueError(f"double_quant={self.double_quant!r:.200}: expected True or False.")
 
     def __str__(self) -> str:
         return f"{self.quant_type}/{self.blocksize}" + ("+dq" if self.double_quant else "")
@@ -105,12 +106,12 @@ class FourBitFormat(Format):
         return values.view(-1, rows, columns)
 
     def matrices_at_a_time(self, rows: int, columns: int) -> int:
-        # a library call counts its values in 32 bits, and knows one run of blocks
+        # bitsandbytes counts the values of a call in 32 bits, and takes them as one run of blocks
         return max(1, _LARGEST_CALL // (rows * columns)) if (rows * columns) % self.blocksize == 0 else 1
 
     def why_not_joined(self, rows: int, columns: int) -> str | None:
         is_whole = rows * columns % self.blocksize == 0
-        return None if is_whole else f"blocks of {self.blocksize} that span two of its parts"
+        return None if is_whole else f"a block of {self.blocksize} weights would span two of its parts"
 
     def tile_block(self, rows: int, columns: int, parts: int = 1) -> tuple[int, int] | None:
         return (1, self.blocksize) if columns % self.blocksize == 0 else None
@@ -132,7 +133,7 @@ class FourBitFormat(Format):
         return (*(largest * factor for factor in _SCALE_FACTORS), before)
 
     def nearest(self, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Any sign of a scale will do, and 0: one that is rounded around the mean of all can come out negative."""
+        """The nearest codes. Scales may be 0, or negative: `double_quant` may round small ones to negative numbers."""
         table, order = code_values(self.quant_type, weights.device).sort()
         middles = (table[1:] + table[:-1]) / 2
         ratios = torch.where(scales == 0, 0, weights / scales).contiguous()
@@ -158,25 +159,25 @@ class FourBitFormat(Format):
 
 
 def format_of(storage: str | None, quant_type: str | None, blocksize: int, double_quant: bool) -> Format | None:
-    """The format that a config asks for, by its name or by the familiar options of 4 bits; None for 16 bits.
+    """The format that a config specifies, by name or by the options of 4-bit formats; None for 16 bits.
 
     Raises:
-        ValueError: the name is of no format, an option has no such value, or they ask for another one than the name.
+        ValueError: the name or an option is invalid, or the options contradict the name.
     """
     if storage is not None:
         found = parse_format(storage)
         asked = (quant_type, blocksize)
         if asked not in (("nf4", 64), (None, 64), spelled(found)[1:3]):
             raise ValueError(
-                f"storage={storage!r} and quant_type={quant_type!r}, blocksize={blocksize} ask for two formats. Leave "
-                "out one of them."
+                f"storage={storage!r} contradicts quant_type={quant_type!r}, blocksize={blocksize}. Set either "
+                "storage or quant_type and blocksize."
             )
         return found
     return None if quant_type is None else FourBitFormat(quant_type, blocksize, double_quant)
 
 
 def spelled(storage: Format | None) -> tuple[str | None, str | None, int, bool]:
-    """The four options by which `format_of` gives a format."""
+    """The four arguments with which `format_of` returns a format."""
     if isinstance(storage, FourBitFormat):
         return None, storage.quant_type, storage.blocksize, storage.double_quant
     return None if storage is None else str(storage), None, 64, False
@@ -184,7 +185,7 @@ def spelled(storage: Format | None) -> tuple[str | None, str | None, int, bool]:
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """Scales stored in 8 bits: `table[codes] * absmax[block] + offset` gives them back.
+    """Scales stored in 8 bits; they are decoded as `table[codes] * absmax[block] + offset`.
 
     `codes (..., num_blocks)` uint8, `absmax (..., ceil(num_blocks / 256))` fp32, `offset (...)` fp32.
     """
@@ -205,14 +206,14 @@ def quantize(matrix: torch.Tensor, storage: FourBitFormat) -> tuple[torch.Tensor
 def dequantize(
     codes: torch.Tensor, absmax: torch.Tensor, numel: int, storage: FourBitFormat, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gives the `(numel,)` values back in `dtype`; products are taken in fp32 and rounded once."""
-    # bitsandbytes compiles a kernel per shape for these on a CPU, which costs seconds each
+    """Decodes the `(numel,)` values in `dtype`; products are computed in fp32 and rounded once."""
+    # on a CPU, bitsandbytes compiles a kernel per shape for these, which takes seconds
     library_compiles = codes.device.type == "cpu" and (numel % 2 or storage.blocksize >= 2048)
     if library_compiles:
         return dequantize_reference(codes, absmax, numel, storage, dtype)
     state = bnb.QuantState(
         absmax=absmax,
-        # of one dimension, the operator gives two on a CPU, while it promises one to torch.compile
+        # for a 1-D shape the CPU operator returns a 2-D tensor, but declares a 1-D tensor to torch.compile
         shape=torch.Size((1, numel)),
         dtype=dtype,
         blocksize=storage.blocksize,
@@ -241,7 +242,7 @@ def nest(absmax: torch.Tensor) -> NestedAbsmax:
 
 
 def unnest(nested: NestedAbsmax) -> torch.Tensor:
-    """Gives the fp32 scales back; all three tensors may have the same leading dimensions, `(E, ...)`."""
+    """Decodes the fp32 scales; all three tensors may have the same leading dimensions, `(E, ...)`."""
     num_blocks = nested.codes.shape[-1]
     scales = nested.absmax.repeat_interleave(NESTED_BLOCKSIZE, dim=-1)[..., :num_blocks]
     return dynamic_map(nested.codes.device)[nested.codes.int()] * scales + nested.offset[..., None]
@@ -249,21 +250,21 @@ def unnest(nested: NestedAbsmax) -> torch.Tensor:
 
 @cache
 def code_values(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 fp32 values that the codes stand for."""
+    """The fp32 values of the 16 codes."""
     with _fp32_by_default():
         return bnb.get_4bit_type(quant_type, device=device)
 
 
 @cache
 def dynamic_map(device: torch.device) -> torch.Tensor:
-    """The 256 fp32 values that scales in 8 bits stand for."""
+    """The fp32 values of the 256 codes of 8-bit scales."""
     with _fp32_by_default():
         return bnb.create_dynamic_map().to(device)
 
 
 @contextmanager
 def _fp32_by_default() -> Iterator[None]:
-    # the library makes its tables in torch's default dtype, which is 16 bits while transformers builds a model
+    # bitsandbytes creates its tables in torch's default dtype, which is 16-bit while transformers builds a model
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

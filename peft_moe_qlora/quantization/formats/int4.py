@@ -1,8 +1,8 @@
-"""int4: whole numbers from -8 to 7, with a scale for each group of columns.
+"""int4: integers from -8 to 7, with a scale for each group of columns.
 
-Published by compressed-tensors as `pack-quantized` (Kimi-K2-Thinking and later: groups of 32, scales bf16). Codes are
-the numbers plus 8, two to a byte with the first in the low half, which is what the int32 of those files hold, eight
-to each, on machines that put the lowest byte first.
+Published by compressed-tensors as `pack-quantized` (Kimi-K2-Thinking and later: groups of 32, bf16 scales). A code is
+the integer plus 8, two codes per byte with the first in the low half. On little-endian machines, these are the bytes
+of the int32 tensors in those files, which pack eight codes each.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _SCALES = tuple(kind for kind in SCALE_DTYPES if kind != "e8m0")
 @register_format
 @dataclass(frozen=True)
 class Int4Format(BlockScaled):
-    """-8 to 7 in groups of columns: `"int4/32"`, `"int4/128+bf16"`, `"int4/channel"` for whole rows.
+    """-8 to 7 in groups of columns: `"int4/32"`, `"int4/128+bf16"`, `"int4/channel"` (one scale per row).
 
-    Fresh scales are a seventh of the largest weight, whose code then is 7 or -7. With -8 in use, as some quantizers do
-    by dividing by 7.5, the largest weight would be clipped where it is positive; and models that were trained in this
-    format have the 15 codes that are symmetric. When weights are rounded anew, all 16 codes are tried.
+    A new scale is a seventh of the largest weight, whose code is 7 or -7. Some quantizers divide by 7.5 to use -8,
+    too, but this clips the largest weight if it is positive; and models trained in this format use the 15 symmetric
+    codes. When weights are requantized, all 16 codes are candidates.
 
     Args:
-        block: rows, which is 1, and columns that share a scale; 0 for whole rows.
-        scale: fp32, bf16 or fp16.
+        block: rows (always 1) and columns that share a scale; 0 columns for whole rows.
+        scale: `"fp32"`, `"bf16"` or `"fp16"`.
 
     Raises:
-        ValueError: they are others.
+        ValueError: `block` or `scale` has another value.
     """
 
     block: tuple[int, int] = (1, 32)
@@ -47,7 +47,7 @@ class Int4Format(BlockScaled):
         super().__post_init__()
         if self.block[0] != 1 or self.scale not in _SCALES:
             raise ValueError(
-                f"int4 has blocks of one row and scales in one of {_SCALES}, not {self.block} and {self.scale}."
+                f"int4 has block=(1, columns) and scale in {_SCALES}. Found block={self.block}, scale={self.scale!r}."
             )
 
     def __str__(self) -> str:

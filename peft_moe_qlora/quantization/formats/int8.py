@@ -1,4 +1,4 @@
-"""int8: whole numbers, one to a byte in two's complement, with a scale for each block of rows and columns.
+"""int8: integers, one per byte in two's complement, with a scale for each block of rows and columns.
 
 Published by compressed-tensors as `int-quantized`: per channel (`W8A8`, `W8A16`), per tensor, in groups or blocks.
 """
@@ -17,14 +17,14 @@ from ..format import register_format
 @register_format
 @dataclass(frozen=True)
 class Int8Format(BlockScaled):
-    """-128 to 127 in blocks: `"int8/channel"` for rows, `"int8/1x128"`, `"int8/tensor"`.
+    """-128 to 127 in blocks: `"int8/channel"` (one scale per row), `"int8/1x128"`, `"int8/tensor"`.
 
-    Fresh scales make the largest weight a 127 or -127, so that it is never clipped, whichever its sign. Scales of
-    others may need -128 (compressed-tensors divides by 127.5), which a weight that stays keeps.
+    With a new scale, the largest weight has the code 127 or -127, so it is never clipped. Checkpoints may contain -128
+    (compressed-tensors divides by 127.5); unchanged weights keep it.
 
     Args:
         block: as in `BlockScaled`.
-        scale: likewise.
+        scale: as in `BlockScaled`.
     """
 
     block: tuple[int, int] = (1, 0)

@@ -1,4 +1,4 @@
-"""MXFP4: e2m1 codes, two to a byte with the first in the low half, and a power of two for 32 columns.
+"""MXFP4: e2m1 codes, two per byte with the first in the low half, and a power-of-two scale for 32 columns.
 
 OCP Microscaling Formats 1.0, section 5.3; published for gpt-oss (`quant_method: mxfp4`), DeepSeek-V4 and Kimi-K3.
 """
@@ -17,13 +17,13 @@ from ..format import register_format
 
 @cache
 def e2m1_values(device: torch.device) -> torch.Tensor:
-    """The 16 values of e2m1; the last eight are the first with their signs turned."""
+    """The 16 values of e2m1; the last eight are the negatives of the first eight."""
     positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32, device=device)
     return torch.cat((positive, -positive))
 
 
 def nearest_e2m1(ratios: torch.Tensor) -> torch.Tensor:
-    """uint8 codes; of two that are as near the even one."""
+    """The nearest uint8 codes; ties are rounded to even."""
     positive = e2m1_values(ratios.device)[:8]
     middles, sizes = (positive[1:] + positive[:-1]) / 2, ratios.abs().contiguous()
     low, high = torch.bucketize(sizes, middles), torch.bucketize(sizes, middles, right=True)
@@ -34,14 +34,14 @@ def nearest_e2m1(ratios: torch.Tensor) -> torch.Tensor:
 @register_format
 @dataclass(frozen=True)
 class Mxfp4Format(BlockScaled):
-    """`"mxfp4"`: blocks of 1 x 32, scales e8m0.
+    """`"mxfp4"`: blocks of 1 x 32, e8m0 scales.
 
     Args:
         block: fixed.
         scale: fixed.
 
     Raises:
-        ValueError: they are others.
+        ValueError: `block` or `scale` has another value.
     """
 
     block: tuple[int, int] = (1, 32)
@@ -55,7 +55,9 @@ class Mxfp4Format(BlockScaled):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.block, self.scale) != ((1, 32), "e8m0"):
-            raise ValueError(f"MXFP4 has blocks of (1, 32) and scales e8m0, not {self.block} and {self.scale}.")
+            raise ValueError(
+                f"MXFP4 has block=(1, 32) and scale='e8m0'. Found block={self.block}, scale={self.scale!r}."
+            )
 
     def __str__(self) -> str:
         return "mxfp4"
@@ -71,7 +73,7 @@ class Mxfp4Format(BlockScaled):
         return nearest_e2m1(ratios)
 
     def fresh_scales(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Of the two powers of two between which the largest weight is a 4 or a 6, the one of least squared error."""
+        """The power of two of least squared error: the smallest one that does not clip, or half of it."""
         larger = self.largest_scales(blocks.abs().amax(dim=1))
         errors = [
             (self.values(self.nearest_values(blocks / scale[:, None])) * scale[:, None] - blocks).square().sum(dim=1)
@@ -80,8 +82,8 @@ class Mxfp4Format(BlockScaled):
         return torch.where(errors[0] < errors[1], larger / 2, larger)
 
     def largest_scales(self, largest: torch.Tensor) -> torch.Tensor:
-        """The least powers of two with which no weight is clipped; 1 where all weights are 0."""
-        _, exponent = torch.frexp(largest)  # the largest is below 2^exponent: at least a 4, at most an 8
+        """The smallest powers of two with which no weight is clipped; 1 where all weights are 0."""
+        _, exponent = torch.frexp(largest)  # divided by 2^(exponent - 3), the largest is in [4, 8)
         scales = torch.ldexp(torch.ones_like(largest), exponent - 3)
         scales = torch.where(largest > 6 * scales, 2 * scales, scales)
         return torch.where(largest == 0, 1.0, scales.clamp(2.0**-126, 2.0**127))

@@ -1,9 +1,9 @@
-"""NVFP4: e2m1 codes, two to a byte with the first in the low half, and two levels of scales.
+"""NVFP4: e2m1 codes, two per byte with the first in the low half, and two levels of scales.
 
-16 columns share a scale in e4m3, and a matrix one in fp32. ModelOpt publishes the latter as what the others are
-multiplied by (`weight_scale_2`), compressed-tensors as what they are divided by (`weight_global_scale`); a reciprocal
-is another number once it is rounded, so that a format here is one or the other. A weight is its code's value times
-the fp32 scale that the two give, rounded once.
+16 columns share an e4m3 scale, and a matrix has a second, fp32 scale. In ModelOpt, the second scale multiplies the
+others (`weight_scale_2`); in compressed-tensors, it divides them (`weight_global_scale`). Rounding makes a reciprocal
+inexact, so these are two formats. A weight is the value of its code times the fp32 scale computed from both levels,
+rounded once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..format import Spec, Tensors, register_format
 from .mxfp4 import e2m1_values, nearest_e2m1
 
 _LARGEST = 448.0
-"""Of e4m3."""
+"""Largest number of e4m3."""
 _SMALLEST = 2.0**-9
 _OVER = 464.0
-"""What is larger would be the next number of e4m3, if that had one."""
+"""Largest number that rounds to 448 in e4m3."""
 
 
 @register_format
@@ -30,16 +30,16 @@ _OVER = 464.0
 class Nvfp4Format(BlockScaled):
     """`"nvfp4"`, whose second scale multiplies, and `"nvfp4/inverse"`, whose second scale divides.
 
-    The parts of a matrix, such as gate and up projection, have a second scale each. Fresh ones are the same for all:
-    engines use that of the first.
+    Each part of a matrix, such as gate and up projection, has a second scale. New second scales are equal for all
+    parts, because engines use the first for all.
 
     Args:
         block: fixed.
-        scale: of what both levels give; fixed.
+        scale: kind of the combined scale; fixed.
         is_inverse: whether the second scale divides.
 
     Raises:
-        ValueError: something fixed is something else.
+        ValueError: `block`, `scale` or `is_inverse` has another value.
     """
 
     block: tuple[int, int] = (1, 16)
@@ -55,8 +55,8 @@ class Nvfp4Format(BlockScaled):
         super().__post_init__()
         if (self.block, self.scale) != ((1, 16), "fp32") or not isinstance(self.is_inverse, bool):
             raise ValueError(
-                "NVFP4 has blocks of (1, 16), whose two scales give one in fp32, and is_inverse is True or False; not "
-                f"{self.block}, {self.scale} and {self.is_inverse!r:.200}."
+                "NVFP4 has block=(1, 16), scale='fp32', and is_inverse True or False. Found "
+                f"block={self.block}, scale={self.scale!r}, is_inverse={self.is_inverse!r:.200}."
             )
 
     def __str__(self) -> str:
@@ -93,7 +93,10 @@ class Nvfp4Format(BlockScaled):
         return blocks.abs().amax(dim=1) / self.largest_value
 
     def candidates(self, largest: torch.Tensor, before: torch.Tensor) -> Iterable[torch.Tensor]:
-        """Those of before, which move no weight that the delta leaves alone; or the largest weight is a 6, or a 4."""
+        """The previous scales, which keep every weight without a delta; twice and half of them; and two new scales.
+
+        With the new scales, the largest weight becomes 6 or 4.
+        """
         fresh = (torch.where(largest == 0, before, largest / value) for value in (6, 4))
         return (before, before * 2, before / 2, *fresh)
 
@@ -106,19 +109,20 @@ class Nvfp4Format(BlockScaled):
     def store_scales_anew(
         self, scales: torch.Tensor, before: Tensors, rows: int, columns: int, parts: int = 1
     ) -> dict[str, torch.Tensor]:
-        """Keeps the second scales, of which a new one would round every block's scale, and with it every weight.
+        """Keeps the second scales: a new one would change the rounding of all e4m3 scales, and so all weights.
 
-        Where a block has become too large for that, all are doubled, by which scales of e4m3 halve without error.
+        If a block's scale exceeds the range of e4m3, the second scales are multiplied by a power of two, which changes
+        the e4m3 scales without rounding error.
         """
         whole = before["global_scales"].view(torch.float32)
         needed = self._over_whole(scales, whole).max()
         mantissa, exponent = torch.frexp(needed / _OVER)
-        exponent = exponent - (mantissa == 0.5).int()  # the power of two that isn't smaller
+        exponent = exponent - (mantissa == 0.5).int()  # rounds up to a power of two
         factor = torch.ldexp(torch.ones_like(needed), exponent.clamp(min=0))
         return self._stored(scales, whole / factor if self.is_inverse else whole * factor, rows, columns)
 
     def _over_whole(self, scales: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """`(parts, blocks)`: what is left for the first level."""
+        """`(parts, blocks)`: the scales of the first level, before rounding."""
         of_parts = scales.view(len(whole), -1)
         return of_parts * whole[:, None] if self.is_inverse else of_parts / whole[:, None]
 
