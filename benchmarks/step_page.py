@@ -113,6 +113,24 @@ def optimizers(name: str) -> str:
     return _markdown(lines, ("optimizer", "ms", "host, ms", "state, GiB", "paged, GiB", "peak over it, GiB"))
 
 
+def generation(**caches_of_results: str) -> str:
+    """Table of the time of a generated token with the adapter, one cache from each result."""
+    lines = [
+        (
+            f"`{row['arm']}`",
+            cache,
+            row["batch"],
+            f"{row['milliseconds_per_token']:.1f}",
+            f"{row['milliseconds_per_later_token']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+        for cache, name in caches_of_results.items()
+        for row in _content(name)["generation"]
+        if (row["cache"], row["adapter"]) == (cache, "on")
+    ]
+    return _markdown(lines, ("arm", "cache", "batch", "ms a token", "ms without the prompt", "tokens/s"))
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"case": case, "fits": lambda: fits(_16="h200-step-16-gb", _24="h200-step-24-gb")},
     "docs/step.md": {
@@ -121,6 +139,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "24-gb": lambda: steps("h200-step-24-gb", "h200-step-24-gb-graphs"),
         "16-gb": lambda: steps("h200-step-16-gb"),
         "losses": lambda: losses("h200-step-losses", "h200-step-losses-2"),
+        "generation": lambda: generation(dynamic="h200-step-generation-before", captured="h200-step-generation"),
     },
     "docs/optimizers.md": {"times": lambda: optimizers("h200-step-optimizers")},
 }
