@@ -183,7 +183,6 @@ class CapturedLayer:
     def __init__(
         self, function: Function, layer: nn.Module, call: Call, static: StaticTensors, backend: Backend, keep: str
     ) -> None:
-        self._call = call._replace(hidden_states=None, tensors=[])  # without tensors, to free them
         self._static = static
         self._keeps = keep != "nothing"
         self.trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -191,59 +190,26 @@ class CapturedLayer:
         self._kept_of = 0
         self._generator: torch.Generator | None = None
         hidden_states, tensors = self._load(call.hidden_states, call.tensors)
-        grad_out = static.buffer("grad_hidden_states", call.hidden_states)
-        arguments = self._call.arguments
-        # separate leaves: the model's parameters would add the stream of their first use to the capture
-        aliases = [nn.Parameter(parameter.detach()) for parameter in self.trained]
-        x = hidden_states.detach().requires_grad_()
-        of_forward, of_backward = keep_experts() if keep == "experts" else (nullcontext(), nullcontext())
-        self._held: list[Any] = [of_forward]
-        output: list[Tensor] = []
-        autocast = autocast_state()
-
-        def run(inputs: Tensor) -> Tensor:
-            args, kwargs = arguments(inputs, tensors)
-            with _swapped(layer, self.trained, aliases):
-                out = function(*args, **kwargs)
-            if not isinstance(out, Tensor):
-                raise TypeError(f"{type(layer).__name__} returns a {type(out).__name__}, not a tensor")
-            return out
-
-        def forward() -> None:
-            with of_forward, torch.set_grad_enabled(keep == "everything"), _uncached_autocast(autocast):
-                output[:] = [run(x)]
-            self._output = static.store([("hidden_states", output[0].detach())])[0]
-
-        def backward(of_experts: AbstractContextManager) -> None:
-            with of_backward, of_experts, torch.enable_grad(), _uncached_autocast(autocast):
-                out = output[0] if keep == "everything" else run(x)
-            # every replay reads the saved tensors again
-            kept = keep == "everything"
-            grad_x, *grads = torch.autograd.grad(out, [x, *aliases], grad_out, retain_graph=kept, allow_unused=True)
-            self._grads = static.store([("grad_hidden_states", grad_x), *enumerate(grads)])
-
-        def warm_up() -> None:
-            forward()
-            if not torch.equal(generator.get_state(), state):
-                self._generator = generator
-            grad_out.fill_(1)
-            backward(without_output("nan"))
-            # if no gradient depends on the experts' output, the recomputation skips it
-            is_read = not all(torch.isfinite(grad).all() for grad in self._grads if grad is not None)
-            of_experts.append(nullcontext() if is_read else without_output())
-            static.changed("hidden_states")
-            self._load(call.hidden_states, call.tensors)
-            backward(of_experts[0])
-
+        work = _Work(function, layer, call, self.trained, hidden_states, tensors, static, keep)
         generator = _default_generator(call.hidden_states.device)
         state = generator.get_state()  # on the host, also for a GPU
-        of_experts: list[AbstractContextManager] = []
-        backend.warm_up(warm_up)
-        self._forward = backend.capture(forward)
-        self._backward = backend.capture(partial(backward, of_experts[0]))
+        backend.warm_up(partial(self._warm_up, work, call, generator))
+        self._forward = backend.capture(work.forward)
+        self._backward = backend.capture(work.backward)
         generator.set_state(state)
         static.changed("hidden_states", "grad_hidden_states")
-        self._held += output if keep == "everything" else []
+        self._output, self._grads, self._held = work.output, work.grads, work.saved
+
+    def _warm_up(self, work: _Work, call: Call, generator: torch.Generator) -> None:
+        """Finds out whether the layer draws random numbers, and whether its backward reads the experts' output."""
+        state = generator.get_state()
+        work.forward()
+        if not torch.equal(generator.get_state(), state):
+            self._generator = generator
+        work.find_whether_output_is_read()
+        self._static.changed("hidden_states")
+        self._load(call.hidden_states, call.tensors)
+        work.backward()
 
     def _load(self, hidden_states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         others = [self._static.load(("argument", number), tensor) for number, tensor in enumerate(tensors)]
@@ -294,6 +260,82 @@ class CapturedLayer:
         """Restores the random state of the forward for the recomputation."""
         if state is not None:
             self._generator.set_state(state)
+
+
+class _Work:
+    """The forward and the backward of a layer on static buffers, which are captured; arguments as of `CapturedLayer`.
+
+    Args:
+        trained: parameters of the layer that get gradients.
+        hidden_states: buffer of the layer's input.
+        tensors: buffers of its other tensors.
+
+    Attributes:
+        output: buffer of the layer's output.
+        grads: buffers of the gradients of the input and of the parameters; None for unused ones.
+    """
+
+    output: Tensor
+    grads: list[Tensor | None]
+
+    def __init__(
+        self,
+        function: Function,
+        layer: nn.Module,
+        call: Call,
+        trained: list[nn.Parameter],
+        hidden_states: Tensor,
+        tensors: list[Tensor],
+        static: StaticTensors,
+        keep: str,
+    ) -> None:
+        self._function, self._layer, self._trained = function, layer, trained
+        self._call, self._tensors = call._replace(hidden_states=None, tensors=[]), tensors  # the example's are freed
+        self._static = static
+        self._grad_out = static.buffer("grad_hidden_states", call.hidden_states)
+        self._x = hidden_states.detach().requires_grad_()
+        # separate leaves: the model's parameters would add the stream of their first use to the capture
+        self._aliases = [nn.Parameter(parameter.detach()) for parameter in trained]
+        self._keeps_everything = keep == "everything"
+        self._of_forward, self._of_backward = keep_experts() if keep == "experts" else (nullcontext(), nullcontext())
+        self._of_experts: AbstractContextManager = nullcontext()
+        self._out: Tensor | None = None
+        self._autocast = autocast_state()
+
+    def _run(self) -> Tensor:
+        args, kwargs = self._call.arguments(self._x, self._tensors)
+        with _swapped(self._layer, self._trained, self._aliases):
+            out = self._function(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"{type(self._layer).__name__} returns a {type(out).__name__}, not a tensor")
+        return out
+
+    def forward(self) -> None:
+        with self._of_forward, torch.set_grad_enabled(self._keeps_everything), _uncached_autocast(self._autocast):
+            self._out = self._run()
+        self.output = self._static.store([("hidden_states", self._out.detach())])[0]
+
+    def backward(self) -> None:
+        with self._of_backward, self._of_experts, torch.enable_grad(), _uncached_autocast(self._autocast):
+            out = self._out if self._keeps_everything else self._run()
+        # every replay reads the saved tensors again
+        grad_x, *grads = torch.autograd.grad(
+            out, [self._x, *self._aliases], self._grad_out, retain_graph=self._keeps_everything, allow_unused=True
+        )
+        self.grads = self._static.store([("grad_hidden_states", grad_x), *enumerate(grads)])
+
+    def find_whether_output_is_read(self) -> None:
+        """If no gradient depends on the output of the experts, the recomputation skips it."""
+        self._grad_out.fill_(1)
+        self._of_experts = without_output("nan")
+        self.backward()
+        is_read = not all(torch.isfinite(grad).all() for grad in self.grads if grad is not None)
+        self._of_experts = nullcontext() if is_read else without_output()
+
+    @property
+    def saved(self) -> tuple:
+        """What holds the activations that the forward saves for the backward."""
+        return self._of_forward, self._out if self._keeps_everything else None
 
 
 class _Replay(torch.autograd.Function):

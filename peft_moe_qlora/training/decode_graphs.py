@@ -58,6 +58,7 @@ class DecodeRunner:
         self._is_after_prompt = True
         self._warm: deque[tuple] = deque(maxlen=MOST_WARM)
         self._casts = HeldCasts()
+        self._backend: Backend | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = MethodType(type(self.decoder).forward, self.decoder)
@@ -102,8 +103,9 @@ class DecodeRunner:
         self._reason = why_not_constant(others) or _why_not(self.decoder, cache)
         if self._reason is None:
             try:
-                backend = self._make_backend(self.decoder.device)
-                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend, self._casts)
+                if self._backend is None:
+                    self._backend = self._make_backend(self.decoder.device)
+                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, self._backend, self._casts)
             except RuntimeError as error:
                 # CUDA errors; nothing has run, so the cache is unchanged
                 self._reason = f"the capture failed: {error}"
@@ -132,8 +134,8 @@ class DecodeRunner:
         return lines + [f"decoding without a graph, {count} steps: {why}" for why, count in self.reasons.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        copy = {**self.__dict__, "_step": None, "_last": None, "_casts": HeldCasts()}
-        return {**copy, "_warm": deque(maxlen=MOST_WARM)}
+        copy = {**self.__dict__, "_step": None, "_last": None, "_backend": None}
+        return {**copy, "_warm": deque(maxlen=MOST_WARM), "_casts": HeldCasts()}
 
 
 class CapturedStep:
