@@ -1,4 +1,4 @@
-"""The package's description on PyPI, where relative links of README.md would lead nowhere; see pyproject.toml."""
+"""Description of the package on PyPI: README.md with absolute links. pyproject.toml has all other metadata."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,13 @@ _LINK = re.compile(r"\]\((?!#|\w+:)([^)\s]+)\)")
 
 
 def project_url(name: str) -> str:
-    """An entry of [project.urls] in pyproject.toml, read by hand: Python 3.10 has no tomllib."""
+    """A URL in [project.urls] of pyproject.toml, parsed with a regular expression: Python 3.10 has no tomllib."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return re.search(rf'^{name} = "(.+)"$', text, re.MULTILINE)[1]
 
 
 def description() -> str:
-    """README.md with absolute links: to the documentation site, to pictures as files, and to GitHub."""
+    """README.md with absolute links to the documentation site, to image files and to other files on GitHub."""
     source, site = project_url("Source"), project_url("Documentation")
     raw = source.replace("https://github.com/", "https://raw.githubusercontent.com/")
 

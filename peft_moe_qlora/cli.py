@@ -79,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", metavar="TEXT", help="text file for second-order rounding; default: random tokens"
     )
     merge.add_argument(
-        "--verify", metavar="TEXT", help="text file on which to compare the live adapter and the result"
+        "--verify", metavar="TEXT", help="text file on which to compare the unmerged adapter and the result"
     )
     _add_verify_options(merge, "device for --quantize and --verify (default: %(default)s)")
     _add_read_options(merge, "storage of the experts during training, for an adapter from another tool; default: none")
     merge.add_argument("--allow-unchanged", action="store_true", help="continue if a delta is too small for the dtype")
     merge.add_argument("--dry-run", action="store_true", help="run all checks, write nothing")
     merge.set_defaults(run=_merge)
-    verify = commands.add_parser("verify", help="compare a merged checkpoint with the live adapter on a text")
+    verify = commands.add_parser("verify", help="compare a merged checkpoint with the unmerged adapter on a text")
     verify.add_argument("merged", help="output directory of merge")
     verify.add_argument("text", help="plain text file")
     _add_verify_options(verify, "device of the models (default: %(default)s)")
@@ -246,7 +246,7 @@ def _merge(args: argparse.Namespace) -> str:
     if args.verify is None:
         _check_unused(args, "--verify", verify_dtype=None)
         if args.quantize is None:
-            _check_unused(args, "--quantize and --verify", device="cpu")
+            _check_unused(args, "--quantize or --verify", device="cpu")
     else:
         # check the options before the merge
         plan = plan_unmerged(args.base, args.adapter)

@@ -170,7 +170,7 @@ class MoeQLoraConfig(LoraConfig):
 
         Raises:
             ValueError: the config has an option that is not supported for experts, or no target_modules; or the
-                adapter file, local or on the hub, is a pickle or truncated. The message has the file.
+                adapter file, local or on the hub, is a pickle or truncated. The error names the file.
         """
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

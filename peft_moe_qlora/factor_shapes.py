@@ -54,7 +54,7 @@ def check_stored_layers(found: Iterable[str], adapted: Collection[str]) -> None:
         adapted: paths of all adapted layers.
 
     Raises:
-        ValueError: a tensor matches no adapted layer; the message has the first.
+        ValueError: a tensor matches no adapted layer; the error names the first.
     """
     for key in found:
         layer = _LORA_KEY.fullmatch(key.removeprefix(_PEFT_PREFIX))
@@ -67,7 +67,7 @@ def check_factor_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape, or has a key from before version 0.1.0; the
-            message has the first.
+            error names the first.
     """
     for old in filter(None, map(_OLD_KEY.fullmatch, found)):
         raise ValueError(

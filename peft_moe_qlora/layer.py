@@ -96,7 +96,7 @@ class ExpertsLora(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Initializes the factors of each expert like PEFT those of a linear layer.
+        """Initializes the factors of each expert as PEFT initializes those of a linear layer.
 
         Args:
             adapter_name: name of the adapter.

@@ -358,8 +358,8 @@ class MoeQLoraModel(LoraModel):
 
         The result has the modules trained in full and the trained tokens of the merged adapters.
 
-        After second-order rounding, the merged model is compared with the live adapter on 512 of these tokens. A large
-        divergence gives a warning; `merge_check` has the figures (`MergeCheck`).
+        After second-order rounding, the merged model is compared with the unmerged adapter on 512 of these tokens. A
+        large divergence gives a warning; `merge_check` has the figures (`MergeCheck`).
 
         Args:
             progressbar: show a progress bar; unlike in PEFT, the default is True.
@@ -411,7 +411,9 @@ class MoeQLoraModel(LoraModel):
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"The model has no adapter {unknown}. Choose from {sorted(self.peft_config)}.")
+            raise ValueError(
+                f"The model has no adapter {', '.join(map(repr, unknown))}. Choose from {sorted(self.peft_config)}."
+            )
 
     def _check_mergeable(self, adapter_names: Sequence[str] | None) -> Sequence[str]:
         """Checks that adapters can be merged and returns their names, by default those of the active adapters."""

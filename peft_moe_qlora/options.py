@@ -251,7 +251,7 @@ def check_honoured(options: Mapping[str, Any]) -> None:
         options: name -> value; a missing option has its default value.
 
     Raises:
-        ValueError: an option is not supported; the message has its name and value.
+        ValueError: an option is not supported; the error has its name and value.
     """
     for name, option in OPTIONS.items():
         if option.honoured is None:
@@ -283,7 +283,7 @@ def check_saved(
         prefix: prefix of the options' names in errors.
 
     Raises:
-        ValueError: an option is missing or invalid; the message has the file, the option, and the expected values.
+        ValueError: an option is missing or invalid; the error names the file, the option, and the expected values.
     """
     for name, values in known.items():
         if name not in options:

@@ -23,7 +23,7 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]] | None:
     """Key -> shape of the tensors of an adapter in a directory; None if there is none.
 
     Raises:
-        ValueError: the file is a pickle or cannot be read; the message has its path.
+        ValueError: the file is a pickle or cannot be read; the error names it.
     """
     file, pickled = directory / SAFETENSORS_WEIGHTS_NAME, directory / WEIGHTS_NAME
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Writes one set of random factors in the layouts of others, from what these layouts are."""
+"""Writes one set of random factors in the adapter layouts of other tools, from the definitions of these layouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Factors = dict[str, torch.Tensor]
 def random_factors(
     hidden: int = 64, width: int = 32, num_experts: int = 8, num_layers: int = 2, shared: bool = False
 ) -> tuple[dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]], Factors]:
-    """`(layer, part)` -> A `(E, r, in)` and B `(E, out, r)`, gate and up with the same A if asked; and q_proj's."""
+    """`(layer, part)` -> A `(E, r, in)` and B `(E, out, r)`, optionally one A for gate and up; and q_proj's."""
     generator = torch.Generator().manual_seed(7)
 
     def random(*shape: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def write_lora(directory: Path, tensors: Factors, base: Path, targets: list[str]
 
 
 def write_per_expert(directory: Path, base: Path, experts, linear: Factors, old: str | None = None) -> None:
-    """With today's names, or under another module with those of a time when experts were linear layers."""
+    """With the current names, or with the module names of older versions, in which experts were linear layers."""
     tensors = dict(linear)
     for (layer, part), (A, B) in experts.items():
         module, leaf = (old, OLD_NAMES[part]) if old else ("mlp.experts", f"{part}_proj")
@@ -60,7 +60,7 @@ def write_per_expert(directory: Path, base: Path, experts, linear: Factors, old:
 
 
 def write_stacked(directory: Path, base: Path, experts, linear: Factors) -> None:
-    """Gate and up projection apart."""
+    """Separate gate and up projections."""
     tensors = dict(linear)
     for (layer, part), (A, B) in experts.items():
         name = f"model.layers.{layer}.mlp.experts.{part}_proj"
@@ -69,7 +69,7 @@ def write_stacked(directory: Path, base: Path, experts, linear: Factors) -> None
 
 
 def write_stacked_fused(directory: Path, base: Path, experts, linear: Factors) -> None:
-    """Gate and up projection in one, which share A; rows of the gate first. Keys without `.weight`."""
+    """Fused gate and up projection with a shared A; gate rows first. Keys without `.weight`."""
     tensors = dict(linear)
     for (layer, part), (A, B) in experts.items():
         if part == "up":

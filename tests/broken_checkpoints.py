@@ -1,4 +1,4 @@
-"""Published checkpoints with one defect each, and what is to be said of it."""
+"""Published checkpoints with one defect each, and the expected error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(directory: Path, config: dict, tensors: Tensors) -> None:
 
 
 def places(kinds: dict) -> dict[str, tuple]:
-    """Each kind of defect in an expert, and in a linear layer if that is stored likewise."""
+    """Each kind of defect in an expert, and in a linear layer if it is stored in the same way."""
     names = {"an expert": GATE, "a linear layer": QUERY}
     return {
         f"{kind}, in {place}": (*defect, name)
@@ -50,7 +50,7 @@ def places(kinds: dict) -> dict[str, tuple]:
 
 
 def refuses_headers(config: dict, tensors: Tensors, do: Callable, name: str, message: str, directory: Path) -> None:
-    """Seen before anything is read: `inspect` doesn't."""
+    """Found before any tensor is read; `inspect` does not find it."""
     config, tensors = copy.deepcopy((config, tensors))
     do(tensors, name)
     write(directory, config, tensors)

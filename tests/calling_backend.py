@@ -1,4 +1,4 @@
-"""Stands in for CUDA's captures where there is no GPU."""
+"""Replaces CUDA graph captures by plain calls on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class CalledAgain:
-    """What was captured on a CPU: a replay runs it once more."""
+    """A "capture" on a CPU: a replay calls the function again."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.work = work
@@ -18,7 +18,7 @@ class CalledAgain:
 
 
 class CallingBackend:
-    """Captures by calling: buffers, keys and fallbacks are those of CUDA's."""
+    """Captures by calling the function. Buffers, keys and fallbacks are those of the CUDA backend."""
 
     device_type = "cpu"
 
@@ -38,7 +38,7 @@ class CallingBackend:
 
 
 class LateBackend(CallingBackend):
-    """Captures without calling, as CUDA does: what a step does to a cache happens when it is replayed."""
+    """Captures without calling the function, like CUDA: changes to a cache happen at the replay."""
 
     def capture(self, work: Callable[[], None]) -> CalledAgain:
         self.captures += 1

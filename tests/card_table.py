@@ -27,14 +27,14 @@ SHAPES = {
     "gpt-oss-20b": "openai/gpt-oss-20b",
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
 }
-"""Names of benchmarks/models.py."""
+"""Model names in benchmarks/models.py."""
 OPTIMIZERS = {
     "adamw-fused": "adamw_torch_fused",
     "adamw8bit": "adamw_8bit",
     "adamw8bit-unsynced": "adamw_8bit",
     "paged-adamw8bit": "paged_adamw_8bit",
 }
-"""Those of benchmarks/step.py that are estimated."""
+"""The arms of benchmarks/step.py that are estimated."""
 ARM_SETTINGS = {"compile", "graphs", "liger", "liger-head", "keep-experts"}
 
 
@@ -43,10 +43,10 @@ class Measured:
     """A row of benchmarks/step.py.
 
     Args:
-        shape, arm, tokens, expert_rank, optimizer: of it, as that calls them.
-        settings: the same.
-        card: GiB that torch was made to believe in; None for all.
-        peak, reserved: GiB; None where it ran out of memory, the second also where it was not noted.
+        shape, arm, tokens, expert_rank, optimizer: as in benchmarks/step.py.
+        settings: the same as `Settings`.
+        card: memory limit in GiB that was set for torch; None for the whole card.
+        peak, reserved: GiB; None if it ran out of memory, `reserved` also if it was not recorded.
         has_graphs: layers were captured.
     """
 
@@ -67,7 +67,7 @@ class Measured:
 
     @property
     def is_pressed(self) -> bool:
-        """Whether torch had no room to take more than it needs."""
+        """Whether torch had no spare memory to reserve."""
         return self.card is not None or (self.has_graphs and not self.settings.logits)
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def sizes(name: str) -> ModelSizes:
 
 
 def measured() -> Iterator[Measured]:
-    """All whole steps of this package whose settings are estimated."""
+    """All complete steps of this package whose settings can be estimated."""
     for file in sorted(RESULTS.glob("h200-step*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         for row in found["steps"]:
@@ -122,7 +122,7 @@ def _difference(found: int, expected: float | None) -> str:
     return "" if expected is None else f"{found / GIB:.1f} ({100 * (found / GIB / expected - 1):+.1f} %)"
 
 
-def _held_against() -> Iterator[str]:
+def _comparison() -> Iterator[str]:
     yield "| model | arm | card | tokens | experts' r | optimizer | peak | estimate | reserved | estimate | needs |"
     yield "|--|--|--|--|--|--|--|--|--|--|--|"
     for one in measured():
@@ -163,7 +163,7 @@ def _models() -> Iterator[str]:
 
 
 def documentation() -> str:
-    """The page."""
+    """The text of the page."""
     lines = [
         "# What fits on my card",
         "",
@@ -219,7 +219,7 @@ def documentation() -> str:
         "torch to 1.5 GiB less. *Peak* is `torch.cuda.max_memory_allocated`, *reserved* `max_memory_reserved`.",
         "*Needs* is what the command compares with the card: reserved memory plus 1.5 GiB for memory outside torch.",
         "",
-        *_held_against(),
+        *_comparison(),
         "",
         "- Every peak is estimated within 5 %, and so is reserved memory where torch had no room for more. On a GPU",
         "  with free memory, torch's allocator caches freed blocks, and releases them when memory is short.",

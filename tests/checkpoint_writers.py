@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of other tools, written with nothing but safetensors and bitsandbytes."""
+"""Checkpoints in the layouts of other tools, written with safetensors and bitsandbytes only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_tensors(directory: Path) -> Tensors:
 
 
 def write_tensors(directory: Path, tensors: Tensors, num_shards: int = 1) -> None:
-    """Replaces the weights of a saved model; more than one shard come with an index."""
+    """Replaces the weights of a saved model; several shards get an index."""
     for file in [*directory.glob("*.safetensors"), *directory.glob("*.index.json")]:
         file.unlink()
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
@@ -48,7 +48,7 @@ def packed(
     blocksize: int = 64,
     storage: torch.dtype = torch.uint8,
 ) -> Tensors:
-    """What bitsandbytes writes for a weight that it has quantized."""
+    """The tensors that bitsandbytes writes for a quantized weight."""
     codes, state = bnb.quantize_4bit(
         weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested, quant_storage=storage
     )
@@ -56,7 +56,7 @@ def packed(
 
 
 def pack(tensors: Tensors, is_packed: Callable[[str], bool], **options) -> Tensors:
-    """Packs the tensors whose keys are chosen."""
+    """Packs the tensors with the selected keys."""
     found: Tensors = {}
     for key, tensor in tensors.items():
         found |= packed(key, tensor, **options) if is_packed(key) else {key: tensor}
@@ -64,7 +64,7 @@ def pack(tensors: Tensors, is_packed: Callable[[str], bool], **options) -> Tenso
 
 
 def set_bitsandbytes_config(directory: Path, skip: list[str]) -> None:
-    """Says in config.json that bitsandbytes has packed the checkpoint, but for the linear layers named."""
+    """Marks the checkpoint in config.json as packed by bitsandbytes, except for the named linear layers."""
     file = directory / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"] = {

@@ -1,4 +1,4 @@
-"""What all tests share: devices, seeds, and tiny models."""
+"""Shared fixtures: devices, seeds and tiny models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 if not torch.cuda.is_available():
-    # Triton reads this where a kernel is defined: kernels then run in its interpreter
+    # Triton reads this when a kernel is defined; kernels then run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -39,7 +39,7 @@ def pytest_configure() -> None:
     transformers.logging.disable_progress_bar()
     # products this small gain nothing from threads, which only wait for each other
     torch.set_num_threads(1)
-    # fp32 tests on a GPU mean fp32
+    # fp32 tests on a GPU use full fp32 products, not TF32
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
@@ -56,8 +56,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """Directory of a base and of an adapter, both trained, and a text in what the adapter has learnt."""
-    # not above: what defines kernels has to be imported after the choice of the interpreter
+    """Directory with a trained base and a trained adapter, and a text in the adapter's language."""
+    # not at the top: modules that define kernels must be imported after the interpreter is chosen
     from trained_model import save_trained, sentences
 
     directory = tmp_path_factory.mktemp("trained")

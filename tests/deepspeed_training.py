@@ -1,8 +1,8 @@
-"""Trainings that DeepSpeed shares out, started by `accelerate launch` with a config file of the examples.
+"""DeepSpeed trainings, started by `accelerate launch` with a config file of the examples.
 
     accelerate launch --config_file CONFIG tests/deepspeed_training.py DIRECTORY
 
-The directory has a checkpoint in `base`; what comes out is written beside it, for the test to read.
+The directory contains a checkpoint in `base`. Results are written next to it, for the test to read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peft_moe_qlora.training import UnsyncedAdamW8bit, layer_runner
 
 STEPS, RESUMED_AT, BATCH, LENGTH = 3, 2, 4, 12
 EPSILON = 1e-4
-"""AdamW's. With its default of 1e-8, rounding alone decides how far a value of such a gradient is moved."""
+"""AdamW's epsilon. With the default of 1e-8, rounding alone decides the update of a value with a tiny gradient."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Case:
 
     Args:
         double_quant: of the experts.
-        linear: linear layers in 4 bits too.
+        linear: also quantize linear layers to 4 bits.
         checkpointing: of `prepare_model_for_training`.
-        bf16: DeepSpeed's own engine for it, which casts all that is floating.
-        is_whole: parameters as small as these stay whole under ZeRO-3, as is the default.
-        graphs: ask for CUDA graphs of the layers.
-        eight_bit: AdamW with states in 8 bits.
-        accumulation: parts of each batch, whose gradients are accumulated.
+        bf16: use DeepSpeed's bf16 engine, which casts all floating-point parameters.
+        is_whole: ZeRO-3 does not partition parameters this small, as by default.
+        graphs: request CUDA graphs of the layers.
+        eight_bit: AdamW with 8-bit states.
+        accumulation: gradient accumulation steps.
     """
 
     double_quant: bool = False
@@ -87,7 +87,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(output: Path, world: int, accumulation: int = 1, **options: Any) -> TrainingArguments:
-    """Those of one process, or of one of several; there they are made before the model, as in any script."""
+    """Training arguments of one process, or of one of several; there, create them before the model, as in a script."""
     of_world = {"use_cpu": True} if world == 1 else {"ddp_backend": "gloo"}
     return TrainingArguments(
         output,
@@ -113,13 +113,13 @@ def trainer(model: PeftModel, args: TrainingArguments, case: Case) -> Trainer:
 
 
 def logged(trained: Trainer) -> dict[str, list[float]]:
-    """Losses, and norms of the gradients before they were clipped."""
+    """Losses, and gradient norms before clipping."""
     lines = [line for line in trained.state.log_history if "loss" in line]
     return {"losses": [line["loss"] for line in lines], "norms": [float(line["grad_norm"]) for line in lines]}
 
 
 def stored(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies of factors, and of all that is packed, by name."""
+    """Copies of the factors and of all packed tensors, by name."""
     named = {name: one.detach().clone() for name, one in model.named_parameters()}
     factors = {name: one.float() for name, one in named.items() if ".lora_" in name}
     packed = {name: one for name, one in named.items() if not one.is_floating_point()}
@@ -128,13 +128,13 @@ def stored(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     return {"factors": factors, "packed": packed}
 
 
-# from here on under DeepSpeed only
+# from here on only under DeepSpeed
 
 
 def main(directory: Path) -> None:
     import deepspeed
 
-    # it would compile C++ for minutes, to send small tensors faster between processes of one machine
+    # DeepSpeed would compile a C++ extension for minutes, to send small tensors faster within one machine
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -144,7 +144,7 @@ def main(directory: Path) -> None:
         args = shared_arguments(directory, name)
         is_zero3 = args.deepspeed_plugin.zero_stage == 3
         if is_zero3 and name == "plain":
-            found["made whole"] = refusal(lambda: quantize_whole(directory))
+            found["made whole"] = error_of(lambda: quantize_whole(directory))
         one = trainer(build(directory, case), args, case)
         one.train()
         found[name] = {**logged(one), "sharded": sharded(one), **whole(one.model)}
@@ -153,7 +153,7 @@ def main(directory: Path) -> None:
         if name == "plain":
             one.save_model(directory / "saved")
             found["refused"] = refused(one, directory) if is_zero3 else {}
-            found["gathered"] = in_gathered(one, directory, args.process_index)
+            found["gathered"] = results_while_gathered(one, directory, args.process_index)
             found["resumed"] = resumed(directory, name)
     torch.save(found, directory / f"{args.process_index}.pt")
 
@@ -165,7 +165,7 @@ def shared_arguments(directory: Path, name: str) -> TrainingArguments:
     if config["zero_optimization"]["stage"] == 3 and not case.is_whole:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if case.bf16:
-        args.bf16 = True  # later, since it is refused where there is no GPU
+        args.bf16 = True  # enabled later, since it is rejected without a GPU
         config["bf16"] = {"enabled": True}
     return args
 
@@ -185,13 +185,13 @@ def whole(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def sharded(trained: Trainer) -> int:
-    """How many of the packed tensors this process has none or a part of."""
+    """The number of packed tensors that are partitioned on this process."""
     packed = [one for one in trained.model.parameters() if not one.is_floating_point()]
     return sum(one.numel() < getattr(one, "ds_numel", 0) for one in packed)
 
 
 def quantize_whole(directory: Path) -> None:
-    """What transformers has taken apart by zero.Init while it was loaded."""
+    """Quantizes a model that zero.Init partitioned while transformers loaded it."""
     model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
     quantize_experts(model, progressbar=False)
 
@@ -203,7 +203,7 @@ def resumed(directory: Path, name: str) -> dict[str, dict[str, torch.Tensor]]:
     return whole(again.model)
 
 
-def refusal(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
     except ValueError as error:
@@ -212,36 +212,36 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 def refused(trained: Trainer, directory: Path) -> dict[str, str]:
-    """What is said of operations that need whole parameters."""
+    """The errors of operations that require whole parameters."""
     model, rank = trained.model, trained.args.process_index
     layer = next(iter(model.base_model.expert_layers()))
     config = MoeQLoraConfig(r=2)
     saved = directory / "saved"
     with gathered(model):
         while_gathered = {
-            "add, gathered": refusal(lambda: model.add_adapter("other", config)),
-            "merge and unload, gathered": refusal(model.merge_and_unload),
-            "unload, gathered": refusal(model.unload),
+            "add, gathered": error_of(lambda: model.add_adapter("other", config)),
+            "merge and unload, gathered": error_of(model.merge_and_unload),
+            "unload, gathered": error_of(model.unload),
         }
     return while_gathered | {
-        "merge": refusal(model.merge_adapter),
-        "unmerge": refusal(model.unmerge_adapter),
-        "merge and unload": refusal(model.merge_and_unload),
-        "unload": refusal(model.unload),
-        "add": refusal(lambda: model.add_adapter("other", config)),
-        "combine": refusal(lambda: model.add_weighted_adapter(["default"], [1.0], "other", "linear")),
-        "load": refusal(lambda: model.load_adapter(saved, "default")),
-        "decode": refusal(layer.get_base_weight),
-        "delta": refusal(lambda: layer.get_delta_weight("default")),
-        "save": refusal(lambda: model.save_pretrained(directory / f"refused-{rank}")),
-        "save nothing": refusal(lambda: model.save_pretrained(directory / f"nothing-{rank}", state_dict={})),
+        "merge": error_of(model.merge_adapter),
+        "unmerge": error_of(model.unmerge_adapter),
+        "merge and unload": error_of(model.merge_and_unload),
+        "unload": error_of(model.unload),
+        "add": error_of(lambda: model.add_adapter("other", config)),
+        "combine": error_of(lambda: model.add_weighted_adapter(["default"], [1.0], "other", "linear")),
+        "load": error_of(lambda: model.load_adapter(saved, "default")),
+        "decode": error_of(layer.get_base_weight),
+        "delta": error_of(lambda: layer.get_delta_weight("default")),
+        "save": error_of(lambda: model.save_pretrained(directory / f"refused-{rank}")),
+        "save nothing": error_of(lambda: model.save_pretrained(directory / f"nothing-{rank}", state_dict={})),
         "adapters": str(sorted(model.peft_config)),
         "report": str(model.base_model.experts_report()),
     }
 
 
-def in_gathered(trained: Trainer, directory: Path, rank: int) -> dict[str, Any]:
-    """What works where all is gathered, and the model afterwards."""
+def results_while_gathered(trained: Trainer, directory: Path, rank: int) -> dict[str, Any]:
+    """Operations that work while everything is gathered, and the model afterwards."""
     model = trained.model
     found = {}
     with gathered(model):

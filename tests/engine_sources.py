@@ -1,7 +1,7 @@
-"""Single files of an engine's wheel as modules, and stubs in place of everything else that they import.
+"""Single files of an engine's wheel as modules, and stubs for everything else that they import.
 
-No package of the engine is imported: neither its `__init__` nor a compiled part runs, so that nothing that it depends
-on has to be there.
+No package of the engine is imported: neither its `__init__` nor a compiled part runs. Its dependencies need not be
+installed.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 
-class NotToBeHad(Exception):
-    """What a check needs can't be had here."""
+class NotAvailable(Exception):
+    """A requirement of a check is not available here."""
 
 
 def unpacked(requirement: str, prefixes: tuple[str, ...], cache: Path) -> Path:
-    """The directory with some files of a wheel, which is downloaded unless it is there.
+    """The directory with some files of a wheel, which is downloaded unless it exists.
 
     Args:
         requirement: a project and its exact version.
-        prefixes: paths in the wheel of files, or of folders whose Python files are wanted.
-        cache: where wheels and files are kept.
+        prefixes: paths in the wheel of files, or of folders whose Python files are needed.
+        cache: directory of wheels and files.
 
     Raises:
-        NotToBeHad: the package index has no such wheel, or there is none.
+        NotAvailable: the package index has no such wheel, or can't be reached.
     """
     directory = cache / requirement.replace("==", "-")
     if not all((directory / prefix).exists() for prefix in prefixes):
@@ -40,12 +40,12 @@ def unpacked(requirement: str, prefixes: tuple[str, ...], cache: Path) -> Path:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
             done = subprocess.run([*command, "-d", cache, requirement], capture_output=True, text=True, check=False)
             if done.returncode:
-                raise NotToBeHad(f"{requirement} can't be downloaded: {done.stderr.strip().splitlines()[-1]}")
+                raise NotAvailable(f"{requirement} can't be downloaded: {done.stderr.strip().splitlines()[-1]}")
         with zipfile.ZipFile(next(cache.glob(f"{directory.name}-*.whl"))) as wheel:
             names = [name for name in wheel.namelist() if name.startswith(prefixes) and name.endswith(".py")]
-            # into place at once, so that what was cut off isn't taken for whole
+            # moved atomically, so an interrupted download is not taken for a complete one
             wheel.extractall(cache / f"{project}.part", names)
-        shutil.rmtree(directory, ignore_errors=True)  # with fewer files, of another version of these checks
+        shutil.rmtree(directory, ignore_errors=True)  # has fewer files, from another version of these checks
         (cache / f"{project}.part").rename(directory)
     return directory
 
@@ -61,11 +61,11 @@ class _StubType(type):
 
 
 class Stub(metaclass=_StubType):
-    """Does nothing, whatever it is used as: a class to inherit from, a decorator, a logger, a switch that is off."""
+    """Does nothing, in any role: base class, decorator, logger, or a false switch."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls.__bases__ == (Stub,) and len(args) == 1 and callable(args[0]) and not kwargs:
-            return args[0]  # a decorator
+            return args[0]  # used as a decorator
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -96,13 +96,13 @@ class _StubModule(types.ModuleType):
 
 
 class SourcesFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds all modules of one package: files where they are wanted, stubs elsewhere.
+    """Finds all modules of one package: the real files of the wanted modules, stubs for all others.
 
     Args:
         package: top-level name.
-        directory: with the files.
-        wanted: modules to be loaded from there.
-        given: module -> what its stub has, where nothing won't do.
+        directory: contains the files.
+        wanted: modules to load from there.
+        given: module -> attributes of its stub, where an empty stub is not enough.
     """
 
     def __init__(self, package: str, directory: Path, wanted: tuple[str, ...], given: dict[str, dict[str, Any]]):

@@ -1,4 +1,4 @@
-"""The page docs/engines.md, made of the package's own table of engines, whose rows test_engine_models.py holds.
+"""The page docs/engines.md, generated from the package's table of engines; test_engine_models.py tests its rows.
 
 `python tests/engine_table.py` writes it.
 """
@@ -16,7 +16,7 @@ EVIDENCE = {
     "converted": "*",
     "source": "",
 }
-"""What a row rests on -> how its cell is set: bold, italic or plain."""
+"""Evidence of a row -> format of its cell: bold, italic or plain."""
 
 
 def cell(engine: Engine, class_name: str) -> str:
@@ -28,7 +28,7 @@ def cell(engine: Engine, class_name: str) -> str:
 
 
 def notes() -> list[str]:
-    """A line for each note, with the models that it is about."""
+    """A line for each note, with the models that it applies to."""
     found: dict[tuple[str, str], list[str]] = {}
     for engine in ENGINES:
         for name, row in engine.rows.items():
@@ -38,7 +38,7 @@ def notes() -> list[str]:
 
 
 def documentation() -> str:
-    """The page."""
+    """The text of the page."""
     classes = sorted({name for engine in ENGINES for name in engine.rows}, key=str.lower)
     lines = [
         "# Engines",

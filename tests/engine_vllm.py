@@ -1,4 +1,4 @@
-"""vLLM's own code between an adapter's directory and the buffers that its kernels read, on a CPU."""
+"""vLLM's own code from an adapter's directory to the buffers that its kernels read, on a CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LORA_CONFIG = SimpleNamespace(
     enable_moe_shared_loras=False,
 )
 
-# class -> file that it is in, and what it calls an experts module
+# class -> its file, and its name of an experts module
 MODELS = {
     "DeepseekV3ForCausalLM": ("deepseek_v2", "model.layers.{}.mlp.experts"),
     "Gemma4ForCausalLM": ("gemma4", "model.layers.{}.experts"),
@@ -67,7 +67,7 @@ class Vllm:
         cache: directory for its files.
 
     Raises:
-        NotToBeHad: the wheel can't be downloaded.
+        NotAvailable: the wheel can't be downloaded.
     """
 
     name = REQUIREMENT
@@ -91,7 +91,7 @@ class Vllm:
         self.routed = importlib.import_module("vllm.model_executor.layers.fused_moe.routed_experts")
 
     def products(self, adapter: Path, class_name: str, sizes: dict[str, int]) -> dict[int, tuple[torch.Tensor, ...]]:
-        """What an adapter adds to the experts, as it lies in the buffers.
+        """The deltas of the experts that an adapter adds, read from the buffers.
 
         Args:
             adapter: the directory.
@@ -99,8 +99,8 @@ class Vllm:
             sizes: `layers`, `experts`, `hidden`, `intermediate`.
 
         Returns:
-            Number of a layer -> deltas of the weights `w13` `(E, 2 I, H)` and `w2` `(E, H, I)`; the rows of w13 as the
-            base has them in this engine.
+            Number of a layer -> deltas of the weights `w13` `(E, 2 I, H)` and `w2` `(E, H, I)`; the rows of w13 in the
+            order of this engine's base.
         """
         file, path = MODELS[class_name]
         source = ModelSource(self.models, self.model_utils.WeightsMapper)
@@ -171,13 +171,13 @@ def _products(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ModelSource:
-    """What the files of the models say, read without running them: they import kernels."""
+    """The source of the model files, parsed without running them, since they import kernels."""
 
     def __init__(self, directory: Path, weights_mapper: type):
         self.directory, self.weights_mapper = directory, weights_mapper
 
     def attribute(self, file: str, class_name: str, name: str) -> Any:
-        """Value of a class attribute, of the first base class that has it if the class hasn't, or None."""
+        """Value of a class attribute, also inherited, or None."""
         tree = ast.parse((self.directory / f"{file}.py").read_text())
         classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         if class_name not in classes:
@@ -207,7 +207,7 @@ class ModelSource:
         return ast.literal_eval(node)
 
     def expert_names(self, file: str) -> tuple[str, str, str | None]:
-        """What the checkpoint calls gate, down and up projection: `ckpt_names` of FusedMoE."""
+        """The checkpoint's names of gate, down and up projection: `ckpt_names` of FusedMoE."""
         for node in ast.walk(ast.parse((self.directory / f"{file}.py").read_text())):
             if isinstance(node, ast.keyword) and node.arg == "ckpt_names":
                 return ast.literal_eval(node.value)

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 DECORATOR = "use_experts_implementation"
 
-# what configs call them
+# names of the sizes in configs
 NAMES_OF_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
 NAMES_OF_HIDDEN = ("hidden_size", "moe_hidden_size")
 NAMES_OF_INTERMEDIATE = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "expert_ffn_hidden_size")
@@ -36,13 +36,13 @@ DEFAULT_SIZES = Sizes()
 
 @dataclass(frozen=True)
 class ExpertsClass:
-    """An experts class as its source shows it.
+    """An experts class, as parsed from its source.
 
     Args:
         model: the folder of transformers.models.
         name: the class.
         is_decorated: whether it declares its layout.
-        config_attributes: what its constructor reads from the config; empty where it takes sizes instead.
+        config_attributes: config attributes that its constructor reads; empty if it takes sizes instead.
     """
 
     model: str
@@ -54,7 +54,7 @@ class ExpertsClass:
         return getattr(self._module("modeling"), self.name)
 
     def load_config_class(self) -> type[PreTrainedConfig]:
-        """The first config class of the model that has what the constructor reads."""
+        """The first config class of the model that has all attributes that the constructor reads."""
         module = self._module("configuration")
         candidates = [
             value
@@ -70,13 +70,13 @@ class ExpertsClass:
 
 
 def _attributes(config_class: type[PreTrainedConfig]) -> set[str]:
-    # an instance may refuse to say, where values differ by layer
+    # an instance may raise if values differ by layer
     fields = getattr(config_class, "__dataclass_fields__", {})
     return {*dir(config_class), *fields, *config_class.attribute_map}
 
 
 def find_experts_classes() -> list[ExpertsClass]:
-    """All classes that are decorated as experts, and all others that hold weights and are called experts."""
+    """All classes decorated as experts, and all others that hold weights and have "Experts" in their name."""
     found = []
     folder = Path(transformers.models.__file__).parent
     for file in sorted(folder.glob("*/modeling_*.py")):
@@ -103,7 +103,7 @@ def _config_attributes(node: ast.ClassDef) -> frozenset[str]:
 
 
 class TinyConfig:
-    """A model's own default config, but with other values for some names."""
+    """A model's own default config, with some values replaced."""
 
     def __init__(self, config: PreTrainedConfig, **overrides: Any) -> None:
         self.__dict__.update(overrides, config=config)
@@ -113,7 +113,7 @@ class TinyConfig:
 
 
 def tiny_config(experts_class: ExpertsClass, sizes: Sizes) -> TinyConfig:
-    """The real values of whatever is no size."""
+    """The default values of everything except sizes."""
     overrides = {
         **dict.fromkeys(NAMES_OF_NUM_EXPERTS, sizes.num_experts),
         **dict.fromkeys(NAMES_OF_HIDDEN, sizes.hidden),
@@ -126,7 +126,7 @@ def tiny_config(experts_class: ExpertsClass, sizes: Sizes) -> TinyConfig:
 def build(experts_class: ExpertsClass, sizes: Sizes = DEFAULT_SIZES, seed: int = 0) -> nn.Module:
     """A tiny fp32 instance with random weights, the same at every call.
 
-    For inputs of variance 1 the first projection comes out wide enough that every clamp and softcap has an effect.
+    For inputs of variance 1 the output of the first projection is large enough for every clamp and softcap to matter.
     """
     if experts_class.config_attributes:
         experts = experts_class.load()(tiny_config(experts_class, sizes))

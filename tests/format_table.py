@@ -1,7 +1,7 @@
-"""The page docs/formats.md, made of the layouts that the tests write, load, train on and merge back into.
+"""The page docs/formats.md, generated from the layouts that the tests write, load, train on and merge back into.
 
-`python tests/format_table.py` writes it. Every layout of `PER_EXPERT` goes through all tests of
-`test_published_layouts.py` and `test_merge_published.py`, that of gpt-oss through those of fused stacks.
+`python tests/format_table.py` writes it. Every layout of `PER_EXPERT` is used in all tests of
+`test_published_layouts.py` and `test_merge_published.py`; gpt-oss's layout in those of fused stacks.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FORMATS = {
     "Int4Format": ("`int4/32`, `int4/128`", "integers from -8 to 7, with one scale per group of columns"),
     "Nvfp4Format": ("`nvfp4`", "e2m1 with one e4m3 scale per 16 columns and one fp32 scale per matrix"),
 }
-"""Class -> names, and what it stores. Kinds of scales are written behind: `+bf16`, `+fp16`, `+e8m0`; fp32 isn't."""
+"""Class -> names, and its description. The kind of scales is a suffix (`+bf16`, `+fp16`, `+e8m0`), except for fp32."""
 
 
 def documentation() -> str:
-    """The page."""
+    """The text of the page."""
     missing = {cls.__name__ for cls in registered_formats() if cls.__module__.startswith("peft_moe_qlora")}
     missing -= FORMATS.keys()
     if missing:

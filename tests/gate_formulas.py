@@ -1,4 +1,4 @@
-"""The gates that kernels know, in plain torch."""
+"""The gates that the kernels implement, in plain torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: inputs, tiles to cut them into, and the comparison."""
+"""Shared by the kernel tests: inputs, tile sizes and the comparison."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRIDS = [
     Nvfp4Format(),
     Nvfp4Format(is_inverse=True),
 ]
-"""Formats whose scales lie on a grid."""
+"""Formats whose scales form a two-dimensional grid."""
 GATES = [
     Gate("silu"),
     Gate("silu", interleaved=True),
@@ -53,7 +53,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, limit: float = TOL
 def random_stack(
     shape: tuple[int, int, int], transposed: bool, storage: Format | None, parts: int | None = None
 ) -> Stack:
-    """Of gate and up in one where that is possible, unless `parts` says otherwise."""
+    """Gate and up are fused if possible, unless `parts` is given."""
     weight = torch.randn(shape, device=DEVICE) * 0.2
     if storage is None:
         return DenseStack(weight, transposed)
@@ -63,7 +63,7 @@ def random_stack(
 
 
 def random_ids(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
-    """Distinct ids per token; the first expert is never chosen, and `num_experts` is one of another rank."""
+    """Distinct ids per token. The first expert is never chosen; `num_experts` is the id of experts on other ranks."""
     if num_experts == 1:
         return torch.zeros(num_tokens, top_k, dtype=torch.long, device=DEVICE)
     scores = torch.rand(num_tokens, num_experts, device=DEVICE)

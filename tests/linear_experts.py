@@ -1,4 +1,4 @@
-"""The yardstick for experts: the same model with each expert's projections as `nn.Linear`, adapted by PEFT's LoRA."""
+"""The reference for experts: the same model with each expert's projections as `nn.Linear`, adapted by PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LinearExpert(nn.Module):
 
 
 class LinearExperts(nn.ModuleList):
-    """Takes the place of `Qwen3MoeExperts`."""
+    """Replaces `Qwen3MoeExperts`."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__(LinearExpert(*stacks) for stacks in zip(experts.gate_up_proj, experts.down_proj))
@@ -40,7 +40,7 @@ class LinearExperts(nn.ModuleList):
     ) -> torch.Tensor:
         total = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
-            # each sees all tokens, so that hooks and gradients don't depend on the routing
+            # each expert sees all tokens, so hooks and gradients don't depend on the routing
             weights = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
             total = total + weights * expert(hidden_states)
         return total
@@ -77,7 +77,7 @@ class Ours:
 
 
 class Stock(Ours):
-    """The model with linear layers for experts, adapted by PEFT's LoRA."""
+    """The model with linear layers as experts, adapted by PEFT's LoRA."""
 
     config_class = LoraConfig
     targets: ClassVar = ["q_proj", "gate_up_proj", "down_proj"]
@@ -87,12 +87,12 @@ class Stock(Ours):
         model = super().base(dtype)
         for layer in model.model.layers:
             layer.mlp.experts = LinearExperts(layer.mlp.experts)
-        model.config.model_type = "linear_experts"  # of qwen3_moe PEFT takes target names for those of stacks
+        model.config.model_type = "linear_experts"  # for qwen3_moe, PEFT maps these target names to stacks
         return model
 
 
 def per_expert(named: Iterable[tuple[str, torch.Tensor | bool]]) -> dict[str, torch.Tensor | bool]:
-    """Stacks of experts as the matrices of each, under the names that they have as linear layers."""
+    """Splits stacks of experts into matrices, under the names of the linear layers."""
     matrices = {}
     for name, value in named:
         if not _STACK.search(name):
@@ -106,7 +106,7 @@ def per_expert(named: Iterable[tuple[str, torch.Tensor | bool]]) -> dict[str, to
 
 @torch.no_grad()
 def set_factors(model: nn.Module, std: float = 0.2) -> None:
-    """Random factors, the same for a stack as for its experts one by one."""
+    """Random factors, the same for a stack and for its single experts."""
     for name, matrix in per_expert(model.named_parameters()).items():
         if ".lora_" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

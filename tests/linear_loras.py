@@ -1,4 +1,4 @@
-"""Layers with LoRA, PEFT's and this package's, and what they compute."""
+"""Linear layers with PEFT's LoRA and with this package's, and their outputs and gradients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ of_every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def stock_layer(base: nn.Module, dropout: float = 0.0, adapters: tuple[str, ...] = ("default",), **options):
-    """PEFT's own layer, with factors in fp32 that are not zero."""
+    """PEFT's own layer, with nonzero fp32 factors."""
     cls = lora.Linear4bit if isinstance(base, bitsandbytes.nn.Linear4bit) else lora.Linear
     config = LoraConfig(r=RANK, lora_alpha=3 * RANK, lora_dropout=dropout, **options)
     layer = cls(base, adapters[0], config=config, r=RANK, lora_alpha=3 * RANK)
@@ -73,7 +73,7 @@ def stock_layer(base: nn.Module, dropout: float = 0.0, adapters: tuple[str, ...]
 
 
 def fast(stock: nn.Module) -> FastForward:
-    """The same layer with the same factors, of this package."""
+    """This package's layer with the same weight and factors."""
     layer = copy.deepcopy(stock)
     if isinstance(layer.base_layer, QuantizedLinear):
         layer.__class__ = QuantizedLinearLora
@@ -94,7 +94,7 @@ def inputs(dtype=torch.float32, device="cpu", shape=(3, 5, IN)) -> torch.Tensor:
 
 
 def results(layer: nn.Module, x: torch.Tensor, forward: Callable | None = None) -> list[torch.Tensor]:
-    """The output and the gradients of all that has one."""
+    """The output and all gradients."""
     torch.manual_seed(7)
     out = (layer if forward is None else forward)(x)
     weights = torch.linspace(0.5, 1.5, out.numel(), device=x.device).view(out.shape).to(out.dtype)
@@ -113,7 +113,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolera
 
 
 def exact(layer: nn.Module) -> nn.Linear:
-    """An ordinary layer in fp32 of the weight that a layer stands for."""
+    """A plain fp32 layer with the dequantized weight of a layer."""
     if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
         matrix = layer.stored_matrix if isinstance(layer, QuantizedLinear) else four_bit_matrix(layer)
         weight = matrix.decode(torch.float32)
@@ -127,7 +127,7 @@ def exact(layer: nn.Module) -> nn.Linear:
 
 
 def watch_peft(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """A list that gets the class of each layer whose forward PEFT is asked for."""
+    """A list that records the class of each layer whose forward runs in PEFT."""
     seen: list[type] = []
 
     def watched(own: Callable) -> Callable:

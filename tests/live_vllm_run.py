@@ -1,7 +1,7 @@
-"""A running vLLM and models in training in one process: what the engine says after each push, against the model.
+"""vLLM and models in training in one process: after each weight update, the engine is compared with the model.
 
 `python tests/live_vllm_run.py OUT DIRECTORY KIND...` writes the largest differences of log probabilities to OUT as
-JSON. A process of its own, since vLLM binds threads and sets the process up for itself.
+JSON. It runs in a separate process, since vLLM changes thread affinity and other process-wide settings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
 from peft_moe_qlora.merge import LiveWeights
 from peft_moe_qlora.training.live_vllm import load_into_vllm
 
-# attention on a CPU takes heads of 32
+# attention on a CPU requires heads of 32
 SIZES = {"hidden_size": 128, "head_dim": 32}
 
 
@@ -41,7 +41,7 @@ def train(model: nn.Module, steps: int = 3) -> None:
 
 
 def differences(directory: Path, kind: str) -> dict[str, float]:
-    """What the engine says after each push, and how far each moved it."""
+    """The differences after each weight update, and the change that each update made."""
     tiny_model(kind, std=0.1, **SIZES).save_pretrained(directory)
     quantization = MoeQuantizationConfig(quantize_linear=True)
     model = load_quantized(str(directory), quantization, dtype=torch.float32, device_map="cpu")

@@ -1,4 +1,4 @@
-"""A format that no package has: 6 bits, four codes in three bytes, a scale in bf16 for 16 x 16 weights."""
+"""A format that the package does not have: 6 bits, four codes in three bytes, a bf16 scale for 16 x 16 weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_moe_qlora.quantization.block_scaled import BlockScaled
 @register_format
 @dataclass(frozen=True)
 class SixBits(BlockScaled):
-    """Whole numbers from -32 to 31."""
+    """Integers from -32 to 31."""
 
     block: tuple[int, int] = (16, 16)
     scale: str = "bf16"

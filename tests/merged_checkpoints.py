@@ -1,4 +1,4 @@
-"""Bases and adapters on disk, what merges them there, and what transformers alone makes of the result."""
+"""Bases and adapters on disk, merges of them, and the logits of the result in stock transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STOCK = """
 
 
 def stock_logits(directory, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of the merged model, in a process that has nothing but transformers."""
+    """Logits of the merged model, in a process that imports transformers only."""
     torch.save(ids, directory / "ids.pt")
     command = [sys.executable, "-c", textwrap.dedent(STOCK), str(directory), str(dtype).removeprefix("torch.")]
     subprocess.run(command, check=True, capture_output=True)
@@ -35,11 +35,11 @@ def stock_logits(directory, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def base_model(model_type: str, dtype: torch.dtype = torch.float32):
-    # square stacks: gate and up of qwen3_moe are as wide as the model, gpt_oss's down projection too
+    # square stacks: gate and up of qwen3_moe are as wide as the model, and so is gpt_oss's down projection
     if model_type not in ("llama4_text", "gemma4_text"):
         return tiny_model(model_type, dtype=dtype)
     torch.manual_seed(0)
-    # with weights of default size all tokens are about equally likely
+    # with weights of the default size, all tokens are about equally likely
     if model_type == "llama4_text":
         model = transformers.Llama4ForCausalLM(shrunken_config("llama4_text")).to(dtype).eval()
         model.lm_head.weight.data *= 20
@@ -52,7 +52,7 @@ def base_model(model_type: str, dtype: torch.dtype = torch.float32):
 
 
 def save_adapter(directory, model_type: str = "qwen3_moe", dtype=torch.float32, std: float = 0.1, **options):
-    """Saves base and adapter, and gives the live model."""
+    """Saves base and adapter; returns the unmerged model."""
     base_model(model_type, dtype).save_pretrained(directory / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype)
     model = get_peft_model(model, MoeQLoraConfig(**{"r": 4, "target_modules": "all-linear", **options})).eval()

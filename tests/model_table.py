@@ -1,6 +1,6 @@
-"""The page docs/models.md, made of the models that test_every_type.py trains and merges.
+"""The page docs/models.md, generated from the models that test_every_type.py trains and merges.
 
-`python tests/model_table.py` writes it, with transformers 5.24, in which all of them are.
+`python tests/model_table.py` writes it. Requires transformers 5.24, which has all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 
 def layout_in_words(layout: ExpertsLayout) -> str:
-    """What sets a class apart, in the terms of its declarations."""
+    """The properties of a class's layout, in the terms of its declaration."""
     words = ["`(E, in, out)`" if layout.is_transposed else "`(E, out, in)`"]
     if not layout.has_gate:
         words.append("no gate")
@@ -39,7 +39,7 @@ def row(model_type: str) -> str:
 
 
 def documentation() -> str:
-    """The page."""
+    """The text of the page."""
     refused = [
         f"| `{name}` | {reason} |"
         for name, reason in sorted(UNSUPPORTED_CLASSES.items())

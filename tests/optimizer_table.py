@@ -1,6 +1,6 @@
-"""The page docs/optimizers.md, made of the optimizers that test_optimizers.py steps over factors of experts.
+"""The page docs/optimizers.md, generated from the optimizers that test_optimizers.py runs on factors of experts.
 
-`python tests/optimizer_table.py` writes it, up to a section on times, which stays.
+`python tests/optimizer_table.py` writes it, up to the section on times, which is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 END = "<!-- what follows is not written by tests/optimizer_table.py -->"
 FACTORS = 643e6
-"""Trained values of the shape of Qwen3-30B-A3B with LoRA 16 on attention and experts."""
+"""The number of trained values of Qwen3-30B-A3B with LoRA rank 16 on attention and experts."""
 
 SAME = "same as for matrices"
 ONE_CLIP = "same except for clipping"
@@ -36,12 +36,12 @@ class Known:
     """An optimizer.
 
     Args:
-        title: what it is called in the table.
-        optim: of `TrainingArguments`; None where a Trainer has no name for it.
+        title: its name in the table.
+        optim: of `TrainingArguments`; None if Trainer has no name for it.
         path: module and name of the class.
         options: of the class.
-        state_bytes: of state for each trained value in fp32, at rank 16 and 2,048 columns, to two decimals.
-        stacks: what it makes of 3-D factors.
+        state_bytes: bytes of state for each trained fp32 value, at rank 16 and 2,048 columns, to two decimals.
+        stacks: how it handles 3-D factors.
         notes: for the table.
     """
 
@@ -54,11 +54,11 @@ class Known:
     notes: str = ""
 
     def make(self, parameters: Iterable[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        """Raises ModuleNotFoundError where the package isn't installed."""
+        """Raises ModuleNotFoundError if the package isn't installed."""
         module, _, name = self.path.rpartition(".")
         make: Callable[..., torch.optim.Optimizer] = getattr(import_module(module), name)
         optimizer = make(list(parameters), lr=1e-2, **{**dict(self.options), **options})
-        if hasattr(optimizer, "train"):  # schedule-free ones
+        if hasattr(optimizer, "train"):  # schedule-free optimizers
             optimizer.train()
         return optimizer
 
@@ -140,7 +140,7 @@ OTHERS = (
 
 
 def documentation() -> str:
-    """The page up to the section on times."""
+    """The text of the page up to the section on times."""
     lines = [
         "# Optimizers",
         "",

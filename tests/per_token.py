@@ -1,7 +1,7 @@
-"""What experts compute, written down a third time: token by token, choice by choice, in plain fp32 torch.
+"""The computation of experts, written down independently: token by token, choice by choice, in plain fp32 torch.
 
-Neither the package nor the experts classes are called; each class has its formula here under its name. A class that is
-not named in `GATES`, of a later version of transformers say, has to be held against its own forward (`own_output`).
+It calls neither the package nor the experts classes. Each class has its formula here under its name. A class that is
+not named in `GATES`, such as a new class of a later transformers, is compared with its own forward (`own_output`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNGATED = frozenset({"NemotronHExperts"})
 BIASED = frozenset({"GptOssExperts", "OpenAIPrivacyFilterExperts"})
 
 NORMED = frozenset({"MuseSparkExperts"})
-"""Classes with a norm behind the down projection."""
+"""Classes with a norm after the down projection."""
 
 Gate = Callable[[torch.Tensor, Any], torch.Tensor]
 
@@ -50,7 +50,7 @@ def _clamped_silu_gate(row: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def _swiglu_oai(gate: torch.Tensor, up: torch.Tensor, config: Any) -> torch.Tensor:
-    # the numbers of gpt-oss, which early versions of transformers have in the class instead of the config
+    # gpt-oss's constants, which early versions of transformers have in the class instead of the config
     alpha, limit = getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)
     gate = torch.clamp(gate, max=limit)
     return (torch.clamp(up, -limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
@@ -108,10 +108,10 @@ GATES: dict[str, Gate] = {
     "NemotronHExperts": _squared_relu,
     "OpenAIPrivacyFilterExperts": _concatenated_swiglu_oai,
 }
-"""What stands between the two projections of every class whose formula is written down."""
+"""The gate formula of every known class."""
 
 LIMITED = frozenset(name for name, gate in GATES.items() if gate not in (_silu_gate, _gelu_gate, _squared_relu))
-"""Classes that clamp or cap what comes out of the first projection."""
+"""Classes that clamp or softcap the output of the first projection."""
 
 
 def _scaled_rms_norm(row: torch.Tensor, weight: torch.Tensor, config: Any) -> torch.Tensor:
@@ -146,14 +146,14 @@ def experts_output(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The experts' share of a MoE layer: `(T, H)` -> `(T, H)`.
+    """The experts' part of a MoE layer: `(T, H)` -> `(T, H)`.
 
     Args:
-        class_name: whose formula it is.
-        config: gives limits and epsilons under the model's own names.
+        class_name: the experts class.
+        config: has limits and epsilons under the model's own names.
         parameters: fp32, under the class's own names.
         hidden_states: `(T, H)`.
-        top_k_index: `(T, K)`; an id that is no expert here contributes nothing.
+        top_k_index: `(T, K)`; an id outside the local experts contributes nothing.
         top_k_weights: `(T, K)`.
     """
     activate = GATES[class_name]
@@ -188,8 +188,8 @@ def own_output(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """`experts_output` by the class's own forward, with other parameters than its own."""
-    # classes differ in what they do with an id that is no expert here
+    """`experts_output` by the class's own forward, with the given parameters."""
+    # classes differ in how they handle an id outside the local experts
     is_here = (top_k_index >= 0) & (top_k_index < experts.down_proj.shape[0])
     arguments = (hidden_states, top_k_index.where(is_here, 0), top_k_weights * is_here)
     return functional_call(experts, dict(parameters), arguments) + 0 * hidden_states

@@ -1,4 +1,4 @@
-"""A few instructions of PTX in numpy, by which what decodes codes on a GPU is tested without one.
+"""A few PTX instructions in numpy, to test the GPU decoders without a GPU.
 
 https://docs.nvidia.com/cuda/parallel-thread-execution: registers are arrays of 32 bits, one element for each thread.
 """
@@ -11,12 +11,12 @@ import numpy as np
 
 Register = np.ndarray
 
-# of a packed type: bits of a number, where its mantissa starts, digits with the implied one, the exponent of its last
+# packed types: bits of a number, start of the mantissa, digits with the implied one, exponent of the last digit
 _FLOATS = {"bf16": (16, 7, 8, -133), "f16": (16, 10, 11, -24), "f32": (32, 23, 24, -149)}
 
 
 def numbers(bits: Register, name: str) -> np.ndarray:
-    """fp64 values of the lowest bits, as a type has them."""
+    """fp64 values of the lowest bits, interpreted as a type."""
     width, mantissa_bits, _, last = _FLOATS[name]
     bits = bits.astype(np.int64)
     mantissa = bits & ((1 << mantissa_bits) - 1)
@@ -26,12 +26,12 @@ def numbers(bits: Register, name: str) -> np.ndarray:
 
 
 def bits_of(values: np.ndarray, name: str) -> Register:
-    """The same the other way round, rounded to the nearest, of two to the even one."""
+    """The inverse of `numbers`, rounded to nearest, ties to even."""
     width, mantissa_bits, digits, last = _FLOATS[name]
     _, exponent = np.frexp(values)
     unit = np.maximum(exponent - digits, last)
     whole = np.rint(np.ldexp(np.abs(values), -unit)).astype(np.int64)
-    # a mantissa that is rounded up to a power of two carries into the exponent by itself
+    # a mantissa that is rounded up to a power of two carries into the exponent
     found = np.where(whole >= 1 << mantissa_bits, whole + ((unit - last) << mantissa_bits), whole)
     return (found | np.signbit(values).astype(np.int64) << (width - 1)).astype(np.uint32)
 
@@ -101,6 +101,6 @@ def run(assembly: str, operands: dict[int, Register], num_results: int) -> list[
             operate = {"fma": lambda a, b, c: a * b + c, "sub": np.subtract, "mul": np.multiply}[operation]
             found = _packed(kinds[1], operate, *values)
         else:
-            raise ValueError(f"{line!r} is none of the instructions that are known here.")
+            raise ValueError(f"{line!r} is not a supported instruction.")
         registers[to] = found
     return [registers[f"${number}"] for number in range(num_results)]

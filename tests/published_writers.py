@@ -1,6 +1,6 @@
-"""Checkpoints in the layouts of published quantized models, whose true weights are known.
+"""Checkpoints in the layouts of published quantized models, with known exact weights.
 
-Written from the formats' definitions, in fp64, with nothing of the package: what is read must decode to these values.
+Written in fp64 from the definitions of the formats, without code of the package. Readers must decode to these values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
 
 
 def spread(scales: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
-    """One scale to each weight, of one to each block."""
+    """Expands one scale per block to one per weight."""
     rows, columns = (torch.arange(size) // of_block for size, of_block in zip(shape, block))
     return scales.double()[rows][:, columns]
 
@@ -57,7 +57,7 @@ def amax(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 def in_fp8(
     weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales, and the weights that they stand for; in fp32."""
+    """Codes, scales, and the exact weights, in fp32."""
     scales = amax(weight.double(), block) / 448
     if scale_dtype == torch.uint8:
         bits = torch.ceil(torch.log2(scales)) + 127
@@ -71,7 +71,7 @@ def in_fp8(
 
 
 def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes `(out, in / 2)`, scales as bytes `(out, in / 32)`, and the weights that they stand for."""
+    """Codes `(out, in / 2)`, scales as bytes `(out, in / 32)`, and the exact weights."""
     exponent = torch.floor(torch.log2(amax(weight.double(), (1, 32)))) - 2
     of_weights = spread(2.0**exponent, weight.shape, (1, 32))
     ratios = weight.double() / of_weights
@@ -81,9 +81,9 @@ def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def in_nvfp4(weight: torch.Tensor, is_inverse: bool) -> tuple[torch.Tensor, ...]:
-    """Codes `(out, in / 2)`, scales `(out, in / 16)`, the second scale, and the weights that they stand for.
+    """Codes `(out, in / 2)`, scales `(out, in / 16)`, the second-level scale, and the exact weights.
 
-    Each pair of scales is one in fp32, as engines have it.
+    The product of both scales is rounded to fp32, as in engines.
     """
     sizes = amax(weight.double(), (1, 16))
     whole = (sizes.max() / (6 * 448)).float()
@@ -100,7 +100,7 @@ def in_nvfp4(weight: torch.Tensor, is_inverse: bool) -> tuple[torch.Tensor, ...]
 def in_integers(
     weight: torch.Tensor, num_bits: int, block: tuple[int, int], scale_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes of all values that the bits have, as compressed-tensors does, scales, and what they stand for."""
+    """Codes over the whole range of the bits, as in compressed-tensors, scales, and the exact weights."""
     scales = (amax(weight.double(), block) / (2 ** (num_bits - 1) - 0.5)).to(scale_dtype)
     of_weights = spread(scales, weight.shape, block)
     codes = (weight.double() / of_weights).round().clamp(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
@@ -108,7 +108,7 @@ def in_integers(
 
 
 Packed = tuple[Tensors, torch.Tensor]
-"""What a weight becomes, by key, and what it then is."""
+"""The packed tensors of a weight, by key, and its exact weights."""
 
 
 def fp8(name: str, weight: torch.Tensor, block=(128, 128), dtype=torch.float32, suffix="weight_scale_inv") -> Packed:
@@ -208,7 +208,7 @@ MX = {**FP8, "quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt":
 
 
 def _mixed(*configs: dict) -> dict:
-    """Groups of several layouts, each of which says its own."""
+    """Groups in several layouts, each with its own config."""
     groups = [{**config["config_groups"]["group_0"], "format": config["format"]} for config in configs]
     return {
         **configs[0],
@@ -225,13 +225,13 @@ _MIXED = _mixed(
 
 @dataclass(frozen=True)
 class Published:
-    """A layout of one set of tensors per expert.
+    """A layout with one set of tensors per expert.
 
     Args:
         config: the `quantization_config`.
         pack: name without `.weight` and weight -> its tensors.
-        experts, linear: names of the formats that these are read as.
-        turn: bits in which a byte of codes differs from what is read.
+        experts, linear: names of the formats that they are read as.
+        turn: bits in which a byte of codes differs from the loaded code.
     """
 
     config: dict
@@ -330,7 +330,7 @@ def publish(
     num_shards: int = 1,
     is_packed: Callable[[str], bool] = is_packed,
 ) -> Tensors:
-    """Saves a model, its experts and linear layers quantized; gives the true weights by the keys of 16 bits."""
+    """Saves a model with quantized experts and linear layers; returns the exact weights by their 16-bit keys."""
     model.save_pretrained(directory)
     stored, true = {}, {}
     for key, tensor in cut(read_tensors(directory)).items():
@@ -345,7 +345,7 @@ def publish(
 
 
 def cut(tensors: Tensors) -> Tensors:
-    """Stacks as one weight `(out, in)` for each expert and projection; those of Llama 4 are `(in, out)`."""
+    """Splits stacks into one weight `(out, in)` for each expert and projection; those of Llama 4 are `(in, out)`."""
     found = {}
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
@@ -361,7 +361,7 @@ def cut(tensors: Tensors) -> Tensors:
 
 
 def joined(tensors: Tensors) -> Tensors:
-    """What `cut` was given."""
+    """The inverse of `cut`."""
     found, experts = {}, {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)_proj\.weight", key)
@@ -379,7 +379,7 @@ def joined(tensors: Tensors) -> Tensors:
 def publish_fused(
     model: torch.nn.Module, directory: Path, config: dict, pack: Callable[[str, torch.Tensor], Packed]
 ) -> Tensors:
-    """The same, of stacks that are one tensor, under the names of the model; gives the true state of the model."""
+    """The same for stacks stored as one tensor, under the model's names; returns the exact state of the model."""
     model.save_pretrained(directory, save_original_format=False)
     stored, true = {}, {}
     for key, tensor in read_tensors(directory).items():
@@ -394,7 +394,7 @@ def publish_fused(
 
 
 def fused_fp8(block: tuple[int, int] | None, scales_of_gate_up: int = 1) -> Callable[[str, torch.Tensor], Packed]:
-    """Stacks `(E, out, in)` with scales in blocks, gate and up apart, or per expert: one, or one for each half."""
+    """Stacks `(E, out, in)` with block scales for separate gate and up, or per-expert scales: one, or one per half."""
 
     def pack(key: str, stack: torch.Tensor) -> Packed:
         found = []

@@ -1,4 +1,4 @@
-"""Models whose linear layers are in part kept in a format, in all the formats there are."""
+"""Models in which some linear layers are stored in a format, in every available format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_moe_qlora.quantized_linear_lora import QuantizedLinearLora
 
 FORMATS = [
     Fp8Format((16, 32)),
-    Fp8Format((128, 128)),  # cut short at both edges of all matrices here
+    Fp8Format((128, 128)),  # blocks are partial at both edges of all matrices here
     Fp8Format((1, 0)),
     Fp8Format((0, 0), "bf16"),
     Fp8Format((1, 32), "e8m0"),
@@ -66,6 +66,6 @@ def loras(model: nn.Module) -> Iterator[QuantizedLinearLora]:
 
 
 def quantized(model: nn.Module) -> nn.Module:
-    """With its experts in the default format, as an adapter has them."""
+    """With experts in the default format, as with an adapter."""
     quantize_experts(model, progressbar=False)
     return model

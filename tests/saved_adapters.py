@@ -1,4 +1,4 @@
-"""Bases and adapters on disk, and what the adapters add to the bases."""
+"""Bases and adapters on disk, and the deltas of the adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TINY = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe")
 
 
 def saved_deltas(directory, model_type: str = "qwen3_moe", **options) -> dict[str, torch.Tensor]:
-    """Saves base and adapter; gives what merging the live adapter adds to each weight, `(..., out, in)`."""
+    """Saves base and adapter; returns the merge delta of each weight, `(..., out, in)`."""
     model = _model(model_type)
-    # the published checkpoints of Qwen3.5 have fused stacks, which transformers takes apart when it saves
+    # published checkpoints of Qwen3.5 have fused stacks, which transformers splits when it saves
     model.save_pretrained(directory / "base", save_original_format=model_type != "qwen3_5_moe")
     model.name_or_path = str(directory / "base")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -37,7 +37,7 @@ def _model(model_type: str) -> torch.nn.Module:
     if model_type == "qwen3_5_moe":  # with its vision tower, which the automatic class leaves out
         torch.manual_seed(0)
         config = shrunken_config(model_type)
-        # mlx-lm looks for full attention in every fourth layer
+        # mlx-lm expects full attention in every fourth layer
         layers = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
         config.text_config = type(config.text_config)(**{**config.text_config.to_dict(), **layers})
         return transformers.Qwen3_5MoeForConditionalGeneration(config).eval()

@@ -1,8 +1,8 @@
-"""Trainings of which each sequence is shared by two processes, started by `accelerate launch`.
+"""Sequence-parallel trainings in two processes, started by `accelerate launch`.
 
     accelerate launch --config_file CONFIG tests/sequence_parallel_training.py DIRECTORY
 
-The directory has a checkpoint in `base`; what comes out is written beside it, for the test to read.
+The directory contains a checkpoint in `base`. Results are written next to it, for the test to read.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Case:
     """How a model is stored and computed.
 
     Args:
-        linear: linear layers in 4 bits too.
+        linear: also quantize linear layers to 4 bits.
         checkpointing: of `prepare_model_for_training`.
         router_loss: with the router's auxiliary loss.
-        graphs: ask for CUDA graphs of the layers.
+        graphs: request CUDA graphs of the layers.
     """
 
     linear: bool = False
@@ -65,7 +65,7 @@ def build(directory: Path, case: Case) -> PeftModel:
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
-    """Of each the first tokens are a prompt, so that the processes have different numbers of labels."""
+    """The first tokens of each row are a prompt, so the processes have different numbers of labels."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, VOCABULARY, (STEPS * ACCUMULATED, LENGTH), generator=generator)
     labels = ids.clone()
@@ -80,13 +80,13 @@ def rows() -> list[dict[str, torch.Tensor]]:
 def arguments(output: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(
         output,
-        per_device_train_batch_size=1,  # DeepSpeed's parts of more rows are views on a CPU, which the loss can't take
+        per_device_train_batch_size=1,  # with more rows, DeepSpeed's parts are views on a CPU, which the loss rejects
         gradient_accumulation_steps=ACCUMULATED,
         max_steps=STEPS,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
-        max_grad_norm=0.7,  # less than some of the norms
-        adam_epsilon=1e-5,  # above rounding
+        max_grad_norm=0.7,  # smaller than some of the norms
+        adam_epsilon=1e-5,  # larger than rounding errors
         per_device_eval_batch_size=1,
         logging_steps=1,
         report_to=[],
@@ -119,7 +119,7 @@ def whole_batch() -> dict[str, torch.Tensor]:
 
 
 def backward(model: torch.nn.Module, case: Case, world: int, rank: int) -> dict[str, Any]:
-    """Loss and gradients of the first batch, of which each process has a part along the sequence."""
+    """Loss and gradients of the first batch, split over the processes along the sequence."""
     whole = whole_batch()
     of_all = (whole["labels"] != -100).sum()
     part = {name: one.chunk(world, dim=1)[rank] for name, one in whole.items()}
@@ -137,7 +137,7 @@ def backward(model: torch.nn.Module, case: Case, world: int, rank: int) -> dict[
 
 
 def backward_in_parts(model: torch.nn.Module, world: int) -> dict[str, Any]:
-    """As `backward` with the router's loss of each part by itself, in one process that has the whole sequence."""
+    """As `backward` in one process with the whole sequence, but with a separate router loss for each part."""
     whole = whole_batch()
     out = model(**whole, shift_labels=whole["labels"], use_cache=False, output_router_logits=True)
     config, valid = model.config, whole["labels"] != -100
@@ -156,13 +156,13 @@ def backward_in_parts(model: torch.nn.Module, world: int) -> dict[str, Any]:
     }
 
 
-# from here on under DeepSpeed only
+# from here on only under DeepSpeed
 
 
 def main(directory: Path) -> None:
     import deepspeed
 
-    # it would compile C++ for minutes, to send small tensors faster between processes of one machine
+    # DeepSpeed would compile a C++ extension for minutes, to send small tensors faster within one machine
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -182,19 +182,19 @@ def main(directory: Path) -> None:
     with deepspeed.zero.GatheredParameters(parameters) if config["stage"] == 3 else nullcontext():
         found |= {"factors": factors(trained.model), "packed": packed(trained.model)}
     if config["stage"] == 3:
-        found |= by_hand(directory, rank)
+        found |= run_without_engine(directory, rank)
     torch.save(found, place / f"{rank}.pt")
 
 
-def by_hand(directory: Path, rank: int) -> dict[str, Any]:
-    """Without an engine; the process group and the attention function stay as accelerate has set them up."""
+def run_without_engine(directory: Path, rank: int) -> dict[str, Any]:
+    """Without an engine; the process group and the attention function are those that accelerate set up."""
     layer_runner.GRAPHS_BACKEND = CallingBackend
     found = {}
     for name, case in CASES.items():
         model = build(directory, case)
         found[name] = backward(model, case, 2, rank)
         if case.graphs:
-            backward(model, case, 2, rank)  # a shape is captured when it comes again
+            backward(model, case, 2, rank)  # a shape is captured at its second occurrence
             found["graphs report"] = layer_runner.graphs_report(model)
     return found
 

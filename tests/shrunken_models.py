@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from peft_moe_qlora.experts import find_experts
 
 # fmt: off
-# every type whose default configuration can be shrunk; checkpoints of the first are not of the standard kind
+# every type whose default configuration can be shrunk; checkpoints of the first have a nonstandard layout
 MODEL_TYPES = [
     "ernie4_5_vl_moe", "qwen3_vl_moe", "inkling_mm_model", "inkling2_text", "inkling_text", "minimax_m3_vl",
     "nemotron_h", "dots3_note", "diffusion_gemma", "llama4", "aria",
@@ -62,7 +62,7 @@ _CLASS_OF_TYPE = {
 
 
 def shrunken_model(model_type: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A model with random weights, experts' weights of all different."""
+    """A model with random weights; the weights of all experts differ."""
     config = shrunken_config(model_type)
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ def shrunken_model(model_type: str, device: str = "cpu", dtype: torch.dtype = to
 
 
 def shrunken_model_or_skip(model_type: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """As `shrunken_model`; versions of transformers before 5.24 lack some types, or have them otherwise."""
+    """As `shrunken_model`; skips types that versions of transformers before 5.24 lack or define differently."""
     try:
         missing = None if model_type in CONFIG_MAPPING else "it"
         model = None if missing else shrunken_model(model_type, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Sizes that fit together, so that shrunken models run, and layers so that every kind of layer is among few.
+"""Sizes that fit together, so shrunken models run, and few layers that include every kind of layer.
 
-`SIZES` is for every configuration that has such a name, `OF_TYPE` for one model type or type of a part of a model.
+`SIZES` applies to every configuration that has such a name, `OF_TYPE` to one model type or the type of a submodel.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ SIZES = {
     "moe_k": 2,
     "num_experts_per_token": 2,
     "num_expert_group": 1,
-    # towers, and what leads from them to the text model
+    # towers, and the projectors from them to the text model
     "out_hidden_size": 64,
     "text_hidden_size": 64,
     "projector_hidden_size": 64,
@@ -83,7 +83,7 @@ SIZES = {
     "encoder_ffn_dim": 64,
     "output_dim": 64,
     "downsample_hidden_size": 16,
-    # of single types
+    # sizes of single types
     "vocab_size_per_layer_input": 128,
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,

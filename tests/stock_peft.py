@@ -1,4 +1,4 @@
-"""PEFT as released, of the versions between which its layout of experts' factors changed, side by side."""
+"""Released versions of PEFT between which its layout of experts' factors changed, installed side by side."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _SCRIPT = """
 
 
 def run_stock_peft(jobs: list[dict], directory: Path, version: str = INSTALLED) -> None:
-    """Makes or loads adapters in a process that has that version of PEFT and not this package.
+    """Creates or loads adapters in a process that has that version of PEFT and not this package.
 
     Args:
-        jobs: each with `base` and `adapter`, directories, `ids`, and `logits`, a file to be written; those with
-            `options` make an adapter of a `LoraConfig` with random factors and save it, the others load one, and save
-            it again as `resaved` if they have that.
+        jobs: each with `base` and `adapter`, directories, `ids`, and `logits`, a file to write. Jobs with `options`
+            create an adapter of a `LoraConfig` with random factors and save it. The others load one, and save it
+            again as `resaved` if that is given.
         directory: for the list of jobs.
         version: of PEFT.
     """
@@ -63,7 +63,7 @@ def run_stock_peft(jobs: list[dict], directory: Path, version: str = INSTALLED) 
 
 
 def _installed(version: str) -> Path:
-    """Installs a version of PEFT into a directory of its own, once."""
+    """Installs a version of PEFT into a separate directory, once."""
     place = Path(tempfile.gettempdir()) / f"peft-{version}-for-tests"
     if place.is_dir():
         return place
@@ -71,7 +71,7 @@ def _installed(version: str) -> Path:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", fresh, f"peft=={version}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode and "No matching distribution" in done.stderr:
-            pytest.skip(f"peft=={version} can't be had: no package index is in reach")
+            pytest.skip(f"peft=={version} is not available: the package index cannot be reached")
         assert done.returncode == 0, done.stderr[-3000:]
         if not place.is_dir():
             Path(fresh).rename(place)

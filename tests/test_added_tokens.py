@@ -1,4 +1,4 @@
-"""Adapters of a model to which tokens were added: PEFT saves its embeddings with them."""
+"""Adapters of a model with added tokens: PEFT saves its embeddings with them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peft_moe_qlora.layouts import read_adapter
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
 @pytest.mark.parametrize("in_full", [None, ["embed_tokens", "lm_head"]])
-def test_the_error_says_what_to_do(tie_word_embeddings, in_full, tmp_path):
-    """With as many tokens the base takes them, those of the adapter."""
+def test_error_names_the_remedy(tie_word_embeddings, in_full, tmp_path):
+    """A base with as many tokens loads the adapter, with the adapter's embeddings."""
     if tie_word_embeddings and in_full:
-        pytest.skip("what is tied can't be trained apart")
+        pytest.skip("tied weights cannot be trained separately")
     tiny_model(tie_word_embeddings=tie_word_embeddings).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     tokens = model.config.vocab_size + 6

@@ -1,4 +1,4 @@
-"""Experts classes that are called in a way of their own compute what they compute in transformers."""
+"""Experts classes with a nonstandard call give the same results as in transformers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_llama_4_learns_merges_and_saves(device, tmp_path):
     assert torch.equal(logits(again, ids), logits(merged, ids))
 
 
-def test_one_adapter_for_each_sample_is_refused(device):
+def test_mixed_batch_is_rejected(device):
     model = get_peft_model(llama4(device), MoeQLoraConfig(r=4)).eval()
     with pytest.raises(ValueError, match="adapter_names is not supported for Llama4TextExperts"):
         model(input_ids=token_ids(device), adapter_names=["default", "__base__"])

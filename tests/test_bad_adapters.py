@@ -1,4 +1,4 @@
-"""Adapters that are damaged, or say too little or what can't be had, are refused by the name of what is wrong."""
+"""Damaged, ambiguous or unsupported adapters are rejected with an error that names the problem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name of a layout -> an adapter of it for the same base; not to be changed."""
+    """Name of a layout -> an adapter in it for the same base; do not modify."""
     root = tmp_path_factory.mktemp("saved")
     save_base(root / "base", "qwen3_moe")
     experts, linear = random_factors(shared=True)
@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
     return root
 
 
-# what a tensor of the second layer is called, of the experts' down projection: A, B
+# names of the tensors of the second layer's down projection of the experts: A, B
 FACTORS = {
     "ours": (f"{EXPERTS}.down_proj.lora_A.weight", f"{EXPERTS}.down_proj.lora_B.weight"),
     "peft-lora": (f"{EXPERTS}.lora_A.weight", f"{EXPERTS}.lora_B.weight"),
@@ -48,7 +48,7 @@ FACTORS = {
 
 @pytest.fixture(params=FACTORS)
 def copied(request, saved, tmp_path):
-    """A layout, a copy of an adapter of it that may be spoilt, its file, and two of its keys."""
+    """A layout, a copy of an adapter in it that a test may damage, its file, and two of its keys."""
     directory = tmp_path / "adapter"
     directory.mkdir()
     for file in (saved / request.param).iterdir():
@@ -57,7 +57,7 @@ def copied(request, saved, tmp_path):
     return request.param, directory, directory / name, FACTORS[request.param]
 
 
-def test_cut_off(copied):
+def test_truncated_file(copied):
     _, directory, file, _ = copied
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{file.name} is unreadable: .*It is truncated"):
@@ -67,7 +67,7 @@ def test_cut_off(copied):
         read_adapter(directory)
 
 
-def test_pickled(copied):
+def test_pickled_file(copied):
     _, directory, file, _ = copied
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(ValueError, match="is a pickle, which is not supported"):
@@ -75,7 +75,7 @@ def test_pickled(copied):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_not_finite(copied, value):
+def test_values_that_are_not_finite(copied, value):
     _, directory, file, (key, _) = copied
     tensor = next(tensor for name, tensor in tensors_of(directory, file.name).items() if name.endswith(key))
     tensor[..., 0, 0] = value
@@ -84,13 +84,13 @@ def test_not_finite(copied, value):
         read_adapter(directory)
 
 
-def test_transposed(copied):
-    """A and B are swapped: both fit each other, but not the base."""
+def test_swapped_factors(copied):
+    """A and B are swapped: they fit each other, but not the base."""
     layout, directory, file, (a, b) = copied
     tensors = tensors_of(directory, file.name)
     A, B = (next(tensor for name, tensor in tensors.items() if name.endswith(key)) for key in (a, b))
     if layout == "peft-lora":
-        # as PEFT wrote it up to 0.18: the experts still slowest in A, fastest in B
+        # as PEFT wrote it up to 0.18: the expert is the slowest index in A and the fastest in B
         A, B = (
             B.unflatten(1, (2, 8)).permute(2, 1, 0).flatten(0, 1),
             A.unflatten(0, (8, 2)).permute(2, 1, 0).flatten(1),
@@ -98,18 +98,18 @@ def test_transposed(copied):
     else:
         A, B = B.mT, A.mT
     edit_tensors(directory, {a: A, b: B}, file.name)
-    with pytest.raises(ValueError, match=r"transposed|has shape .* in the adapter\. Expected"):
+    with pytest.raises(ValueError, match=r"transposed|in the adapter\. Expected|differ in rank, alpha, size or dtype"):
         read_adapter(directory)
 
 
-def test_one_factor_alone(copied):
+def test_missing_counterpart_of_a_factor(copied):
     _, directory, file, (key, _) = copied
     edit_tensors(directory, {key: None}, file.name)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.(experts|switch_mlp)"):
         read_adapter(directory)
 
 
-def test_a_layer_is_missing(copied):
+def test_missing_layer(copied):
     layout, directory, file, _ = copied
     gone = [key for key in tensors_of(directory, file.name) if "layers.1.mlp" in key]
     edit_tensors(directory, dict.fromkeys(gone), file.name)
@@ -121,7 +121,7 @@ def test_a_layer_is_missing(copied):
         assert f"{EXPERTS}.down_proj" not in found.config.target_modules
 
 
-def test_a_linear_layer_is_missing(copied):
+def test_missing_linear_layer(copied):
     _, directory, file, _ = copied
     gone = [key for key in tensors_of(directory, file.name) if "layers.1.self_attn.q_proj" in key]
     edit_tensors(directory, dict.fromkeys(gone), file.name)
@@ -135,8 +135,8 @@ def test_a_linear_layer_is_missing(copied):
 @pytest.mark.parametrize(
     "shape", [(), (0,), (3,), (2, 3), (1, 2, 3), (1, 2, 3, 4), (0, 64), (9, 2, 64), (8, 2, 65), (8, 3, 64)], ids=str
 )
-def test_tensors_of_any_shape(copied, shape):
-    """Of experts and of a linear layer: shapes are held against the base before anything is joined or turned."""
+def test_wrong_shapes(copied, shape):
+    """For experts and a linear layer. Shapes are compared with the base before tensors are fused or transposed."""
     _, directory, file, (a, b) = copied
     linear = "layers.1.self_attn.q_proj.lora_"
     gate = re.sub(r"\bdown_proj", "gate_proj", a)
@@ -173,32 +173,32 @@ def test_extra_keys(copied, key):
     assert key.partition(".lora")[0] in str(caught.value)
 
 
-def test_another_base(copied, tmp_path):
+def test_wrong_base(copied, tmp_path):
     layout, directory, _, _ = copied
     save_base(tmp_path / "narrow", "qwen3_moe", moe_intermediate_size=16)
     with pytest.raises(ValueError, match=r"belongs? to another base|has shape"):
         read_adapter(directory, tmp_path / "narrow")
     save_base(tmp_path / "deeper", "qwen3_moe", num_hidden_layers=3)
     if layout in ("ours", "peft-lora"):
-        # their config names the layers in full, two of three
+        # their config lists the full names of the layers, two of three
         read_adapter(directory, tmp_path / "deeper")
         return
     with pytest.raises(ValueError, match=r"model\.layers\.2"):
         read_adapter(directory, tmp_path / "deeper")
 
 
-def test_a_rank_that_the_config_does_not_say(copied):
-    """The scaling follows from the config's rank, so that the two have to agree."""
+def test_rank_that_differs_from_the_config(copied):
+    """The scaling follows from the config's rank, so the two must agree."""
     layout, directory, _, _ = copied
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text())
     (config["lora_parameters"] if layout == "mlx" else config)["rank" if layout == "mlx" else "r"] = 4
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="rank"):
+    with pytest.raises(ValueError, match="rank 4"):
         read_adapter(directory)
 
 
-def test_an_expert_is_missing(saved, tmp_path):
+def test_missing_expert(saved, tmp_path):
     experts, linear = random_factors()
     write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
     keys = [key for key in tensors_of(tmp_path / "adapter") if "layers.0.mlp.experts.5." in key]
@@ -209,7 +209,7 @@ def test_an_expert_is_missing(saved, tmp_path):
         read_adapter(tmp_path / "adapter", options=ReadOptions(partial=True))
 
 
-def test_half_of_a_stack(saved, tmp_path):
+def test_missing_half_of_a_stack(saved, tmp_path):
     experts, linear = random_factors()
     for write in (write_per_expert, write_stacked, write_mlx):
         some = {at: pair for at, pair in experts.items() if at[1] != "up"}
@@ -223,7 +223,7 @@ def test_half_of_a_stack(saved, tmp_path):
         assert [one.projection for one in found.experts] == ["down_proj"] * 2
 
 
-def test_experts_that_differ(saved, tmp_path):
+def test_experts_with_different_scalings(saved, tmp_path):
     experts, linear = random_factors()
     write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
     edit_config(tmp_path / "adapter", alpha_pattern={"experts.3.up_proj": 9})
@@ -234,7 +234,7 @@ def test_experts_that_differ(saved, tmp_path):
         read_adapter(tmp_path / "adapter")
 
 
-def test_layouts_at_once(saved, tmp_path):
+def test_mixed_layouts(saved, tmp_path):
     tensors = {}
     for name in ("stacked", "per-expert"):
         tensors |= {key.removeprefix("base_model.model."): t for key, t in tensors_of(saved / name).items()}
@@ -258,7 +258,7 @@ def test_layouts_at_once(saved, tmp_path):
         ({"format_of_tomorrow": 1}, None),
     ],
 )
-def test_options_that_experts_cannot_have(saved, options, message, tmp_path):
+def test_options_that_experts_do_not_support(saved, options, message, tmp_path):
     experts, linear = random_factors()
     write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
     edit_config(tmp_path / "adapter", **options)
@@ -271,15 +271,15 @@ def test_options_that_experts_cannot_have(saved, options, message, tmp_path):
 
 
 @pytest.mark.parametrize("init", [False, "gaussian", "eva", "orthogonal"])
-def test_how_factors_began_does_not_matter(saved, init, tmp_path):
+def test_initialization_option_is_ignored(saved, init, tmp_path):
     experts, linear = random_factors()
     write_per_expert(tmp_path / "adapter", saved / "base", experts, linear)
     edit_config(tmp_path / "adapter", init_lora_weights=init, eva_config={"rho": 2.0})
     assert read_adapter(tmp_path / "adapter").config.init_lora_weights is True
 
 
-class TestWhoWroteIt:
-    """Of square stacks only the version tells which factor is whose; it has to agree with the others' shapes."""
+class TestWrittenBy:
+    """For square stacks, only PEFT's version determines the orientation; it must agree with other tensors' shapes."""
 
     @pytest.fixture
     def square(self, tmp_path):
@@ -291,7 +291,7 @@ class TestWhoWroteIt:
         return tmp_path / "adapter"
 
     @pytest.mark.parametrize("recorded", [None, "0.19.0.dev0@abc", "0.19.1.dev0"])
-    def test_is_asked_for_where_nothing_tells(self, square, recorded):
+    def test_required_for_ambiguous_shapes(self, square, recorded):
         edit_config(square, peft_version=recorded)
         with pytest.raises(ValueError, match=r"factors of model\.layers\.0\.mlp\.experts is ambiguous.*--written-by"):
             read_adapter(square)
@@ -300,7 +300,7 @@ class TestWhoWroteIt:
             old = read_adapter(square, options=ReadOptions(written_by=f"peft=={version}")).experts[0]
             torch.testing.assert_close(old.B @ old.A, (new.B @ new.A).mT)
 
-    def test_shapes_tell_where_they_can(self, tmp_path):
+    def test_derived_from_shapes_where_possible(self, tmp_path):
         directory = stock(tmp_path)
         expected = read_adapter(directory / "adapter")
         edit_config(directory / "adapter", peft_version=None)
@@ -313,7 +313,7 @@ class TestWhoWroteIt:
             read_adapter(directory / "adapter")
 
 
-def test_options_have_values():
+def test_read_options_are_validated():
     for options, message in (
         ({"quant_type": "int8"}, "quant_type='int8' is unknown"),
         ({"lora_b_order": "both"}, "lora_b_order='both' is unknown"),
@@ -327,14 +327,14 @@ def test_options_have_values():
 @pytest.mark.parametrize(
     "options", [{"written_by": "peft==0.18.1"}, {"lora_b_order": "experts-slowest"}, {"quant_type": "nf4"}], ids=str
 )
-def test_options_that_say_nothing_of_a_layout(saved, options):
-    """An option without effect is refused, even where it says what the file says."""
+def test_options_that_do_not_apply_to_a_layout(saved, options):
+    """An option without effect is rejected, even if it agrees with the file."""
     for name in ["ours"] if "quant_type" in options else ["ours", "per-expert", "mlx"]:
         with pytest.raises(ValueError, match=f"{next(iter(options))}='.*' does not apply to an adapter (of|in)"):
             read_adapter(saved / name, options=ReadOptions(**options))
 
 
-def test_configs_that_are_none(saved, tmp_path):
+def test_invalid_configs(saved, tmp_path):
     for text, message in (("{", "is not valid JSON"), ("[]", "value of type list"), ("{}", "of type None")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -345,8 +345,8 @@ def test_configs_that_are_none(saved, tmp_path):
         read_adapter(tmp_path / "mlx")
 
 
-def test_the_storage_of_others_unless_it_is_said(saved):
-    """nf4 for training on, what the caller has for a merge; an option wins over both."""
+def test_storage_of_adapters_from_other_tools(saved):
+    """The default is nf4 for loading and the caller's choice for a merge. An option overrides both."""
     for name in ("peft-lora", "per-expert", "mlx"):
         found = [
             read_adapter(saved / name).config.quant_type,
@@ -357,7 +357,7 @@ def test_the_storage_of_others_unless_it_is_said(saved):
     assert read_adapter(saved / "ours", usual_quant_type="none").config.quant_type == "nf4"
 
 
-def test_the_command_reads_others(saved, tmp_path, capsys):
+def test_command_reads_adapters_of_other_tools(saved, tmp_path, capsys):
     adapter, out = str(saved / "stacked"), tmp_path / "out"
     command = ["convert", adapter, str(out), "--to", "moe-qlora", "--quant-type", "fp4", "--base", str(saved / "base")]
     assert main(command) == 0
@@ -374,7 +374,7 @@ def test_the_command_reads_others(saved, tmp_path, capsys):
     assert "type None. Expected MOE_QLORA, LORA, or an adapter of mlx-lm" in capsys.readouterr().err
 
 
-def test_without_a_base_ours_is_held_against_itself(tmp_path):
+def test_own_adapter_without_a_base_is_checked_for_consistency(tmp_path):
     save_adapter(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     read_adapter(tmp_path / "adapter")
@@ -383,19 +383,19 @@ def test_without_a_base_ours_is_held_against_itself(tmp_path):
         read_adapter(tmp_path / "adapter")
 
 
-class TestOfThemAndTheConfig:
-    """Tensors and config have to say the same: what one asks for the other has, in files of ours and of PEFT."""
+class TestTensorsMatchConfig:
+    """The tensors must be those that the config requires, in this package's files and in PEFT's."""
 
     LAYOUTS = ("ours", "peft-lora")
 
     @pytest.fixture(params=LAYOUTS)
     def written(self, request, tmp_path):
-        """Writes an adapter with some options, ours or with the installed PEFT."""
+        """Writes an adapter with some options, in this package's layout or with the installed PEFT."""
 
         def write(**options):
             if request.param == "ours":
                 save_adapter(tmp_path, **options)
-            else:  # which reaches experts by target_parameters
+            else:  # PEFT adapts experts by target_parameters instead
                 linear = options["target_modules"]
                 linear = [name for name in linear if name != "experts"] if isinstance(linear, list) else linear
                 stock(tmp_path, **{**options, "target_modules": linear})
@@ -404,7 +404,7 @@ class TestOfThemAndTheConfig:
         return write
 
     def test_modules_trained_in_full(self, written):
-        """PEFT trains every module whose name ends so: one of them is not all, nor is a layer's LoRA."""
+        """PEFT trains every module whose name ends so: one of them is not enough, nor is a LoRA of the layer."""
         directory = written(target_modules=["experts", "q_proj"], modules_to_save=["q_norm"])
         read_adapter(directory)
         edit_tensors(directory, {"layers.1.self_attn.q_norm.weight": None})
@@ -414,8 +414,8 @@ class TestOfThemAndTheConfig:
         with pytest.raises(ValueError, match=r"layers\.[01]\.self_attn\.q_"):
             read_adapter(directory)
 
-    def test_modules_trained_in_full_inside_others(self, tmp_path):
-        """PEFT saves the inner ones alone of input_layernorm and input_layernorm.norm: such a file isn't damaged."""
+    def test_nested_modules_trained_in_full(self, tmp_path):
+        """Of input_layernorm and input_layernorm.norm, PEFT saves only the inner one: such a file isn't damaged."""
         shrunken_model_or_skip("axk2")
         saved_deltas(tmp_path, "axk2", target_modules=["experts"], modules_to_save=["norm"])
         key = "model.layers.0.input_layernorm.norm.weight"
@@ -426,7 +426,7 @@ class TestOfThemAndTheConfig:
 
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
     def test_biases(self, bias, tmp_path):
-        """Of linear layers and of experts; those that the config doesn't train aren't asked for."""
+        """Of linear layers and experts. Biases that the config doesn't train are not required."""
         save_adapter(tmp_path, "gpt_oss", target_modules=["experts", "q_proj"], bias=bias)
         directory = tmp_path / "adapter"
         saved = tensors_of(directory)
@@ -440,7 +440,7 @@ class TestOfThemAndTheConfig:
         read_adapter(directory)
 
     def test_trained_tokens(self, written):
-        """Without their rows the adapter says something else for these tokens; other rows are of other tokens."""
+        """Without these rows, the outputs for the tokens would change. Extra rows belong to other tokens."""
         directory = written(target_modules=["experts", "q_proj"], trainable_token_indices=[4, 5])
         read_adapter(directory)
         edit_config(directory, trainable_token_indices=[4, 5, 6])
@@ -458,8 +458,8 @@ class TestOfThemAndTheConfig:
         with pytest.raises(ValueError, match=r"trained tokens of model\.norm, but .* no embedding with this name"):
             read_adapter(directory)
 
-    def test_layers_that_are_not_targeted(self, written):
-        """PEFT leaves out their factors without a word when it loads the file."""
+    def test_untargeted_layers(self, written):
+        """PEFT silently drops such factors when it loads the file."""
         directory, r = written(r=4, target_modules=["q_proj", "experts"]), 4
         pair = {
             f"base_model.model.model.layers.1.self_attn.k_proj.lora_{factor}.weight": torch.zeros(*shape)
@@ -486,7 +486,7 @@ class TestOfThemAndTheConfig:
             read_adapter(directory)
 
     def test_all_linear(self, written):
-        """It leaves out embeddings and head, as PEFT does, which a file without them doesn't lack."""
+        """The value "all-linear" excludes embeddings and head, as in PEFT, so a file without them is complete."""
         directory = written(r=4, target_modules=["experts", "q_proj", "k_proj", "v_proj", "o_proj"])
         edit_config(directory, target_modules="all-linear")
         read_adapter(directory)
@@ -496,8 +496,8 @@ class TestOfThemAndTheConfig:
         with pytest.raises(ValueError, match=r"factors of model\.embed_tokens, which its"):
             read_adapter(directory)
 
-    def test_without_a_base(self, tmp_path):
-        """Names suffice, but for "all-linear"."""
+    def test_validation_without_a_base(self, tmp_path):
+        """Names are enough, except for "all-linear"."""
         save_adapter(tmp_path)
         (tmp_path / "base").rename(tmp_path / "gone")
         read_adapter(tmp_path / "adapter")

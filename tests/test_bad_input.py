@@ -1,4 +1,4 @@
-"""Bad input raises an error that names the module and the remedy, and leaves the model as it was."""
+"""Bad input raises an error that names the module and the remedy, and does not change the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from peft_moe_qlora import MoeQLoraConfig, QuantizedExperts, prepare_model_for_t
 
 
 @contextmanager
-def refused(model: nn.Module, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
-    """The block raises, and afterwards the model has the same modules, tensors and logits."""
+def rejected(model: nn.Module, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """The block raises, and the model keeps its modules, tensors and logits."""
     modules = {name: type(module) for name, module in model.named_modules()}
     tensors = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict().items()}
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -68,21 +68,21 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
 )
 def test_wrong_targets(options, message):
     model = tiny_model()
-    with refused(model, message):
+    with rejected(model, message):
         get_peft_model(model, MoeQLoraConfig(**options))
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "train", "keys"])
-def test_names_that_no_adapter_can_have(name):
+def test_invalid_adapter_names(name):
     model = tiny_model()
-    with refused(model, f"'{name}' is not a valid adapter name"):
+    with rejected(model, f"'{name}' is not a valid adapter name"):
         get_peft_model(model, MoeQLoraConfig(), adapter_name=name)
 
 
-def test_experts_that_stand_in_two_places():
+def test_experts_registered_twice():
     model = tiny_model()
     model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
-    with refused(model, "model.layers.1.mlp.experts and model.layers.0.mlp.experts are the same experts module"):
+    with rejected(model, "model.layers.1.mlp.experts and model.layers.0.mlp.experts are the same experts module"):
         get_peft_model(model, MoeQLoraConfig())
 
 
@@ -96,31 +96,31 @@ def test_weights_that_are_not_finite_are_not_quantized():
     assert not any(isinstance(module, QuantizedExperts) for module in model.modules())
 
 
-def test_preparing_under_an_adapter():
+def test_preparing_a_model_with_an_adapter():
     model = get_peft_model(tiny_model(), MoeQLoraConfig())
-    with refused(model, "Call prepare_model_for_training before get_peft_model"):
+    with rejected(model, "Call prepare_model_for_training before get_peft_model"):
         prepare_model_for_training(model)
 
 
-def test_dequantizing_under_an_adapter():
+def test_dequantizing_a_model_with_an_adapter():
     model = get_peft_model(tiny_model(), MoeQLoraConfig())
-    with refused(model, "merge_and_unload.*or unload"):
+    with rejected(model, "merge_and_unload.*or unload"):
         model.get_base_model().dequantize(torch.float32)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter_names": ["nobody"]}, r"The model has no adapter \['nobody'\]"),
-        ({"adapter_names": ["nobody"], "dtype": torch.float32}, r"The model has no adapter \['nobody'\]"),
+        ({"adapter_names": ["nobody"]}, r"The model has no adapter 'nobody'"),
+        ({"adapter_names": ["nobody"], "dtype": torch.float32}, r"The model has no adapter 'nobody'"),
         ({"dtype": torch.int8}, "torch.int8 is not supported for merged weights"),
         ({"dtype": torch.float8_e4m3fn}, "torch.float8_e4m3fn is not supported for merged weights"),
     ],
     ids=str,
 )
-def test_merges_that_make_no_sense(options, message):
+def test_invalid_merges(options, message):
     model = get_peft_model(tiny_model(), MoeQLoraConfig())
-    with refused(model, message):
+    with rejected(model, message):
         model.merge_and_unload(**options)
 
 
@@ -138,10 +138,10 @@ def test_merges_that_make_no_sense(options, message):
         ),
     ],
 )
-def test_combinations_that_would_leave_something_out(other, adapters, weights, message):
+def test_combinations_that_would_drop_parts(other, adapters, weights, message):
     model = get_peft_model(tiny_model(), MoeQLoraConfig())
     model.add_adapter("other", MoeQLoraConfig(**other))
-    with refused(model, message):
+    with rejected(model, message):
         model.add_weighted_adapter(adapters, weights, "sum", combination_type="cat")
     assert set(model.peft_config) == {"default", "other"}
 
@@ -151,21 +151,21 @@ def test_dense_model():
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    with refused(model, "No routed experts found in LlamaForCausalLM.*LoraConfig"):
+    with rejected(model, "No routed experts found in LlamaForCausalLM.*LoraConfig"):
         quantize_experts(model)
-    with refused(model, "No routed experts found"):
+    with rejected(model, "No routed experts found"):
         get_peft_model(model, MoeQLoraConfig(target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
 def test_packed_weights_where_16_bits_are_expected(dtype):
-    """The fault is in the last layer: none before may have been converted."""
+    """The fault is in the last layer: no earlier layer may have been converted."""
     model = tiny_model()
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(dtype), requires_grad=False)
-    with refused(model, rf"model.layers.1.mlp.experts.down_proj has dtype {dtype}.*with load_quantized"):
+    with rejected(model, rf"model.layers.1.mlp.experts.down_proj has dtype {dtype}.*with load_quantized"):
         quantize_experts(model)
-    with refused(model, "model.layers.1.mlp.experts.down_proj has dtype"):
+    with rejected(model, "model.layers.1.mlp.experts.down_proj has dtype"):
         get_peft_model(model, MoeQLoraConfig())
 
 
@@ -174,11 +174,11 @@ def test_offloaded_experts(tmp_path):
 
     model = tiny_model()
     disk_offload(model, tmp_path, execution_device="cpu")
-    with refused(model, r"model.layers.0.mlp.experts.gate_up_proj is on the meta device.*device_map"):
+    with rejected(model, r"model.layers.0.mlp.experts.gate_up_proj is on the meta device.*device_map"):
         get_peft_model(model, MoeQLoraConfig())
 
 
-def test_stack_of_another_shape():
+def test_stack_of_wrong_shape():
     model = tiny_model()
     model.model.layers[1].mlp.experts.down_proj = nn.Parameter(torch.zeros(8, 32, 64))
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts \(Qwen3MoeExperts\).*do not match"):
@@ -187,28 +187,28 @@ def test_stack_of_another_shape():
 
 
 @pytest.mark.parametrize("storage", [{"quant_type": "fp4"}, {"blocksize": 128}, {"double_quant": True}], ids=str)
-def test_quantizing_again_otherwise(storage):
+def test_requantizing_with_other_settings(storage):
     model = tiny_model()
     quantize_experts(model, progressbar=False)
     message = "model.layers.0.mlp.experts.gate_up_proj is already stored as nf4/64"
-    with refused(model, message):
+    with rejected(model, message):
         quantize_experts(model, **storage)
-    with refused(model, message):
+    with rejected(model, message):
         get_peft_model(model, MoeQLoraConfig(**storage))
 
 
-def test_two_adapters_that_disagree_on_storage():
+def test_adapters_with_conflicting_storage():
     model = get_peft_model(tiny_model(), MoeQLoraConfig())
-    with refused(model, "requests experts stored as fp4/64, but adapter 'default' uses nf4/64.*quant_type"):
+    with rejected(model, "requests experts stored as fp4/64, but adapter 'default' uses nf4/64.*quant_type"):
         model.add_adapter("other", MoeQLoraConfig(quant_type="fp4"))
     assert set(model.peft_config) == {"default"}
 
 
 @needs_adapter_methods
-def test_two_adapters_that_disagree_on_storage_through_transformers():
+def test_adapters_with_conflicting_storage_through_transformers():
     model = tiny_model()
     model.add_adapter(MoeQLoraConfig(), adapter_name="first")
-    with refused(model, "requests experts stored as fp4/64"):
+    with rejected(model, "requests experts stored as fp4/64"):
         model.add_adapter(MoeQLoraConfig(quant_type="fp4"), adapter_name="second")
     assert set(model.peft_config) == {"first"}
 
@@ -233,15 +233,15 @@ def with_fewer_experts(tensors):
         tensors[name] = tensors[name][:6].contiguous()
 
 
-def without_one(tensors):
+def without_last_key(tensors):
     del tensors[KEY]
 
 
-def with_one_too_many(tensors):
+def with_extra_key(tensors):
     tensors[KEY.replace("layers.1", "layers.2")] = tensors[KEY].clone()
 
 
-def spelled_as_once(tensors):
+def with_legacy_keys(tensors):
     for name in list(tensors):
         prefix, projection, factor, _ = name.rsplit(".", 3)
         tensors[f"{prefix}.{factor[:5]}{projection}{factor[4:]}"] = tensors.pop(name)
@@ -251,7 +251,7 @@ def spelled_as_once(tensors):
     ("damage", "message"),
     [
         (
-            spelled_as_once,
+            with_legacy_keys,
             r"layers.0.mlp.experts.lora_(\w*)_A has a key from before.*Rename it in the file to "
             r"model.layers.0.mlp.experts.\1.lora_A.weight",
         ),
@@ -264,40 +264,40 @@ def spelled_as_once(tensors):
             with_fewer_experts,
             r"model.layers.0.mlp.experts.gate_up_proj.lora_A.weight has shape \(6, .*\(8, .*another base model",
         ),
-        (without_one, "no tensor model.layers.1.mlp.experts.down_proj.lora_A.weight.*another base model"),
+        (without_last_key, "no tensor model.layers.1.mlp.experts.down_proj.lora_A.weight.*another base model"),
         (
-            with_one_too_many,
+            with_extra_key,
             "model.layers.2.mlp.experts.down_proj.lora_A.weight matches no adapted experts.*another base model",
         ),
     ],
 )
 @pytest.mark.parametrize("onto", ["base", "adapted model"])
-def test_adapter_of_another_shape(adapter, damage, message, onto):
+def test_adapter_of_wrong_shape(adapter, damage, message, onto):
     tensors = load_file(adapter / "adapter_model.safetensors")
     damage(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors")
     if onto == "base":
         model = tiny_model()
-        with refused(model, message):
+        with rejected(model, message):
             PeftModel.from_pretrained(model, adapter)
     else:
         model = get_peft_model(tiny_model(), MoeQLoraConfig())
-        with refused(model, message):
+        with rejected(model, message):
             model.load_adapter(adapter, adapter_name="other")
         assert set(model.peft_config) == {"default"}
 
 
-def test_tensors_of_another_shape_given_directly(adapter):
+def test_state_dict_of_wrong_shape(adapter):
     from peft import set_peft_model_state_dict
 
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, expert_r=2))
     tensors = load_file(adapter / "adapter_model.safetensors")
-    with refused(model, r"gate_up_proj.lora_A.default.weight has shape \(8, 3, 64\) in .*\. Expected \(8, 2, 64\)"):
+    with rejected(model, r"gate_up_proj.lora_A.default.weight has shape \(8, 3, 64\) in .*\. Expected \(8, 2, 64\)"):
         set_peft_model_state_dict(model, copy.deepcopy(tensors))
 
 
 def test_router_index_may_be_empty():
-    """No token at all is input too."""
+    """A batch without tokens is valid."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4))
     layer = model.base_model.model.model.layers[0].mlp.experts
     hidden = torch.zeros(0, 64, requires_grad=True)
@@ -307,8 +307,8 @@ def test_router_index_may_be_empty():
     assert all(p.grad is not None for n, p in layer.named_parameters() if "lora_" in n)
 
 
-def test_patterns_of_which_the_order_matters():
-    """PEFT sorts them when it saves, and after loading another one would come first."""
+def test_ambiguous_pattern_order():
+    """PEFT sorts patterns when it saves, so another one would come first after loading."""
     base = tiny_model()
     for patterns in ({"layers.1.mlp.experts.*": 4, "experts.*": 3}, {r"layers\.1\..*": 3, ".*": 11}):
         with pytest.raises(ValueError, match="both match model"):
@@ -321,24 +321,24 @@ def edit_config(directory, **options) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
 
 
-def test_a_saved_config_without_targets(adapter):
-    """The default would leave out whatever else the file has."""
+def test_saved_config_without_targets(adapter):
+    """The default targets would drop all other tensors of the file."""
     edit_config(adapter, target_modules=None)
     model = tiny_model()
-    with refused(model, "has no target_modules"):
+    with rejected(model, "has no target_modules"):
         PeftModel.from_pretrained(model, adapter)
 
 
-def test_factors_of_a_layer_that_is_not_adapted(tmp_path):
+def test_factors_of_an_unadapted_layer(tmp_path):
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=["experts", "q_proj"]))
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, target_modules=["experts"])
     model = tiny_model()
-    with refused(model, r"self_attn.q_proj.lora_A.weight matches no adapted layer"):
+    with rejected(model, r"self_attn.q_proj.lora_A.weight matches no adapted layer"):
         PeftModel.from_pretrained(model, tmp_path)
 
 
-def test_a_saved_config_that_starts_another_adapter_of_fewer_layers(tmp_path):
+def test_saved_config_as_start_of_an_adapter_of_fewer_layers(tmp_path):
     get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=["experts", "q_proj"])).save_pretrained(tmp_path)
     config = MoeQLoraConfig.from_pretrained(tmp_path)
     config.target_modules = {name for name in config.target_modules if "experts" in name}
@@ -348,9 +348,9 @@ def test_a_saved_config_that_starts_another_adapter_of_fewer_layers(tmp_path):
 
 
 @pytest.mark.parametrize("base", [[], {"model_type": "qwen3_moe"}], ids=str)
-def test_a_broken_record_of_the_base(adapter, base):
-    """Read before the experts are converted."""
+def test_damaged_base_record(adapter, base):
+    """Checked before experts are converted."""
     edit_config(adapter, base=base)
     model = tiny_model()
-    with refused(model, "base in the adapter's config cannot be read"):
+    with rejected(model, "base in the adapter's config cannot be read"):
         PeftModel.from_pretrained(model, adapter)

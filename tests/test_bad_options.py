@@ -1,4 +1,4 @@
-"""Configs of adapters with options that have no such value, and tensors of dtypes that no factor has."""
+"""Adapter configs with invalid option values, and tensors of unsupported dtypes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_moe_qlora.layouts import convert_adapter, read_adapter
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name of a layout -> an adapter of it, each readable as it is; not to be changed."""
+    """Name of a layout -> an adapter in it, each valid; do not modify."""
     root = tmp_path_factory.mktemp("saved")
     saved_deltas(root)
     (root / "adapter").rename(root / "ours")
@@ -37,7 +37,7 @@ def copied(saved, tmp_path):
 
 
 def set_option(directory, option: str, value) -> None:
-    """Sets an option by its path, `a.b` for b of a, to a value or with `...` to nothing at all."""
+    """Sets an option by its path, `a.b` for b of a, to a value, or removes it (`...`)."""
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text())
     *parents, last = option.split(".")
@@ -148,8 +148,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "option", "value"), CASES, ids=str)
-def test_a_broken_option_is_named(copied, layout, option, value):
-    """No option ends in a traceback, or is taken for another value: file and option stand in the error."""
+def test_invalid_option_is_named(copied, layout, option, value):
+    """No option causes a traceback or is taken for another value: the error names file and option."""
     directory = copied(layout)
     set_option(directory, option, value)
     with pytest.raises(ValueError, match="Expected") as caught:
@@ -159,8 +159,8 @@ def test_a_broken_option_is_named(copied, layout, option, value):
 
 
 @pytest.mark.parametrize("layout", ["peft-lora", "per-expert"])
-def test_null_of_others_is_left_out(copied, layout):
-    """Other tools write null for what has a default; that the files mean it is no reason to refuse them."""
+def test_null_options_of_other_tools_use_the_default(copied, layout):
+    """Other tools write null for options with a default; this is no reason to reject the file."""
     directory = copied(layout)
     expected = read_adapter(directory).config
     for option in ("rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "layers_to_transform"):
@@ -168,8 +168,8 @@ def test_null_of_others_is_left_out(copied, layout):
     assert read_adapter(directory).config == expected
 
 
-def test_options_that_experts_cannot_have_name_the_file(copied):
-    """`check_honoured` knows of no file; who reads one does."""
+def test_unsupported_options_name_the_file(copied):
+    """`check_honoured` does not know the file; the reader adds its name."""
     for layout in ("ours", "peft-lora"):
         directory = copied(layout)
         set_option(directory, "use_dora", True)
@@ -177,8 +177,8 @@ def test_options_that_experts_cannot_have_name_the_file(copied):
             read_adapter(directory)
 
 
-def test_what_is_said_of_the_base_is_checked_wherever_it_is_read():
-    """Loading and merging read it from the config too, without `read_adapter`."""
+def test_base_record_is_validated_everywhere():
+    """Loading and merging read the record from the config too, without `read_adapter`."""
     good = {"model_type": "x", "dtype": "bfloat16", "linear": {"nf4/64+dq": ["q_proj"]}, "samples": {"x": [1, 0.5]}}
     assert BaseIdentity.of(good).linear_storage("q_proj").double_quant
     assert BaseIdentity.of({**good, "dtype": "", "linear": {}}) is not None
@@ -192,8 +192,8 @@ def test_what_is_said_of_the_base_is_checked_wherever_it_is_read():
     "dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
 )
 @pytest.mark.parametrize("layout", ["ours", "peft-lora", "per-expert", "mlx"])
-def test_factors_of_a_dtype_that_is_none(copied, layout, dtype):
-    """Quantized factors lack their scales here; as numbers they would be another adapter."""
+def test_factors_of_unsupported_dtype(copied, layout, dtype):
+    """Quantized factors have no scales here; read as plain numbers they would be another adapter."""
     directory = copied(layout)
     name = "adapters.safetensors" if layout == "mlx" else "adapter_model.safetensors"
     key = next(key for key in tensors_of(directory, name) if "experts" in key or "switch_mlp" in key)
@@ -204,7 +204,7 @@ def test_factors_of_a_dtype_that_is_none(copied, layout, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_floating_dtypes_are_read(copied, dtype):
-    """Only what is no floating point, or has 8 bits, is refused."""
+    """Only dtypes that are not floating-point, or have 8 bits, are rejected."""
     directory = copied("ours")
     edit_tensors(directory, {key: tensor.to(dtype) for key, tensor in tensors_of(directory).items()})
     assert {one.A.dtype for one in read_adapter(directory).experts} == {dtype}

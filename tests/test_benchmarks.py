@@ -1,4 +1,4 @@
-"""The benchmark of one layer runs from end to end on a CPU, and its comparison with fp32 finds errors."""
+"""The layer benchmark runs from end to end on a CPU, and its comparison with fp32 finds errors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_arm_is_compared_with_fp32(results):
         if check["arm"] != "transformers":
             names |= {f"{projection} {factor}" for projection in ("gate_up_proj", "down_proj") for factor in "AB"}
         assert check["errors"].keys() == names
-        # sums of so few terms may cancel, and then rounding weighs more than in a real layer
+        # sums of so few terms may cancel; rounding then has more effect than in a real layer
         assert max(check["errors"].values()) < 5e-2
 
 
@@ -92,13 +92,13 @@ def test_stored_weights_are_reported(results):
     assert mib["ours-nf4-nested"] < mib["ours-nf4"] < 0.3 * mib["ours-bf16"]
 
 
-def test_picture_is_drawn(folder, printed):
+def test_plot_is_drawn(folder, printed):
     picture = (folder / "layer.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
 
 
-def test_budget_stops_and_rows_from_elsewhere_are_shown(folder, results):
+def test_budget_stops_and_imported_rows_are_shown(folder, results):
     rows = [row for row in results["rows"] if row["arm"] in ("transformers", "ours-nf4")]
     peer = {"shape": "tiny", "arm": "another package", "tokens": 9, "mode": "fwd", "ms": 1e3, "unknown": 1}
     (folder / "peers.json").write_text(json.dumps({"device": "some device", "rows": [*rows, peer]}))
@@ -120,7 +120,7 @@ def test_budget_stops_and_rows_from_elsewhere_are_shown(folder, results):
     assert len(found["skipped"]) == len(ARMS)
 
 
-def test_names_that_are_taken_get_the_file_behind(in_process, folder, results):
+def test_conflicting_names_get_the_file_as_suffix(in_process, folder, results):
     from results import load_rows
 
     rows = load_rows([folder / "layer.json"], taken=["peft"])
@@ -148,7 +148,7 @@ def test_errors_of_two_percent_are_found(in_process, arm, shape_name):
     assert check_table([Check(shape_name, arm, 12, errors)]).count("!") == len(errors)
 
 
-def test_not_a_number_is_marked(in_process):
+def test_nan_is_marked(in_process):
     from results import Check, check_table
 
     assert check_table([Check("tiny", "ours-nf4", 1, {"output": math.nan})]).endswith("!")

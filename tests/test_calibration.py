@@ -1,4 +1,4 @@
-"""Merging for inputs that are not finite, or too large to be squared."""
+"""Merging with calibration inputs that are not finite, or whose squares overflow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapted(dtype: torch.dtype = torch.float32, **options) -> PeftModel:
 
 
 def routed(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a layer gets: hidden states, chosen experts and their weights."""
+    """The inputs of a layer: hidden states, chosen experts and their weights."""
     chosen = torch.rand(NUM_TOKENS, NUM_EXPERTS).topk(CHOSEN).indices
     return torch.randn(NUM_TOKENS, 64, dtype=dtype), chosen, torch.rand(NUM_TOKENS, CHOSEN, dtype=dtype)
 
@@ -36,7 +36,7 @@ def routed(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 def merged(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **options
 ) -> dict[str, QuantizedStack]:
-    """The stacks of one layer, merged for these inputs."""
+    """The stacks of one layer, merged with these inputs."""
     model = adapted(hidden_states.dtype, **options)
     layer = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
     merge_layer(layer, ["default"], hidden_states, top_k_index, top_k_weights)
@@ -45,8 +45,8 @@ def merged(
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", ["hidden states", "weights"])
-def test_rows_that_are_not_finite_do_not_count(value, place):
-    """As if these tokens had not been there."""
+def test_nonfinite_rows_are_ignored(value, place):
+    """The result is the same as without these tokens."""
     hidden_states, chosen, weights = routed()
     is_bad = torch.arange(NUM_TOKENS) % 7 == 0
     expected = merged(hidden_states[~is_bad], chosen[~is_bad], weights[~is_bad])
@@ -67,7 +67,7 @@ def test_rows_that_are_not_finite_do_not_count(value, place):
         assert not expected[name].merge_notes
 
 
-def test_no_row_is_finite():
+def test_all_rows_nonfinite():
     hidden_states, chosen, weights = routed()
     found = merged(hidden_states * torch.nan, chosen, weights)
     assert all("no rows are left" in stack.merge_notes[0] for stack in found.values())
@@ -75,8 +75,8 @@ def test_no_row_is_finite():
 
 
 @pytest.mark.parametrize("exponent", [-100, 100])
-def test_rows_whose_squares_are_out_of_range(exponent):
-    """The unit doesn't matter."""
+def test_rows_whose_squares_overflow_or_underflow(exponent):
+    """The scale of the inputs does not matter."""
     hidden_states, chosen, weights = routed()
     options = {"target_modules": ["experts.gate_up_proj"]}
     expected = merged(hidden_states, chosen, weights, **options)["gate_up_proj"]
@@ -86,8 +86,8 @@ def test_rows_whose_squares_are_out_of_range(exponent):
     assert not found.merge_notes
 
 
-def test_activations_beyond_the_range_of_fp16():
-    """What goes in is finite, what the gate gives is not."""
+def test_activations_that_overflow_fp16():
+    """The inputs are finite, the outputs of the gate are not."""
     hidden_states, chosen, weights = routed(torch.float16)
     hidden_states[5] *= 10_000
     assert hidden_states.isfinite().all()
@@ -96,8 +96,8 @@ def test_activations_beyond_the_range_of_fp16():
     assert found["down_proj"].merge_notes[0].startswith("2 of 192 rows")
 
 
-def test_moments_that_can_not_be_factorized():
-    """Those experts are rounded to the nearest, the others as ever."""
+def test_moments_that_cannot_be_factorized():
+    """These experts are rounded to nearest, the others as usual."""
     stack = QuantizedStack.from_dense(torch.randn(4, 32, 64), False, FourBitFormat())
     inputs = torch.randn(4, 256, 64) * torch.linspace(0.1, 3, 64)
     moments = inputs.transpose(1, 2) @ inputs / 256
@@ -114,7 +114,7 @@ def test_moments_that_can_not_be_factorized():
 
     def break_two(moments: torch.Tensor) -> None:
         moments[0] = torch.nan
-        moments[2] = 5 + torch.eye(64)  # of a matrix of inputs the diagonal is largest
+        moments[2] = 5 + torch.eye(64)  # a matrix of second moments has its largest values on the diagonal
         moments[2].diagonal().fill_(1)
 
     def flatten_two(moments: torch.Tensor) -> None:
@@ -133,7 +133,7 @@ def test_moments_that_can_not_be_factorized():
 
 
 def with_infinities(monkeypatch) -> None:
-    """One token of each call of a layer has a value that is not finite."""
+    """One token in each call of a layer has a value that is not finite."""
     inputs = module._inputs
 
     def poisoned(layer, args, kwargs):
@@ -145,7 +145,7 @@ def with_infinities(monkeypatch) -> None:
     monkeypatch.setattr(module, "_inputs", poisoned)
 
 
-def test_what_is_left_out_is_told(monkeypatch):
+def test_ignored_rows_are_reported(monkeypatch):
     """Once, by path and expert, and in the report."""
     with_infinities(monkeypatch)
     with pytest.warns(RuntimeWarning, match="not finite") as warnings:
@@ -159,7 +159,7 @@ def test_what_is_left_out_is_told(monkeypatch):
         assert note in str(report)
 
 
-def test_what_is_left_out_is_in_the_report_of_a_checkpoint(monkeypatch, tmp_path):
+def test_ignored_rows_are_in_the_report_of_a_checkpoint_merge(monkeypatch, tmp_path):
     save_adapter(tmp_path, target_modules=["experts"])
     with_infinities(monkeypatch)
     with pytest.warns(RuntimeWarning, match="not finite"):

@@ -1,4 +1,4 @@
-"""`peft-moe-qlora inspect MODEL --card GIB`: its estimate is what is measured, and what it recommends fits."""
+"""`peft-moe-qlora inspect MODEL --card GIB`: the estimate matches measurements, and the recommendation fits."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from peft_moe_qlora.quantization import FourBitFormat, parse_format
 
 QWEN = "Qwen/Qwen3-30B-A3B"
 LEFT_OUT = ("step", "qmap", "RMS")
-"""In the state of an optimizer: counters, and tables of values that parameters share."""
+"""State entries of an optimizer that are not counted: counters, and tables of values that parameters share."""
 
 
 def inspected(capsys: pytest.CaptureFixture, *arguments) -> dict:
-    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
+    capsys.readouterr()  # removes output that libraries such as DeepSpeed print at import
     assert main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments) -> str:
-    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
+    capsys.readouterr()  # removes output that libraries such as DeepSpeed print at import
     assert main(["inspect", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments) -> str:
-    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
+    capsys.readouterr()  # removes output that libraries such as DeepSpeed print at import
     assert main(["inspect", *map(str, arguments)]) == 1
     found = capsys.readouterr()
     assert found.out == ""
@@ -55,28 +55,28 @@ def refused(capsys: pytest.CaptureFixture, *arguments) -> str:
 
 
 @pytest.mark.parametrize("row", [row for row in measured() if row.peak is not None], ids=str)
-def test_peaks_that_were_measured(row):
+def test_estimates_match_measured_peaks(row):
     assert row.estimate.peak_allocated / GIB == pytest.approx(row.peak, rel=0.05)
     if row.reserved is not None and row.is_pressed:
         assert row.estimate.reserved / GIB == pytest.approx(row.reserved, rel=0.05)
 
 
-def test_what_did_not_fit_is_not_said_to():
+def test_estimates_exceed_the_card_where_it_ran_out_of_memory():
     on_cards = [row for row in measured() if row.card is not None]
     too_large = [row for row in on_cards if row.peak is None or row.has_graphs != row.settings.cuda_graphs]
     assert too_large
     for row in too_large:
         assert row.estimate.total > row.card * GIB, row
     fitting = [row for row in on_cards if row not in too_large]
-    said_to = [row for row in fitting if row.estimate.total <= row.card * GIB]
-    assert len(said_to) >= len(fitting) - 2
+    predicted_to_fit = [row for row in fitting if row.estimate.total <= row.card * GIB]
+    assert len(predicted_to_fit) >= len(fitting) - 2
     for row in fitting:
         assert row.estimate.total <= (row.card + 0.3) * GIB, row
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-def test_parts_of_a_loaded_model(model_type, double_quant, tmp_path):
+def test_parts_of_the_estimate_match_a_loaded_model(model_type, double_quant, tmp_path):
     tiny_model(model_type, dtype=torch.bfloat16).save_pretrained(tmp_path)
     config = MoeQuantizationConfig(double_quant=double_quant)
     model = load_quantized(tmp_path, config, device_map="cpu")
@@ -89,7 +89,7 @@ def test_parts_of_a_loaded_model(model_type, double_quant, tmp_path):
     assert found.linear_layers == sum(of_layers.values())
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in of_layers)
     rest -= experts_report(model).nbytes
-    # what models keep in fp32 is counted in 16 bits: a number for each expert
+    # parameters that models keep in fp32 are counted in 16 bits: one value for each expert
     in_fp32 = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.float32)
     assert found.other_weights == rest - 2 * in_fp32
     config = MoeQLoraConfig(r=8, expert_r=2, double_quant=double_quant, target_modules="all-linear")
@@ -107,7 +107,7 @@ def _nbytes_of_linear(layer: Linear4bit) -> int:
 
 
 @pytest.mark.parametrize("optim", [name for name in OPTIMIZERS if not name.startswith("paged")])
-def test_state_of_optimizers(optim):
+def test_optimizer_state_matches_the_estimate(optim):
     known = next(known for known in optimizer_table.KNOWN if known.optim == optim)
     if find_spec(known.path.partition(".")[0]) is None:
         pytest.skip(f"{known.path} is not installed")
@@ -126,7 +126,7 @@ def test_state_of_optimizers(optim):
         assert OPTIMIZERS[optim].state(tuple(parameter.shape)) == sum(value.nbytes for value in state.values())
 
 
-def test_bytes_of_optimizers_are_those_of_their_page():
+def test_optimizer_bytes_match_their_documentation():
     shape = (128, 16, 2048)
     per_value = {known.optim: known.state_bytes for known in optimizer_table.KNOWN}
     for name, optimizer in OPTIMIZERS.items():
@@ -152,17 +152,17 @@ def test_bytes_of_optimizers_are_those_of_their_page():
     ],
     ids=lambda values: "-".join(f"{name}={value}" for name, value in values.items()),
 )
-def test_each_setting_counts(smaller, larger):
+def test_each_setting_affects_the_estimate(smaller, larger):
     sizes = read_sizes(QWEN)[1]
     storage = FourBitFormat(double_quant=True)
     assert estimate(sizes, Settings(storage, **smaller)).total < estimate(sizes, Settings(storage, **larger)).total
 
 
-# ---- what is recommended
+# ---- the recommendation
 
 
-def test_wishes_are_given_up_in_order():
-    """The smaller the card, the less is recommended; and what is recommended fits."""
+def test_settings_are_relaxed_in_order():
+    """A smaller card gets smaller settings, and the recommended ones fit."""
     sizes = read_sizes(QWEN)[1]
     order = [(tokens, rank) for tokens in TOKENS for rank in EXPERT_RANKS]
     places = []
@@ -179,7 +179,7 @@ def test_wishes_are_given_up_in_order():
     assert len(set(places)) > 2
 
 
-def test_storage_comes_before_speed():
+def test_storage_has_priority_over_speed():
     sizes = read_sizes(QWEN)[1]
     found = [what_fits(QWEN, sizes, card, Pins(tokens=4096, expert_rank=16)).rows[0] for card in (24, 32, 48, 80)]
     storages = [str(row.settings.storage) for row in found]
@@ -188,7 +188,7 @@ def test_storage_comes_before_speed():
     assert found[-1].settings.cuda_graphs
 
 
-def test_more_tokens_than_the_longest_do_not_fit():
+def test_longest_number_of_tokens_is_the_limit():
     sizes = read_sizes(QWEN)[1]
     answer = what_fits(QWEN, sizes, 40)
     longest = answer.longest
@@ -204,7 +204,7 @@ def test_more_tokens_than_the_longest_do_not_fit():
         assert rows[0].fits == fits or rows[0].settings.cuda_graphs != graphs
 
 
-def test_eager_attention_has_no_graphs():
+def test_eager_attention_disables_graphs():
     for row in what_fits("openai/gpt-oss-20b", read_sizes("gpt-oss-20b")[1], 80).rows:
         assert not row.settings.cuda_graphs
         assert row.settings.storage is None
@@ -213,14 +213,14 @@ def test_eager_attention_has_no_graphs():
 # ---- the command
 
 
-def test_a_known_name(capsys):
+def test_known_name(capsys):
     whole = printed(capsys, QWEN, "--card", 24)
     assert whole == printed(capsys, "qwen3-30b-a3b", "--card", "24.0")
     assert f'load_quantized("{QWEN}"' in whole
     assert re.search(r"^total +2\d\.\d\d$", whole, re.MULTILINE)
 
 
-def test_what_is_settled_stays(capsys):
+def test_given_options_are_kept(capsys):
     options = ["--tokens", 1024, "--rank", 8, "--expert-rank", 2, "--optimizer", "lion_8bit", "--batch", 2]
     found = inspected(capsys, "olmoe-1b-7b-0924", "--card", 24, *options, "--storage", "int8/channel")
     (row,) = found["rows"]
@@ -243,7 +243,7 @@ def test_nothing_fits(capsys):
     assert inspected(capsys, "deepseek-v3", "--card", 80)["recommended"] is None
 
 
-def test_a_config_alone(tmp_path, capsys):
+def test_config_file_alone(tmp_path, capsys):
     config = tiny_config("qwen3_moe", num_hidden_layers=3)
     config.save_pretrained(tmp_path)
     by_file = inspected(capsys, tmp_path / "config.json", "--card", 8)
@@ -252,7 +252,7 @@ def test_a_config_alone(tmp_path, capsys):
     assert by_file == inspected(capsys, tmp_path, "--card", 8)
 
 
-def test_a_quantized_checkpoint_keeps_its_storage(tmp_path, capsys):
+def test_quantized_checkpoint_keeps_its_storage(tmp_path, capsys):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     model = load_quantized(tmp_path / "dense", MoeQuantizationConfig("fp4", 32), device_map="cpu")
     model.save_pretrained(tmp_path / "packed")
@@ -263,22 +263,22 @@ def test_a_quantized_checkpoint_keeps_its_storage(tmp_path, capsys):
     assert "cannot be stored as nf4/64" in refused(capsys, tmp_path / "packed", "--card", 8, "--quant-type", "nf4")
 
 
-def test_packed_experts_can_be_stored_anew():
+def test_packed_experts_can_be_requantized():
     sizes = read_sizes("gpt-oss-20b")[1]
     as_stored = sizes.experts_nbytes(None)
-    # 4 bits, and 8 for 32 weights
+    # 4 bits, and an 8-bit scale for 32 weights
     assert as_stored == 24 * 32 * 3 * 2880 * 2880 * 17 // 32
     assert sizes.experts_nbytes(parse_format("nf4/64+dq")) < as_stored
 
 
-def test_a_config_that_does_not_say_what_is_packed(tmp_path, capsys):
+def test_quantization_config_with_unknown_contents(tmp_path, capsys):
     config = tiny_config("deepseek_v3")
     config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config.save_pretrained(tmp_path)
     assert "quant_method='fp8'" in refused(capsys, tmp_path / "config.json", "--card", 8)
 
 
-def test_an_unknown_name(capsys):
+def test_unknown_name(capsys):
     error = refused(capsys, "qwen3-30b", "--card", 24)
     assert "qwen3-30b is not a checkpoint directory" in error
     assert QWEN in error
@@ -286,19 +286,19 @@ def test_an_unknown_name(capsys):
     assert "qwen3-30b-a3b is not a directory" in refused(capsys, "qwen3-30b-a3b")
 
 
-def test_a_model_without_experts(tmp_path, capsys):
+def test_model_without_experts(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "num_hidden_layers": 1}))
     assert "Qwen3ForCausalLM has no routed experts" in refused(capsys, tmp_path, "--card", 24)
 
 
 @pytest.mark.parametrize("option", ["--card=0", "--card=much", "--card=inf", "--optimizer=adam"])
-def test_options_that_make_no_sense(option, capsys):
+def test_invalid_options(option, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", QWEN, *(() if "card" in option else ("--card=24",)), option])
     assert option.split("=")[0] in capsys.readouterr().err
 
 
-def test_options_of_cards_alone(tmp_path, capsys):
+def test_options_that_require_card(tmp_path, capsys):
     for option in ("--optimizer=adafactor", "--logits", "--no-accumulation"):
         assert "is only valid with --card" in refused(capsys, tmp_path, option)
 
@@ -308,7 +308,7 @@ def test_options_of_cards_alone(tmp_path, capsys):
     [(False, []), (False, ["--storage", "fp8/16x16"]), (False, ["--keep-experts"]), (True, [])],
     ids=["plain", "fp8", "kept", "packed"],
 )
-def test_the_lines_run(packed, options, tmp_path, capsys, monkeypatch):
+def test_printed_code_runs(packed, options, tmp_path, capsys, monkeypatch):
     base = tmp_path / "base"
     tiny_model(dtype=torch.bfloat16).save_pretrained(base)
     if packed:
@@ -330,7 +330,7 @@ def test_the_lines_run(packed, options, tmp_path, capsys, monkeypatch):
     assert found["arguments"].optim == "adamw_torch_fused"
 
 
-# ---- the list, and the page
+# ---- the list of known models, and the page
 
 
 PARAMETERS = {
@@ -344,10 +344,10 @@ PARAMETERS = {
     "120b": 116.8,
     "235b": 235.1,
 }
-"""Billions of parameters that are published of models of such names: text, and no layers for drafts."""
+"""Published parameter counts in billions of models with such names: text model, without draft layers."""
 
 
-def test_known_models_have_the_size_that_their_name_says():
+def test_known_models_have_the_size_in_their_name():
     checked = 0
     for name in known_models():
         said = re.search(r"-(\d+b)-?", name.lower())
@@ -361,12 +361,12 @@ def test_known_models_have_the_size_that_their_name_says():
     assert checked >= len(PARAMETERS)
 
 
-def test_the_page_is_not_stale():
+def test_page_is_up_to_date():
     assert card_table.PAGE.read_text(encoding="utf-8") == card_table.documentation(), (
         "docs/cards.md is stale: python tests/card_table.py writes it."
     )
 
 
-def test_rows_of_a_length_take_less_with_less_rank():
+def test_memory_of_a_length_decreases_with_rank():
     rows = [row for row in what_fits(QWEN, read_sizes(QWEN)[1], 1).rows if row.settings.tokens == 2048]
     assert all(one.memory.total > other.memory.total for one, other in pairwise(rows))

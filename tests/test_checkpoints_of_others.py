@@ -1,4 +1,4 @@
-"""Checkpoints that other tools have quantized: every key family, and every way in which one can be broken."""
+"""Checkpoints quantized by other tools: every key family, and every kind of damage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXPERT_KEY = re.compile(r"\.experts\..*(proj|w[123])(\.weight)?$")
 
 
 def save_tiny(directory: Path, model_type: str = "qwen3_moe", **sizes) -> Tensors:
-    """Saves a 16-bit model with experts in blocks of whole rows, and gives its tensors."""
+    """Saves a 16-bit model whose rows are multiples of the block size, and returns its tensors."""
     width = "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
     tiny_model(model_type, dtype=torch.bfloat16, **{width: 64, **sizes}).save_pretrained(directory)
     return read_tensors(directory)
@@ -57,7 +57,7 @@ def fused(tensors: Tensors, suffix: str = "") -> Tensors:
 
 
 def decoded(tensors: Tensors, key: str) -> torch.Tensor:
-    """By bitsandbytes itself."""
+    """Decoded by bitsandbytes."""
     parts = {name.removeprefix(f"{key}."): part for name, part in tensors.items() if name.startswith(f"{key}.")}
     state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
     return bnb.dequantize_4bit(tensors[key], state)
@@ -71,7 +71,7 @@ def stacks_of(model: torch.nn.Module, layer: int = 0) -> tuple:
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_one_set_of_keys_per_expert(nested, quant_type, num_shards, tmp_path):
+def test_per_expert_keys(nested, quant_type, num_shards, tmp_path):
     tensors = pack(save_tiny(tmp_path), is_expert, quant_type=quant_type, nested=nested)
     write_tensors(tmp_path, tensors, num_shards)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
@@ -94,8 +94,8 @@ def test_one_set_of_keys_per_expert(nested, quant_type, num_shards, tmp_path):
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8], ids=str)
-def test_codes_as_another_dtype(storage, dtype, nested, tmp_path):
-    """`bnb_4bit_quant_storage`: the same bytes, of linear layers too, which nobody may take for numbers and cast."""
+def test_codes_stored_as_another_dtype(storage, dtype, nested, tmp_path):
+    """`bnb_4bit_quant_storage`: the same bytes, also of linear layers. They must not be cast like numbers."""
 
     def is_packed(key: str) -> bool:
         return is_expert(key) or "self_attn.q_proj" in key
@@ -125,8 +125,8 @@ def test_codes_as_another_dtype(storage, dtype, nested, tmp_path):
     assert torch.equal(logits(model, token_ids()), logits(expected, token_ids()))
 
 
-def test_linear_layers_of_which_some_have_their_codes_as_another_dtype(tmp_path):
-    """bitsandbytes' quantizer has one for all."""
+def test_linear_layers_with_mixed_code_dtypes(tmp_path):
+    """bitsandbytes' quantizer has one dtype for all."""
     tensors = pack(save_tiny(tmp_path), lambda key: is_expert(key) or "q_proj" in key)
     key = "model.layers.1.self_attn.q_proj.weight"
     tensors[key] = tensors[key].flatten().view(torch.bfloat16)
@@ -136,7 +136,7 @@ def test_linear_layers_of_which_some_have_their_codes_as_another_dtype(tmp_path)
         load_quantized(tmp_path, device_map="cpu")
 
 
-def test_w1_w2_w3(tmp_path):
+def test_w1_w2_w3_keys(tmp_path):
     tensors = pack(save_tiny(tmp_path, "mixtral"), is_expert)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
@@ -149,7 +149,7 @@ def test_w1_w2_w3(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".weight"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_one_set_of_keys_per_stack(suffix, nested, tmp_path):
+def test_per_stack_keys(suffix, nested, tmp_path):
     tensors = fused(save_tiny(tmp_path), suffix)
     tensors = pack(tensors, is_expert, nested=nested)
     write_tensors(tmp_path, tensors)
@@ -162,7 +162,7 @@ def test_one_set_of_keys_per_stack(suffix, nested, tmp_path):
 
 @pytest.mark.parametrize("layout", ["fused", "per expert"])
 def test_llama_4(layout, tmp_path):
-    """Stacks stored (in, out) keep their blocks along the outputs; one weight per expert has them along the inputs."""
+    """Stacks stored (in, out) keep their blocks along the outputs; single experts have them along the inputs."""
     model = shrunken_model("llama4")
     model.save_pretrained(tmp_path)
     tensors, cut = read_tensors(tmp_path), {}
@@ -207,7 +207,7 @@ def test_llama_4(layout, tmp_path):
     torch.testing.assert_close(logits(language_model, ids), logits(restored, ids), rtol=0.05, atol=0.05)
 
 
-def test_layers_left_in_16_bits_stay_so(tmp_path):
+def test_16_bit_layers_stay_in_16_bits(tmp_path):
     """A "dynamic" checkpoint: the experts of one layer, and one projection of another, are not packed."""
     original = save_tiny(tmp_path)
     tensors = pack(original, lambda key: is_expert(key) and ".layers.0." in key and "down_proj" not in key)
@@ -224,7 +224,7 @@ def test_layers_left_in_16_bits_stay_so(tmp_path):
     assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
 
 
-def test_an_adapter_on_a_checkpoint_with_layers_left_in_16_bits(tmp_path):
+def test_adapter_on_a_checkpoint_with_16_bit_layers(tmp_path):
     tensors = pack(save_tiny(tmp_path), lambda key: is_expert(key) and ".layers.0." in key)
     write_tensors(tmp_path, tensors)
     set_bitsandbytes_config(tmp_path, ["lm_head", "self_attn"])
@@ -236,8 +236,8 @@ def test_an_adapter_on_a_checkpoint_with_layers_left_in_16_bits(tmp_path):
     assert [stack.storage for stack in model.experts_report().stacks] == ["nf4/64"] * 2 + ["bfloat16"] * 2
 
 
-def test_linear_layers_are_quantized_exactly_where_the_checkpoint_has_them_packed(tmp_path):
-    """Whatever its config says."""
+def test_linear_layers_are_quantized_as_in_the_checkpoint(tmp_path):
+    """Regardless of its config."""
     tensors = save_tiny(tmp_path)
     tensors = pack(tensors, lambda key: is_expert(key) or (".layers.0." in key and "q_proj" in key))
     write_tensors(tmp_path, tensors)
@@ -312,7 +312,7 @@ BROKEN_DENSE = {
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN_DENSE.values(), ids=BROKEN_DENSE.keys())
-def test_broken_16_bit_checkpoints(change, message, tmp_path):
+def test_damaged_16_bit_checkpoints(change, message, tmp_path):
     tensors = save_tiny(tmp_path)
     change(tensors)
     write_tensors(tmp_path, tensors)
@@ -320,7 +320,7 @@ def test_broken_16_bit_checkpoints(change, message, tmp_path):
         load_quantized(tmp_path, device_map="cpu")
 
 
-def test_a_projection_is_missing_where_the_operation_asks_for_all(tmp_path):
+def test_missing_projection_of_a_fused_tensor(tmp_path):
     shrunken_model("ernie4_5_vl_moe").save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
     write_tensors(tmp_path, {key: tensor for key, tensor in tensors.items() if "up_proj" not in key})
@@ -328,8 +328,8 @@ def test_a_projection_is_missing_where_the_operation_asks_for_all(tmp_path):
         load_quantized(tmp_path, device_map="cpu")
 
 
-def test_scales_that_only_a_quantized_checkpoint_has(tmp_path):
-    """Their conversion names them, but 16-bit weights do without; 8-bit ones are refused for what they are."""
+def test_scale_keys_of_quantized_checkpoints(tmp_path):
+    """A conversion lists them, but 16-bit weights do not need them; 8-bit weights are rejected as such."""
     shrunken_model_or_skip("inkling2_loop_text").save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
     key = "model.llm.layers.0.mlp.experts.w2_weight"
@@ -363,7 +363,7 @@ BROKEN_PACKED = {
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN_PACKED.values(), ids=BROKEN_PACKED.keys())
-def test_broken_packed_checkpoints(change, message, tmp_path):
+def test_damaged_packed_checkpoints(change, message, tmp_path):
     tensors = pack(save_tiny(tmp_path), is_expert)
     change(tensors)
     write_tensors(tmp_path, tensors)
@@ -387,7 +387,7 @@ BROKEN_OWN = {
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN_OWN.values(), ids=BROKEN_OWN.keys())
-def test_broken_checkpoints_of_our_own(change, message, tmp_path):
+def test_damaged_checkpoints_of_this_package(change, message, tmp_path):
     save_tiny(tmp_path / "dense")
     load_quantized(tmp_path / "dense", MoeQuantizationConfig(quantize_linear=False), device_map="cpu").save_pretrained(
         tmp_path
@@ -409,7 +409,7 @@ def cut_values(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def promise_more(directory: Path) -> None:
+def list_missing_tensor(directory: Path) -> None:
     file = directory / "model.safetensors.index.json"
     index = json.loads(file.read_text())
     index["weight_map"]["model.layers.0.mlp.experts.99.up_proj.weight"] = "model-00002-of-00003.safetensors"
@@ -423,7 +423,7 @@ BROKEN_FILES = {
     ),
     "a header is cut off": (cut_header, "model-00002-of-00003.safetensors cannot be opened"),
     "values are cut off": (cut_values, "model-00002-of-00003.safetensors cannot be opened"),
-    "the index promises more": (promise_more, "00002-of-00003.safetensors has no tensor .*experts.99.up_proj"),
+    "the index promises more": (list_missing_tensor, "00002-of-00003.safetensors has no tensor .*experts.99.up_proj"),
     "the index is no index": (
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
         "is not a checkpoint index",
@@ -433,7 +433,7 @@ BROKEN_FILES = {
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
-def test_broken_files(change, message, tmp_path):
+def test_damaged_files(change, message, tmp_path):
     tensors = save_tiny(tmp_path)
     write_tensors(tmp_path, tensors, num_shards=3)
     change(tmp_path)
@@ -463,7 +463,7 @@ def test_unknown_schemes(method, tmp_path):
         load_quantized(tmp_path, device_map="cpu")
 
 
-def test_quantizing_what_is_quantized_already(tmp_path):
+def test_requantizing_is_rejected(tmp_path):
     write_tensors(tmp_path, pack(save_tiny(tmp_path), is_expert))
     set_bitsandbytes_config(tmp_path, ["lm_head"])
     with pytest.raises(ValueError, match="already quantized"):

@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels for GPUs that are not there, which it compiles for all the same."""
+"""The code that Triton generates for GPUs that are not present; it compiles for them without one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-# a process of its own: in this one kernels are interpreted
+# a separate process, since kernels run in the interpreter in this one
 COMPILE = """
 import torch
 import triton
@@ -113,8 +113,8 @@ def run(program: str) -> str:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
-def test_tiles_that_nobody_has_measured_fit_on_small_gpus(capability: tuple[int, int]) -> None:
-    """At the largest rank: 99 KiB of shared memory, and all sums in registers."""
+def test_default_tiles_fit_on_small_gpus(capability: tuple[int, int]) -> None:
+    """At the largest rank: 99 KiB of shared memory, and all accumulators in registers."""
     found = re.findall(r"FITS (\d+) (\d+) (.*)", run(f"major, minor = {capability}\n{FITS}"))
     assert len(found) == 16
     for shared, spilled, tiles in found:
@@ -122,10 +122,10 @@ def test_tiles_that_nobody_has_measured_fit_on_small_gpus(capability: tuple[int,
         assert int(spilled) == 0, tiles
 
 
-def test_no_product_goes_on_reading_registers_of_the_next_step() -> None:
-    """Weights decoded in registers were overwritten while the tensor cores still read them: rare, wrong tiles.
+def test_async_products_do_not_read_overwritten_registers() -> None:
+    """Weights decoded in registers were overwritten while tensor cores still read them, which gave rare wrong tiles.
 
-    A product of registers (`dot_op`) that runs on its own (`isAsync`) has to be waited for, all of it, at once.
+    An asynchronous product (`isAsync`) of registers (`dot_op`) must be waited for completely and immediately.
     """
     printed = run(COMPILE)
     assert printed.count("TILES") > 0

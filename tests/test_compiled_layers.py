@@ -1,4 +1,4 @@
-"""Decoder layers compiled: the numbers are those of plain layers, and nothing is compiled twice for nothing."""
+"""Compiled decoder layers: results equal those of plain layers, and nothing is recompiled unnecessarily."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from peft_moe_qlora.training.compiled import compiled_forward
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPP_COMPILER = inductor.cpp.cxx[-1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Of tests of the kernels."""
+"""Test files of the kernels."""
 
 
 class Backend:
-    """Counts what is compiled."""
+    """Counts compilations."""
 
     def __init__(self, name: str) -> None:
         self.compile = torch._dynamo.lookup_backend(name)
@@ -52,7 +52,7 @@ def no_graph_breaks() -> Iterator[None]:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels compute, in Triton's interpreter."""
+    """Runs the kernels in Triton's interpreter."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     if not torch.cuda.is_available():
         monkeypatch.setattr(quantized, "why_no_kernels", lambda *_: None)
@@ -60,7 +60,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantize_attention(model: nn.Module) -> None:
-    """bitsandbytes' layers for those of attention."""
+    """Replaces attention layers by bitsandbytes' 4-bit layers."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) and name in ATTENTION:
@@ -95,7 +95,7 @@ def compile_layers(model: PeftModel, backend: Backend) -> None:
 
 
 def step(model: PeftModel, ids: torch.Tensor, **kwargs) -> list[torch.Tensor]:
-    """Loss and every gradient."""
+    """Loss and all gradients."""
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False, **kwargs).loss
     loss.backward()
@@ -114,7 +114,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], limit: 
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
-def test_losses_and_gradients_are_those_of_plain_layers(model_type):
+def test_losses_and_gradients_match_plain_layers(model_type):
     model = adapted(model_type, packed=model_type == "qwen3_moe")
     expected = step(model, token_ids())
     compile_layers(model, Backend("aot_eager"))
@@ -131,7 +131,7 @@ def test_fused_experts_are_one_operator(fused):
 
 
 def test_dropout_is_compiled_too(fused, monkeypatch):
-    """Adapters with dropout don't run in the fused layer, but projection by projection."""
+    """Adapters with dropout do not use the fused layer, but run projection by projection."""
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x * 0.5)
     model, ids = adapted(dropout=0.5).to(DEVICE), token_ids(DEVICE, length=5)
     expected = step(model, ids)
@@ -147,7 +147,7 @@ def test_inductor():
     assert_same(step(model, token_ids()), expected)
 
 
-def test_what_is_compiled_depends_on_neither_layers_nor_lengths():
+def test_compilations_do_not_grow_with_layers_or_lengths():
     model, backend = adapted(num_hidden_layers=5), Backend("aot_eager")
     model.get_base_model().enable_input_require_grads()
     compile_layers(model, backend)
@@ -155,7 +155,7 @@ def test_what_is_compiled_depends_on_neither_layers_nor_lengths():
     assert backend.taken() == 1
     step(model, token_ids(length=9))
     assert backend.taken() == 0
-    step(model, token_ids(length=12))  # now for all lengths
+    step(model, token_ids(length=12))  # from here on compiled for dynamic lengths
     assert backend.taken() == 1
     for length in (5, 9, 17):
         step(model, token_ids(length=length))
@@ -204,7 +204,7 @@ def test_masks_are_inputs():
     assert backend.taken() == 0
 
 
-def test_a_call_with_a_cache_is_not_compiled():
+def test_call_with_a_cache_is_not_compiled():
     model, backend = adapted().eval(), Backend("aot_eager")
     compile_layers(model, backend)
     with torch.no_grad():
@@ -212,8 +212,8 @@ def test_a_call_with_a_cache_is_not_compiled():
     assert backend.taken() == 0
 
 
-def test_more_ways_than_torch_keeps_are_no_error():
-    """torch gives up on code that it had to compile too often; that layer then runs as it is."""
+def test_recompile_limit_falls_back_to_eager():
+    """torch stops compiling code that it recompiled too often; that layer then runs uncompiled."""
     model, backend = adapted(num_hidden_layers=1), Backend("eager")
     compile_layers(model, backend)
     for number in range(10):
@@ -225,4 +225,4 @@ def test_more_ways_than_torch_keeps_are_no_error():
         del layer.forward
     assert_same(found, step(model, token_ids()))
     torch._dynamo.reset()
-    counters.clear()  # giving up counts as a graph break
+    counters.clear()  # the fallback counts as a graph break

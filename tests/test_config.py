@@ -1,4 +1,4 @@
-"""The configuration: defaults of the experts, what is refused, and what survives saving."""
+"""The configuration: defaults for experts, rejected values, and round trips through files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("option", "value"), REFUSED.items(), ids=REFUSED)
-def test_what_experts_cannot_do_is_refused_by_name(option, value):
+def test_unsupported_options_of_experts_are_rejected_by_name(option, value):
     with pytest.raises(ValueError, match=f"{option}=.*is not supported for fused experts"):
         MoeQLoraConfig(**{option: value})
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "eva", "orthogonal", "corda", "mica"])
-def test_initializations_that_need_the_weight_are_refused(init):
+def test_weight_dependent_initializations_are_rejected(init):
     options = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
     with pytest.raises(ValueError, match=r"(init_lora_weights|loftq_config)=.*is not supported for fused experts"):
         MoeQLoraConfig(init_lora_weights=init, **options)
@@ -65,14 +65,14 @@ def test_initializations_that_need_the_weight_are_refused(init):
         ({"trainable_token_indices": "x"}, "trainable_token_indices='x'"),
     ],
 )
-def test_bad_values_are_refused(options, message):
+def test_bad_values_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         MoeQLoraConfig(**options)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("expert_r", [None, 1, 4, 32])
-def test_default_scaling_of_experts_is_that_of_linear_layers(use_rslora, expert_r):
+def test_default_scaling_of_experts_equals_linear_layers(use_rslora, expert_r):
     config = MoeQLoraConfig(r=16, lora_alpha=32, expert_r=expert_r, use_rslora=use_rslora)
     linear = config.scaling(config.r, config.lora_alpha)
     assert config.resolved_expert_r == (expert_r or 16)
@@ -83,14 +83,14 @@ def test_explicit_expert_alpha_is_kept():
     assert MoeQLoraConfig(r=16, expert_r=4, expert_alpha=3).resolved_expert_alpha == 3
 
 
-def test_cost_of_rank_16_on_qwen3_30b_a3b_is_what_the_documentation_says():
+def test_documented_cost_of_rank_16_on_qwen3_30b_a3b():
     """48 layers, 128 experts, hidden 2048, intermediate 768."""
     gate_up, down = 2048 + 2 * 768, 768 + 2048
     assert round(48 * 128 * 16 * (gate_up + down) / 1e6) == 629
     assert "629 million" in MoeQLoraConfig.__doc__
 
 
-def test_config_survives_json_pickle_and_deepcopy(tmp_path):
+def test_config_round_trips_through_json_pickle_and_deepcopy(tmp_path):
     config = MoeQLoraConfig(r=4, expert_r=2, expert_alpha=6.0, quant_type="fp4", blocksize=128, double_quant=True)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

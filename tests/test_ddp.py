@@ -1,4 +1,4 @@
-"""Training by DistributedDataParallel is that of one process, and packed weights aren't sent needlessly."""
+"""Training with DistributedDataParallel equals one process, and packed weights are not broadcast unnecessarily."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import transformers
 from distributed_training import (
     CASES,
     WORLD,
-    alone,
     assert_same_training,
     build,
     graphs_by_calling,
     start,
     train,
+    train_alone,
     write_checkpoint,
 )
 from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp_module
-from trained_by_trainer import assert_as_one_process, assert_resumed, trained_by_both
+from trained_by_trainer import assert_as_one_process, assert_resumed, train_alone_and_distributed
 
 from peft_moe_qlora.training import graphs_report, skip_broadcast
 
@@ -42,7 +42,7 @@ def train_all(rank: int, directory: Path) -> dict[str, object]:
 
 
 def broadcast(rank: int, directory: Path, which: str) -> dict[str, object]:
-    """What DDP sends when it wraps a model, after which the model trains."""
+    """The tensors that DDP broadcasts when it wraps a model, which is then trained."""
     case, sent = CASES["4-bit linear"], []
     model = build(directory, case)
     found: dict[str, object] = {
@@ -84,15 +84,15 @@ def found(directory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def by_trainer(directory, tmp_path_factory) -> list[dict]:
-    """What a Trainer has found in one process, and in each of several."""
-    return trained_by_both("ddp.yaml", directory, tmp_path_factory.mktemp("by trainer"))
+def trainer_results(directory, tmp_path_factory) -> list[dict]:
+    """The results of a Trainer in one process, and in each of several."""
+    return train_alone_and_distributed("ddp.yaml", directory, tmp_path_factory.mktemp("by trainer"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training(directory, found, name):
-    expected = alone(directory, CASES[name])
-    # where rounding decides between two values of a state in 8 bits, a factor is moved less or more
+    expected = train_alone(directory, CASES[name])
+    # if rounding decides between two values of an 8-bit state, the update of a factor differs slightly
     of_factors = 1e-3 if name == "8-bit AdamW" else 1e-5
     for of_rank in found:
         assert_same_training(of_rank[name], expected, of_factors)
@@ -104,8 +104,8 @@ def test_layers_ran_from_graphs(found):
     assert found[0]["report"] == "2 graphs of layers, for 1 input shapes"
 
 
-def test_packed_weights_are_not_sent(directory, found):
-    expected = alone(directory, CASES["4-bit linear"])
+def test_packed_weights_are_not_broadcast(directory, found):
+    expected = train_alone(directory, CASES["4-bit linear"])
     for of_rank in found:
         everything, rest = of_rank["sent"]["all"], of_rank["sent"]["none"]
         assert rest["skipped"] == rest["integers"] > 0
@@ -114,8 +114,8 @@ def test_packed_weights_are_not_sent(directory, found):
         assert_same_training(rest["run"], expected)
 
 
-def test_what_differs_is_sent(directory, found):
-    expected = alone(directory, CASES["4-bit linear"])
+def test_differing_weights_are_broadcast(directory, found):
+    expected = train_alone(directory, CASES["4-bit linear"])
     for of_rank in found:
         sent = of_rank["sent"]["different"]
         assert 0 < sent["skipped"] < sent["integers"]
@@ -127,24 +127,24 @@ def test_what_differs_is_sent(directory, found):
         assert_same_training(sent["run"], expected)
 
 
-def test_weights_are_compared_in_a_group_only():
+def test_weights_are_compared_only_in_a_process_group():
     with pytest.raises(RuntimeError, match=r"has no process group.*TrainingArguments first"):
         skip_broadcast(nn.Linear(2, 2))
 
 
-def test_trainer(by_trainer):
-    expected, *several = by_trainer
+def test_trainer(trainer_results):
+    expected, *several = trainer_results
     for found in several:
         assert found["wrapped"] == "DistributedDataParallel"
         assert found["skipped"] > 0
         assert_as_one_process(found, expected)
 
 
-def test_trainer_resumes(by_trainer):
-    for found in by_trainer:
+def test_trainer_resumes(trainer_results):
+    for found in trainer_results:
         if "resumed" not in found:
             assert Version(transformers.__version__) < Version("5.24")
             pytest.skip(
-                "this transformers reads files to cpu:0, which torch doesn't know: pip install --upgrade transformers"
+                "this transformers loads to cpu:0, which torch does not support: pip install --upgrade transformers"
             )
         assert_resumed(found)

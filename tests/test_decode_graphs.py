@@ -1,6 +1,6 @@
-"""Generation from a captured step: the tokens of plain generation, whatever adapters do, and nothing is left behind.
+"""Generation from a captured step: the same tokens as plain generation in every adapter state, and no leftovers.
 
-Captures are stood in for by calls where there is no GPU.
+Plain calls replace captures on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def decode_runner(model: nn.Module) -> layer_runner.DecodeRunner:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_tokens_are_those_of_plain_generation(device, batch, monkeypatch):
-    """One adapter after the other, none, and merged; padded on the left."""
+def test_tokens_match_plain_generation(device, batch, monkeypatch):
+    """With one adapter after the other, without, and merged; padded on the left."""
     model = model_with_adapters(device)
     ids = token_ids(device, batch)
     mask = torch.ones_like(ids)
@@ -85,14 +85,14 @@ def test_tokens_are_those_of_plain_generation(device, batch, monkeypatch):
     check()
     assert seen[0] == seen[2] == seen[5]
     assert len({str(one) for one in seen}) >= 3
-    # the first token comes from the prompt; the second from a step that runs without a graph, once for each adapter
+    # the first token comes from the prompt; the second from a step without a graph, once for each adapter
     # state: the third generation and the last one repeat the first
     assert len(replayed) == 4 * (NEW - 2) + 2 * (NEW - 1)
 
 
 @pytest.mark.parametrize("inference_mode", [False, True])
-def test_a_cache_that_is_kept_is_captured_once(device, inference_mode, monkeypatch):
-    """And its graph is dropped when adapters change between its steps, or parameters have moved."""
+def test_reused_cache_is_captured_once(device, inference_mode, monkeypatch):
+    """Its graph is dropped when adapters change between its steps, or when parameters move."""
     model = model_with_adapters(device)
     cache = StaticCache(config=model.config, max_cache_len=32)
     ids = token_ids(device, 2)
@@ -119,8 +119,8 @@ def test_a_cache_that_is_kept_is_captured_once(device, inference_mode, monkeypat
     assert len(captures) == 3
 
 
-def test_switched_off_in_the_middle(device):
-    """By hand, step by step, with one cache."""
+def test_disabling_graphs_during_generation(device):
+    """A manual decoding loop with one cache."""
     model = model_with_adapters(device)
     ids = token_ids(device, 2)
 
@@ -139,8 +139,8 @@ def test_switched_off_in_the_middle(device):
     assert replays(model) > 0
 
 
-def test_nothing_is_left_behind(device):
-    """The cache is freed with the generation, training goes on with the same losses, and a release frees the graph."""
+def test_generation_leaves_nothing_behind(device):
+    """The cache is freed after generation, training gives the same losses, and releasing frees the graph."""
     model, plain = model_with_adapters(device), model_with_adapters(device)
     ids = token_ids(device)
     caches = []
@@ -170,8 +170,8 @@ def test_nothing_is_left_behind(device):
     assert "decoding" not in graphs_report(model)
 
 
-def test_what_is_not_captured(device):
-    """Sliding windows count on the host, hooks would not be called, and recorded outputs not handed out."""
+def test_steps_that_are_not_captured(device):
+    """Sliding windows count on the host, hooks would not run, and recorded outputs would not be returned."""
     model = model_with_adapters(
         device, "gpt_oss", layer_types=["full_attention", "sliding_attention"], sliding_window=8
     )
@@ -188,7 +188,7 @@ def test_what_is_not_captured(device):
     assert "step of decoding, replayed" not in graphs_report(model)
 
 
-def test_a_capture_that_fails_costs_nothing_but_time(device, monkeypatch):
+def test_failed_capture_falls_back_to_plain_generation(device, monkeypatch):
     """It is tried once for each prompt, and the tokens are those of plain generation."""
     model = model_with_adapters(device)
     ids = token_ids(device)
@@ -207,8 +207,8 @@ def test_a_capture_that_fails_costs_nothing_but_time(device, monkeypatch):
     assert f"{2 * NEW - 3} steps: the capture failed: operation not permitted" in graphs_report(model)
 
 
-def test_factors_are_read_once_for_each_prompt(device):
-    """A captured step reads 16-bit copies of fp32 factors; they follow in-place training between generations."""
+def test_factors_are_read_once_per_prompt(device):
+    """A captured step reads 16-bit copies of fp32 factors, which follow in-place updates between generations."""
     model = tiny_model(device=device, dtype=torch.bfloat16)
     prepare_model_for_training(model, cuda_graphs=True)
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules=["experts", "q_proj", "o_proj"])).eval()
@@ -231,7 +231,7 @@ def test_factors_are_read_once_for_each_prompt(device):
                 parameter.mul_(scale)
         with torch.inference_mode(scale == 1.0):
             found.append(logits())
-        # what is recorded is not captured
+        # steps with recorded outputs are not captured
         assert torch.equal(found[-1], logits(output_hidden_states=True))
     assert replays(model) == 3 * (NEW - 1) - 1
     assert not torch.equal(found[0], found[1])

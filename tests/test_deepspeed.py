@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 through a Trainer, in two processes, against one process without it."""
+"""DeepSpeed's ZeRO-2 and ZeRO-3 with a Trainer in two processes, compared with one process without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_training import CASES, STEPS, Case, arguments, batches, build, logged, stored, trainer
-from distributed_training import found_in, launch
+from distributed_training import launch, saved_results
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import assert_same_bytes, tiny_model
@@ -32,17 +32,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=STAGES)
 def shared(request: pytest.FixtureRequest, directory: Path) -> tuple[int, Path, list[dict[str, Any]]]:
-    """The stage, where its processes wrote, and what each of them found."""
+    """The stage, the output directory of its processes, and the results of each."""
     ours = directory / f"zero{request.param}"
     ours.mkdir()
     (ours / "base").symlink_to(directory / "base")
     launch(STAGES[request.param], "deepspeed_training.py", ours, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-    return request.param, ours, found_in(ours)
+    return request.param, ours, saved_results(ours)
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path) -> dict[Case, dict[str, Any]]:
-    """What one process finds, by case."""
+def single_process(directory: Path) -> dict[Case, dict[str, Any]]:
+    """The results of one process, by case."""
     return {}
 
 
@@ -62,17 +62,17 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_as_one_process(name, shared, directory, alone):
+def test_training_equals_one_process(name, shared, directory, single_process):
     stage, _, of_ranks = shared
     case = CASES[name]
-    # captures need a GPU; calls stand in for them in the processes alone
-    expected = of_one(directory, replace(case, graphs=False, accumulation=1), alone)
+    # captures need a GPU; plain calls replace them only in the launched processes
+    expected = of_one(directory, replace(case, graphs=False, accumulation=1), single_process)
     assert len(expected["losses"]) == STEPS
     assert min(expected["norms"]) > 0.5
     tolerance, of_movement = 1e-5, 1e-5
-    if case.bf16:  # DeepSpeed has an engine of its own for it
+    if case.bf16:  # DeepSpeed's bf16 engine rounds differently
         tolerance, of_movement = 3e-2, 0.25
-    if case.eight_bit:  # whose blocks reach over parameters
+    if case.eight_bit:  # its blocks extend over parameters
         tolerance, of_movement = 1e-3, 3e-2
     moved = difference(expected["factors"], expected["before"]["factors"])
     for found in (one[name] for one in of_ranks):
@@ -111,8 +111,8 @@ def test_adapters_are_saved_whole(shared):
     assert all(one["gathered"]["is unmerged"] for one in of_ranks)
 
 
-def test_no_file_is_larger_than_it_has_to_be(shared):
-    """Engine checkpoints leave out what is frozen."""
+def test_engine_checkpoints_contain_no_frozen_weights(shared):
+    """The files are no larger than the trained values require."""
     stage, ours, _ = shared
     frozen = sum(file.stat().st_size for file in (ours / "base").glob("*.safetensors"))
     states = list((ours / "plain" / "checkpoint-3").rglob("*model_states.pt"))
@@ -146,10 +146,10 @@ REFUSED = {
 }
 
 
-def test_what_needs_whole_parameters_is_refused(shared):
+def test_operations_on_whole_parameters_are_rejected(shared):
     stage, ours, of_ranks = shared
     if stage != 3:
-        pytest.skip("nothing is taken apart")
+        pytest.skip("ZeRO-2 does not partition parameters")
     for rank, found in enumerate(of_ranks):
         assert re.search(BEFORE, found["made whole"])
         for name, message in REFUSED.items():
@@ -157,7 +157,7 @@ def test_what_needs_whole_parameters_is_refused(shared):
         assert found["refused"]["adapters"] == "['default']"
         assert "default: 4" in found["refused"]["report"]
         assert "14,336 adapter parameters" in found["refused"]["report"]
-        # the first process is asked before it writes; others may write, and are asked afterwards
+        # the first process is checked before it writes; others may write, and are checked afterwards
         before = r"lora_A\.default\.weight is sharded over processes by ZeRO-3\. Expected .*\), found \(0,\)\."
         after = r"was written with an empty tensor .* save again with the arguments state_dict and is"
         assert re.search(after if rank else before, found["refused"]["save"])

@@ -1,4 +1,4 @@
-"""The benchmark on several GPUs runs on a CPU from end to end."""
+"""The multi-GPU benchmark runs from end to end on a CPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_all_modes(tmp_path):
     assert all(mode in done.stdout for mode in modes)
     assert [row["processes"] for row in rows.values()] == [1] + [2] * (len(modes) - 1)
     trainings = [row for mode, row in rows.items() if not mode.startswith("load")]
-    # the first process has the same weights and tokens in all of them, until gradients come from others too
+    # the first process has the same weights and tokens in every mode, until it receives the others' gradients
     assert [row["loss"] for row in trainings] == pytest.approx([rows["one"]["loss"]] * len(trainings), abs=0.05)
     for row in trainings:
         assert row["tokens_per_second"] == pytest.approx(row["processes"] * 16e3 / row["milliseconds"])
@@ -61,7 +61,7 @@ def test_all_modes(tmp_path):
         assert rows["fsdp2"]["resident_gib"] == pytest.approx(rows["one"]["resident_gib"] / 2, rel=0.02)
 
 
-def test_the_slowest_and_largest_count():
+def test_slowest_time_and_largest_memory_are_reported():
     from distributed import Row, report, slowest
 
     of_ranks = [Row("ddp", 1, 10.0, None, 2.0, 3.0, 1.0, 0.5), Row("ddp", 1, 12.0, None, 1.0, 4.0, 1.0, 0.7)]
@@ -72,7 +72,7 @@ def test_the_slowest_and_largest_count():
     assert lines[-1].split() == ["ddp", "2", "12.00", "300.00", "2.00", "2.00", "0.50", "4.00", "1.00", "0.50"]
 
 
-def test_memory_of_layers_is_shared_until_it_is_copied():
+def test_layers_share_memory_until_copied():
     from step_models import build
     from step_settings import Plan, parse_arm
 
@@ -87,7 +87,7 @@ def test_memory_of_layers_is_shared_until_it_is_copied():
     assert all(found[name].equal(one) for name, one in expected.items())
 
 
-def test_loading_needs_a_directory(capsys):
+def test_loading_requires_a_directory(capsys):
     from distributed import parse_arguments
 
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The documentation pages: they build without a warning, and what they link to, quote and call is there."""
+"""The documentation pages build without warnings, and their links, quotes and calls are valid."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub and MkDocs make them of headings."""
+    """Anchors of headings, as GitHub and MkDocs generate them."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-def test_the_site_builds_strictly(tmp_path):
+def test_site_builds_strictly(tmp_path):
     pytest.importorskip("mkdocstrings", reason='mkdocstrings is not installed: pip install -e ".[docs]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -76,8 +76,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page.stem}: {line[:60]}" for page, line in COMMANDS])
-def test_commands_have_the_options_that_are_shown(page, line):
-    """Parsed, not run."""
+def test_documented_command_options_exist(page, line):
+    """Commands are parsed, not run."""
     words = shlex.split(line, comments=True)
     assert vars(cli._parser().parse_args(words[1:]))["command"] == words[1]
 
@@ -86,8 +86,8 @@ PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=ids(PYTHON))
-def test_code_imports_what_is_there(page):
-    """Code that needs no more than a model is run by test_readme.py; `, ...)` stands for more arguments."""
+def test_documented_imports_exist(page):
+    """test_readme.py runs code that only needs a model. `, ...)` means further arguments."""
     for text in blocks(page, "python"):
         for node in ast.walk(ast.parse(re.sub(r",\s*\.\.\.\s*([,)])", r"\1", text))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft_moe_qlora"):
@@ -101,7 +101,7 @@ def test_code_imports_what_is_there(page):
 
 
 def messages() -> list[str]:
-    """Every text of the package, with `…` for what is put into it."""
+    """All string literals of the package, with `…` in place of formatted values."""
     found = []
     for file in Path(peft_moe_qlora.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -117,7 +117,7 @@ def messages() -> list[str]:
 OF_PEFT = ("KeyError: 'MOE_QLORA'",)
 
 
-def test_messages_that_are_explained_are_those_of_the_package():
+def test_explained_messages_exist_in_the_package():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = [
         quote for line in re.findall(r"^### (.+)$", text, re.MULTILINE) for quote in re.findall("`([^`]+)`", line)

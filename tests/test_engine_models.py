@@ -1,6 +1,6 @@
-"""Every model that an engine is said to serve: transformers has it, with experts, and the adapter is all there.
+"""Every model in the table of engines exists in transformers, has experts, and its adapter is written completely.
 
-Which of its layouts an engine wants for a model only its sources can say; `check_engines.py` asks them.
+The layout that an engine requires for a model is found in its sources; `check_engines.py` runs them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LINEAR_A, LINEAR_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def is_newest() -> bool:
-    """Whether this is a transformers that has every model here; older ones lack some."""
+    """Whether this version of transformers has every model of the table."""
     return Version(transformers.__version__) >= Version("5.23")
 
 
@@ -54,7 +54,7 @@ def model_class(class_name: str) -> type:
 
 
 def save_config(class_name: str, directory: Path) -> BaseModel:
-    """Writes config.json of a small model, all that converting needs, and opens it."""
+    """Writes config.json of a small model, which is all that converting needs, and opens it."""
     model_type = model_class(class_name).config_class.model_type
     try:
         config = shrunken_config(model_type)
@@ -63,7 +63,7 @@ def save_config(class_name: str, directory: Path) -> BaseModel:
         base = BaseModel.open(directory)
     except (TypeError, ValueError, AttributeError):
         assert not is_newest()
-        pytest.skip("this version of transformers doesn't have this configuration of it")
+        pytest.skip("this version of transformers doesn't have this configuration")
     if not base.layouts:
         assert not is_newest()
         pytest.skip("this version of transformers doesn't have its experts fused")
@@ -72,7 +72,7 @@ def save_config(class_name: str, directory: Path) -> BaseModel:
 
 
 def random_adapter(base: BaseModel, last_parts: tuple[str, ...]) -> AdapterFile:
-    """On all experts, and on the linear layers of that name in their text model."""
+    """On all experts, and on the linear layers with that name in the text model."""
     experts = []
     for path, layout in base.layouts.items():
         for projection in layout.projections:
@@ -100,8 +100,8 @@ def siblings_of(base: BaseModel, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("class_name", SERVED)
-def test_what_is_written_is_the_adapter(class_name, tmp_path):
-    """Read back, it has every factor with every bit, and zeros where an engine wants more layers: in all engines."""
+def test_written_adapter_has_all_factors(class_name, tmp_path):
+    """For every engine: read back, it has every factor bit by bit, and zeros for the layers that an engine adds."""
     base = save_config(class_name, tmp_path / "base")
     adapter = random_adapter(base, (".q_proj",))
     adapted = {key.removesuffix(LINEAR_A) for key in adapter.non_expert if key.endswith(LINEAR_A)}
@@ -132,8 +132,8 @@ def test_what_is_written_is_the_adapter(class_name, tmp_path):
     ],
     ids=["vLLM", "SGLang", "mlx-lm", "llama.cpp"],
 )
-def test_what_the_engines_own_code_has_run_is_what_the_table_says_so_of(engine, model_types):
-    """A model that falls out of the table is refused from then on, without anything else going wrong."""
+def test_models_run_by_engines_are_in_the_table(engine, model_types):
+    """A model removed from the table would be rejected without any other test failing."""
     of_type = {
         getattr(transformers, name).config_class.model_type: name for name in SERVED if hasattr(transformers, name)
     }
@@ -144,8 +144,8 @@ def test_what_the_engines_own_code_has_run_is_what_the_table_says_so_of(engine, 
     assert run == known
 
 
-def test_every_row_of_the_table_is_of_an_engine_and_has_evidence():
-    """A row with another version in its first column would be no row of any engine."""
+def test_every_row_has_a_known_engine_and_evidence():
+    """A row with another version in its first column would belong to no engine."""
     file = Path(engines.__file__).with_name("engines.csv")
     with file.open(newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
@@ -154,7 +154,7 @@ def test_every_row_of_the_table_is_of_an_engine_and_has_evidence():
     assert {row["layout"] for row in rows} == {*engines._WRITERS, "refused"}
 
 
-# what only one of the engines has as stacks; the README says what follows for the others
+# models that only one of the engines stores as stacks; the README explains the consequence for the others
 OF_DIFFERENT_LAYOUTS = {
     "Gemma4ForCausalLM",
     "Gemma4ForConditionalGeneration",
@@ -165,11 +165,11 @@ OF_DIFFERENT_LAYOUTS = {
 
 
 @pytest.mark.parametrize("class_name", SERVED)
-def test_one_directory_serves_all_engines_that_read_single_experts(class_name, tmp_path):
-    """A model that is moved to another layout for one engine stands out, unless it is one of the known few."""
+def test_one_directory_serves_all_per_expert_engines(class_name, tmp_path):
+    """A model that gets another layout for one engine is reported, unless it is a known exception."""
     engines = [engine for engine in (VLLM, SGLANG, LLAMA_CPP) if class_name in served(engine)]
     if len(engines) < 2:
-        pytest.skip("there is nothing to compare: only one of them serves it")
+        pytest.skip("nothing to compare: only one engine serves it")
     base = save_config(class_name, tmp_path / "base")
     adapter = random_adapter(base, ())
     files = []
@@ -180,8 +180,8 @@ def test_one_directory_serves_all_engines_that_read_single_experts(class_name, t
     assert all(one == files[0] for one in files) == (class_name not in OF_DIFFERENT_LAYOUTS)
 
 
-def test_layers_that_are_joined_are_there_to_be_looked_at(tmp_path):
-    """The test above means something: there are models whose query, key and value are layers of their own."""
+def test_some_models_have_separate_query_key_and_value(tmp_path):
+    """Otherwise the test above would check nothing."""
     base = save_config("Qwen3MoeForCausalLM", tmp_path)
     assert siblings_of(base, "model.layers.0.self_attn.q_proj") == {
         f"model.layers.0.self_attn.{name}" for name in ("k_proj", "v_proj")
@@ -189,8 +189,8 @@ def test_layers_that_are_joined_are_there_to_be_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("class_name", REFUSED)
-def test_a_refused_class_is_one_of_transformers_that_no_table_serves(class_name):
-    """A typo would leave the general refusal in place of the reason; a class in both would be served all the same."""
+def test_rejected_classes_exist_and_are_in_no_table(class_name):
+    """A misspelled name would hide the specific reason; a class in both lists would be served after all."""
     assert issubclass(model_class(class_name), transformers.PreTrainedModel)
     assert all(row["note"] for engine in ENGINES for row in engine.rows.values() if row["layout"] == "refused")
 
@@ -205,8 +205,8 @@ def linear(base: BaseModel, *names: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name.split()[0])
-def test_which_linear_layers_of_qwen3_moe_go_along(engine: Engine, tmp_path):
-    """Every layer of its attention, and its head, which lies outside the layers."""
+def test_linear_layers_of_qwen3_moe_that_are_written(engine: Engine, tmp_path):
+    """Every layer of its attention, and its head, which is outside the decoder layers."""
     base = save_config("Qwen3MoeForCausalLM", tmp_path / "base")
     experts = random_adapter(base, ())
     for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -220,8 +220,8 @@ def test_which_linear_layers_of_qwen3_moe_go_along(engine: Engine, tmp_path):
 
 @pytest.mark.parametrize("last", ["gate_proj", "up_proj", "down_proj"])
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name.split()[0])
-def test_shared_experts_go_along(engine: Engine, last, tmp_path):
-    """Every one of the three layers of DeepSeek V3's shared experts."""
+def test_shared_experts_are_written(engine: Engine, last, tmp_path):
+    """Each of the three projections of DeepSeek V3's shared experts."""
     base = save_config("DeepseekV3ForCausalLM", tmp_path / "base")
     names = [f"model.layers.{layer}.mlp.shared_experts.{last}" for layer in range(2)]
     adapter = replace(random_adapter(base, ()), non_expert=linear(base, *names))
@@ -231,8 +231,8 @@ def test_shared_experts_go_along(engine: Engine, last, tmp_path):
 
 
 @pytest.mark.parametrize("of_experts", [True, False], ids=["of experts", "of a linear layer"])
-def test_the_largest_rank_of_vllm(of_experts, tmp_path):
-    """512, which is `max_lora_rank`'s largest choice, goes; one more doesn't, whichever layer has it."""
+def test_largest_rank_of_vllm(of_experts, tmp_path):
+    """512, the largest choice of `max_lora_rank`, is accepted; 513 is not, in whichever layer."""
     base = save_config("Qwen3MoeForCausalLM", tmp_path / "base")
     adapter = random_adapter(base, (".q_proj",))
 
@@ -254,8 +254,8 @@ def test_the_largest_rank_of_vllm(of_experts, tmp_path):
         write_for_engine(VLLM, with_rank(513), tmp_path / "513", base)
 
 
-def test_names_in_mlx_of_a_model_with_a_vision_tower(tmp_path):
-    """mlx-lm keeps the text model of Qwen3.5 under another name than the checkpoint does; gate and up are apart."""
+def test_mlx_names_of_a_model_with_a_vision_tower(tmp_path):
+    """mlx-lm has another name for the text model of Qwen3.5 than the checkpoint; gate and up are separate."""
     base = save_config(WITH_A_VISION_TOWER, tmp_path / "base")
     adapter = random_adapter(base, (".q_proj",))
     write_for_engine(MLX, adapter, tmp_path / "out", base)
@@ -273,8 +273,8 @@ def test_names_in_mlx_of_a_model_with_a_vision_tower(tmp_path):
             assert torch.equal(found[f"{name}.lora_b"], B)
 
 
-def test_gpt_oss_in_4_bits_stops_sglang_alone_and_gpt_oss_alone(tmp_path):
-    """In SGLang experts of MXFP4 have LoRA, but for gpt-oss."""
+def test_4_bit_gpt_oss_is_rejected_for_sglang_only(tmp_path):
+    """SGLang supports LoRA on MXFP4 experts, except for gpt-oss."""
     for class_name, is_refused in (("GptOssForCausalLM", True), ("Qwen3MoeForCausalLM", False)):
         directory = tmp_path / class_name
         base = save_config(class_name, directory)

@@ -1,4 +1,4 @@
-"""For every model type with routed experts: what "all-linear" adapts gets gradients, moves, and merges exactly."""
+"""For every model type with routed experts: layers adapted by "all-linear" get gradients, train and merge exactly."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from torch import nn
 from peft_moe_qlora import MoeQLoraConfig
 from peft_moe_qlora.unadaptable import BYPASSED, UNADAPTABLE
 
-# types of configurations for classes of other types
+# configuration types of classes that belong to other types
 OTHERS = ("sarvam_mla", "sarvam_moe")
 
-# merging is refused: its encoder and its decoder have the same weights
+# merging is rejected: its encoder and decoder share weights
 TIED = ("diffusion_gemma",)
 
 
 def outputs(model: nn.Module, model_type: str) -> torch.Tensor:
-    """Logits, or hidden states where the type has no head."""
+    """Logits, or hidden states if the type has no head."""
     inputs = {"input_ids": token_ids()}
     if model_type == "ernie4_5_vl_moe":
-        # it has experts for tokens of images
+        # it has separate experts for image tokens
         inputs["moe_mm_token_type_ids"] = (inputs["input_ids"] % 2).int()
     if model_type == "diffusion_gemma":
         vocab_size = model.get_output_embeddings().out_features
         inputs["self_conditioning_logits"] = torch.randn(*inputs["input_ids"].shape, vocab_size)
         inputs["decoder_input_ids"] = inputs["input_ids"]
     if model_type == "llama4":
-        # with towers it fails at making its output (transformers 5.24)
+        # with towers its output construction fails (transformers 5.24)
         model = model.get_decoder()
     return model(**inputs, use_cache=False, return_dict=False)[0]
 
@@ -46,7 +46,7 @@ def outputs(model: nn.Module, model_type: str) -> torch.Tensor:
 def factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
     """`(path in the base model, factor)` of the language model; towers get no gradient from a text.
 
-    Neither does what DiffusionGemma's encoder computes after its last keys and values.
+    Nor do the layers of DiffusionGemma's encoder after its last keys and values.
     """
     base = model.base_model.model
     reached = set(base.get_decoder().modules())
@@ -59,7 +59,7 @@ def factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def without_zeros(model: nn.Module) -> nn.Module:
-    """Scales that a class starts at 0 would hide the layers before them."""
+    """Scales that a class initializes to 0 would hide the layers before them."""
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.1)
@@ -67,7 +67,7 @@ def without_zeros(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, *OTHERS])
-def test_what_is_adapted_learns_and_merges_as_it_is(model_type):
+def test_adapted_layers_train_and_merge(model_type):
     model = without_zeros(shrunken_model_or_skip(model_type, dtype=torch.float32))
     model = get_peft_model(model, MoeQLoraConfig(r=2, target_modules="all-linear", quant_type=None))
     randomize_adapter(model)
@@ -95,8 +95,8 @@ def experts_sources() -> list[ast.Module]:
     return [ast.parse(source) for source in sources if any(mark in source for mark in marks)]
 
 
-def test_layers_whose_weights_are_read_without_calling_them():
-    """The gradients of a CPU don't show what only the kernels of a GPU read."""
+def test_layers_whose_weights_are_read_directly():
+    """Gradients on a CPU do not reveal weights that only GPU kernels read."""
     found, classes = {}, set()
     for tree in experts_sources():
         for node in tree.body:
@@ -121,7 +121,7 @@ def assigned_layers(node: ast.ClassDef) -> set[str]:
 
 
 def read_directly(node: ast.ClassDef) -> set[str]:
-    """Names whose `weight` is read, for more than its dtype."""
+    """Names whose `weight` is read for more than its dtype."""
     of_weights = {
         id(attribute.value)
         for attribute in ast.walk(node)
@@ -135,15 +135,15 @@ def read_directly(node: ast.ClassDef) -> set[str]:
     }
 
 
-# towers, what makes speech (there is no forward that trains it), and classes that transformers itself doesn't use
+# towers, speech decoders (no forward trains them), and classes that transformers itself does not use
 NOT_BUILT = re.compile(
     r"\w*(Vision|Audio)\w*|Qwen3OmniMoe(Talker|ConvNeXt|Code2Wav|MLP)\w*|Gemma4MultimodalEmbedder|FlexOlmoMLP|OlmoeMLP|"
     r"DiffusionGemmaClippableLinear"
 )
 
 
-def test_every_class_with_linear_layers_is_in_a_model_of_these_tests():
-    """So that a new class is looked at: it may have layers that LoRA can't train."""
+def test_all_classes_with_linear_layers_are_tested():
+    """A new class needs a review: LoRA may not be able to train some of its layers."""
     if Version(transformers.__version__) < Version("5.24"):
         pytest.skip("earlier versions of transformers lack some types")
     built = {

@@ -1,4 +1,4 @@
-"""The examples of training run from end to end, each in a process of its own, in a few steps."""
+"""The training examples run from end to end, each in a separate process, with few steps."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def run_example(outputs):
 
 @pytest.fixture
 def call_example(outputs, monkeypatch):
-    """Runs an example in this process, with captures that call and without the compiler; what it writes, its model."""
+    """Runs an example in this process, with plain calls as captures and uncompiled; returns its output and model."""
     if torch.cuda.is_available():
-        pytest.skip("captures by calling, which is for a CPU")
+        pytest.skip("captures by plain calls run on a CPU only")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", LateBackend)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", outputs / "datasets")
@@ -96,7 +96,7 @@ def sft(run_example) -> Path:
 
 
 def logged(output: Path, name: str = "loss") -> list[float]:
-    """All values of a quantity, from the last checkpoint."""
+    """All values of a metric, from the last checkpoint."""
     last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history if name in entry]
@@ -136,7 +136,7 @@ def held_out(name: str) -> list[dict]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, tokenizer) -> float:
-    """Mean loss of a token of an answer, chat by chat."""
+    """Mean loss per answer token, chat by chat."""
     total, count = 0.0, 0
     for row in held_out("chats.jsonl"):
         encoded = tokenizer.apply_chat_template(
@@ -155,12 +155,12 @@ def test_sft_trains_evaluates_and_keeps_the_best_adapter(sft):
     evaluated = logged(sft, "eval_loss")
     best = 2 + 2 * min(range(len(evaluated)), key=evaluated.__getitem__)
     assert_same_factors(factors(sft), factors(sft / f"checkpoint-{best}"))
-    # neither packing nor the prompt matters for the loss of an answer, and the file is all that was learnt
+    # the loss of an answer depends neither on packing nor on the prompt, and the file contains all trained weights
     loss = held_out_loss(reloaded(AutoModelForCausalLM, sft), AutoTokenizer.from_pretrained(sft))
     assert loss == pytest.approx(min(evaluated), rel=1e-5)
 
 
-def test_sft_resumes_as_if_it_had_not_stopped(sft, run_example):
+def test_sft_resumes_exactly(sft, run_example):
     resumed = sft.parent / "resumed"
     shutil.copytree(sft / "checkpoint-2", resumed / "checkpoint-2")
     run_example("sft", "resumed", *SFT, "--resume")
@@ -170,7 +170,7 @@ def test_sft_resumes_as_if_it_had_not_stopped(sft, run_example):
 
 
 def test_sft_packs_to_one_shape_for_graphs(sft, call_example):
-    """What `fast` does on a GPU, without its compiler."""
+    """The settings of `fast` on a GPU, without its compiler."""
     output, model = call_example("sft", "sft-fast", *SFT, "--fast", "true")
     assert logged(output) == pytest.approx(logged(sft), rel=1e-4)
     report = graphs_report(model)
@@ -178,10 +178,10 @@ def test_sft_packs_to_one_shape_for_graphs(sft, call_example):
     assert "without a graph" not in report
 
 
-def test_dpo_trains_on_what_sft_has_saved(sft, run_example):
+def test_dpo_starts_from_the_sft_adapter(sft, run_example):
     dpo = run_example("dpo", "dpo", "--adapter", str(sft), *steps(6))
     losses = logged(dpo)
-    # the policy starts as its reference, to the last bit
+    # the policy initially equals its reference bit by bit
     assert losses[0] == pytest.approx(LN_2, abs=1e-6)
     assert_goes_down(losses)
     assert_same_factors(factors(dpo / "ref"), factors(sft))
@@ -190,7 +190,7 @@ def test_dpo_trains_on_what_sft_has_saved(sft, run_example):
     assert not unchanged
 
 
-def test_dpo_of_a_new_adapter_refers_to_the_base(sft, call_example):
+def test_dpo_of_a_new_adapter_uses_the_base_as_reference(sft, call_example):
     dpo, _ = call_example("dpo", "dpo-base", *steps(6))
     assert logged(dpo)[0] == pytest.approx(LN_2, abs=1e-6)
     assert_goes_down(logged(dpo))
@@ -203,7 +203,7 @@ def grpo(run_example) -> Path:
     return run_example("grpo", "grpo", *steps(12))
 
 
-def test_grpo_learns_what_is_rewarded(grpo):
+def test_grpo_increases_the_reward(grpo):
     rewards = logged(grpo, "rewards/is_number/mean")
     assert all(math.isfinite(loss) for loss in logged(grpo))
     assert sum(rewards[-3:]) > 2 * sum(rewards[:3])
@@ -219,7 +219,7 @@ def test_grpo_decodes_from_a_graph(grpo, call_example):
 
 
 @torch.no_grad()
-def test_a_reward_model_gives_its_scores_again(sft, run_example):
+def test_reloaded_reward_model_gives_the_same_scores(sft, run_example):
     output = run_example("reward", "reward", *steps(18), "--eval_strategy", "steps", "--eval_steps", "18")
     assert_goes_down(logged(output))
     assert_is_fp32(factors(output))
@@ -237,7 +237,7 @@ def test_a_reward_model_gives_its_scores_again(sft, run_example):
 
 
 @torch.no_grad()
-def test_vision_adapts_text_experts_alone(outputs, run_example, monkeypatch):
+def test_vision_adapts_only_text_experts(outputs, run_example, monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     output = run_example("vision", "vision", *steps(6))
     assert_goes_down(logged(output))

@@ -1,4 +1,4 @@
-"""Adapters converted for others say there what they say here, and come back bit for bit."""
+"""Converted adapters give the same outputs in other tools, and convert back bit by bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_moe_qlora.layouts import convert_adapter, read_adapter
 
 
 def save_adapter(directory, model_type: str = "qwen3_moe", **options):
-    """Saves base and adapter, in fp32 so that logits can be compared closely; gives the live logits."""
+    """Saves base and adapter, in fp32 for a close comparison of logits; returns the unmerged logits."""
     if model_type == "llama4_text":
         model = llama4()
     elif model_type in ("laguna", "nemotron_h"):
@@ -83,19 +83,19 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("model_type", "options"),
-    # every option where there are dense layers and shared experts too
+    # all options combined with dense layers and shared experts
     [("deepseek_v3", name) for name in OPTIONS]
     + [(model_type, name) for model_type in ("qwen3_moe", "mixtral", "gpt_oss") for name in ("one rank", "patterns")],
 )
-def test_stock_peft_says_the_same(model_type, options, tmp_path):
+def test_stock_peft_gives_the_same_logits(model_type, options, tmp_path):
     live = save_adapter(tmp_path, model_type, **OPTIONS[options])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
-def assert_base_is_asked_for(directory, match: str) -> None:
-    """By an adapter that says nothing of its base, whose name is of no use here; the model type alone would do."""
+def assert_base_is_required(directory, match: str) -> None:
+    """The adapter has no usable base name; the model type alone would be enough."""
     (directory / "base").rename(directory / "gone")
     convert_adapter(directory / "adapter", directory / "by type", "peft-lora")
     file = directory / "adapter" / "adapter_config.json"
@@ -106,15 +106,15 @@ def assert_base_is_asked_for(directory, match: str) -> None:
         convert_adapter(directory / "adapter", directory / "again", "peft-lora", base=directory / "nowhere")
 
 
-def test_llama_4_is_laid_out_as_peft_does_it(tmp_path):
+def test_llama_4_layout_matches_peft(tmp_path):
     live = save_adapter(tmp_path, "llama4_text")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
-    assert_base_is_asked_for(tmp_path, "may belong to Llama 4")
+    assert_base_is_required(tmp_path, "may belong to Llama 4")
 
 
 def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
-    """PEFT renames their keys, by a pattern that spoils the model's own."""
+    """PEFT renames their keys by a pattern that does not fit the model's names."""
     live = save_adapter(tmp_path, "laguna")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
@@ -122,18 +122,18 @@ def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
     own = read_adapter(tmp_path / "adapter", tmp_path / "base").non_expert
     assert found.non_expert.keys() == own.keys()
     assert all(torch.equal(found.non_expert[key], own[key]) for key in own)
-    assert_base_is_asked_for(tmp_path, "may belong to Laguna")
+    assert_base_is_required(tmp_path, "may belong to Laguna")
 
 
-def test_layers_that_stock_peft_refuses_are_not_adapted(tmp_path):
-    """PEFT takes no LoRA on NemotronH's out_proj, which a kernel goes past; all-linear leaves it out here too."""
+def test_layers_that_stock_peft_rejects_are_not_adapted(tmp_path):
+    """PEFT rejects LoRA on NemotronH's out_proj, which a kernel bypasses; "all-linear" excludes it here too."""
     live = save_adapter(tmp_path, "nemotron_h", target_modules="all-linear")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
 @pytest.mark.parametrize("target", ["peft-lora", "per-expert"])
-def test_a_layer_that_is_missing_altogether(target, tmp_path):
+def test_missing_layer(target, tmp_path):
     save_adapter(tmp_path, target_modules=["experts"], layers_to_transform=[1])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", target)
     save_adapter(tmp_path, target_modules=["experts"])
@@ -143,7 +143,7 @@ def test_a_layer_that_is_missing_altogether(target, tmp_path):
         convert_adapter(tmp_path / "adapter", tmp_path / "again", target)
 
 
-def test_an_adapter_of_another_base(tmp_path):
+def test_adapter_of_another_base(tmp_path):
     save_adapter(tmp_path)
     tiny_model("qwen3_moe", num_experts=4).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"has shape \(8, 4, 64\) .* Expected \(4, 4, 64\)"):
@@ -151,7 +151,7 @@ def test_an_adapter_of_another_base(tmp_path):
 
 
 def merged_by_hand(directory) -> dict[str, torch.Tensor]:
-    """The base's checkpoint plus a per-expert adapter, by nothing but names."""
+    """The base's checkpoint plus a per-expert adapter, matched by names only."""
     weights = read_tensors(directory / "base")
     factors = load_file(directory / "converted" / "adapter_model.safetensors")
     config = json.loads((directory / "converted" / "adapter_config.json").read_text())
@@ -168,8 +168,8 @@ def merged_by_hand(directory) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_factors_of_single_experts_are_the_checkpoints(model_type, options, tmp_path):
-    """Added to the tensors of the same names, they give the model that the live adapter gives."""
+def test_per_expert_factors_match_checkpoint_tensors(model_type, options, tmp_path):
+    """Added to the tensors of the same names, they give the same model as the unmerged adapter."""
     live = save_adapter(tmp_path, model_type, **options)
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert")
     save_file(merged_by_hand(tmp_path), tmp_path / "base" / "model.safetensors", {"format": "pt"})
@@ -177,7 +177,7 @@ def test_factors_of_single_experts_are_the_checkpoints(model_type, options, tmp_
     torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=2e-5 * live.abs().max().item())
 
 
-def test_interleaved_rows_are_told_apart(tmp_path):
+def test_interleaved_rows_are_separated(tmp_path):
     save_adapter(tmp_path, "gpt_oss", target_modules=["experts"])
     found = convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert")
     factors = load_file(tmp_path / "converted" / "adapter_model.safetensors")
@@ -189,7 +189,7 @@ def test_interleaved_rows_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["peft-lora", "per-expert"])
-def test_the_command(target, tmp_path):
+def test_command(target, tmp_path):
     save_adapter(tmp_path)
     command = ["convert", str(tmp_path / "adapter"), str(tmp_path / "converted"), "--to", target]
     assert main(command) == 0
@@ -197,10 +197,10 @@ def test_the_command(target, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert main(command) == 1  # not empty any more
+    assert main(command) == 1  # no longer empty
 
 
-def test_linear_layers_have_the_checkpoints_names_too(tmp_path):
+def test_linear_layers_have_checkpoint_names(tmp_path):
     model = shrunken_model("hy_v3", dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     model = get_peft_model(model, MoeQLoraConfig(r=2, quant_type=None, target_modules="all-linear"))
@@ -223,13 +223,13 @@ def test_embeddings_and_modules_trained_in_full(tmp_path):
         convert_adapter(tmp_path / "adapter", tmp_path / "again", "per-expert")
 
 
-def test_trained_tokens_are_refused(tmp_path):
+def test_trained_tokens_are_rejected(tmp_path):
     save_adapter(tmp_path, target_modules=["experts"], trainable_token_indices=[4, 5])
-    with pytest.raises(ValueError, match="token"):
+    with pytest.raises(ValueError, match="trainable_tokens_delta, which PEFT's LoRA on parameters does not support"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
 
 
-def test_adapters_without_experts_are_pefts_business(tmp_path):
+def test_adapter_without_experts_is_left_to_peft(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
@@ -239,7 +239,7 @@ def test_adapters_without_experts_are_pefts_business(tmp_path):
         read_adapter(tmp_path, tmp_path / "base")
 
 
-def test_what_cannot_be_converted(tmp_path):
+def test_adapters_that_cannot_be_converted(tmp_path):
     with pytest.raises(ValueError, match=r"contains no adapter_config\.json"):
         read_adapter(tmp_path)
     save_adapter(tmp_path)
@@ -273,8 +273,8 @@ def test_what_cannot_be_converted(tmp_path):
     assert not out.exists()
 
 
-def test_a_rank_that_is_not_the_configs(tmp_path):
-    """Of a linear layer: its scaling would be another."""
+def test_rank_that_differs_from_the_config(tmp_path):
+    """Of a linear layer: its scaling would differ."""
     save_adapter(tmp_path)
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": {"q_proj": 2}}))
@@ -282,7 +282,7 @@ def test_a_rank_that_is_not_the_configs(tmp_path):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", "moe-qlora")
 
 
-def test_a_module_trained_in_full_that_is_missing(tmp_path):
+def test_missing_module_trained_in_full(tmp_path):
     save_adapter(tmp_path, target_modules=["experts"], modules_to_save=["lm_head"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({key: tensor for key, tensor in load_file(file).items() if "lm_head" not in key}, file)

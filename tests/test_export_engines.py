@@ -1,4 +1,4 @@
-"""Adapters for engines say there what they say here, as the engine's source lays them out."""
+"""Adapters converted for engines have the same effect there, as laid out in the engine's source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 class Written:
-    """A converted adapter, read without the code that wrote it."""
+    """A converted adapter, read independently of the code that wrote it."""
 
     def __init__(self, directory, target: str, base=None):
         out = directory / target
@@ -46,13 +46,13 @@ class Written:
         return self.tensors[keys[0]], self.tensors[keys[1]]
 
     def delta(self, name: str) -> torch.Tensor:
-        """Of a linear layer, `(out, in)`; of a stack, `(E, out, in)`."""
+        """`(out, in)` for a linear layer, `(E, out, in)` for a stack."""
         A, B = self.pair(name)
         assert A.shape[-2] == B.shape[-1] == self.config["r"]
         return self.config["lora_alpha"] / self.config["r"] * (B @ A)
 
     def fused_delta(self, path: str, num_experts: int) -> torch.Tensor:
-        """As vLLM 0.33.0 takes it apart (model_manager.py)."""
+        """Split as in vLLM 0.33.0 (model_manager.py)."""
         A, B = self.pair(path)
         A = A.reshape(num_experts, -1, A.shape[1])
         B = B.reshape(B.shape[0], -1, num_experts).permute(2, 0, 1)
@@ -67,7 +67,7 @@ class Written:
         return parameters["scale"] * (b @ a if a.dim() == 3 else (a @ b).T)
 
     def zeros(self) -> set[str]:
-        """Names of the layers that are left, which have to be without effect."""
+        """Names of the remaining layers, whose deltas must be zero."""
         left = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in self.unread}
         assert not any(self.delta(name).any() for name in left)
         return left
@@ -85,7 +85,7 @@ def check_linear(written: Written, deltas: dict[str, torch.Tensor]) -> None:
 
 def check_nothing_else(deltas: dict[str, torch.Tensor], read: set[str]) -> None:
     left = {name for name, delta in deltas.items() if delta.any() and "attn" not in name} - read
-    assert not left, "the adapter changes what has not been looked at"
+    assert not left, "the adapter changes weights that were not checked"
 
 
 @pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp"])
@@ -118,7 +118,7 @@ def test_one_lora_per_expert(model_type, pattern, parts, options, target, tmp_pa
 
 
 def check_config(config: dict) -> None:
-    """What at least one engine reads wrong or refuses."""
+    """Options that at least one engine misreads or rejects."""
     assert config["peft_type"] == "LORA"
     assert isinstance(config["target_modules"], list)
     assert config["init_lora_weights"] is True
@@ -137,8 +137,8 @@ def test_one_directory_for_three_engines(model_type, tmp_path):
     assert files[0] == files[1] == files[2]
 
 
-def test_scalings_are_multiplied_in_where_nothing_rounds(tmp_path):
-    """Factors in bf16 with scalings of their own: the products are as exact as the factors."""
+def test_scalings_are_multiplied_in_without_rounding(tmp_path):
+    """bf16 factors with individual scalings: the products are as exact as the factors."""
     saved_deltas(tmp_path, alpha_pattern={"layers.1.mlp.experts.down_proj": 5}, target_modules=["experts"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(file).items()}
@@ -154,8 +154,8 @@ def test_scalings_are_multiplied_in_where_nothing_rounds(tmp_path):
         torch.testing.assert_close(scaling * next(found), alpha / 4 * B, rtol=1e-6, atol=0)
 
 
-def test_the_base_and_the_task_are_named_to_the_engine(tmp_path):
-    """By which servers find the base, and tools choose the model's class."""
+def test_base_and_task_are_named_for_the_engine(tmp_path):
+    """Servers find the base by its name, and tools choose the model's class by the task."""
     saved_deltas(tmp_path, target_modules=["experts"], task_type="CAUSAL_LM", revision="v2")
     config = Written(tmp_path, "vllm").config
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
@@ -164,7 +164,7 @@ def test_the_base_and_the_task_are_named_to_the_engine(tmp_path):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_interleaved_rows_stay_so_for_vllm(options, tmp_path):
+def test_interleaved_rows_stay_interleaved_for_vllm(options, tmp_path):
     deltas = saved_deltas(tmp_path, "gpt_oss", **options)
     written = Written(tmp_path, "vllm")
     read = set()
@@ -193,7 +193,7 @@ def test_sglang_has_gate_rows_before_up_rows(options, tmp_path):
     written.zeros()
 
 
-def test_a_class_with_fused_experts_in_vllm(tmp_path):
+def test_class_with_fused_experts_in_vllm(tmp_path):
     deltas = saved_deltas(tmp_path, "qwen3_vl_moe", target_modules=["experts", "q_proj", "v_proj"])
     written = Written(tmp_path, "vllm")
     path = "model.language_model.layers.1.mlp.experts"
@@ -202,7 +202,7 @@ def test_a_class_with_fused_experts_in_vllm(tmp_path):
     assert "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight" in written.tensors
 
 
-def test_the_text_class_of_qwen3_5_is_not_fused_in_vllm(tmp_path):
+def test_text_class_of_qwen3_5_is_not_fused_in_vllm(tmp_path):
     deltas = saved_deltas(tmp_path, "qwen3_5_moe_text", target_modules=["experts"])
     name = "model.layers.1.mlp.experts.{}down_proj"
     assert_same(Written(tmp_path, "vllm").delta(name.format("2.")), deltas[name.format("")][2])
@@ -242,8 +242,8 @@ def test_mlx(model_type, module, options, tmp_path):
     assert not any(written.tensors[key].any() for key in written.unread if key.endswith("lora_b"))
 
 
-def test_layers_that_engines_join_get_zeros(tmp_path):
-    """SGLang joins q, k and v, and finds k only if every layer has it."""
+def test_layers_fused_by_engines_get_zeros(tmp_path):
+    """SGLang fuses q, k and v, and finds k only if every layer has it."""
     deltas = saved_deltas(
         tmp_path,
         "deepseek_v3",
@@ -262,8 +262,8 @@ def test_layers_that_engines_join_get_zeros(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["vllm", "sglang", "mlx"])
-def test_layers_of_zeros_leave_the_scaling_alone(target, tmp_path):
-    """k_proj and v_proj join q_proj without its pattern: that is no scaling that has to be multiplied into B."""
+def test_zero_layers_keep_the_scaling(target, tmp_path):
+    """k_proj and v_proj are fused with q_proj and match no pattern: this scaling need not be multiplied into B."""
     saved_deltas(tmp_path, target_modules=["experts", "q_proj"], alpha_pattern={"experts.*": 12, "q_proj": 12})
     directory = tmp_path / "adapter"
     edit_tensors(directory, {key: tensor.bfloat16() for key, tensor in tensors_of(directory).items()})
@@ -275,7 +275,7 @@ def test_layers_of_zeros_leave_the_scaling_alone(target, tmp_path):
     config = json.loads((tmp_path / target / "adapter_config.json").read_text())
     scaling = config["lora_parameters"]["scale"] if target == "mlx" else config["lora_alpha"] / config["r"]
     assert scaling == 12 / 4
-    # a scaling that differs still counts
+    # a scaling of a nonzero layer still counts
     edit_config(directory, alpha_pattern={"q_proj": 12})
     convert_adapter(directory, tmp_path / "again", target)
     again = tensors_of(tmp_path / "again", "adapters.safetensors" if target == "mlx" else "adapter_model.safetensors")
@@ -318,14 +318,14 @@ def test_layers_of_zeros_leave_the_scaling_alone(target, tmp_path):
         ("sglang", "qwen3_moe", {"bias": "all", "target_modules": ["experts"]}, "readers of this layout do not"),
     ],
 )
-def test_refused(target, model_type, options, match, tmp_path):
+def test_rejected_adapters(target, model_type, options, match, tmp_path):
     saved_deltas(tmp_path, model_type, **{"target_modules": ["experts"], **options})
     with pytest.raises(ValueError, match=match):
         convert_adapter(tmp_path / "adapter", tmp_path / "out", target)
     assert not (tmp_path / "out").exists()
 
 
-def test_routers_are_none_of_sglangs(tmp_path):
+def test_sglang_rejects_routers(tmp_path):
     saved_deltas(tmp_path, "phimoe", target_modules=["experts", "q_proj"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     router = "base_model.model.model.layers.0.mlp.router"
@@ -345,7 +345,7 @@ def test_routers_are_none_of_sglangs(tmp_path):
     ],
     ids=lambda value: value.get("quant_method") if isinstance(value, dict) else None,
 )
-def test_bases_that_engines_have_no_lora_on(quantization, refused, tmp_path):
+def test_bases_without_lora_support_in_engines(quantization, refused, tmp_path):
     model_type = "gpt_oss" if quantization["quant_method"] == "mxfp4" else "qwen3_moe"
     saved_deltas(tmp_path, model_type, target_modules=["experts"])
     file = tmp_path / "base" / "config.json"
@@ -363,7 +363,7 @@ def test_bases_that_engines_have_no_lora_on(quantization, refused, tmp_path):
 
 
 @pytest.mark.parametrize("target", ENGINES)
-def test_the_command(target, tmp_path, capsys):
+def test_command(target, tmp_path, capsys):
     saved_deltas(tmp_path)
     command = ["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", target]
     assert main([*command, "--base", str(tmp_path / "nowhere")]) == 1
@@ -374,8 +374,8 @@ def test_the_command(target, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("target", ["per-expert", "vllm", "sglang", "llama.cpp", "mlx"])
-def test_an_adapter_of_some_layers_is_read_back(target, tmp_path):
-    """What was left out isn't taken for missing."""
+def test_adapter_of_some_layers_is_read_back(target, tmp_path):
+    """Layers that were left out are not reported as missing."""
     saved_deltas(tmp_path, target_modules=["experts", "q_proj"], layers_to_transform=[1])
     convert_adapter(tmp_path / "adapter", tmp_path / "out", target)
     found = read_adapter(tmp_path / "out", tmp_path / "base")

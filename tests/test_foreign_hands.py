@@ -1,4 +1,4 @@
-"""Experts that something else has changed before: sharded over processes."""
+"""Experts modules that other tools have changed before: sharded over processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
 
 
 def shard(experts: nn.Module, mesh: distributed.DeviceMesh) -> None:
-    """By expert, as FSDP and expert parallelism do."""
+    """By expert, as FSDP and expert parallelism shard."""
     for module in experts.modules():
         for name, parameter in list(module._parameters.items()):
             sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
@@ -31,8 +31,8 @@ def shard(experts: nn.Module, mesh: distributed.DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_sharded_experts_are_refused(is_quantized, mesh):
-    """Whatever is to be done with them."""
+def test_sharded_experts_are_rejected(is_quantized, mesh):
+    """By every operation."""
     model = tiny_model()
     if is_quantized:
         quantize_experts(model, progressbar=False)
@@ -44,23 +44,23 @@ def test_sharded_experts_are_refused(is_quantized, mesh):
         quantize_experts(model)
 
 
-def test_a_second_adapter_on_a_sharded_model_is_refused(mesh):
+def test_second_adapter_on_a_sharded_model_is_rejected(mesh):
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2))
     shard(model.base_model.model.model.layers[1].mlp.experts, mesh)
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts is sharded over processes"):
         model.add_adapter("other", MoeQLoraConfig(r=2))
 
 
-def test_experts_spread_over_processes_are_refused():
+def test_expert_parallel_experts_are_rejected():
     model = tiny_model()
     model.model.layers[1].mlp.experts._is_expert_parallel = True
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is sharded over processes"):
         get_peft_model(model, MoeQLoraConfig(r=2))
 
 
-def test_loading_sharded_into_4_bits_is_refused(tmp_path):
+def test_sharded_loading_into_4_bits_is_rejected(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     config = tiny_config("qwen3_moe")
-    config.distributed_config = DistributedConfig()  # as from_pretrained does it with the argument of that name
+    config.distributed_config = DistributedConfig()  # as from_pretrained does with this argument
     with pytest.raises(ValueError, match="distributed_config is not supported with a MoeQuantizationConfig"):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=config, quantization_config=MoeQuantizationConfig())

@@ -1,4 +1,4 @@
-"""What every format has to do, whatever it stores; and a made-up one, of which the package knows nothing."""
+"""Requirements of every format, and of a made-up one that the package does not contain."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stack_of(storage: Format, shape=(3, 96, 160), parts: int = 2) -> QuantizedSt
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
-def test_a_name_is_read_as_the_format_that_wrote_it(storage):
+def test_names_are_parsed_to_their_format(storage):
     assert parse_format(str(storage)) == storage
     assert MoeQLoraConfig(storage=str(storage)).format == storage
     assert MoeQuantizationConfig(storage=str(storage)).format == storage
@@ -72,7 +72,7 @@ def test_a_name_is_read_as_the_format_that_wrote_it(storage):
         "nf5/64",
     ],
 )
-def test_other_names_are_refused(text):
+def test_invalid_names_are_rejected(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
         parse_format(text)
     with pytest.raises(ValueError, match="storage"):
@@ -100,18 +100,18 @@ def test_weights_are_values_times_scales(storage, parts):
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
-def test_what_can_be_stored_is_stored_without_error(storage):
+def test_representable_weights_are_stored_exactly(storage):
     stack = stack_of(storage)
     again = stack.merged(lambda expert: torch.zeros(96, 160))
     assert_same_bytes(dict(again.named_parameters()), dict(stack.named_parameters()))
 
 
 ERRORS = {"fp8": 0.0275, "mxfp4": 0.12, "int8": 0.01, "nvfp4": 0.1, "int4": 0.13, "six": 0.04, "nf4": 0.1, "fp4": 0.14}
-"""A little above what Gaussian weights have: 0.026, 0.112, 0.009, 0.08 to 0.12, 0.095, 0.035, 0.096, 0.13."""
+"""Slightly above the errors of Gaussian weights: 0.026, 0.112, 0.009, 0.08 to 0.12, 0.095, 0.035, 0.096, 0.13."""
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
-def test_the_error_is_that_of_the_format(storage):
+def test_quantization_error_of_the_format(storage):
     stack = stack_of(storage)
     weight = torch.randn(3, 96, 160, generator=torch.Generator().manual_seed(0))
     error = (stack.decode(torch.float32) - weight).norm() / weight.norm()
@@ -119,7 +119,7 @@ def test_the_error_is_that_of_the_format(storage):
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
-def test_all_is_integers_which_no_cast_reaches(storage):
+def test_tensors_are_integers_that_no_cast_changes(storage):
     stack = stack_of(storage)
     before = {name: tensor.clone() for name, tensor in stack.named_parameters()}
     assert not any(tensor.is_floating_point() for tensor in before.values())
@@ -135,8 +135,8 @@ def test_zeros_are_stored_as_zeros(storage):
 
 
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
-def test_a_small_delta_does_not_move_all_weights(storage):
-    """Where scales were not made from the largest weight, fresh ones would round every weight anew."""
+def test_small_delta_does_not_change_all_weights(storage):
+    """If scales were not derived from the largest weight, new ones would round every weight again."""
     stack = stack_of(storage, (1, 64, 64), 1)
     for name, tensor in storage.store_scales(2 * stack.scales(slice(0, 1))[0], 64, 64).items():
         stack.get_parameter(name).data[0] = tensor
@@ -148,7 +148,7 @@ def test_a_small_delta_does_not_move_all_weights(storage):
 
 
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
-def test_the_stack_of_a_transposed_class_is_stored_out_in(storage):
+def test_transposed_stack_is_stored_out_in(storage):
     weight = torch.randn(2, 64, 32)
     stack = QuantizedStack.from_dense(weight, True, storage)
     assert not stack.is_transposed
@@ -162,8 +162,8 @@ def stored_in(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
-def test_a_model_trains_and_merges(storage, model_type, tmp_path):
-    """Loss and all gradients are those of the decoded weights; saving, reloading and merging too."""
+def test_model_trains_and_merges(storage, model_type, tmp_path):
+    """Loss and all gradients equal those of the decoded weights; saving, reloading and merging are tested too."""
     model = tiny_model(model_type)
     quantize_experts(model, storage=str(storage), progressbar=False)
     model.save_pretrained(tmp_path / "base")
@@ -203,7 +203,7 @@ def test_a_model_trains_and_merges(storage, model_type, tmp_path):
 
 
 @pytest.mark.parametrize("storage", [SixBits(), Fp8Format((16, 32))], ids=str)
-def test_merging_on_disk_is_onto_what_was_trained(storage, tmp_path):
+def test_merge_on_disk_uses_the_trained_weights(storage, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "base")
     quantize_experts(model, storage=str(storage), progressbar=False)
@@ -220,10 +220,10 @@ COARSE = ("int4/128+bf16", "int4/channel+fp16")
 
 
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
-def test_second_order_rounding_beats_the_nearest(storage):
-    """By half, in the squares that divergences go by; a delta of the size that training makes.
+def test_second_order_rounding_beats_rounding_to_nearest(storage):
+    """The squared error is halved, for a delta of typical size after training.
 
-    Of a coarse grid's steps, such as those of 16 even ones over many weights, it is an eighth: less can be had.
+    For coarse grids, such as 16 uniform steps for many weights, the delta is an eighth of a step: the gain is smaller.
     """
     from peft_moe_qlora.merge.second_order import MergedExpert, quantize_second_order
 
@@ -249,8 +249,8 @@ def test_second_order_rounding_beats_the_nearest(storage):
 
 @pytest.mark.parametrize("is_inverse", [False, True])
 @pytest.mark.parametrize("rounding", ["nearest", "second order"])
-def test_a_second_level_of_scales_is_kept(is_inverse, rounding):
-    """A new one would round the scales of all blocks; and engines use one for gate and up."""
+def test_second_level_scale_is_kept(is_inverse, rounding):
+    """A new one would round the scales of all blocks, and engines use one for both gate and up."""
     from peft_moe_qlora.merge.second_order import MergedExpert, quantize_second_order
 
     storage = Nvfp4Format(is_inverse=is_inverse)
@@ -260,7 +260,7 @@ def test_a_second_level_of_scales_is_kept(is_inverse, rounding):
     assert first == second
 
     def merged(row: int, column: int, factor: float) -> QuantizedStack:
-        """One weight times a factor."""
+        """One weight multiplied by a factor."""
         delta = torch.zeros(64, 64)
         delta[row, column] = (factor - 1) * before[row, column]
         if rounding == "nearest":
@@ -268,7 +268,7 @@ def test_a_second_level_of_scales_is_kept(is_inverse, rounding):
         eye = torch.eye(64)
         return quantize_second_order(stack, lambda _: MergedExpert(before + delta, eye, torch.linalg.qr(delta).R), eye)
 
-    # of the lower part, where the scales of blocks are least and largest
+    # in the lower half, the blocks with the smallest and the largest scale
     sizes = before[32:].abs().unflatten(1, (-1, 16)).amax(2)
     (low_row, low_block), (row, block) = (divmod(int(found), 4) for found in (sizes.argmin(), sizes.argmax()))
 
@@ -289,27 +289,27 @@ def test_a_second_level_of_scales_is_kept(is_inverse, rounding):
 
 PACKAGE = Path(peft_moe_qlora.__file__).parent
 HOMES = ("quantization/formats/", "ops/kernels/", "loading/disk/", "loading/checkpoint.py", "layouts/engines.py")
-"""Where a format may be named: its own file, its kernel decode, its layouts on disk; dtypes of files, and what engines
-read."""
+"""Where a format may be named: its own file, its kernel decoder, its layouts on disk, dtypes of files, and the engines
+table."""
 
 
 @pytest.mark.parametrize("name", ["fp8", "e4m3", "e2m1", "mxfp4", "six", "int8format", "int4", "nvfp4"])
-def test_nothing_else_names_a_format(name):
-    """A new format is a file of its own; what has to be changed elsewhere would be missed."""
+def test_formats_are_named_only_in_their_own_files(name):
+    """A new format is one new file; references elsewhere would be missed."""
     found = []
     for file in PACKAGE.rglob("*.py"):
         if file.relative_to(PACKAGE).as_posix().startswith(HOMES):
             continue
         code = re.sub(r'""".*?"""', "", file.read_text(encoding="utf-8"), flags=re.DOTALL)  # examples may name one
-        code = re.sub(r"\"[^\"\n]*'[^\"\n]*'[^\"\n]*\"", "", code)  # and so may errors and help, in quotation marks
+        code = re.sub(r"\"[^\"\n]*'[^\"\n]*'[^\"\n]*\"", "", code)  # errors and help too, in quotation marks
         if re.search(rf"(?<![a-z]){name}", code, flags=re.IGNORECASE):
             found.append(file.relative_to(PACKAGE).as_posix())
     assert not found
 
 
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
-def test_weights_that_stay_keep_their_codes(storage):
-    """All codes, those that no fresh scale asks for too."""
+def test_unchanged_weights_keep_their_codes(storage):
+    """For all codes, including those that a new scale would not produce."""
     rows, columns = 32, 256
     stack = QuantizedStack.from_dense(torch.randn(1, rows, columns), False, storage)
     codes = torch.arange(rows * columns).view(rows, columns) % (256 if storage.codes_per_byte == 1 else 16)
@@ -323,13 +323,13 @@ def test_weights_that_stay_keep_their_codes(storage):
     assert torch.equal(again.decode_expert(0, torch.float32), exact)
 
 
-def test_parts_are_of_what_goes_out():
+def test_transposed_stack_has_one_part():
     """Rows of a transposed stack are inputs, of which there may be an odd number."""
     stack = QuantizedStack.from_dense(torch.randn(2, 65, 128), True, FourBitFormat(), 2)
     assert stack.parts == 1
 
 
-def test_a_tensor_may_not_be_called_like_something_of_the_module():
+def test_tensor_names_must_not_conflict_with_module_attributes():
     class Taken(SixBits):
         def tensors(self, rows: int, columns: int, parts: int = 1) -> dict:
             return {"scales": super().tensors(rows, columns, parts)["codes"]}
@@ -338,14 +338,14 @@ def test_a_tensor_may_not_be_called_like_something_of_the_module():
         QuantizedStack(torch.Size((1, 32, 32)), torch.float32, False, Taken())
 
 
-def test_two_requests_for_a_format():
+def test_conflicting_format_options():
     with pytest.raises(ValueError, match="contradicts quant_type"):
         MoeQLoraConfig(storage="fp8/128x128", quant_type="fp4")
     with pytest.raises(ValueError, match="contradicts quant_type"):
         MoeQuantizationConfig("fp4", storage="fp8/128x128")
 
 
-def test_a_second_adapter_takes_the_format_of_the_model():
+def test_second_adapter_takes_the_format_of_the_model():
     model = tiny_model()
     quantize_experts(model, storage="fp8/16x32", progressbar=False)
     model = get_peft_model(model, MoeQLoraConfig(r=4))

@@ -1,4 +1,4 @@
-"""Training by FSDP2 is that of one process; codes and scales are what they were, adapters are saved whole."""
+"""Training with FSDP2 equals one process, codes and scales do not change, and the full adapter is saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from distributed_training import (
     STEPS,
     WORLD,
     adapted,
-    alone,
     assert_same_training,
     batch,
     build,
@@ -27,6 +26,7 @@ from distributed_training import (
     saved_keys,
     start,
     train,
+    train_alone,
     trained,
     write_checkpoint,
 )
@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from trained_by_trainer import assert_as_one_process, assert_resumed, trained_by_both
+from trained_by_trainer import assert_as_one_process, assert_resumed, train_alone_and_distributed
 from transformers import AutoModelForCausalLM
 
 from peft_moe_qlora import (
@@ -60,7 +60,7 @@ from peft_moe_qlora.training.fsdp2 import OLDEST_TORCH
 
 HAS_FSDP2 = Version(Version(torch.__version__).base_version) >= Version(OLDEST_TORCH)
 needs_fsdp2 = pytest.mark.skipif(
-    not HAS_FSDP2, reason=f"FSDP2 takes integers as parameters from torch {OLDEST_TORCH}: pip install --upgrade torch"
+    not HAS_FSDP2, reason=f"FSDP2 supports integer parameters from torch {OLDEST_TORCH}: pip install --upgrade torch"
 )
 PLAIN = CASES["plain"]
 MIXED = replace(CASES["double_quant, checkpointing"], quantize_linear=True)
@@ -97,14 +97,14 @@ def train_all(rank: int, directory: Path) -> dict[str, object]:
             found["report"] = graphs_report(model.get_base_model())
         if case is PLAIN:
             found["share"] = sum(one.to_local().nbytes for one in model.parameters()) / size
-            found["after"] = {**used_sharded(model, directory, rank), "factors": factors(model)}
-    found["base"] = base_alone(rank, directory, mesh)
-    found["experts"] = only_experts(rank, directory, mesh)
-    found["as one"] = as_one(rank, directory, mesh)
+            found["after"] = {**results_of_sharded_model(model, directory, rank), "factors": factors(model)}
+    found["base"] = errors_of_sharded_base(rank, directory, mesh)
+    found["experts"] = experts_as_units(rank, directory, mesh)
+    found["as one"] = whole_model_as_unit(rank, directory, mesh)
     found["precision"] = mixed_precision(rank, directory, mesh)
     found["resumed"] = resumed(rank, directory, mesh)
     found["adapters"] = two_adapters(rank, directory, mesh)
-    found["parts"] = {str(size): in_parts(rank, directory, mesh, size) for size in (8, 3)}
+    found["parts"] = {str(size): read_in_parts(rank, directory, mesh, size) for size in (8, 3)}
     return found
 
 
@@ -116,8 +116,8 @@ def error_of(action: Callable[[], object]) -> str:
     return ""
 
 
-def used_sharded(model: PeftModel, directory: Path, rank: int) -> dict[str, object]:
-    """What PEFT's functions do with a sharded model, which has been trained."""
+def results_of_sharded_model(model: PeftModel, directory: Path, rank: int) -> dict[str, object]:
+    """The results of PEFT's functions on a sharded model after training."""
     refused = {name: error_of(partial(action, model)) for name, action in (GATHERED | WHOLE).items()}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -141,8 +141,8 @@ def used_sharded(model: PeftModel, directory: Path, rank: int) -> dict[str, obje
     }
 
 
-def base_alone(rank: int, directory: Path, mesh: object) -> dict[str, object]:
-    """What is said of a sharded model without an adapter, and whether it is as before."""
+def errors_of_sharded_base(rank: int, directory: Path, mesh: object) -> dict[str, object]:
+    """The errors for a sharded model without an adapter, and whether the model is unchanged."""
     model = build(directory, PLAIN).unload()
     before = packed(model)
     shard_layers(model, mesh=mesh)
@@ -151,8 +151,8 @@ def base_alone(rank: int, directory: Path, mesh: object) -> dict[str, object]:
     return {"refused": refused, "is the same": all(torch.equal(after[name], one) for name, one in before.items())}
 
 
-def only_experts(rank: int, directory: Path, mesh: object) -> object:
-    """Experts as units, beside which nothing but the root is one."""
+def experts_as_units(rank: int, directory: Path, mesh: object) -> object:
+    """Experts as FSDP units; no other unit except the root."""
     model = build(directory, PLAIN)
     for module in model.modules():
         if isinstance(module, QuantizedExperts):
@@ -161,8 +161,8 @@ def only_experts(rank: int, directory: Path, mesh: object) -> object:
     return train(model, PLAIN, rank=rank, world=WORLD)
 
 
-def as_one(rank: int, directory: Path, mesh: object) -> tuple[object, str]:
-    """The whole model as one unit, whose layers don't know of it."""
+def whole_model_as_unit(rank: int, directory: Path, mesh: object) -> tuple[object, str]:
+    """The whole model as one unit, which the layers are not aware of."""
     case = CASES["graphs"]
     with graphs_by_calling(case):
         model = build(directory, case)
@@ -171,7 +171,7 @@ def as_one(rank: int, directory: Path, mesh: object) -> tuple[object, str]:
 
 
 def mixed_precision(rank: int, directory: Path, mesh: object) -> dict[str, object]:
-    """What experts and linear layers are decoded to in the forward, against before."""
+    """Compares the weights of experts and linear layers, decoded in the forward, with those before sharding."""
     model = build(directory, MIXED)
     experts = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
     linear = [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -186,11 +186,11 @@ def mixed_precision(rank: int, directory: Path, mesh: object) -> dict[str, objec
     of_linear = {id(module): of_4_bits(module) for module in linear}
     seen, seen_linear = [], []
 
-    def look_at_linear(module: Linear4bit, args: tuple) -> None:
+    def check_linear(module: Linear4bit, args: tuple) -> None:
         seen_linear.append(torch.equal(of_4_bits(module), of_linear[id(module)]))
         seen_linear.append(args[0].dtype == torch.bfloat16)
 
-    def look(module: QuantizedExperts, args: tuple) -> None:
+    def check_experts(module: QuantizedExperts, args: tuple) -> None:
         seen.append(all(torch.equal(*pair) for pair in zip(decoded(module), expected[id(module)])))
         seen.append(module.lora_dtype == torch.bfloat16)
 
@@ -199,16 +199,16 @@ def mixed_precision(rank: int, directory: Path, mesh: object) -> dict[str, objec
         module.register_forward_pre_hook(
             lambda module, args: setattr(module, "lora_dtype", module.down_proj.factors("default")[0].dtype)
         )
-        module.register_forward_pre_hook(look)
+        module.register_forward_pre_hook(check_experts)
     for module in linear:
-        module.register_forward_pre_hook(look_at_linear)
+        module.register_forward_pre_hook(check_linear)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard_layers(model, mesh=mesh, mp_policy=policy)
     return {"run": train(model, MIXED, rank=rank, world=WORLD), "seen": seen, "seen linear": seen_linear}
 
 
 def resumed(rank: int, directory: Path, mesh: object) -> dict[str, object]:
-    """Trains on from states of factors and optimizer that were gathered after the first step."""
+    """Resumes from states of factors and optimizer that were gathered after the first step."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     into = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     states, ends = None, []
@@ -229,13 +229,13 @@ def resumed(rank: int, directory: Path, mesh: object) -> dict[str, object]:
                     get_model_state_dict(model, options=options),
                     get_optimizer_state_dict(model, optimizer, options=options),
                 ]
-                states = copy.deepcopy(found)  # on a CPU the counts of steps are the optimizer's own
+                states = copy.deepcopy(found)  # on a CPU the step counters are not copied
         ends.append(factors(model))
     return {"straight": ends[0], "resumed": ends[1], "is_whole": bool(states[0]) == (rank == 0)}
 
 
 def two_adapters(rank: int, directory: Path, mesh: object) -> dict[str, object]:
-    """Adapters that take turns, of which one is deleted and one replaced by a file."""
+    """Two adapters trained in turn; then one is deleted, and one replaced by a file."""
     model = build(directory, PLAIN)
     model.add_adapter("other", model.peft_config["default"])
     shard_layers(model, mesh=mesh)
@@ -251,7 +251,7 @@ def two_adapters(rank: int, directory: Path, mesh: object) -> dict[str, object]:
     return {"moved": moved, "before": set(before), "run": run}
 
 
-def in_parts(rank: int, directory: Path, mesh: object, num_experts: int) -> dict[str, object]:
+def read_in_parts(rank: int, directory: Path, mesh: object, num_experts: int) -> dict[str, object]:
     """A model of which each process reads its own experts."""
     source = directory / f"of {num_experts}"
     read, read_key = [], Checkpoint.read
@@ -294,15 +294,15 @@ def found(directory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def by_trainer(directory, tmp_path_factory) -> list[dict]:
-    """What a Trainer has found in one process, and in each of several."""
-    return trained_by_both("fsdp2.yaml", directory, tmp_path_factory.mktemp("by trainer"))
+def trainer_results(directory, tmp_path_factory) -> list[dict]:
+    """The results of a Trainer in one process, and in each of several."""
+    return train_alone_and_distributed("fsdp2.yaml", directory, tmp_path_factory.mktemp("by trainer"))
 
 
 @needs_fsdp2
 @pytest.mark.parametrize("name", [name for name in CASES if name != "8-bit AdamW"])
 def test_training(directory, found, name):
-    expected = alone(directory, CASES[name])
+    expected = train_alone(directory, CASES[name])
     for of_rank in found:
         assert_same_training(of_rank["train"][name], expected)
 
@@ -321,23 +321,23 @@ def test_layers_are_not_captured(found):
 
 @needs_fsdp2
 def test_experts_as_units(directory, found):
-    assert_same_training(found[0]["experts"], alone(directory, PLAIN))
+    assert_same_training(found[0]["experts"], train_alone(directory, PLAIN))
 
 
 @needs_fsdp2
-def test_the_model_as_one_unit(directory, found):
+def test_model_as_one_unit(directory, found):
     run, report = found[0]["as one"]
-    assert_same_training(run, alone(directory, CASES["graphs"]))
+    assert_same_training(run, train_alone(directory, CASES["graphs"]))
     assert report.startswith("0 graphs of layers")
     assert "its parameters are sharded by FSDP2" in report
 
 
 @needs_fsdp2
-def test_mixed_precision_touches_no_packed_weight(directory, found):
-    expected = alone(directory, MIXED)
+def test_mixed_precision_keeps_packed_weights(directory, found):
+    expected = train_alone(directory, MIXED)
     for of_rank in found:
         run, seen = of_rank["precision"]["run"], of_rank["precision"]["seen"]
-        # two looks of two layers, in two forwards of each step with checkpointing
+        # two checks in two layers, in two forwards of each step with checkpointing
         assert len(seen) == 2 * 2 * 2 * STEPS
         assert all(seen)
         # of four linear layers each
@@ -348,14 +348,14 @@ def test_mixed_precision_touches_no_packed_weight(directory, found):
 
 
 @needs_fsdp2
-def test_bitsandbytes_optimizers_are_refused(found):
+def test_bitsandbytes_optimizers_are_rejected(found):
     for of_rank in found:
         assert "UnsyncedAdamW8bit does not support parameters that are sharded" in of_rank["8-bit AdamW"]
 
 
 @needs_fsdp2
 @pytest.mark.parametrize("name", GATHERED)
-def test_what_needs_whole_weights_is_refused(found, name):
+def test_operations_on_whole_weights_are_rejected(found, name):
     for of_rank in found:
         assert "is sharded over processes by FSDP2" in of_rank["after"]["refused"][name]
         assert "Save the adapter with save_pretrained(" in of_rank["after"]["refused"][name]
@@ -363,7 +363,7 @@ def test_what_needs_whole_weights_is_refused(found, name):
 
 @needs_fsdp2
 @pytest.mark.parametrize("name", OF_BASE)
-def test_models_are_saved_whole_before(directory, found, name):
+def test_saving_a_sharded_model_is_rejected(directory, found, name):
     for of_rank in found:
         assert "is sharded over processes by FSDP2" in of_rank["base"]["refused"][name]
         assert of_rank["base"]["is the same"]
@@ -372,21 +372,21 @@ def test_models_are_saved_whole_before(directory, found, name):
 
 @needs_fsdp2
 @pytest.mark.parametrize("name", WHOLE)
-def test_adapters_are_added_before(found, name):
+def test_adding_an_adapter_after_sharding_is_rejected(found, name):
     for of_rank in found:
         assert "shard it after all adapters are added" in of_rank["after"]["refused"][name]
 
 
 @needs_fsdp2
-def test_merging_while_gathered_is_refused(found):
-    """FSDP2 would throw away what is merged into linear layers meanwhile."""
+def test_merging_while_gathered_is_rejected(found):
+    """FSDP2 would discard deltas merged into linear layers while they are gathered."""
     assert all(
         "requires the whole tensor" in of_rank["after"]["refused"]["unshard, merge_adapter"] for of_rank in found
     )
 
 
 @needs_fsdp2
-def test_the_adapter_is_saved_whole(directory, found):
+def test_full_adapter_is_saved(directory, found):
     saved = load_file(directory / "adapter" / "adapter_model.safetensors")
     expected = found[0]["after"]["factors"]
     assert_same_bytes(saved, saved_keys(expected))
@@ -417,16 +417,16 @@ def test_adapters_take_turns(found):
         adapters = of_rank["adapters"]
         assert adapters["moved"] == {name for name in adapters["before"] if ".other." in name} != set()
         assert adapters["run"].is_packed_the_same
-        # the factors of the file were trained for as many steps before
+        # the factors in the file were trained for as many steps before
         assert adapters["run"].losses[0] < of_rank["train"]["plain"].losses[0]
 
 
 @needs_fsdp2
 @pytest.mark.parametrize("num_experts", [8, 3])
-def test_reading_a_part(directory, found, num_experts):
+def test_reading_part_of_the_experts(directory, found, num_experts):
     source = directory / f"of {num_experts}"
     whole_model = build(source, PLAIN)
-    expected, run = packed(whole_model), alone(source, PLAIN)
+    expected, run = packed(whole_model), train_alone(source, PLAIN)
     keys = [of_rank["parts"][str(num_experts)]["read"] for of_rank in found]
     # three tensors of each expert of two layers, each read once by one process
     assert len(keys[0]) + len(keys[1]) == len({*keys[0], *keys[1]}) == 2 * 3 * num_experts
@@ -440,8 +440,8 @@ def test_reading_a_part(directory, found, num_experts):
 
 
 @needs_fsdp2
-def test_trainer(by_trainer):
-    expected, *several = by_trainer
+def test_trainer(trainer_results):
+    expected, *several = trainer_results
     for found in several:
         assert found["wrapped"] == "FSDPPeftModelForCausalLM"
         assert found["share"] == pytest.approx(expected["share"] / 2, rel=0.01)
@@ -449,33 +449,33 @@ def test_trainer(by_trainer):
 
 
 @needs_fsdp2
-def test_trainer_resumes(by_trainer):
-    for found in by_trainer:
+def test_trainer_resumes(trainer_results):
+    for found in trainer_results:
         assert_resumed(found)
 
 
 @needs_fsdp2
-def test_trainer_of_a_part(by_trainer):
-    """Each process has read its own experts, and accelerate shards them."""
-    expected, *several = by_trainer
+def test_trainer_with_part_of_the_experts(trainer_results):
+    """Each process read its own experts, and accelerate shards them."""
+    expected, *several = trainer_results
     for found in several:
         assert_same_training(found["part"], expected["straight"])
         assert_same_bytes(found["packed of parts"], expected["packed"])
 
 
 @needs_fsdp2
-def test_trainer_with_4_bit_linear(by_trainer):
-    """accelerate leaves bitsandbytes' linear layers whole in each process."""
-    for found in by_trainer[1:]:
+def test_trainer_with_4_bit_linear(trainer_results):
+    """accelerate keeps bitsandbytes' linear layers whole in each process."""
+    for found in trainer_results[1:]:
         assert found["left whole"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
-def test_a_rank_beyond_the_last_is_refused():
+def test_rank_out_of_range_is_rejected():
     with pytest.raises(ValueError, match="rank=2 is out of range for world_size=2"), read_part_of_experts(2, 2):
         pass
 
 
-def test_models_without_decoder_layers_are_refused():
+def test_models_without_decoder_layers_are_rejected():
     message = "has no GradientCheckpointingLayer" if HAS_FSDP2 else f"Expected torch {OLDEST_TORCH} or later"
     with pytest.raises((RuntimeError, ValueError), match=message):
         shard_layers(nn.Linear(2, 2))

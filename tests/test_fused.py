@@ -1,6 +1,6 @@
-"""The whole experts layer as one function: forward, every gradient, and what surrounds it.
+"""The whole experts layer as one function: forward, all gradients, and its integration with torch.
 
-Against plain torch, in Triton's interpreter where there is no GPU, in fp32 either way; at real sizes on a GPU.
+Compared with plain torch, in Triton's interpreter without a GPU, in fp32 in both cases; at real sizes on a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peft_moe_qlora.ops.kernels.tuning import GemmTiles
 
 @pytest.fixture(autouse=True)
 def no_recordings() -> None:
-    forget_recordings()  # tests change tiles, which recordings don't know
+    forget_recordings()  # tests change tiles, which recordings do not check
 
 
 def run_layer(
@@ -47,7 +47,7 @@ def run_layer(
     dtype: torch.dtype,
     backward: bool = True,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Output and all gradients of the fused layer, each beside that of plain torch in fp32."""
+    """Output and all gradients of the fused layer, each with its fp32 reference in plain torch."""
     up, down = stacks
     num_experts, hidden, intermediate = up.num_experts, up.in_features, down.in_features
 
@@ -117,7 +117,7 @@ def test_layer_and_all_gradients(case: tuple, tuned: GemmTiles, monkeypatch: pyt
     stacks = tuple(
         random_stack((num_experts, *(shape[::-1] if transposed else shape)), transposed, storage) for shape in shapes
     )
-    # on a GPU the second run replays the recording of the first, with other inputs and another routing
+    # on a GPU the second run replays the recording of the first, with other inputs and routing
     for _ in range(2 if DEVICE.type == "cuda" else 1):
         for found, expected in run_layer(num_tokens, top_k, stacks, gate, rank, has_bias, torch.float32):
             assert_close(found, torch.zeros_like(found) if expected is None else expected)
@@ -144,7 +144,7 @@ def test_forward_by_gemv(case: tuple, storage: FourBitFormat | None, monkeypatch
     assert len(ran) == fits_gemv(*map(packed_weight, stacks))
 
 
-def test_a_recording_allocates_and_launches_again_with_other_inputs() -> None:
+def test_recording_is_replayed_with_other_inputs() -> None:
     def copy(num_bytes: int, addresses: list[int], _stream: int) -> None:
         source, target = addresses
         ctypes.memmove(target, source, num_bytes)
@@ -167,7 +167,7 @@ def test_a_recording_allocates_and_launches_again_with_other_inputs() -> None:
 
 
 @pytest.mark.gpu
-def test_a_replay_in_a_thread_that_has_not_used_the_device() -> None:
+def test_replay_in_a_new_thread() -> None:
     arguments = layer_arguments()
     with torch.no_grad():
         expected = [fused_experts(**arguments) for _ in range(2)]
@@ -180,7 +180,7 @@ def test_a_replay_in_a_thread_that_has_not_used_the_device() -> None:
 
 
 @pytest.mark.gpu
-def test_a_replay_is_bit_for_bit_the_first_run() -> None:
+def test_replay_equals_the_first_run_bitwise() -> None:
     stacks = random_stack((5, 128, 64), False, NF4), random_stack((5, 64, 64), False, FourBitFormat("fp4", 64, True))
     runs = []
     for _ in range(3):
@@ -191,7 +191,7 @@ def test_a_replay_is_bit_for_bit_the_first_run() -> None:
         assert all(torch.equal(first, second) for first, second in zip(runs[0], again))
 
 
-def test_what_is_not_needed_is_not_computed() -> None:
+def test_unneeded_gradients_are_not_computed() -> None:
     stacks = random_stack((3, 64, 64), False, NF4), random_stack((3, 64, 32), False, NF4)
     weights = [packed_weight(stack) for stack in stacks]
     x = torch.randn(4, 64, device=DEVICE)
@@ -223,7 +223,7 @@ def test_equal_inputs_give_equal_bits() -> None:
 @pytest.mark.parametrize("num_tokens", [16, 512, 4096, 16384])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_equal_inputs_give_equal_bits_at_real_sizes(num_tokens: int, transposed: bool) -> None:
-    """What a race would change; with the tiles of the table, on a busy device."""
+    """A race condition would change bits; with the tiles of the table, on a busy device."""
     num_experts, hidden, intermediate, top_k = 64, 2048, 768, 8
     shapes = ((2 * intermediate, hidden), (hidden, intermediate))
     weights = [
@@ -270,21 +270,21 @@ def test_real_shapes_in_16_bits(
         stack = DenseStack(weight, transposed)
         parts = 2 if len(stacks) == 0 and not transposed else 1
         stacks.append(stack if storage is None else QuantizedStack.from_dense(weight, transposed, storage, parts))
-    # gpt-oss's gate is not zero in the mean, so that errors of the weights that have a mean add up
+    # gpt-oss's gate has a nonzero mean, so errors of the weights that have a mean accumulate
     gate = Gate("swiglu_oai", limit=7.0, alpha=1.702) if transposed else Gate("silu")
     limit = 6e-3 if dtype == torch.bfloat16 else 1.5e-3
     for index, (found, expected) in enumerate(run_layer_by_expert(num_tokens, top_k, tuple(stacks), gate, dtype)):
         if num_tokens > 1:
             assert_close(found, expected, limit)
         elif index != 3:
-            assert_close(found, expected, 2 * limit)  # a few numbers each
-        # the gradients of one token's weights are single dot products, which may cancel to nothing
+            assert_close(found, expected, 2 * limit)  # a few values each
+        # the gradients of one token's weights are single dot products, which may cancel to zero
 
 
 def run_layer_by_expert(
     num_tokens: int, top_k: int, stacks: tuple[Stack, Stack], gate: Gate, dtype: torch.dtype
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """As `run_layer`, with one expert of the reference in memory at a time; the output without gradients first."""
+    """As `run_layer`, but the reference processes one expert at a time; the output without gradients is first."""
     up, down = stacks
     num_experts, hidden, intermediate, rank = up.num_experts, up.in_features, down.in_features, 8
     shapes = ((rank, hidden), (2 * intermediate, rank), (rank, intermediate), (hidden, rank))
@@ -339,7 +339,7 @@ def test_under_torch_compile_without_a_graph_break() -> None:
         assert_close(a, b, 1e-6)
 
 
-def test_generation_under_torch_compile_goes_by_gemv(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_under_torch_compile_uses_gemv(monkeypatch: pytest.MonkeyPatch) -> None:
     stacks = random_stack((4, 128, 64), False, NF4), random_stack((4, 64, 64), False, NF4)
     weights = [packed_weight(stack) for stack in stacks]
     factors = [torch.randn(4, *shape, device=DEVICE) for shape in ((3, 64), (128, 3), (3, 64), (64, 3))]
@@ -400,7 +400,7 @@ def test_capture_in_a_cuda_graph_and_replay_with_other_routing() -> None:
 
 
 def layer_arguments() -> dict:
-    """Arguments of a small layer that fit each other."""
+    """Valid arguments of a small layer."""
     up, down = random_stack((3, 64, 64), False, NF4), random_stack((3, 64, 32), False, NF4)
     A_up, B_up, A_down, B_down = (torch.randn(3, *s, device=DEVICE) for s in ((2, 64), (64, 2), (2, 32), (64, 2)))
     return {
@@ -424,11 +424,11 @@ def layer_arguments() -> dict:
         ("up_factors", lambda f: f._replace(A=f.A[..., :32]), "factor A has shape"),
         ("down_factors", lambda f: f._replace(B=f.B[..., :1]), "factor B has shape"),
         ("up_factors", lambda f: f._replace(A=f.A[:2], B=f.B[:2]), "factor A has shape"),
-        ("up_factors", lambda f: Factors(f.A[:, :0], f.B[..., :0], 1.0), "factors of rank 0"),
-        ("down", lambda w: w._replace(columns=64), "are no gated experts"),
+        ("up_factors", lambda f: Factors(f.A[:, :0], f.B[..., :0], 1.0), "Factors of rank 0"),
+        ("down", lambda w: w._replace(columns=64), "Expected those of gated experts"),
     ],
 )
-def test_what_does_not_fit_is_refused(name: str, change: object, message: str) -> None:
+def test_invalid_arguments_are_rejected(name: str, change: object, message: str) -> None:
     arguments = layer_arguments()
     fused_experts(**arguments)
     arguments[name] = change(arguments[name])
@@ -436,7 +436,7 @@ def test_what_does_not_fit_is_refused(name: str, change: object, message: str) -
         fused_experts(**arguments)
 
 
-def test_odd_strides_are_computed_right() -> None:
+def test_unusual_strides() -> None:
     arguments = layer_arguments()
     expected = fused_experts(**arguments)
     odd = dict(arguments)
@@ -454,12 +454,12 @@ def test_odd_strides_are_computed_right() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clamped_silu", "swiglu_oai"])
-def test_clamped_gates_let_nan_through(kind: str) -> None:
+def test_clamped_gates_propagate_nan(kind: str) -> None:
     x = torch.full((1, 64), float("nan"), device=DEVICE)
     assert apply_gate(x, Gate(kind, limit=1.0, alpha=1.0)).isnan().all()
 
 
-def test_inputs_that_share_memory_are_noticed() -> None:
+def test_overlapping_inputs_are_detected() -> None:
     x = torch.randn(8, device=DEVICE)
     assert LaunchRecorder([x, None, x]).has_overlapping_inputs()
     assert LaunchRecorder([x[:4], x[3:]]).has_overlapping_inputs()

@@ -1,4 +1,4 @@
-"""Headers, indices, states and configs with anything in them: read, or refused by one kind of error."""
+"""Changed headers, indices, quantization states and configs: each is read, or rejected by the same error class."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_expert(key: str) -> bool:
 
 
 def changes(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """Every place in JSON, and what is to stand there; `...` for nothing at all."""
+    """Every place in a JSON document with the value to put there; `...` removes it."""
     for found in (*VALUES, ...):
         yield path, found
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
@@ -62,7 +62,7 @@ def changed(value: Any, path: tuple, found: Any) -> Any:
 
 
 class Attempts:
-    """Loads and counts what became of it."""
+    """Loads checkpoints and counts the outcomes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -77,13 +77,13 @@ class Attempts:
     def do(self, attempt: Callable[[], object]) -> None:
         try:
             attempt()
-        except CheckpointError:  # anything else fails the test
+        except CheckpointError:  # any other exception fails the test
             self.refused += 1
         else:
             self.read += 1
 
 
-def test_indices(dense, tmp_path):
+def test_changed_indices(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base")
     write_tensors(tmp_path / "base", read_tensors(dense), num_shards=2)
     file = tmp_path / "base" / "model.safetensors.index.json"
@@ -96,13 +96,13 @@ def test_indices(dense, tmp_path):
     for text in NOT_JSON:
         file.write_bytes(text)
         attempts.load()
-    # what the metadata says is nobody's business, and a key that is not promised may be there
+    # the contents of the metadata are not checked, and a key that the index lacks may exist
     assert attempts.read == len(VALUES) + 1 + 3
     assert attempts.read + attempts.refused == 5 * (len(VALUES) + 1) + len(NOT_JSON)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_states_of_packed_weights(nested, dense, tmp_path):
+def test_changed_states_of_packed_weights(nested, dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base")
     tensors = pack(read_tensors(dense), is_expert, nested=nested)
     set_bitsandbytes_config(tmp_path / "base", ["lm_head"])
@@ -136,14 +136,14 @@ def test_states_of_packed_weights(nested, dense, tmp_path):
 
 
 def misfits(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Other shapes, and other dtypes."""
+    """Other shapes and other dtypes."""
     yield from (tensor.flatten()[:0], tensor.flatten()[0], tensor.flatten()[:-1], torch.cat([tensor.flatten()] * 2))
     yield from (tensor.to(dtype) for dtype in (torch.float64, torch.int32, torch.complex64, torch.bool, torch.uint16))
 
 
 @pytest.mark.parametrize("layer", ["experts", "q_proj"])
-def test_parts_of_packed_weights(layer, dense, tmp_path):
-    """Of linear layers too, which bitsandbytes would fail to decode, or decode to something else."""
+def test_changed_tensors_of_packed_weights(layer, dense, tmp_path):
+    """Also of linear layers, which bitsandbytes would fail to decode, or decode wrongly."""
     shutil.copytree(dense, tmp_path / "base")
     tensors = pack(read_tensors(dense), lambda key: is_expert(key) or "q_proj" in key, nested=True)
     set_bitsandbytes_config(tmp_path / "base", ["lm_head"])
@@ -157,7 +157,7 @@ def test_parts_of_packed_weights(layer, dense, tmp_path):
             attempts.load()
         write_tensors(tmp_path / "base", {one: tensor for one, tensor in tensors.items() if one != name})
         attempts.load()
-    assert (attempts.read, attempts.refused) == (1, 6 * 10 - 1)  # the only scale of scales may have no dimension
+    assert (attempts.read, attempts.refused) == (1, 6 * 10 - 1)  # the only second-level scale may have no dimension
     if layer == "experts":  # transformers reads the others
         write_tensors(tmp_path / "base", {**tensors, f"{key}.nested_absmax": torch.tensor([float("inf")])})
         attempts.load()
@@ -179,12 +179,12 @@ def fused(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["per expert", "fused"])
-def test_shapes_of_weights(is_fused, dense, tmp_path):
+def test_changed_shapes_of_weights(is_fused, dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base")
     tensors = fused(read_tensors(dense)) if is_fused else read_tensors(dense)
     attempts = Attempts(tmp_path / "base")
     for name in [key for key in tensors if is_expert(key)]:
-        # one alone, and all of its kind
+        # one tensor alone, and all of its kind
         for like in ([name], [key for key in tensors if key.split(".")[-2:] == name.split(".")[-2:]]):
             tensor = tensors[name]
             for misfit in (
@@ -200,7 +200,7 @@ def test_shapes_of_weights(is_fused, dense, tmp_path):
     assert attempts.read == 0
 
 
-def test_headers(dense, tmp_path):
+def test_changed_headers(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     whole = file.read_bytes()
@@ -224,13 +224,13 @@ def test_headers(dense, tmp_path):
     for end in (0, 1, 7, 8, 9, 100, 8 + size, len(whole) - 1):
         attempt(text, end=end)
     assert attempts.refused > 150
-    # metadata of whatever text
+    # metadata with any text
     assert attempts.read == 3 + 5
     attempt(text)
     assert attempts.read == 3 + 5 + 1
 
 
-def test_configs_of_our_own(dense, tmp_path):
+def test_changed_configs_of_this_package(dense, tmp_path):
     config = MoeQuantizationConfig(quantize_linear=False, double_quant=True)
     load_quantized(str(dense), config, device_map="cpu").save_pretrained(tmp_path / "base")
     attempts = Attempts(tmp_path / "base")
@@ -248,4 +248,4 @@ def test_configs_of_our_own(dense, tmp_path):
     for text in (*NOT_JSON, b"[]", b"7"):
         attempt(text)
     assert attempts.refused > 300
-    assert attempts.read % 2 == 0  # each is read by both, or by none
+    assert attempts.read % 2 == 0  # each is accepted by both readers, or by neither

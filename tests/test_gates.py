@@ -1,4 +1,4 @@
-"""The gates that kernels compute by formula are those of the classes themselves, whatever the classes are called."""
+"""The gates that kernels compute by formula equal those of the classes, independently of class names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gate_of(experts: nn.Module) -> Gate | str:
 
 
 @pytest.mark.parametrize("experts_class", DECORATED, ids=lambda found: found.name)
-def test_known_gates_are_the_classes_own(experts_class: ExpertsClass):
+def test_known_gates_match_the_classes(experts_class: ExpertsClass):
     experts = build(experts_class)
     gate = gate_of(experts)
     assert isinstance(gate, Gate) or experts_class.name not in per_token.GATES.keys() - OF_NO_KERNEL, gate
@@ -50,32 +50,32 @@ def test_known_gates_are_the_classes_own(experts_class: ExpertsClass):
         ("DeepseekV4Experts", Gate("clamped_silu", False, 10.0)),
     ],
 )
-def test_the_numbers_of_known_gates(name, gate):
+def test_constants_of_known_gates(name, gate):
     experts = build(BY_NAME[name])
     assert gate_of(experts) == gate
     assert experts.training
 
 
 @pytest.mark.skipif("HYV4VLExperts" not in BY_NAME, reason="this version of transformers doesn't have it")
-def test_a_class_that_no_list_names():
+def test_class_without_an_entry_by_name():
     assert gate_of(build(BY_NAME["HYV4VLExperts"])) == Gate("clamped_silu", False, 10.0)
 
 
-def test_a_class_that_declares_nothing(device):
+def test_class_without_a_declaration(device):
     model = llama4(device)
     convert_experts(model, None)
     found = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
     assert [experts._gate for experts in found] == [Gate("silu")] * 2
 
 
-def test_a_class_that_changes_its_gate_and_keeps_its_name(monkeypatch):
+def test_changed_gate_under_the_same_name(monkeypatch):
     experts = build(BY_NAME["GptOssExperts"])
     own = GptOssExperts._apply_gate
     monkeypatch.setattr(GptOssExperts, "_apply_gate", lambda self, x: own(self, x) + 1e-3 * x[..., ::2].clamp(-1, 1))
     assert "the kernels do not implement the gate" in gate_of(experts)
 
 
-def test_where_the_stacks_are(device):
+def test_gate_is_found_on_any_device(device):
     for place in ("meta", device):
         assert gate_of(build(BY_NAME["GptOssExperts"]).to(place)) == Gate("swiglu_oai", True, 7.0, 1.702)
     experts = build(BY_NAME["DeepseekV4Experts"])
@@ -89,7 +89,7 @@ def test_where_the_stacks_are(device):
 
 
 class Own(nn.Module):
-    """Experts of somebody's own."""
+    """A user-defined experts class."""
 
     limit, alpha = 7.0, 1.702
 
@@ -124,7 +124,7 @@ def swiglu_oai(g: torch.Tensor, u: torch.Tensor, limit: float, alpha: float) -> 
 
 
 class Bounded(nn.Module):
-    """An activation with a number of its own."""
+    """An activation with a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,13 +156,13 @@ def in_place(self: Own, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("is_concatenated", [True, False])
-def test_gates_of_somebodys_own(experts, gate, is_concatenated):
-    """Known by what they compute; where gate and up are is what the gate does, too."""
+def test_user_defined_gates(experts, gate, is_concatenated):
+    """They are identified by their values, and so is the order of gate and up."""
     assert gate_of_own(experts, is_concatenated) == gate
 
 
-class Swish(nn.Module):
-    """Learns its slope, and is SiLU before it has learnt."""
+class LearnedSwish(nn.Module):
+    """Has a learnable slope, and equals SiLU initially."""
 
     def __init__(self, register) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Swish(nn.Module):
 
 
 def straight_through(g: torch.Tensor, u: torch.Tensor, limit: float) -> torch.Tensor:
-    """Values of a clamped gate, derivatives of one without clamps."""
+    """Values of a clamped gate, with the derivatives of an unclamped one."""
     free = silu(g) * u
     return free + (clamped_silu(g, u, limit) - free).detach()
 
@@ -216,14 +216,14 @@ NEARLY = {
 
 @pytest.mark.parametrize("kind", [Own, Interleaved])
 @pytest.mark.parametrize("gate", NEARLY.values(), ids=NEARLY)
-def test_gates_that_are_nearly_known(gate, kind):
+def test_nearly_known_gates(gate, kind):
     assert gate_of_own(kind(gate)) == "the kernels do not implement the gate of Own"
 
 
 def test_gates_that_can_change():
-    """They may be known now, and something else after a step, in training, or on another instance."""
-    learns = Swish(lambda self: self.register_parameter("beta", nn.Parameter(torch.ones(()))))
-    loads = Swish(lambda self: self.register_buffer("beta", torch.ones(())))
+    """They match a known gate now, but may differ after a step, in training mode, or on another instance."""
+    learns = LearnedSwish(lambda self: self.register_parameter("beta", nn.Parameter(torch.ones(()))))
+    loads = LearnedSwish(lambda self: self.register_buffer("beta", torch.ones(())))
     for act in (learns, loads, nn.Sequential(nn.SiLU(), learns)):
         assert "may depend on act" in gate_of_own(Own(lambda self, g, u: self.act(g) * u, act=act))
     drops = nn.Sequential(nn.SiLU(), nn.Dropout(0.1)).eval()
@@ -237,7 +237,7 @@ def test_gates_that_can_change():
     assert "AttributeError: 'Own' object has no attribute 'down_proj'" in gate_of_own(stacks)
 
 
-def test_gates_that_need_another_device():
+def test_gates_that_require_another_device():
     def launch(self, g, u):
         raise RuntimeError("expected a CUDA tensor")
 

@@ -1,4 +1,4 @@
-"""Generation beside training: a static cache and a compiled decoding step, by transformers' own means."""
+"""Generation between training steps with transformers' static cache and a compiled decoding step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def adapted() -> PeftModel:
 
 
 class Decoding:
-    """Generates by a compiled step, and counts compilations and runs of what was compiled."""
+    """Generates with a compiled step, and counts compilations and runs of the compiled code."""
 
     def __init__(self) -> None:
         self.compilations = self.runs = 0
@@ -72,7 +72,7 @@ class Decoding:
         compiled = {"cache_implementation": "static", "compile_config": self.config}
         runs = self.runs
         found = generate(model, ids, **compiled, **kwargs)
-        assert self.runs == runs + NEW - 1  # the first token comes of the prompt, which isn't compiled
+        assert self.runs == runs + NEW - 1  # the first token comes from the prompt, which is not compiled
         return found
 
     def taken(self) -> int:
@@ -96,7 +96,7 @@ def assert_same_tokens(decoding: Decoding, model: PeftModel, ids: torch.Tensor, 
     return expected
 
 
-def test_no_step_is_compiled_again(model, decoding):
+def test_step_is_not_recompiled(model, decoding):
     assert_same_tokens(decoding, model, token_ids(DEVICE))
     assert decoding.taken() == 1
     assert_same_tokens(decoding, model, token_ids(DEVICE).flip(0))
@@ -107,7 +107,7 @@ def test_no_step_is_compiled_again(model, decoding):
     assert decoding.taken() == 0
 
 
-def test_by_pairs_in_the_fused_layer(model, decoding, monkeypatch):
+def test_fused_layer_uses_gemv(model, decoding, monkeypatch):
     pytest.importorskip("triton", reason="the kernels need Triton")
     if not torch.cuda.is_available():
         monkeypatch.setattr(quantized, "why_no_kernels", lambda *_: None)
@@ -115,7 +115,7 @@ def test_by_pairs_in_the_fused_layer(model, decoding, monkeypatch):
     assert decoding.taken() == 1
 
 
-def test_adapter_off_other_and_merged(model, decoding):
+def test_adapter_disabled_switched_and_merged(model, decoding):
     ids = token_ids(DEVICE)
     on = assert_same_tokens(decoding, model, ids)
     with model.disable_adapter():
@@ -131,7 +131,7 @@ def test_adapter_off_other_and_merged(model, decoding):
 
 
 def test_several_adapters_in_a_batch(model, decoding):
-    """A compiled step doesn't notice hooks; with the step of another batch tokens came from the wrong adapter."""
+    """A compiled step ignores hooks; with the step of another batch, tokens came from the wrong adapter."""
     ids = token_ids(DEVICE, batch=1).repeat(3, 1)
     alone = assert_same_tokens(decoding, model, ids)
     mixed = assert_same_tokens(decoding, model, ids, adapter_names=["default", "other", BASE])
@@ -143,7 +143,7 @@ def test_several_adapters_in_a_batch(model, decoding):
     assert decoding.taken() == 0
 
 
-def test_training_goes_on(decoding):
+def test_generation_does_not_affect_training(decoding):
     ids, losses = token_ids(DEVICE), []
     for generates in (False, True):
         model = adapted().train()
@@ -152,7 +152,7 @@ def test_training_goes_on(decoding):
         for _ in range(3):
             if generates:
                 model.eval()
-                assert_same_tokens(decoding, model, ids)  # with the factors as they are now
+                assert_same_tokens(decoding, model, ids)  # with the current factors
                 model.train()
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -163,14 +163,14 @@ def test_training_goes_on(decoding):
     assert decoding.taken() == 1
 
 
-def test_nothing_holds_a_cache(model, decoding):
+def test_cache_is_released(model, decoding):
     decoding.generate(model, token_ids(DEVICE))
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, StaticCache)]
 
 
 class _HostCopies(TorchDispatchMode):
-    """Counts what waits for the device, or copies to it: neither can be captured in a CUDA graph."""
+    """Counts synchronizations with the device and copies to it, which cannot be captured in a CUDA graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _HostCopies(TorchDispatchMode):
 
 
 def watch(module: nn.Module) -> list[list[str]]:
-    """What is found in each later forward of a module."""
+    """The operations found in each later forward of a module."""
     modes: list[_HostCopies] = []
     found: list[list[str]] = []
 
@@ -201,7 +201,7 @@ def watch(module: nn.Module) -> list[list[str]]:
     return found
 
 
-def test_a_step_neither_waits_nor_copies(model, monkeypatch):
+def test_step_neither_synchronizes_nor_copies(model, monkeypatch):
     pytest.importorskip("triton", reason="the kernels need Triton")
     if not torch.cuda.is_available():
         monkeypatch.setattr(quantized, "why_no_kernels", lambda *_: None)
@@ -210,11 +210,11 @@ def test_a_step_neither_waits_nor_copies(model, monkeypatch):
     assert found[1:] == [[]] * (NEW - 1)
 
 
-def test_names_are_copied_once(model):
+def test_adapter_names_are_copied_once(model):
     experts = model.get_submodule("base_model.model.model.layers.1.mlp.experts")
     found = watch(experts)
     generate(model, token_ids(DEVICE), adapter_names=["default", "other"])
-    # the loop over experts, which a GPU doesn't run, asks how many rows each has
+    # the loop over experts, which a GPU does not run, needs the number of rows of each
     assert [[name for name in names if "lift_fresh" in name] for names in found[1:]] == [[]] * (NEW - 1)
 
 

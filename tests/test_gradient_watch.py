@@ -1,4 +1,4 @@
-"""Adapted layers that the first backward gives no gradient are named, once, and nothing stays behind."""
+"""Adapted layers without gradient in the first backward are reported once, and no hooks remain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_moe_qlora.training.gradient_watch import GradientWatch
 
 
 class Ignored(nn.Module):
-    """Computes what its layer computes, without calling it."""
+    """Computes the same as its layer, without calling it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def with_ignored_layers(layers=(0, 1), **options) -> nn.Module:
 
 
 def steps(model: nn.Module, number: int = 3) -> list[str]:
-    """The warnings that as many forwards and backwards give."""
+    """The warnings of a number of forwards and backwards."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(number):
@@ -65,7 +65,7 @@ def hooks(model: nn.Module) -> int:
         ((1,), "model.layers.1.self_attn.q_proj", r"(model\.layers\.1\.self_attn\.q_proj)(\..*)?"),
     ],
 )
-def test_layers_without_gradient_are_named_once_with_what_excludes_them(layers, named, pattern):
+def test_layers_without_gradient_are_reported_once(layers, named, pattern):
     model = with_ignored_layers(layers)
     (message,) = steps(model)
     assert f"first backward: {named}." in message
@@ -77,14 +77,14 @@ def test_layers_without_gradient_are_named_once_with_what_excludes_them(layers, 
     assert steps(excluding) == []
 
 
-def test_parts_that_nothing_was_reached_of_are_named_as_a_whole():
+def test_unreached_submodules_are_reported_as_a_whole():
     config = MoeQLoraConfig(r=2, target_modules="all-linear", quant_type=None)
     model = get_peft_model(shrunken_model("qwen3_vl_moe", dtype=torch.float32), config).train()
     (message,) = steps(model)
     assert "first backward: model.visual." in message
 
 
-def test_gradients_are_watched_for_until_there_are_some():
+def test_watch_lasts_until_the_first_gradients():
     model = with_ignored_layers()
     with torch.no_grad():
         model(input_ids=token_ids())
@@ -101,8 +101,8 @@ def test_gradients_are_watched_for_until_there_are_some():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_nothing_is_said_where_all_is_well(use_reentrant):
-    """Checkpointing, accumulated gradients, experts without tokens, an adapter that is frozen."""
+def test_no_warning_if_all_layers_get_gradients(use_reentrant):
+    """With checkpointing, accumulated gradients, experts without tokens, and a frozen adapter."""
     config = MoeQLoraConfig(r=2, target_modules="all-linear", quant_type=None)
     model = get_peft_model(tiny_model(num_experts=64), config)
     model.add_adapter("frozen", MoeQLoraConfig(r=2, target_modules=["experts"], quant_type=None))
@@ -113,7 +113,7 @@ def test_nothing_is_said_where_all_is_well(use_reentrant):
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
-def test_an_adapter_that_is_not_trained_is_not_watched(inference_mode):
+def test_untrained_adapter_is_not_watched(inference_mode):
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, quant_type=None, inference_mode=inference_mode))
     assert hooks(model) == (0 if inference_mode else 1)
     model.requires_grad_(False)
@@ -123,7 +123,7 @@ def test_an_adapter_that_is_not_trained_is_not_watched(inference_mode):
 
 @pytest.mark.parametrize("when", ["before the first forward", "before the first backward", "after it"])
 @pytest.mark.parametrize("through", ["deepcopy", "pickle"])
-def test_copies_are_watched_anew(when, through):
+def test_copies_are_watched_separately(when, through):
     model = with_ignored_layers()
     if when != "before the first forward":
         loss = model(input_ids=token_ids()).logits.sum()

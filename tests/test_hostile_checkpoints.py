@@ -1,4 +1,4 @@
-"""Checkpoints from anywhere: nothing outside them is read as theirs, copied, or overwritten."""
+"""Untrusted checkpoints: no file outside them is read, copied or overwritten."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def copied(saved, tmp_path) -> Path:
 
 
 def refused(directory: Path, match: str) -> None:
-    """By everything that opens the checkpoint `base`, which leaves nothing behind."""
+    """Rejected by everything that opens the checkpoint `base`, without output left behind."""
     base, adapter, merged = (directory / name for name in ("base", "adapter", "merged"))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(base))
@@ -81,8 +81,8 @@ def in_two_shards(base: Path) -> dict:
     ],
     ids=lambda name: repr(name)[:20],
 )
-def test_shards_that_are_named_outside_the_checkpoint(name, copied):
-    """A merge would read them as the base's, and write the merged one over them."""
+def test_shards_outside_the_checkpoint(name, copied):
+    """A merge would read them as part of the base, and overwrite them with merged ones."""
     (copied / "good").mkdir()
     good = copied / "good" / "model.safetensors"
     index = in_two_shards(copied / "base")
@@ -110,14 +110,14 @@ def test_shards_that_are_named_outside_the_checkpoint(name, copied):
         ("\ud800", "cannot be parsed"),
     ],
 )
-def test_indices_that_are_none(text, match, copied):
+def test_invalid_indices(text, match, copied):
     in_two_shards(copied / "base")
     (copied / "base" / INDEX).write_bytes(text.encode(errors="surrogatepass"))
     refused(copied, f"index.json is not a checkpoint index: .*{match}")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", INDEX])
-def test_weights_that_are_links_to_elsewhere(name, copied):
+def test_weights_that_link_outside(name, copied):
     (copied / "elsewhere").mkdir()
     if name != "model.safetensors":
         in_two_shards(copied / "base")
@@ -130,8 +130,8 @@ def test_weights_that_are_links_to_elsewhere(name, copied):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "assets/template.jinja", "folder"])
 @pytest.mark.parametrize("quantize", [False, True], ids=["16 bits", "4 bits"])
-def test_other_files_that_are_links_to_elsewhere(name, quantize, copied):
-    """What they lead to may be nobody's business: it would be published with the merged model."""
+def test_other_files_that_link_outside(name, quantize, copied):
+    """Their targets may be private, and would be published with the merged model."""
     link, secret = copied / "base" / name, copied / "secret"
     if name == "folder":
         secret.mkdir()
@@ -151,8 +151,8 @@ def test_other_files_that_are_links_to_elsewhere(name, quantize, copied):
 
 @pytest.mark.parametrize("is_shared", [False, True], ids=["of the repository", "of the cache"])
 @pytest.mark.parametrize("part", ["", "part"])
-def test_snapshots_in_the_cache_of_the_hub(is_shared, part, copied, monkeypatch):
-    """Their files are links to blobs beside the snapshots, or through those to blobs that repositories share."""
+def test_snapshots_in_the_hub_cache(is_shared, part, copied, monkeypatch):
+    """Their files are links to blobs of the repository, directly or through these to blobs shared by repositories."""
     monkeypatch.chdir(copied)
     base = copied / "cache" / "models--own--base" / "snapshots" / "0123abc" / part
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def test_snapshots_in_the_cache_of_the_hub(is_shared, part, copied, monkeypatch)
     assert report.tensors_changed
     assert (copied / "merged" / "tokenizer.json").read_text() == "{}"
     assert not any(path.is_symlink() for path in (copied / "merged").rglob("*"))
-    # another repository's
+    # a blob of another repository
     other = copied / "cache" / "models--own--other" / "blobs"
     other.mkdir(parents=True)
     (other / "secret").write_text("secret")
@@ -182,8 +182,8 @@ def test_snapshots_in_the_cache_of_the_hub(is_shared, part, copied, monkeypatch)
         merge_checkpoint(base, copied / "adapter", copied / "again", progressbar=False)
 
 
-def test_files_of_a_base_that_are_called_like_those_of_an_unfinished_merge(copied):
-    """They come along, and are not taken for the merge's own."""
+def test_base_files_with_names_of_an_unfinished_merge(copied):
+    """They are copied, and not mistaken for the merge's own files."""
     names = ["unfinished.json", "plan.json", "model.safetensors.result.json"]
     for name in names:
         (copied / "base" / name).write_text('{"changed": [], "fidelity": {}}')
@@ -194,16 +194,16 @@ def test_files_of_a_base_that_are_called_like_those_of_an_unfinished_merge(copie
 
 
 @pytest.mark.parametrize("name", ["nn", "Trainer", "PreTrainedConfig"])
-def test_classes_that_are_no_models(name, tmp_path):
-    """A config may name anything that transformers has."""
+def test_architectures_that_are_not_model_classes(name, tmp_path):
+    """A config may name any attribute of transformers."""
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": [name]}))
     assert inspect_checkpoint(tmp_path).model_class == "Qwen3MoeForCausalLM"
 
 
-def test_a_shard_of_two_names(copied):
-    """On file systems where both are one file, or by a link: its tensors would be there twice."""
+def test_shard_with_two_names(copied):
+    """On file systems where both names are one file, or with a link, its tensors would be loaded twice."""
     index = in_two_shards(copied / "base")
     (copied / "base" / "MODEL.safetensors").symlink_to("model-00001-of-00002.safetensors")
     first = next(iter(index["weight_map"]))
@@ -213,7 +213,7 @@ def test_a_shard_of_two_names(copied):
     refused(copied, "both contain the tensor")
 
 
-def test_pickles_are_no_shards(copied):
+def test_pickles_are_not_shards(copied):
     index = in_two_shards(copied / "base")
     save_file({"a": torch.ones(1)}, copied / "base" / "pytorch_model.bin")
     (copied / "base" / INDEX).write_text(

@@ -1,4 +1,4 @@
-"""Adapters of others say here what they said there, come back bit for bit, and bad ones are refused by name."""
+"""Adapters of other tools give the same outputs here, round-trip bit by bit, and are rejected by name if damaged."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def save_base(directory: Path, model_type: str, **sizes) -> None:
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def of_stock_peft(request, tmp_path_factory):
-    """Name of a case -> directory with a base, an adapter, and logits, all made by that PEFT in one process."""
+    """Name of a case -> directory with a base, an adapter and logits, all made by that PEFT version in one process."""
     root = tmp_path_factory.mktemp("stock")
     jobs, found = [], {}
     for number, (name, (model_type, sizes, options)) in enumerate(CASES.items()):
@@ -96,13 +96,13 @@ def stock(directory: Path, **options) -> Path:
 
 
 def in_16_bits(adapter: Path) -> ReadOptions:
-    """Has an adapter of others ask for experts in 16 bits; those of this package say it themselves."""
+    """Sets 16-bit experts in the config of another tool's adapter; this package's configs contain the storage."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     return ReadOptions(quant_type=None if config.get("peft_type") == "MOE_QLORA" else "none")
 
 
 def logits_here(directory: Path, options: ReadOptions | None = None, adapter: str = "adapter") -> torch.Tensor:
-    """Of the adapter, read from whatever layout and loaded by this package onto 16-bit experts."""
+    """Logits of the adapter, read from any layout and loaded by this package onto 16-bit experts."""
     converted = directory / f"{adapter}-here"
     options = options or in_16_bits(directory / adapter)
     convert_adapter(directory / adapter, converted, "moe-qlora", directory / "base", options)
@@ -130,14 +130,14 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stock_pefts_adapters_say_the_same_here(of_stock_peft, case):
+def test_stock_peft_adapters_give_the_same_logits(of_stock_peft, case):
     directory = of_stock_peft[case]
     version, expected = torch.load(directory / "logits.pt")
     warnings.filterwarnings("error", ".*ignoring unknown options")
     base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).eval()
     assert (logits(base, token_ids()) - expected).abs().max() > 0.01 * expected.abs().max()
     assert_same_logits(logits_here(directory), expected)
-    # and back: what was laid out as today's PEFT does it comes back with every bit and every key
+    # round trip: a file in the current PEFT layout converts back with every bit and every key
     convert_adapter(directory / "adapter-here", directory / "back", "peft-lora", directory / "base")
     if version in ("0.19.1", VERSIONS[-1]):
         assert_same_tensors(tensors_of(directory / "back"), tensors_of(directory / "adapter"))
@@ -150,7 +150,7 @@ def test_stock_pefts_adapters_say_the_same_here(of_stock_peft, case):
 
 
 def assert_same_adapter(found: AdapterFile, expected: AdapterFile) -> None:
-    """The same bits and the same scalings; the configs may say it in other words."""
+    """The same bits and scalings; the configs may express them differently."""
 
     def all_of(adapter: AdapterFile) -> dict[str, torch.Tensor]:
         factors = {f"{one.name}.{factor}": getattr(one, factor) for one in adapter.experts for factor in "AB"}
@@ -173,7 +173,7 @@ def test_embeddings_and_trained_tokens(tmp_path):
 
 @pytest.mark.parametrize("target", ["moe-qlora", "peft-lora", "per-expert"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text"])
-def test_what_we_write_comes_back(model_type, target, tmp_path):
+def test_own_adapters_round_trip(model_type, target, tmp_path):
     live = save_adapter(tmp_path, model_type)
     written = convert_adapter(tmp_path / "adapter", tmp_path / "written", target)
     found = read_adapter(tmp_path / "written", tmp_path / "base", in_16_bits(tmp_path / "written"))
@@ -182,7 +182,7 @@ def test_what_we_write_comes_back(model_type, target, tmp_path):
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_come_back(bias, tmp_path):
+def test_biases_round_trip(bias, tmp_path):
     save_adapter(tmp_path, "gpt_oss", bias=bias)
     convert_adapter(tmp_path / "adapter", tmp_path / "again", "moe-qlora")
     found = tensors_of(tmp_path / "again")
@@ -191,7 +191,7 @@ def test_biases_come_back(bias, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_comes_back(target, tmp_path):
+def test_every_target_round_trips(target, tmp_path):
     live = save_adapter(tmp_path, target_modules=["experts", "q_proj", "k_proj", "v_proj"])
     written = convert_adapter(tmp_path / "adapter", tmp_path / "written", target)
     assert_same_adapter(read_adapter(tmp_path / "written", tmp_path / "base"), written)
@@ -199,7 +199,7 @@ def test_every_target_comes_back(target, tmp_path):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_every_option_comes_back_by_pefts_layout(options, tmp_path):
+def test_every_option_round_trips_through_the_peft_layout(options, tmp_path):
     live = save_adapter(tmp_path, "deepseek_v3", **options)
     written = convert_adapter(tmp_path / "adapter", tmp_path / "written", "peft-lora")
     assert_same_adapter(read_adapter(tmp_path / "written", tmp_path / "base"), written)
@@ -207,8 +207,8 @@ def test_every_option_comes_back_by_pefts_layout(options, tmp_path):
 
 
 @pytest.mark.parametrize(("model_type", "old"), [("qwen3_moe", None), ("mixtral", "block_sparse_moe.experts")])
-def test_factors_of_single_experts_say_what_stock_peft_makes_of_them(model_type, old, tmp_path):
-    """Gate and up have A's of their own: twice the rank, as PEFT fuses them too."""
+def test_per_expert_factors_match_stock_peft(model_type, old, tmp_path):
+    """Gate and up have separate A factors, so fusing doubles the rank, as in PEFT."""
     save_base(tmp_path / "base", model_type)
     experts, linear = random_factors(num_experts=4 if old else 8)
     write_per_expert(tmp_path / "adapter", tmp_path / "base", experts, linear, old)
@@ -217,16 +217,16 @@ def test_factors_of_single_experts_say_what_stock_peft_makes_of_them(model_type,
     assert_same_logits(logits_here(tmp_path), expected)
     found = read_adapter(tmp_path / "adapter")
     assert [one.r for one in found.experts] == [2 * R, R] * 2
-    # PEFT has fused it, with the rank doubled in a pattern
+    # PEFT fused the factors, with the doubled rank in a pattern
     assert_same_logits(logits_here(tmp_path, adapter="resaved"), expected)
     if old:
-        # the same under the names of today
+        # the same under the current names
         write_per_expert(tmp_path / "today", tmp_path / "base", experts, linear)
         assert_same_adapter(read_adapter(tmp_path / "today"), found)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one A of gate and up", "one A each"])
-def test_layouts_of_engines_hold_the_same_adapter(shared, tmp_path):
+def test_engine_layouts_contain_the_same_adapter(shared, tmp_path):
     save_base(tmp_path / "base", "qwen3_moe")
     experts, linear = random_factors(shared=shared)
     found = {}
@@ -241,8 +241,8 @@ def test_layouts_of_engines_hold_the_same_adapter(shared, tmp_path):
     torch.testing.assert_close(first.B @ first.A, delta)
 
 
-def test_rows_of_halves_are_put_in_the_models_order(tmp_path):
-    """gpt-oss has them alternating; stacked files have the gate's first."""
+def test_gate_and_up_rows_follow_the_models_order(tmp_path):
+    """gpt-oss interleaves them; stacked files have the gate rows first."""
     save_base(tmp_path / "base", "gpt_oss")
     experts, linear = random_factors(width=64, num_experts=4, shared=True)
     for name, write in WRITERS.items():
@@ -265,7 +265,7 @@ def test_mlx_counts_layers_from_the_end(tmp_path):
 
 
 def edit_config(directory: Path, **options) -> None:
-    """Sets options of an adapter's config; those set to None are removed."""
+    """Sets options of an adapter's config; None removes one."""
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text()) | options
     removed = {name for name, value in options.items() if value is None}
@@ -273,7 +273,7 @@ def edit_config(directory: Path, **options) -> None:
 
 
 def edit_tensors(directory: Path, changed: dict[str, torch.Tensor | None], name="adapter_model.safetensors") -> None:
-    """Sets tensors of an adapter by the end of their key; those set to None are removed."""
+    """Sets tensors of an adapter by the suffix of their key; None removes one."""
     tensors = tensors_of(directory, name)
     for end, tensor in changed.items():
         keys = [key for key in tensors if key.endswith(end)] or [end]
@@ -285,7 +285,7 @@ def edit_tensors(directory: Path, changed: dict[str, torch.Tensor | None], name=
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_scaling_outlives_the_doubled_rank(use_rslora, tmp_path):
+def test_scaling_is_kept_when_the_rank_doubles(use_rslora, tmp_path):
     save_base(tmp_path / "base", "qwen3_moe")
     experts, linear = random_factors()
     write_stacked(tmp_path / "adapter", tmp_path / "base", experts, linear)
@@ -296,8 +296,8 @@ def test_scaling_outlives_the_doubled_rank(use_rslora, tmp_path):
     assert [one.scaling for one in found] == pytest.approx([scaling] * 4, rel=1e-12)
 
 
-def test_some_layers_of_many(tmp_path):
-    """PEFT shortens long lists of targets; what isn't adapted stays out all the same, here and saved again."""
+def test_adapter_of_some_of_many_layers(tmp_path):
+    """PEFT shortens long lists of targets; unadapted layers stay unadapted, also after saving again."""
     sizes = {"num_hidden_layers": 14}
     save_base(tmp_path / "base", "qwen3_moe", **sizes)
     experts, linear = random_factors(num_layers=12)
@@ -313,8 +313,8 @@ def test_some_layers_of_many(tmp_path):
     assert_same_adapter(read_adapter(tmp_path / "saved"), read_adapter(tmp_path / "adapter-here"))
 
 
-class TestNamesOfTheCheckpoint:
-    """hy_v3's checkpoint says shared_mlp where the model says shared_experts; files of others have either."""
+class TestCheckpointNames:
+    """hy_v3's checkpoint has shared_mlp where the model has shared_experts; files of other tools have either."""
 
     SHARED = "model.layers.1.mlp.shared_experts"
 
@@ -330,18 +330,18 @@ class TestNamesOfTheCheckpoint:
         edit_config(directory / "adapter", **options)
 
     @pytest.mark.parametrize("write", [write_per_expert, write_stacked])
-    def test_patterns_are_held_against_them_first(self, write, tmp_path):
-        """Patterns are of whoever wrote the file: held against the model's names alone they would match nothing."""
+    def test_patterns_match_checkpoint_names_first(self, write, tmp_path):
+        """The file's author wrote the patterns for its own names; the model's names would match none of them."""
         patterns = {"shared_mlp.up_proj": 3, "shared_experts.down_proj": 4}
-        # the model's name comes first here, and in the alphabet
+        # the model's name comes first here, and in alphabetical order
         alphas = {"shared_experts.up_proj": 1, "shared_mlp.up_proj": 8, "shared_experts.down_proj": 9}
         self.save(tmp_path, "shared_mlp", write, rank_pattern=patterns, alpha_pattern=alphas)
         config = read_adapter(tmp_path / "adapter").config
         assert rank_and_alpha(config, f"{self.SHARED}.up_proj") == (3, 8)
         assert rank_and_alpha(config, f"{self.SHARED}.down_proj") == (4, 9)
 
-    def test_a_layer_under_both_names_is_refused(self, tmp_path):
-        """One would replace the other without a word."""
+    def test_layer_under_both_names_is_rejected(self, tmp_path):
+        """One would silently replace the other."""
         self.save(tmp_path, "shared_mlp", rank_pattern={"shared_mlp.up_proj": 3, "shared_mlp.down_proj": 4})
         again = {f"{self.SHARED}.down_proj.lora_{factor}.weight": torch.zeros(4, 4) for factor in "AB"}
         edit_tensors(tmp_path / "adapter", {f"{PREFIX}{key}": tensor for key, tensor in again.items()})
@@ -349,8 +349,8 @@ class TestNamesOfTheCheckpoint:
             read_adapter(tmp_path / "adapter")
 
 
-class TestOrderOfUnsloth:
-    """unsloth trained experts-slowest before 2026.9.6 and noted the order from then on."""
+class TestUnslothOrder:
+    """unsloth stored experts-slowest before 2026.9.6, and records the order since then."""
 
     @pytest.fixture(scope="class")
     def made_by_peft(self, tmp_path_factory):
@@ -358,7 +358,7 @@ class TestOrderOfUnsloth:
 
     @pytest.fixture
     def grouped(self, made_by_peft, tmp_path):
-        """A stock adapter with its lora_B in the older order, and a config which says that unsloth wrote it."""
+        """A stock adapter with its lora_B in the older order, and a config that marks it as written by unsloth."""
         directory = shutil.copytree(made_by_peft, tmp_path / "copy")
         tensors = tensors_of(directory / "adapter")
         stacks = {key: B for key, B in tensors.items() if "experts" in key and "lora_B" in key}
@@ -368,7 +368,7 @@ class TestOrderOfUnsloth:
         edit_config(directory / "adapter", auto_mapping={"unsloth_fixed": True})
         return directory
 
-    def said_by_stock_peft(self, directory):
+    def logits_of_stock_peft(self, directory):
         return torch.load(directory / "logits.pt")[1]
 
     @pytest.mark.parametrize(
@@ -392,24 +392,24 @@ class TestOrderOfUnsloth:
         ],
         ids=["flat", "of each parameter", "in auto_mapping"],
     )
-    def test_the_marker_decides(self, grouped, marker):
+    def test_marker_determines_the_order(self, grouped, marker):
         edit_config(grouped / "adapter", **marker)
-        assert_same_logits(logits_here(grouped), self.said_by_stock_peft(grouped))
+        assert_same_logits(logits_here(grouped), self.logits_of_stock_peft(grouped))
         with pytest.raises(ValueError, match=r"'experts-fastest' contradicts lora_B_layout='grouped_by_expert'"):
             read_adapter(grouped / "adapter", options=ReadOptions(lora_b_order="experts-fastest"))
 
-    def test_the_newer_marker(self, made_by_peft, tmp_path):
+    def test_newer_marker(self, made_by_peft, tmp_path):
         directory = shutil.copytree(made_by_peft, tmp_path / "copy")
         edit_config(directory / "adapter", auto_mapping={"unsloth_fixed": True}, lora_B_layout="rank_major")
-        assert_same_logits(logits_here(directory), self.said_by_stock_peft(directory))
+        assert_same_logits(logits_here(directory), self.logits_of_stock_peft(directory))
 
-    def test_without_a_marker_it_is_asked_for(self, grouped):
+    def test_order_is_required_without_a_marker(self, grouped):
         with pytest.raises(ValueError, match=r"without the order of lora_B.*--lora-b-order"):
             read_adapter(grouped / "adapter")
         options = ReadOptions(quant_type="none", lora_b_order="experts-slowest")
-        assert_same_logits(logits_here(grouped, options), self.said_by_stock_peft(grouped))
+        assert_same_logits(logits_here(grouped, options), self.logits_of_stock_peft(grouped))
 
-    def test_an_unknown_marker_is_asked_about(self, grouped):
+    def test_unknown_marker_is_rejected(self, grouped):
         edit_config(grouped / "adapter", lora_B_layout="mixed")
         with pytest.raises(
             ValueError, match=r"lora_B_layout='mixed' for model\.layers\.0\.mlp\.experts\.gate_up_proj"

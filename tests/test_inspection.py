@@ -1,4 +1,4 @@
-"""`peft-moe-qlora inspect`: what it says is what loading gives, and it reads no weight."""
+"""`peft-moe-qlora inspect`: its figures match those of loading, and it reads no weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from peft_moe_qlora.ops import kept_nbytes
 
 
 def inspected(capsys: pytest.CaptureFixture, *arguments) -> dict:
-    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
+    capsys.readouterr()  # removes output that libraries such as DeepSpeed print at import
     assert main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe"])
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-def test_sizes_are_those_of_the_loaded_model(model_type, double_quant, tmp_path, capsys):
+def test_sizes_match_the_loaded_model(model_type, double_quant, tmp_path, capsys):
     tiny_model(model_type, dtype=torch.bfloat16).save_pretrained(tmp_path)
     options = ["--r", 8, "--expert-r", 2, *(["--double-quant"] if double_quant else [])]
     found = inspected(capsys, tmp_path, *options)
@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_loaded_model(model_type, double_quant, tmp_path,
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "axk2", "deepseek_v4"])
-def test_layers_that_lora_cant_train_are_not_counted(model_type, tmp_path, capsys):
+def test_layers_unsupported_by_lora_are_not_counted(model_type, tmp_path, capsys):
     model = shrunken_model_or_skip(model_type)
     model.save_pretrained(tmp_path)
     found = inspected(capsys, tmp_path, "--r", 8)
@@ -59,7 +59,7 @@ def test_layers_that_lora_cant_train_are_not_counted(model_type, tmp_path, capsy
     assert found["linear_adapter_parameters"] == trained - model.experts_report().num_adapter_parameters
 
 
-def test_kept_experts_are_counted(tmp_path, capsys):
+def test_keep_experts_is_counted(tmp_path, capsys):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     plain = inspected(capsys, tmp_path, "--r", 4)["memory"]
     assert plain["kept_experts"] == 0
@@ -71,7 +71,7 @@ def test_kept_experts_are_counted(tmp_path, capsys):
     assert "gradient checkpointing of all but the experts:" in capsys.readouterr().out
 
 
-def test_no_weight_is_read(tmp_path, capsys, monkeypatch):
+def test_no_weights_are_read(tmp_path, capsys, monkeypatch):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     monkeypatch.delattr(Checkpoint, "read")
     monkeypatch.delattr(Checkpoint, "read_slice")
@@ -85,7 +85,7 @@ def test_other_architectures(model_type, tmp_path, capsys):
     assert "for training with 1 x 2048 tokens" in capsys.readouterr().out
 
 
-def test_what_others_have_packed(tmp_path, capsys):
+def test_checkpoints_packed_by_other_tools(tmp_path, capsys):
     tiny_model(dtype=torch.bfloat16, moe_intermediate_size=64).save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
     write_tensors(tmp_path, pack(tensors, lambda key: ".experts." in key and ".0.mlp" in key, quant_type="fp4"))
@@ -94,8 +94,8 @@ def test_what_others_have_packed(tmp_path, capsys):
     assert found == {"bitsandbytes fp4/64", "bfloat16, one tensor per expert"}
 
 
-def test_what_is_saved_in_4_bits_counts_as_it_is(tmp_path, capsys):
-    """Whatever storage the command asks for; and linear layers in 16 bits are counted so."""
+def test_4_bit_checkpoints_keep_their_storage(tmp_path, capsys):
+    """Regardless of the command's storage options; linear layers in 16 bits are counted as such."""
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     config = MoeQuantizationConfig("fp4", 32, quantize_linear=False, skip_modules=["layers.1.mlp.experts"])
     model = load_quantized(tmp_path / "dense", config, device_map="cpu")
@@ -107,7 +107,7 @@ def test_what_is_saved_in_4_bits_counts_as_it_is(tmp_path, capsys):
     assert weights == sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_no_such_directory(tmp_path, capsys):
+def test_missing_directory(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "nowhere is not a directory" in capsys.readouterr().err
 
@@ -122,13 +122,13 @@ def test_errors_are_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["--r=0", "--seq=-3", "--blocksize=48", "--quant-type=int4"])
-def test_options_that_make_no_sense(option, tmp_path, capsys):
+def test_invalid_options(option, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), option])
     assert option.split("=")[0] in capsys.readouterr().err
 
 
-def test_another_format_by_its_name(tmp_path, capsys):
+def test_storage_format_by_name(tmp_path, capsys):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     found = inspected(capsys, tmp_path, "--storage", "fp8/16x32")
     config = MoeQuantizationConfig(storage="fp8/16x32", quantize_linear=False)

@@ -1,4 +1,4 @@
-"""Keeping the activations of experts through a recomputation: the same numbers, and no product twice."""
+"""Keeping the experts' activations through a recomputation: the same results, and no product computed twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def as_operator(*arguments: object) -> torch.Tensor:
 
 @pytest.fixture
 def layers() -> list[tuple]:
-    """Two layers of experts, one after the other, as one region may have them."""
+    """Two successive layers of experts, as in one checkpointed region."""
 
     def factors(out: int, size: int) -> Factors:
         return Factors(
@@ -52,7 +52,7 @@ def layers() -> list[tuple]:
 
 
 @pytest.mark.parametrize("function", [fused_experts, as_operator])
-def test_no_product_runs_twice(function: Callable, layers: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_computed_once(function: Callable, layers: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     forget_recordings()
     ids, weights = random_ids(T, K, E), torch.rand(T, K, device=DEVICE)
     products = []
@@ -81,14 +81,14 @@ def test_no_product_runs_twice(function: Callable, layers: list[tuple], monkeypa
     found = run(keep_experts)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all(tensor.any() for tensor in found)
-    if DEVICE.type == "cpu":  # a recording on a GPU replays its launches without them
+    if DEVICE.type == "cpu":  # a replayed recording on a GPU launches kernels without Python calls
         forwards, backwards = 2 * 2, 2 * 2 * 2
         assert num_recomputed == 3 * forwards + backwards
         assert len(products) == forwards + backwards
 
 
-def test_bytes_that_are_kept(layers: list[tuple]) -> None:
-    """Tiles beside, which are few."""
+def test_nbytes_of_kept_activations(layers: list[tuple]) -> None:
+    """Plus the tiles, which are small."""
     forward, _ = keep_experts()
     ids, weights = random_ids(T, K, E), torch.rand(T, K, device=DEVICE)
     x = torch.randn(T, H, device=DEVICE, requires_grad=True)
@@ -103,7 +103,7 @@ def test_bytes_that_are_kept(layers: list[tuple]) -> None:
 
 
 class Block(nn.Module):
-    """A decoder layer of nothing but experts, whose output something may read."""
+    """A decoder layer of experts only, whose output may be needed by the backward."""
 
     def __init__(self, function: Callable, layer: tuple, is_read: bool) -> None:
         super().__init__()
@@ -122,10 +122,10 @@ class Block(nn.Module):
 @pytest.mark.parametrize("keep", ["nothing", "experts"])
 @pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize("function", [fused_experts, as_operator])
-def test_an_output_that_nobody_reads_is_not_computed_again(
+def test_unused_output_is_not_recomputed(
     function: Callable, is_read: bool, keep: str, layers: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer is captured, and found out about."""
+    """The layer is captured, and analyzed for this."""
     forget_recordings()
     block = Block(function, layers[0], is_read)
     products = []

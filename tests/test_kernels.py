@@ -1,7 +1,7 @@
-"""Each kernel against plain torch: in Triton's interpreter where there is no GPU, in fp32 either way.
+"""Each kernel against plain torch: in Triton's interpreter without a GPU, in fp32 in both cases.
 
-The sizes are ragged on purpose: experts without rows and with rows for several tiles, ids of other ranks, features
-that are no multiples of a tile or of a quantization block.
+The sizes are deliberately ragged: experts without rows and with rows for several tiles, ids of other ranks, features
+that are not multiples of a tile or of a quantization block.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tile
 @pytest.mark.parametrize("num_tokens", [1, 5, 300, 1500])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (6, 2), (129, 8)])
 def test_pairs_are_sorted_stably(num_tokens: int, num_experts: int, top_k: int) -> None:
-    # from -1 to E - 2: some that are no ids, and a last expert without rows
+    # from -1 to E - 2: some are not valid ids, and the last expert has no rows
     ids = random_ids(num_tokens, top_k, num_experts) - 2
-    ids[ids < 0] -= 2**40  # which is no id either
+    ids[ids < 0] -= 2**40  # not a valid id either
     rows = sort_pairs(ids, num_experts)
     flat = torch.where(ids.flatten() < 0, num_experts, ids.flatten())
     expected = torch.sort(flat, stable=True).indices.int()
@@ -68,7 +68,7 @@ def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -
     for expert, start, choice in entries[:num_tiles]:
         end = min(start + heights[0], ends[expert])
         assert (ends[expert - 1] if expert else 0) <= start < end <= start + heights[choice]
-        assert all(end - start > height for height in heights[choice + 1 :]), "a lower tile would do"
+        assert all(end - start > height for height in heights[choice + 1 :]), "a lower tile would suffice"
         seen[start:end] += 1
     assert torch.equal(seen, (torch.arange(ids.numel()) < ends[-1]).int())
 
@@ -76,7 +76,7 @@ def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 7, 5), (1, 6, 100), (5, 9, 40)], ids=str)
 @pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 32, True), FourBitFormat("nf4", 128, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_decoding_is_bit_for_bit_that_of_the_stack(
+def test_decoding_equals_the_stack_bitwise(
     shape: tuple[int, int, int], storage: FourBitFormat, dtype: torch.dtype
 ) -> None:
     stack = random_stack(shape, False, storage)
@@ -85,8 +85,8 @@ def test_decoding_is_bit_for_bit_that_of_the_stack(
 
 
 @pytest.mark.parametrize("storage", [NF4, FourBitFormat("nf4", 64, True), *GRIDS], ids=str)
-def test_kernels_are_given_parameters_not_views(storage: Format) -> None:
-    """What shards parameters moves them between forward and backward; a view would keep memory that was freed."""
+def test_kernels_get_parameters_instead_of_views(storage: Format) -> None:
+    """Sharding moves parameters between forward and backward; a view would keep memory that was freed."""
     stack = random_stack((2, 64, 64), False, storage)
     parameters = list(stack.parameters())
     assert all(one is other for one, other in zip(packed_weight(stack).tensors, parameters, strict=True))
@@ -95,7 +95,7 @@ def test_kernels_are_given_parameters_not_views(storage: Format) -> None:
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 70, 192), (2, 96, 72), (1, 2, 10)], ids=str)
 @pytest.mark.parametrize("storage", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_decoding_of_a_grid_is_bit_for_bit_that_of_the_stack(
+def test_decoding_of_grid_scales_equals_the_stack_bitwise(
     shape: tuple[int, int, int], storage: Format, dtype: torch.dtype
 ) -> None:
     stack = random_stack(shape, False, storage, parts=2)
@@ -106,11 +106,11 @@ def test_decoding_of_a_grid_is_bit_for_bit_that_of_the_stack(
 @pytest.mark.parametrize("storage", [Fp8Format((1, 0)), Int8Format()], ids=str)
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],  # the interpreter cuts bf16
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],  # the interpreter truncates
     ids=str,
 )
-def test_every_code_of_8_bits(dtype: torch.dtype, storage: Format) -> None:
-    """Of FP8 subnormal ones too, whose bits are subnormal in 16 bits; scales of 1, so that values are exact."""
+def test_every_8_bit_code(dtype: torch.dtype, storage: Format) -> None:
+    """Including subnormal FP8 codes, whose bits are subnormal in 16 bits; scales are 1, so values are exact."""
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 1, 256)
     codes[storage.values(codes).isnan()] = 0
     stack = QuantizedStack(torch.Size((1, 1, 256)), torch.float32, False, storage, DEVICE)
@@ -129,8 +129,8 @@ def test_every_code_of_8_bits(dtype: torch.dtype, storage: Format) -> None:
 @pytest.mark.parametrize("storage", [NF4, FourBitFormat("fp4", 64), Int4Format((1, 64)), Nvfp4Format()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("height", [16, 64], ids=["scales on sums", "scales on weights"])
-def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dtype: torch.dtype, height: int) -> None:
-    # absmax of 1, so that codes come out as they are
+def test_assembly_uses_the_same_table_as_selects(storage: FourBitFormat, dtype: torch.dtype, height: int) -> None:
+    # absmax of 1, so codes decode to the table's values
     weight = torch.ones(1, 4, 64, device=DEVICE)
     weight[:, :, 1:] = torch.linspace(-1, 1, 63, device=DEVICE)
     stack = QuantizedStack.from_dense(weight, False, storage)
@@ -145,8 +145,8 @@ def test_assembly_looks_up_the_same_table_as_selects(storage: FourBitFormat, dty
 
 @pytest.mark.parametrize(("quant_type", "share"), [("nf4", 0.8), ("fp4", 1e-3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_scaled_tables_round_better_and_without_a_mean(quant_type: str, dtype: torch.dtype, share: float) -> None:
-    """A mean error of the weights adds up where activations have a mean: of 4e-4 it made 1 % of an output."""
+def test_scaled_tables_round_better_and_without_bias(quant_type: str, dtype: torch.dtype, share: float) -> None:
+    """A mean error of the weights accumulates if activations have a mean: 4e-4 became 1 % of an output."""
     exact = decoder_of(quant_type, torch.float32, False)
     rounded = decoder_of(quant_type, dtype, False)
     codes = torch.tensor(exact.values)
@@ -210,7 +210,7 @@ def test_grouped_product(
     assert_close(out[:num_rows], expected)
 
 
-def test_a_workspace_for_some_experts_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workspace_for_some_experts_gives_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = random_stack((7, 32, 64), False, NF4)
     rows = sort_pairs(random_ids(40, 3, 7), 7)
     x = torch.randn(120, 64, device=DEVICE)
@@ -227,17 +227,17 @@ def test_a_workspace_for_some_experts_at_a_time_gives_the_same(monkeypatch: pyte
     ("shape", "storage"),
     [
         ((3, 600, 64), NF4),
-        ((2, 64, 600), FourBitFormat("nf4", 64, True)),  # blocks that span rows
+        ((2, 64, 600), FourBitFormat("nf4", 64, True)),  # blocks that extend over rows
         ((2, 600, 520), FourBitFormat("fp4", 32, True)),
         ((2, 600, 520), Fp8Format((24, 32))),
         ((2, 520, 600), Nvfp4Format()),
     ],
     ids=str,
 )
-def test_a_workspace_for_a_part_of_an_expert_gives_the_same(
+def test_workspace_for_part_of_an_expert_gives_the_same_results(
     shape: tuple[int, int, int], storage: Format, for_input_gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of Mixtral 8x22B, one of whose matrices has 384 MiB in 16 bits."""
+    """As for Mixtral 8x22B, where one matrix has 384 MiB in 16 bits."""
     weight = packed_weight(random_stack(shape, False, storage))
     n, k = shape[:0:-1] if for_input_gradient else shape[1:]
     rows = sort_pairs(random_ids(20, 2, shape[0]) - 1, shape[0])
@@ -261,7 +261,7 @@ def test_a_workspace_for_a_part_of_an_expert_gives_the_same(
 
 
 @pytest.mark.parametrize("rank", [1, 16, 37])
-def test_rows_down_to_the_rank_and_back(rank: int) -> None:
+def test_products_with_lora_factors(rank: int) -> None:
     num_experts, features = 5, 150
     ids = random_ids(60, 2, num_experts)
     rows = sort_pairs(ids, num_experts)
@@ -275,7 +275,7 @@ def test_rows_down_to_the_rank_and_back(rank: int) -> None:
     expert, x = ids.flatten()[pair], tokens[pair // 2]
     assert_close(reduced[:num_rows], 0.5 * torch.einsum("sk,srk->sr", x, A[expert]))
 
-    reduced[num_rows:] = float("nan")  # rows of no expert must not be read
+    reduced[num_rows:] = float("nan")  # rows without an expert must not be read
     found = torch.full((num_experts, rank, features), float("nan"), device=DEVICE)
     factor_gradient(gathered, reduced, rows.ends, found.transpose(1, 2), weights=weights)
     outer = (reduced[:num_rows] * weights.flatten()[pair, None])[:, :, None] * x[:, None, :]
@@ -287,8 +287,8 @@ def test_rows_down_to_the_rank_and_back(rank: int) -> None:
 @pytest.mark.parametrize("counts", [(0, 33, 1, 0, 129, 32, 64, 5), (200, 0, 0), (0, 0, 97), (31, 32, 33)], ids=str)
 @pytest.mark.parametrize("is_gathered", [False, True])
 @pytest.mark.parametrize("rank", [3, 16])
-def test_gradients_of_factors_in_runs_of_rows(counts: tuple[int, ...], is_gathered: bool, rank: int) -> None:
-    """Ragged experts, one that has all rows, idle ones, and rows of no expert; twice with the same bits."""
+def test_factor_gradients_in_runs_of_rows(counts: tuple[int, ...], is_gathered: bool, rank: int) -> None:
+    """Ragged experts, one with all rows, idle ones, and rows without an expert; twice with the same bits."""
     num_experts, columns = len(counts), 150
     ids = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)] + [torch.full((9,), -1)])
     ids = ids[torch.randperm(len(ids))].to(DEVICE)
@@ -318,7 +318,7 @@ def test_gradients_of_factors_in_runs_of_rows(counts: tuple[int, ...], is_gather
         assert torch.equal(in_runs[is_one_run], in_one_go[is_one_run])
 
 
-def test_a_layer_sums_gradients_of_factors_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_sums_factor_gradients_in_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(fused_steps, "rows_of_a_run", lambda *sizes: asked.append(sizes) or 32)
     forget_recordings()
@@ -330,12 +330,12 @@ def test_a_layer_sums_gradients_of_factors_in_runs_of_rows(monkeypatch: pytest.M
     forget_recordings()
 
 
-def test_rows_are_cut_into_runs_where_experts_have_many_or_are_few() -> None:
+def test_rows_are_split_into_runs_when_it_helps() -> None:
     # rows, experts, features, rank
     assert rows_of_a_run(512 * 8, 128, 2048, 16) is None
     assert rows_of_a_run(2048 * 8, 128, 2048, 16) == 512
     assert rows_of_a_run(4096 * 8, 128, 2048, 16) == 512
-    assert rows_of_a_run(16384 * 8, 128, 2048, 16) == 2048, "even routing stays whole"
+    assert rows_of_a_run(16384 * 8, 128, 2048, 16) == 2048, "even routing is not split"
     assert rows_of_a_run(4096 * 2, 8, 4096, 16) == 256, "8 experts are too few"
     assert rows_of_a_run(16, 1, 4096, 16) is None
     for num_rows, num_experts, columns, rank in itertools.product(
@@ -385,7 +385,7 @@ def test_combining_skips_pairs_of_other_ranks(columns: int) -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
-def test_every_table_has_an_answer_for_every_question(capability: tuple[int, int]) -> None:
+def test_every_table_answers_every_query(capability: tuple[int, int]) -> None:
     table = tuning_table(capability)
     is_measured = capability == (9, 0)
     assert ("not measured" in table.origin) != is_measured

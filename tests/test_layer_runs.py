@@ -1,6 +1,6 @@
-"""How decoder layers run in training: whatever is kept or captured, losses and gradients are those of plain layers.
+"""How decoder layers run in training: with kept activations or captures, results equal those of plain layers.
 
-Captures are stood in for by calls where there is no GPU: buffers, keys and fallbacks are the same.
+Plain calls replace captures on machines without a GPU; buffers, keys and fallbacks are the same.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def train(
 @pytest.mark.usefixtures("graphs_by_calls")
 @pytest.mark.parametrize("keep", POLICIES)
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
-def test_graphs_change_no_number(device, keep, model_type):
-    """Two lengths that come in turn, one that comes once, with masks."""
+def test_graphs_do_not_change_results(device, keep, model_type):
+    """Two alternating lengths, and one that occurs once, with masks."""
     batches = [batch(device, length, seed) for seed, length in enumerate([12, 8, 12, 8, 12, 9, 8, 12])]
     expected = train(trained_model(device, model_type=model_type, use_gradient_checkpointing=False), batches)
     model = trained_model(device, model_type=model_type, use_gradient_checkpointing=keep, cuda_graphs=True)
@@ -93,7 +93,7 @@ def test_graphs_change_no_number(device, keep, model_type):
 
 
 @pytest.mark.parametrize("keep", POLICIES)
-def test_checkpointing_changes_no_number(device, keep):
+def test_checkpointing_does_not_change_results(device, keep):
     batches = [batch(device, length, seed) for seed, length in enumerate([12, 8, 12])]
     expected = train(trained_model(device, use_gradient_checkpointing=False), batches)
     found = train(trained_model(device, use_gradient_checkpointing=keep), batches)
@@ -102,11 +102,11 @@ def test_checkpointing_changes_no_number(device, keep):
 
 @pytest.mark.usefixtures("graphs_by_calls")
 @pytest.mark.parametrize("keep", POLICIES)
-def test_dropout_draws_what_it_would(device, keep):
-    """Masks of the recomputation are those of the forward, and the generator goes on as without graphs."""
+def test_dropout_masks_are_reproduced(device, keep):
+    """The recomputation uses the forward's masks, and the generator advances as without graphs."""
     dtype = (
         torch.float32 if device == "cpu" else torch.bfloat16
-    )  # in fp32 a GPU computes dropped-out experts one by one
+    )  # in fp32 a GPU computes experts with dropout one by one
     batches = [batch(device, 12, seed) for seed in range(4)]
     expected = train(trained_model(device, dtype, 0.3, use_gradient_checkpointing=True), batches)
     model = trained_model(device, dtype, 0.3, use_gradient_checkpointing=keep, cuda_graphs=True)
@@ -115,7 +115,7 @@ def test_dropout_draws_what_it_would(device, keep):
 
 
 @pytest.mark.gpu
-def test_experts_that_are_computed_one_by_one_are_not_captured():
+def test_experts_computed_one_by_one_are_not_captured():
     model = trained_model("cuda", lora_dropout=0.3, cuda_graphs=True)
     for _ in range(3):
         model(**batch("cuda", 12)).loss.backward()
@@ -123,7 +123,7 @@ def test_experts_that_are_computed_one_by_one_are_not_captured():
 
 
 @pytest.mark.gpu
-def test_a_failed_capture_leaves_the_generator_as_it_was():
+def test_failed_capture_restores_the_generator():
     backend = CudaBackend(torch.device("cuda", 0))
 
     def work() -> None:
@@ -138,7 +138,7 @@ def test_a_failed_capture_leaves_the_generator_as_it_was():
 
 
 @pytest.mark.gpu
-def test_a_failed_capture_leaves_the_next_one_its_memory():
+def test_failed_capture_frees_memory_for_the_next_one():
     backend = CudaBackend(torch.device("cuda", 0))
 
     def work() -> None:
@@ -153,7 +153,7 @@ def test_a_failed_capture_leaves_the_next_one_its_memory():
 
 
 class OutOfMemory(CallingBackend):
-    """Has no memory for the third capture and those after it."""
+    """Has no memory for the third and later captures."""
 
     def capture(self, work):
         if self.captures == 2:
@@ -162,7 +162,7 @@ class OutOfMemory(CallingBackend):
 
 
 class TooSmall(CallingBackend):
-    """Has memory for captures, but not for the steps beside them."""
+    """Has memory for captures, but not for the steps in addition to them."""
 
     def why_no_room(self):
         return "there are 24.00 GiB"
@@ -181,14 +181,14 @@ def test_graphs_that_do_not_fit_are_freed(monkeypatch, keep, backend, why, layer
     torch.testing.assert_close(train(model, batches), expected, rtol=0, atol=0)
     report = graphs_report(model)
     assert "0 graphs of layers" in report
-    # of two layers in four steps, the first of which only warms up
+    # two layers in four steps, the first of which is only a warm-up
     assert f"without a graph, {layers} times: the GPU has too little memory for graphs ({why})" in report
     release_graphs(model)
     assert "too little memory" not in graphs_report(model)
 
 
 @pytest.mark.gpu
-def test_room_beside_graphs():
+def test_memory_for_steps_beside_graphs():
     torch.cuda.empty_cache()
     backend = CudaBackend(torch.device("cuda", 0))
     assert backend.why_no_room() is None
@@ -206,8 +206,8 @@ def test_room_beside_graphs():
 
 @pytest.mark.usefixtures("graphs_by_calls")
 @pytest.mark.parametrize("keep", POLICIES)
-def test_forwards_before_the_backward(device, keep):
-    """Two forwards of one shape, then their backwards, in either order; and a second backward of one graph."""
+def test_several_forwards_before_the_backward(device, keep):
+    """Two forwards of one shape, then their backwards in either order; and a second backward of one graph."""
 
     def grads(model: nn.Module, order: list[int]) -> list[torch.Tensor]:
         for _ in range(2):
@@ -226,7 +226,7 @@ def test_forwards_before_the_backward(device, keep):
 
 @pytest.mark.usefixtures("graphs_by_calls")
 def test_adapters_take_turns(device):
-    """Each adapter has graphs of its own, also switched off; a new rank needs new ones."""
+    """Each adapter has its own graphs, also when disabled; a new rank needs new ones."""
     model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
     inputs = batch(device, 12)
     for one in (model, plain):
@@ -250,7 +250,7 @@ def test_adapters_take_turns(device):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_parameters_that_move_are_captured_again(device):
+def test_moved_parameters_are_captured_again(device):
     model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
     for one in (model, plain):
         for _ in range(2):
@@ -268,7 +268,7 @@ def test_parameters_that_move_are_captured_again(device):
 
 @pytest.mark.usefixtures("graphs_by_calls")
 def test_accumulated_gradients_and_hooks(device):
-    """Hooks of the factors run at each backward, as those of data parallelism do."""
+    """Hooks of the factors run at each backward, as data parallelism requires."""
     model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
     calls = []
     for one in (model, plain):
@@ -294,7 +294,7 @@ def test_mixed_precision(device):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_evaluation_stays_plain(device):
+def test_evaluation_is_not_captured(device):
     model = trained_model(device, cuda_graphs=True)
     for _ in range(3):
         model(**batch(device, 12)).loss.backward()
@@ -313,8 +313,8 @@ def test_evaluation_stays_plain(device):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_what_happens_inside_a_layer_is_recorded(device):
-    """The balancing loss needs the routers' logits, which a graph would not hand out."""
+def test_recorded_outputs_inside_a_layer(device):
+    """The load-balancing loss needs the router logits, which a graph would not return."""
     model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
     inputs = {**batch(device, 12), "output_router_logits": True}
     for _ in range(3):
@@ -327,19 +327,19 @@ def test_what_happens_inside_a_layer_is_recorded(device):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_hooks_inside_a_layer_are_not_captured(device):
+def test_layers_with_hooks_are_not_captured(device):
     model = trained_model(device, cuda_graphs=True)
     seen = []
     model.get_submodule("base_model.model.model.layers.1.mlp").register_forward_hook(lambda *_: seen.append(1))
     for _ in range(3):
         model(**batch(device, 12)).loss.backward()
-    assert len(seen) == 3  # a recomputation ends before
+    assert len(seen) == 3  # a recomputation stops before the hook
     assert "2 times: mlp has a forward hook" in graphs_report(model)
     assert "1 graphs of layers" in graphs_report(model)
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_few_shapes_are_captured(device, monkeypatch):
+def test_number_of_captured_shapes_is_limited(device, monkeypatch):
     monkeypatch.setattr(layer_graphs, "MOST_SHAPES", 1)
     batches = [batch(device, length) for length in (12, 12, 8, 8, 12)]
     expected = train(trained_model(device), batches)
@@ -349,7 +349,7 @@ def test_few_shapes_are_captured(device, monkeypatch):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_checkpointing_turned_on_again_adds_nothing(device, monkeypatch):
+def test_enabling_checkpointing_again_has_no_effect(device, monkeypatch):
     """As Trainer does with gradient_checkpointing=True."""
     model = trained_model(device, cuda_graphs=True)
     for _ in range(2):
@@ -365,7 +365,7 @@ def test_checkpointing_turned_on_again_adds_nothing(device, monkeypatch):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_copies_capture_their_own(device):
+def test_copies_have_their_own_captures(device):
     model = trained_model(device, cuda_graphs=True)
     for _ in range(2):
         model(**batch(device, 12)).loss.backward()
@@ -390,7 +390,7 @@ def test_cuda_graphs_need_a_gpu(monkeypatch):
     assert "without a graph, 2 times: it is on cpu, not on cuda" in graphs_report(model)
 
 
-def test_refused():
+def test_invalid_options_are_rejected():
     with pytest.raises(ValueError, match="use_gradient_checkpointing='experts' is not valid"):
         trained_model("cpu", use_gradient_checkpointing="experts")
     with pytest.raises(ValueError, match="gradient_checkpointing_kwargs apply to torch's"):
@@ -403,7 +403,7 @@ def test_refused():
 
 @pytest.mark.usefixtures("graphs_by_calls")
 def test_data_parallel(device):
-    """Its reducer waits for the hooks of all factors, and hands out views of its buckets as gradients."""
+    """Its reducer waits for the hooks of all factors, and returns views of its buckets as gradients."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         results = []
@@ -427,7 +427,7 @@ def test_data_parallel(device):
 
 
 def run_trainer(directory: Path, device: str, steps: int, resume: str | None = None, **options) -> Trainer:
-    """Accumulates, evaluates and clips; the checkpoints are those of every second step."""
+    """Accumulates, evaluates and clips, with a checkpoint every second step."""
     set_seed(0)
     model = trained_model(device, lora_dropout=0.1, **options)
     arguments = TrainingArguments(
@@ -453,9 +453,9 @@ def run_trainer(directory: Path, device: str, steps: int, resume: str | None = N
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-@pytest.mark.parametrize("device", ["cpu"])  # a Trainer would take all GPUs that there are
+@pytest.mark.parametrize("device", ["cpu"])  # a Trainer would use all available GPUs
 def test_trainer(tmp_path):
-    """With its own gradient_checkpointing, with evaluation between the steps, and taken up where it was stopped."""
+    """With its own gradient_checkpointing, with evaluation between the steps, and resumed from a checkpoint."""
     plain, captured = (
         run_trainer(tmp_path / str(is_captured), "cpu", 4, cuda_graphs=is_captured) for is_captured in (False, True)
     )
@@ -473,8 +473,8 @@ def test_trainer(tmp_path):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_arguments_that_hold_tensors_are_not_captured(device):
-    """Such as the masks of flex attention: a graph would go on reading the tensors of the first one."""
+def test_arguments_that_contain_tensors_are_not_captured(device):
+    """Such as the masks of flex attention: a graph would keep reading the tensors of the first one."""
 
     class Mask:
         def __init__(self, scale: float) -> None:

@@ -1,8 +1,8 @@
 """Every experts class of the installed transformers, with and without an adapter, against a per-token reference.
 
 The reference (`per_token.py`) is fp32 on the CPU and gets the dequantized weights and the adapter's deltas as dense
-stacks. It is itself held against each class's own forward. Of a class without a formula there, the forward itself is
-the reference, and the end of the test run names the class.
+stacks. It is itself compared with each class's own forward. For a class without a formula there, the forward itself is
+the reference, and pytest prints its name at the end of the test run.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,  # relative L2 error: operands and results of every product are rounded to 8 bits
 }
 
-# Standard deviation of the hidden states. In fp32 values go beyond every clamp. In bf16 they stay within: rounding
-# would move some across a clamp, and the gradient jumps there.
+# Standard deviation of the hidden states. In fp32 values exceed every clamp. In bf16 they stay below it: rounding
+# would move some across a clamp, where the gradient is discontinuous.
 SPREAD = {torch.float32: 1.0, torch.bfloat16: 0.25}
 
 RANK = 3
-ALPHAS = (6.0, 4.5)  # of the first and of the down projection, so that a mix-up shows
+ALPHAS = (6.0, 4.5)  # of the first and of the down projection; different, to detect a mix-up
 
-UNALIGNED = Sizes(hidden=20, intermediate=10)  # numbers of weights that are no multiples of the block size
+UNALIGNED = Sizes(hidden=20, intermediate=10)  # numbers of weights that are not multiples of the block size
 ODD = Sizes(hidden=7, intermediate=5)  # an expert's last code fills half a byte
 SQUARE_GATE_UP = Sizes(hidden=24, intermediate=12)
 SQUARE_DOWN = Sizes(hidden=16, intermediate=16)
@@ -56,7 +56,7 @@ DECORATED = [found for found in ALL_CLASSES if found.is_decorated]
 UNDECORATED = [found for found in ALL_CLASSES if not found.is_decorated]
 BY_NAME = {found.name: found for found in ALL_CLASSES}
 
-# one for each way to store and finish: plain, transposed with biases, without gate, with a norm at the end
+# one class for each combination: plain, transposed with biases, without gate, with a norm at the end
 KINDS = ["Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"]
 
 every_class = pytest.mark.parametrize("experts_class", DECORATED, ids=lambda found: found.name)
@@ -67,7 +67,7 @@ every_storage = pytest.mark.parametrize("storage", [FourBitFormat(), None], ids=
 
 
 def random_routing(num_tokens: int, top_k: int = 2) -> torch.Tensor:
-    """Different experts for each token, as a router gives them."""
+    """Different experts for each token, as from a router."""
     return torch.rand(num_tokens, DEFAULT_SIZES.num_experts).topk(top_k).indices
 
 
@@ -77,7 +77,7 @@ def idle_experts() -> torch.Tensor:
 
 
 def experts_of_other_ranks() -> torch.Tensor:
-    """Expert parallelism gives their pairs the id E; the second token has no expert here at all."""
+    """Expert parallelism gives these pairs the id E; the second token has no local expert."""
     E = DEFAULT_SIZES.num_experts
     return torch.tensor([[0, E], [E, E], [4, 2], [E, 1]])
 
@@ -93,7 +93,7 @@ ROUTINGS = {
 
 
 class Block(nn.Module):
-    """What holds experts in a model."""
+    """The module that contains the experts in a model."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def adapted(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedExperts:
-    """Converted experts with an adapter whose factors are all non-zero; biases and norms are trainable, too."""
+    """Converted experts with an adapter whose factors are all nonzero; biases and norms are trainable, too."""
     block = Block(build(experts_class, sizes).to(device, dtype))
     convert_experts(block, storage)
     experts = block.experts
@@ -151,7 +151,7 @@ def trainable(layer: QuantizedExperts) -> dict[str, torch.Tensor]:
 
 
 def leaves_of(layer: QuantizedExperts, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Everything that has a gradient, by name."""
+    """All tensors that have a gradient, by name."""
     return {"hidden_states": inputs.hidden_states, "top_k_weights": inputs.top_k_weights, **trainable(layer)}
 
 
@@ -176,7 +176,7 @@ def reference_is_transposed(experts_class: ExpertsClass) -> bool:
 def reference_output(
     experts_class: ExpertsClass, sizes: Sizes, parameters: Mapping[str, torch.Tensor], *arguments: torch.Tensor
 ) -> torch.Tensor:
-    """By the class's formula; where none is written down, by its own forward."""
+    """By the class's formula; without one, by its own forward."""
     if experts_class.name in per_token.GATES:
         config = tiny_config(experts_class, sizes)
         return per_token.experts_output(experts_class.name, config, parameters, *arguments)
@@ -189,7 +189,7 @@ def results_of_reference(
     inputs: Inputs,
     stacks: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The same of the reference; with other `stacks` than the layer's, to see what would be wrong."""
+    """The reference's results; optionally with other `stacks` than the layer's, to check the comparison itself."""
     leaves = {leaf: value.detach().cpu().float().requires_grad_() for leaf, value in leaves_of(layer, inputs).items()}
     parameters = {leaf: value for leaf, value in leaves.items() if leaf.endswith(("_bias", "norm.weight"))}
     is_transposed = reference_is_transposed(experts_class)
@@ -216,7 +216,7 @@ MEASURE = {torch.float32: largest_magnitude, torch.bfloat16: torch.linalg.vector
 
 
 def error(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-    """In the units of TOLERANCE; absolute where the reference is zero or empty."""
+    """In units of TOLERANCE; absolute if the reference is zero or empty."""
     scale = MEASURE[dtype](expected).item()
     return MEASURE[dtype](found.cpu().float() - expected).item() / (scale or 1)
 
@@ -232,12 +232,12 @@ def assert_close(
 
 
 def assert_zeros_kept(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """What no token reaches is exactly zero in the reference, and has to be so here."""
+    """Gradients without a token are exactly zero in the reference, and must be zero here."""
     assert [name for name in expected if found[name].cpu()[expected[name] == 0].any()] == []
 
 
 def test_all_known_classes_are_found():
-    """The discovery misses nothing that was in the earliest version of transformers that we take."""
+    """The search finds every class of the oldest supported version of transformers."""
     assert len(BY_NAME) == len(ALL_CLASSES)
     assert len(DECORATED) >= 51
     named = {*per_token.TRANSPOSED, *per_token.UNGATED, *per_token.BIASED, *per_token.NORMED, *KINDS}
@@ -246,16 +246,16 @@ def test_all_known_classes_are_found():
         assert {found.name for found in DECORATED} == per_token.GATES.keys()
 
 
-def test_no_class_is_unknown():
-    """A class that neither declares its layout nor is refused by name would be passed over."""
+def test_every_class_is_declared_or_rejected():
+    """A class that neither declares its layout nor is rejected by name would be ignored."""
     names = {found.name for found in UNDECORATED}
-    # in early versions of transformers, where it is the only kind of experts in its model
+    # in early versions of transformers, where it is the only experts class of its model
     assert names - {"AriaGroupedExpertsGemm", "Llama4TextExperts"} <= UNSUPPORTED_CLASSES.keys()
 
 
 @every_class
 def test_reference_equals_class(experts_class, record_property):
-    """The reference's formula is the class's own, at the model's real limits and epsilons."""
+    """The reference's formula equals the class's forward, at the model's real limits and epsilons."""
     if experts_class.name not in per_token.GATES:
         record_property(NO_FORMULA, experts_class.name)
         return
@@ -275,8 +275,8 @@ def test_reference_equals_class(experts_class, record_property):
 
 @every_kind
 @pytest.mark.parametrize("routing", ["random", "no token", "experts of other ranks"])
-def test_own_forward_stands_in_for_a_formula(experts_class, routing, monkeypatch):
-    """A class that a later version of transformers brings is held against itself."""
+def test_class_without_a_formula_uses_its_own_forward(experts_class, routing, monkeypatch):
+    """A class of a later version of transformers is compared with itself."""
     layer, inputs = adapted(experts_class, FourBitFormat(), UNALIGNED), Inputs.random(ROUTINGS[routing](), 20)
     by_formula = results_of_reference(experts_class, layer, inputs)
     monkeypatch.delitem(per_token.GATES, experts_class.name)
@@ -300,7 +300,7 @@ def test_classes_without_a_formula_are_named(monkeypatch):
 @pytest.mark.parametrize(
     "experts_class", [found for found in DECORATED if found.name in per_token.GATES], ids=lambda found: found.name
 )
-def test_reference_knows_how_stacks_are_stored(experts_class):
+def test_reference_knows_the_orientation_of_stacks(experts_class):
     E, H, width = DEFAULT_SIZES.num_experts, DEFAULT_SIZES.hidden, DEFAULT_SIZES.intermediate
     name = experts_class.name
     up = per_token.up_name(name)
@@ -317,7 +317,7 @@ def test_reference_knows_how_stacks_are_stored(experts_class):
     "experts_class", [found for found in DECORATED if found.name in per_token.LIMITED], ids=lambda found: found.name
 )
 def test_inputs_reach_the_limits(experts_class):
-    """A clamp that no value reaches would be compared in vain."""
+    """A clamp that no value reaches would not be tested."""
     parameters = dict(build(experts_class).named_parameters())
     inputs = Inputs.random(random_routing(9))
     config = tiny_config(experts_class, DEFAULT_SIZES)
@@ -335,7 +335,7 @@ def test_inputs_reach_the_limits(experts_class):
 @every_storage
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 def test_output_and_gradients(experts_class, storage, routing, device):
-    """fp32; idle experts, pairs of other ranks and the factors of a batch without tokens get zeros as gradients."""
+    """In fp32. Idle experts, pairs of other ranks and the factors of a batch without tokens get zero gradients."""
     layer = adapted(experts_class, storage, device=device)
     inputs = Inputs.random(routing(), device=device)
     found, expected = results_of_package(layer, inputs), results_of_reference(experts_class, layer, inputs)
@@ -356,7 +356,7 @@ def test_output_and_gradients_in_bf16(experts_class, storage, device):
 @every_kind
 @every_storage
 def test_router_weights_may_be_more_precise(experts_class, storage, device):
-    """Routers compute in fp32, and some models hand their weights on as they are."""
+    """Routers compute in fp32, and some models return fp32 weights."""
     layer = adapted(experts_class, storage, device=device, dtype=torch.bfloat16)
     inputs = Inputs.random(random_routing(9), device=device, dtype=torch.bfloat16, weights_dtype=torch.float32)
     found = results_of_package(layer, inputs)
@@ -367,7 +367,7 @@ def test_router_weights_may_be_more_precise(experts_class, storage, device):
 
 @every_class
 @pytest.mark.parametrize("sizes", [UNALIGNED, ODD], ids=["unaligned", "odd"])
-def test_sizes_that_fill_no_block(experts_class, sizes, device):
+def test_sizes_that_are_not_multiples_of_a_block(experts_class, sizes, device):
     layer = adapted(experts_class, FourBitFormat(), sizes, device)
     inputs = Inputs.random(random_routing(9), sizes.hidden, device)
     assert_close(results_of_package(layer, inputs), results_of_reference(experts_class, layer, inputs))
@@ -379,7 +379,7 @@ def test_sizes_that_fill_no_block(experts_class, sizes, device):
     ("sizes", "projection"), [(SQUARE_GATE_UP, "gate_up_proj"), (SQUARE_DOWN, "down_proj")], ids=["gate_up", "down"]
 )
 def test_orientation_of_square_stacks(name, storage, sizes, projection, device):
-    """Orientation comes from the class, not from a shape: the other reading fits as well, and is wrong."""
+    """The class determines the orientation, not the shape: the other orientation fits too, and gives wrong results."""
     layer = adapted(BY_NAME[name], storage, sizes, device)
     inputs = Inputs.random(random_routing(9), sizes.hidden, device)
     found, stacks = results_of_package(layer, inputs), dequantized(layer)
@@ -393,7 +393,7 @@ def test_orientation_of_square_stacks(name, storage, sizes, projection, device):
 @every_class
 @every_storage
 def test_without_adapter_equals_the_class(experts_class, storage, device):
-    """The class's own forward on the dequantized weights, and every parameter back where it was."""
+    """Equals the class's own forward on the dequantized weights, and every parameter is back in place."""
     original = build(experts_class).to(device)
     before = {name: parameter.detach().clone() for name, parameter in original.named_parameters()}
     block = Block(original)
@@ -414,8 +414,8 @@ def test_without_adapter_equals_the_class(experts_class, storage, device):
 @every_kind
 @every_storage
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_repeats_bit_for_bit(experts_class, storage, dtype, device):
-    """No atomic adds: equal inputs give equal bits, gradients too."""
+def test_results_are_bitwise_reproducible(experts_class, storage, dtype, device):
+    """No atomic adds: equal inputs give equal bits, also in gradients."""
     layer = adapted(experts_class, storage, device=device, dtype=dtype)
     inputs = Inputs.random(random_routing(9), device=device, dtype=dtype)
     first, *others = (results_of_package(layer, inputs) for _ in range(3))
@@ -425,7 +425,7 @@ def test_repeats_bit_for_bit(experts_class, storage, dtype, device):
 
 @every_kind
 @every_storage
-def test_a_step_leaves_the_base_alone(experts_class, storage, device):
+def test_step_does_not_change_the_base(experts_class, storage, device):
     layer = adapted(experts_class, storage, device=device)
     frozen = {name: value.clone() for name, value in layer.named_parameters() if not value.requires_grad}
     factors = {name: value.detach().clone() for name, value in trainable(layer).items()}
@@ -444,7 +444,7 @@ def test_a_step_leaves_the_base_alone(experts_class, storage, device):
     [found for found in UNDECORATED if found.name != "Llama4TextExperts"],
     ids=lambda found: found.name,
 )
-def test_undecorated_classes_are_refused(experts_class):
+def test_undecorated_classes_are_rejected(experts_class):
     name = experts_class.name
     block = Block(build(experts_class))
     experts = block.experts
@@ -462,8 +462,8 @@ def test_undecorated_classes_are_refused(experts_class):
     [found for found in UNDECORATED if found.name in set(UNSUPPORTED_CLASSES) - ALWAYS_ON_CLASSES],
     ids=lambda found: found.name,
 )
-def test_refusal_comes_before_any_change(experts_class):
-    """One unsupported module, and the others are not converted either."""
+def test_error_is_raised_before_any_change(experts_class):
+    """With one unsupported module, the others are not converted either."""
     routed = build(BY_NAME["Qwen3MoeExperts"])
     model = nn.ModuleList([Block(routed), Block(build(experts_class))])
     with pytest.raises(ValueError, match=f"1.experts is of class {experts_class.name}"):
@@ -471,7 +471,7 @@ def test_refusal_comes_before_any_change(experts_class):
     assert model[0].experts is routed
 
 
-def test_experts_that_are_always_on_stay_beside_routed_ones():
+def test_shared_experts_stay_next_to_routed_ones():
     shared = build(BY_NAME["InklingSharedExperts"])
     model = nn.ModuleDict({"routed": Block(build(BY_NAME["InklingExperts"])), "shared": Block(shared)})
     quantize_experts(model, progressbar=False)
@@ -483,8 +483,8 @@ def test_experts_that_are_always_on_stay_beside_routed_ones():
 @every_kind
 @pytest.mark.parametrize("projection", [0, 1], ids=["up", "down"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_a_wrong_factor_is_noticed(experts_class, projection, dtype):
-    """The comparison can fail: one expert's B off by 2 %, or by 20 % in bf16."""
+def test_comparison_detects_a_wrong_factor(experts_class, projection, dtype):
+    """One expert's B is off by 2 %, or by 20 % in bf16."""
     layer = adapted(experts_class, FourBitFormat(), dtype=dtype)
     inputs = Inputs.random(torch.tensor([[1, 0], [3, 1], [4, 2], [2, 1]]), dtype=dtype)
     found = results_of_package(layer, inputs)
@@ -495,8 +495,8 @@ def test_a_wrong_factor_is_noticed(experts_class, projection, dtype):
         assert_close(found, results_of_reference(experts_class, layer, inputs), dtype)
 
 
-def test_a_wrong_split_of_gate_and_up_is_noticed():
-    """Swapped halves, and rows read as concatenated that are interleaved."""
+def test_comparison_detects_a_wrong_split_of_gate_and_up():
+    """Swapped halves, and interleaved rows read as concatenated."""
     inputs = Inputs.random(random_routing(9))
     layer = adapted(BY_NAME["Qwen3MoeExperts"], FourBitFormat())
     stacks = dequantized(layer)

@@ -1,4 +1,4 @@
-"""Adapters that leave out layers, converted: what is written says so, and adds the same."""
+"""Converted adapters that skip layers: the converted config excludes them, and the deltas are the same."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ OPTIONS = {
         ("qwen3_moe", "per-expert"),
         ("qwen3_moe", "mlx"),
         ("qwen3_moe", "vllm"),
-        ("mixtral", "per-expert"),  # calls its layers otherwise in its checkpoint
+        ("mixtral", "per-expert"),  # has other layer names in its checkpoint
         ("gpt_oss", "sglang"),  # has one tensor for all experts
         ("gpt_oss", "peft-lora"),
     ],
 )
-def test_what_is_converted_adds_the_same(model_type, target, options, tmp_path):
-    """Our own reader took it for damaged."""
+def test_converted_adapter_has_the_same_deltas(model_type, target, options, tmp_path):
+    """Our own reader rejected it as damaged."""
     saved_deltas(
         tmp_path, model_type, **{"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "experts"], **options}
     )
@@ -59,8 +59,8 @@ def test_what_is_converted_adds_the_same(model_type, target, options, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_what_is_left_out_is_left_out_by_stock_peft(model_type, tmp_path):
-    """Of the model and of its checkpoint, whose names experts had as linear layers."""
+def test_skipped_modules_match_stock_peft(model_type, tmp_path):
+    """By the names of the model and of its checkpoint, including those of experts as linear layers."""
     saved_deltas(tmp_path, model_type, exclude_modules=["layers.0.mlp.experts", "layers.1.self_attn.k_proj"])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert", tmp_path / "base")
     config = LoraConfig.from_pretrained(tmp_path / "converted")
@@ -80,7 +80,7 @@ def test_what_is_left_out_is_left_out_by_stock_peft(model_type, tmp_path):
     assert is_reached("1.self_attn.q_proj")
 
 
-def test_nothing_is_excluded_where_nothing_is_left_out(tmp_path):
+def test_no_exclusions_if_no_layer_is_skipped(tmp_path):
     saved_deltas(tmp_path, "deepseek_v3")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert", tmp_path / "base")
     assert LoraConfig.from_pretrained(tmp_path / "converted").exclude_modules is None

@@ -1,6 +1,6 @@
-"""Liger's kernels beside ours: its patch of experts stays off them, its loss is refused where it would be wrong.
+"""Liger's kernels with this package's: its patch of experts does not apply, its loss is rejected if it would be wrong.
 
-Most tests imitate what Liger writes; the last ones run it, if it is there.
+Most tests imitate Liger's patches; the last ones run Liger, if installed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from peft_moe_qlora.quantized_linear import QuantizedLinear
 
 
 class LigerExperts(nn.Module):
-    """As Liger's: named so, with the same parameters, and without a declaration; its forward must not run."""
+    """As Liger's: the same name and parameters, and no declaration; its forward must not run."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -48,11 +48,11 @@ class LigerExperts(nn.Module):
 
 
 class LigerOtherExperts(LigerExperts):
-    """As a Liger of the future may have them."""
+    """A class that a later Liger may have."""
 
 
 def patch(model: nn.Module) -> None:
-    """As a Trainer does it with `use_liger_kernel=True`."""
+    """As a Trainer does with `use_liger_kernel=True`."""
     for layer in model.model.layers:
         experts = layer.mlp.experts
         experts.__dict__["forward"] = LigerExperts.forward.__get__(experts, type(experts))
@@ -79,7 +79,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all layers adapted", "one layer left alone"])
 @pytest.mark.parametrize("trains", [True, False], ids=["before train()", "after train()"])
 def test_experts_keep_their_forward(layers, trains):
-    """A Trainer calls train() behind Liger; who calls Liger by hand may not."""
+    """A Trainer calls train() after Liger; a user who calls Liger directly may not."""
     expected = gradients(adapted(layers_to_transform=layers).train())
     model = adapted(layers_to_transform=layers).train()
     patch(model.get_base_model())
@@ -90,22 +90,22 @@ def test_experts_keep_their_forward(layers, trains):
     assert "LigerExperts" not in repr(model)
 
 
-def test_experts_of_transformers_are_ligers():
-    """They are none of ours."""
+def test_unconverted_experts_get_ligers_forward():
+    """They are not ours."""
     model = tiny_model()
     patch(model)
     with pytest.raises(AssertionError, match="Liger's forward has run"):
         logits(model, token_ids())
 
 
-def test_a_model_that_was_patched_before_gets_its_own_forward():
-    """Which it keeps when it is adapted."""
+def test_patched_model_gets_its_own_forward_back():
+    """And keeps it when an adapter is added."""
     model = tiny_model()
     patch(model)
     assert torch.equal(logits(adapted(model), token_ids()), logits(adapted(), token_ids()))
 
 
-def test_a_compiled_layer_keeps_its_forward():
+def test_compiled_layer_keeps_its_forward():
     torch._dynamo.reset()
     model = adapted()
     expected = logits(model, token_ids())
@@ -126,8 +126,8 @@ class CountingHook(ModelHook):
 
 
 @pytest.mark.parametrize("liger_first", [False, True])
-def test_a_hook_of_accelerates_stays(liger_first):
-    """As `device_map` over several devices sets it, before or after Liger."""
+def test_accelerate_hook_is_kept(liger_first):
+    """As set by `device_map` over several devices, before or after Liger."""
     model = adapted()
     expected = logits(model, token_ids())
     experts, hook = model.get_base_model().model.layers[0].mlp.experts, CountingHook()
@@ -144,8 +144,8 @@ def test_a_hook_of_accelerates_stays(liger_first):
     assert hook.calls == 2
 
 
-def test_merging_gives_the_class_back(tmp_path):
-    """The merged 16-bit module has never been patched: what Liger wrote was on ours."""
+def test_merging_restores_the_original_class(tmp_path):
+    """The merged 16-bit module was never patched: Liger patched ours."""
     model = adapted(quant_type=None)
     patch(model.get_base_model())
     expected = logits(model, token_ids())
@@ -154,8 +154,8 @@ def test_merging_gives_the_class_back(tmp_path):
     merged.save_pretrained(tmp_path)
 
 
-def test_a_class_of_ligers_is_read(monkeypatch, tmp_path):
-    """It stays in the place of the model's own for as long as the process runs."""
+def test_liger_class_is_read(monkeypatch, tmp_path):
+    """It replaces the model's own class for the lifetime of the process."""
     tiny_model().save_pretrained(tmp_path)
     config = MoeQuantizationConfig(quantize_linear=False)
     expected = logits(load_quantized(str(tmp_path), config, device_map="cpu", dtype=torch.float32), token_ids())
@@ -176,7 +176,7 @@ def test_a_class_of_ligers_is_read(monkeypatch, tmp_path):
     assert all(type(layer.mlp.experts) is LigerExperts for layer in merged.model.layers)
 
 
-def test_a_class_of_ligers_is_computed_by_the_kernels(monkeypatch):
+def test_liger_class_uses_the_kernels(monkeypatch):
     """Its gate is known."""
     monkeypatch.setattr(modeling_qwen3_moe, "Qwen3MoeExperts", LigerExperts)
     model = tiny_model()
@@ -184,7 +184,7 @@ def test_a_class_of_ligers_is_computed_by_the_kernels(monkeypatch):
     assert model.model.layers[0].mlp.experts._gate.kind == "silu"
 
 
-def test_a_class_of_ligers_that_is_not_known_is_refused(monkeypatch, tmp_path):
+def test_unknown_liger_class_is_rejected(monkeypatch, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     monkeypatch.setattr(modeling_qwen3_moe, "Qwen3MoeExperts", LigerOtherExperts)
     message = r"model\.layers\.0\.mlp\.experts is of class LigerOtherExperts.*liger_kernel_config={'swiglu': False}"
@@ -223,33 +223,33 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     ],
     ids=["frozen", "trained", "tokens"],
 )
-def test_ligers_loss_is_taken_where_it_is_right(options):
+def test_liger_loss_is_accepted_where_it_is_correct(options):
     fuse_loss(adapted(**options)).train()
 
 
-def test_ligers_loss_is_refused_with_an_adapter_on_the_head():
+def test_liger_loss_is_rejected_with_an_adapter_on_the_head():
     model = fuse_loss(adapted(target_modules=["experts", "lm_head"]))
     with pytest.raises(ValueError, match=rf"Qwen3MoeForCausalLM, which has an adapter on lm_head.*{NO_FUSED_LOSS}"):
         model.train()
     model.eval()  # evaluates with the adapter
 
 
-def test_ligers_loss_on_a_class_is_refused(monkeypatch):
-    """As `apply_liger_kernel_to_qwen3_moe()` does it before a model is made."""
+def test_liger_loss_on_a_class_is_rejected(monkeypatch):
+    """As `apply_liger_kernel_to_qwen3_moe()` sets it before a model is created."""
     monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeForCausalLM, "forward", lce_forward)
     with pytest.raises(ValueError, match="which has an adapter on lm_head"):
         get_peft_model(tiny_model(), MoeQLoraConfig(r=2, target_modules=["experts", "lm_head"])).train()
 
 
-def test_ligers_loss_is_refused_without_a_head():
-    """Liger writes the forward of a language model over that of any other."""
+def test_liger_loss_is_rejected_without_a_head():
+    """Liger replaces the forward of any model by that of a language model."""
     base = AutoModelForSequenceClassification.from_config(tiny_config("qwen3_moe", num_labels=1))
     model = fuse_loss(get_peft_model(base, MoeQLoraConfig(r=2, task_type="SEQ_CLS")))
     with pytest.raises(ValueError, match=rf"Qwen3MoeForSequenceClassification, which has no lm_head.*{NO_FUSED_LOSS}"):
         model.train()
 
 
-def test_ligers_loss_is_refused_with_a_packed_head():
+def test_liger_loss_is_rejected_with_a_packed_head():
     from bitsandbytes.nn import Linear4bit
 
     base = tiny_model()
@@ -258,8 +258,8 @@ def test_ligers_loss_is_refused_with_a_packed_head():
         fuse_loss(get_peft_model(base, MoeQLoraConfig(r=2))).train()
 
 
-def test_ligers_loss_takes_a_head_in_a_format():
-    """It has a weight to read, decoded."""
+def test_liger_loss_accepts_a_head_in_a_format():
+    """Its `weight` can be read, decoded."""
     base = tiny_model()
     base.lm_head = QuantizedLinear.from_linear(base.lm_head, Fp8Format())
     fuse_loss(get_peft_model(base, MoeQLoraConfig(r=2))).train()
@@ -271,7 +271,7 @@ IN_INTERPRETER = {} if torch.cuda.is_available() else {"rms_norm": False}
 
 @pytest.fixture
 def liger(monkeypatch):
-    """Liger itself; what it puts in the place of transformers' is put back."""
+    """Liger itself; the classes of transformers that it replaces are restored."""
     module = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
     for name in ("Qwen3MoeExperts", "Qwen3MoeRMSNorm", "apply_rotary_pos_emb"):
         monkeypatch.setattr(modeling_qwen3_moe, name, getattr(modeling_qwen3_moe, name))
@@ -306,8 +306,8 @@ def train(model: nn.Module, directory: Path, **options) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("config", [{}, {"swiglu": False}], ids=str)
-def test_a_trainer_trains_with_ligers_kernels(config, liger, tmp_path):
-    """All but the experts' are Liger's, and the numbers are the same."""
+def test_trainer_with_ligers_kernels(config, liger, tmp_path):
+    """All kernels except the experts' are Liger's, and the results are the same."""
     options = {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}
     expected = train(adapted(**options), tmp_path)
     model = adapted(**options)
@@ -317,12 +317,12 @@ def test_a_trainer_trains_with_ligers_kernels(config, liger, tmp_path):
     assert base.forward.__module__.startswith("liger_kernel.")
     assert modeling_qwen3_moe.apply_rotary_pos_emb is liger.liger_rotary_pos_emb
     assert (modeling_qwen3_moe.Qwen3MoeExperts.__name__ == "LigerExperts") == config.get("swiglu", True)
-    # what is made in this process from now on
+    # models created in this process from now on
     torch.testing.assert_close(train(adapted(**options), tmp_path), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_made_after_liger_trains(liger, tmp_path):
-    """All of it is on the classes then."""
+def test_model_created_after_liger_trains(liger, tmp_path):
+    """All patches are on the classes then."""
     expected = gradients(adapted().train())
     tiny_model().save_pretrained(tmp_path)
     liger.apply_liger_kernel_to_qwen3_moe(**IN_INTERPRETER)
@@ -332,8 +332,8 @@ def test_a_model_made_after_liger_trains(liger, tmp_path):
     torch.testing.assert_close(gradients(adapted(model).train()), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_trainer_with_an_adapter_on_the_head_is_refused(liger, tmp_path):
-    """And trains with the setting that the error names."""
+def test_trainer_with_an_adapter_on_the_head_is_rejected(liger, tmp_path):
+    """The setting that the error names works."""
     options = {"target_modules": ["experts", "lm_head"]}
     with pytest.raises(ValueError, match=NO_FUSED_LOSS):
         train(adapted(**options), tmp_path, use_liger_kernel=True, liger_kernel_config=IN_INTERPRETER)
@@ -343,8 +343,8 @@ def test_a_trainer_with_an_adapter_on_the_head_is_refused(liger, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_trainer_of_a_classifier_is_refused(liger, tmp_path):
-    """And trains with the setting that the error names."""
+def test_trainer_of_a_classifier_is_rejected(liger, tmp_path):
+    """The setting that the error names works."""
 
     def classifier() -> nn.Module:
         torch.manual_seed(0)

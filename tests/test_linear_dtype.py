@@ -1,4 +1,4 @@
-"""Linear layers whose module casts activations to the dtype of their weights stay in 16 bits."""
+"""Linear layers stay in 16 bits if their module casts activations to the dtype of their weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class CastsToWeights(nn.Module):
         return self.second(self.first(x.to(self.first.weight.dtype)))
 
 
-def test_modules_that_ask_are_found():
+def test_modules_that_read_the_weight_dtype_are_found():
     assert asked_for_dtype(nn.Sequential(CastsToWeights(), nn.Linear(4, 4))) == ["0.first"]
 
 
-def test_activations_are_not_cut_to_whole_numbers(tmp_path):
-    """As they would be by a layer in 4 bits, whose weights are uint8."""
+def test_activations_are_not_cast_to_integers(tmp_path):
+    """A 4-bit layer would cause this, since its weights are uint8."""
     model = shrunken_model_or_skip("inkling2_loop_text", dtype=torch.float32)
     model.save_pretrained(tmp_path)
     quantized = load_quantized(tmp_path, MoeQuantizationConfig(), device_map="cpu", dtype=torch.float32)
@@ -36,5 +36,5 @@ def test_activations_are_not_cut_to_whole_numbers(tmp_path):
     with torch.no_grad():
         for name, gate in gates.items():
             expected = model.get_submodule(name)(x, message) - x
-            assert (gate(x, message) - x - expected).norm() < 0.2 * expected.norm()  # two layers behind are in 4 bits
+            assert (gate(x, message) - x - expected).norm() < 0.2 * expected.norm()  # two layers are in 4 bits
     assert torch.isfinite(logits(quantized, torch.arange(3, 12)[None])).all()

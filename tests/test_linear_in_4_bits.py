@@ -1,4 +1,4 @@
-"""On a CPU with AVX512-BF16 an evaluation leaves linear layers in 4 bits as they are stored, whoever loaded them."""
+"""On a CPU with AVX512-BF16, evaluation leaves 4-bit linear layers as stored, whichever way they were loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft_moe_qlora import (
 )
 
 pytestmark = pytest.mark.skipif(
-    not has_avx512bf16(), reason="needs a CPU with AVX512-BF16: bitsandbytes repacks linear layers on no other"
+    not has_avx512bf16(), reason="needs a CPU with AVX512-BF16: bitsandbytes repacks linear layers only there"
 )
 ADAPTER = {"r": 4, "target_modules": "all-linear"}
 
@@ -85,7 +85,7 @@ def base(tmp_path):
 
 
 def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What whoever dequantizes the layers takes them for."""
+    """The weights that a dequantization would give."""
     return {
         name: dequantize_4bit(module.weight.data, copy.deepcopy(module.weight.quant_state))
         for name, module in model.named_modules()
@@ -94,7 +94,7 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_evaluation_changes_no_linear_layer(way, base):
+def test_evaluation_changes_no_linear_layer(way, base):
     model = WAYS[way](base)
     before = linear_weights(model)
     assert len(before) == 8
@@ -107,7 +107,7 @@ def test_an_evaluation_changes_no_linear_layer(way, base):
 @pytest.mark.parametrize("rounding", ["second-order", "nearest"])
 @pytest.mark.parametrize("is_evaluated", [False, True])
 def test_merging_into_4_bits(take_over, rounding, is_evaluated, base):
-    """The error is 0.28 by either rounding; with repacked layers it is 1.86."""
+    """The error is 0.28 with either rounding; with repacked layers it would be 1.86."""
     model = adapted(take_over(base))
     live = logits(model.train(), token_ids()).float()  # bitsandbytes repacks nothing in training mode
     model.eval()
@@ -154,8 +154,8 @@ TAKE_OVER: dict[str, Callable] = {
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("take_over", TAKE_OVER)
-def test_repacked_layers_are_refused(take_over, double_quant, base):
-    """Before anything is changed: experts are in 16 bits still."""
+def test_repacked_layers_are_rejected(take_over, double_quant, base):
+    """Before any change: experts are still in 16 bits."""
     model = by_bitsandbytes(base, double_quant)
     logits(model, token_ids())
     with pytest.raises(ValueError, match=r"has repacked model.layers.0.self_attn.q_proj.*Load the model again"):

@@ -1,4 +1,4 @@
-"""LoRA on linear layers in one function: values and gradients are PEFT's, but for casts and copies."""
+"""LoRA on linear layers as one function: values and gradients equal PEFT's, without its casts and copies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peft_moe_qlora.linear_lora import LoraLinear, four_bit_matrix, with_fast_forward
+from peft_moe_qlora.ops import HeldCasts
 from peft_moe_qlora.ops import linear_lora as linear_lora_function
+from peft_moe_qlora.ops.held_casts import cast_factor
 from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import FourBitFormat
 
@@ -45,7 +47,7 @@ class TestValuesAndGradients:
     @of_every_kind
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("shape", [(3, 5, IN), (IN,), (1, IN), (600, IN)])
-    def test_in_fp32_they_are_those_of_peft(self, kind, bias, shape, device, calls):
+    def test_fp32_equals_peft(self, kind, bias, shape, device, calls):
         layer, stock = both(kind, device=device, bias=bias)
         x = inputs(device=device, shape=shape)
         found = results(layer, x)
@@ -53,7 +55,7 @@ class TestValuesAndGradients:
         assert_close(found, results(stock, x), 2e-6)
 
     @of_every_kind
-    def test_in_bf16_they_are_as_near_to_the_exact_ones(self, kind, device, calls):
+    def test_bf16_is_as_accurate_as_peft(self, kind, device, calls):
         layer, stock = both(kind, BF16, device, bias=True)
         twin = stock_layer(exact(layer.base_layer))
         twin.load_state_dict({k: v for k, v in stock.state_dict().items() if "lora_" in k}, strict=False)
@@ -68,7 +70,7 @@ class TestValuesAndGradients:
             assert error < max(1.5 * of_peft_error, 2**-8)
 
     @pytest.mark.parametrize("kind", ["dense", "stored"])
-    def test_in_fp64(self, kind):
+    def test_fp64(self, kind):
         layer, stock = both(kind, torch.float64)
         layer.double(), stock.double()
         x = inputs(torch.float64)
@@ -76,7 +78,7 @@ class TestValuesAndGradients:
 
     @pytest.mark.parametrize("sizes", [(7, 5), (33, 70), (64, 3)])
     @pytest.mark.parametrize("nested", [False, True])
-    def test_sizes_that_blocks_do_not_divide(self, sizes, nested):
+    def test_sizes_that_are_not_multiples_of_a_block(self, sizes, nested):
         layer = fast(stock_layer(bnb_layer(sizes=sizes, nested=nested)))
         twin = stock_layer(exact(layer.base_layer))
         twin.load_state_dict({k: v for k, v in layer.state_dict().items() if "lora_" in k}, strict=False)
@@ -108,7 +110,7 @@ class TestValuesAndGradients:
 
     @of_every_kind
     def test_dropout(self, kind, calls):
-        """The same draws, where activations are in fp32 as PEFT has them."""
+        """The same masks, if activations are in fp32 as in PEFT."""
         layer, stock = both(kind, dropout=0.4)
         found = results(layer.train(), inputs())
         assert not calls
@@ -119,7 +121,7 @@ class TestValuesAndGradients:
         assert not torch.equal(found[0], layer(x))
 
     @of_every_kind
-    def test_only_what_is_asked_for(self, kind):
+    def test_only_requested_gradients(self, kind):
         layer, stock = both(kind, bias=True)
         trained = {
             "x": lambda one: [],
@@ -163,13 +165,13 @@ class TestValuesAndGradients:
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
     @of_every_kind
-    def test_the_output_can_be_written_to(self, kind):
-        """It is no view, which autograd would refuse."""
+    def test_output_can_be_modified_in_place(self, kind):
+        """It is not a view, which autograd would reject."""
         layer, stock = both(kind)
         x = inputs()
         assert_close(results(layer, x, lambda x: layer(x).mul_(2)), results(stock, x, lambda x: stock(x) * 2), 2e-6)
 
-    def test_memory_that_is_allocated_is_not_read(self, monkeypatch):
+    def test_uninitialized_memory_is_not_read(self, monkeypatch):
         layer, stock = both("dense")
         own = torch.Tensor.new_empty
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: own(*args, **kwargs).fill_(torch.nan))
@@ -193,7 +195,7 @@ class TestDtypes:
         assert calls == [type(stock)]
         assert_close(*of_both, 2**-6)
 
-    def test_a_backward_under_autocast(self):
+    def test_backward_under_autocast(self):
         layer, stock = both("dense")
         x = inputs()
         of_both = []
@@ -227,8 +229,8 @@ class TestDtypes:
         assert found[0].dtype == x_dtype
 
     @pytest.mark.parametrize("storage", [torch.uint8, BF16, torch.float32])
-    def test_bytes_kept_as_another_dtype(self, storage, calls):
-        """As FSDP needs them, which also makes parameters that are plain ones."""
+    def test_codes_stored_as_another_dtype(self, storage, calls):
+        """As FSDP requires; it also replaces the parameters by plain ones."""
         layer, stock = both("nf4")
         weight = layer.base_layer.weight
         weight.data = weight.data.flatten().view(storage).view(-1, 1)
@@ -242,7 +244,7 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
     @pytest.mark.parametrize("nested", [False, True])
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-    def test_weights_are_those_of_bitsandbytes_to_the_bit(self, quant_type, nested, dtype, device):
+    def test_weights_equal_bitsandbytes_bitwise(self, quant_type, nested, dtype, device):
         layer = bnb_layer(device=device, nested=nested, quant_type=quant_type, sizes=(512, 96))
         state = copy.deepcopy(layer.weight.quant_state)
         state.dtype = dtype
@@ -255,15 +257,15 @@ class TestDtypes:
 
     @pytest.mark.parametrize("nested", [False, True])
     @pytest.mark.parametrize("sizes", [(512, 96), (70, 33)])
-    def test_kernels_read_what_bitsandbytes_keeps(self, nested, sizes, device):
-        """Scales in fp32, where this package keeps their bits."""
+    def test_kernels_read_bitsandbytes_scales(self, nested, sizes, device):
+        """fp32 scales, where this package keeps their bits."""
         decode = pytest.importorskip("peft_moe_qlora.ops.kernels.decode").decode
         matrix = four_bit_matrix(bnb_layer(device=device, nested=nested, sizes=sizes))
         tensors = tuple(tensor[None] for tensor in matrix.tensors)
         packed = PackedWeight(tensors, matrix.rows, matrix.columns, False, matrix.storage)
         assert torch.equal(decode(packed, 0, 1, torch.float32)[0], matrix.decode(torch.float32))
 
-    def test_another_map_of_the_scales(self):
+    def test_other_code_of_the_scales(self):
         base = bnb_layer(nested=True)
         base.weight.quant_state.state2.code = base.weight.quant_state.state2.code * 2
         stock = stock_layer(base)
@@ -272,7 +274,7 @@ class TestDtypes:
 
 class TestMemory:
     @of_every_kind
-    def test_what_is_kept_for_the_backward(self, kind):
+    def test_tensors_saved_for_backward(self, kind):
         layer, _ = both(kind, BF16)
         kept: list[torch.Tensor] = []
         x = inputs(BF16)
@@ -285,7 +287,7 @@ class TestMemory:
         assert len(parameters) == 2
         assert {id(one) for one in parameters} == {id(layer.lora_A.default.weight), id(layer.lora_B.default.weight)}
 
-    def test_frozen_factors_keep_no_activation(self):
+    def test_frozen_factors_save_no_activations(self):
         layer, _ = both("nf4", BF16)
         layer.requires_grad_(False)
         kept: list[torch.Tensor] = []
@@ -293,8 +295,8 @@ class TestMemory:
             layer(inputs(BF16))
         assert all(isinstance(one, nn.Parameter) for one in kept)
 
-    def test_launches(self):
-        """What a GPU is asked for in a forward and a backward with factors in another dtype, less the decoding."""
+    def test_number_of_launches(self):
+        """The operations of a forward and a backward with factors in another dtype, except for decoding."""
 
         class Counter(TorchDispatchMode):
             def __init__(self) -> None:
@@ -314,14 +316,14 @@ class TestMemory:
             out.backward(grad)
         work = ("mm", "addmm_", "mul", "add", "clone", "_to_copy", "sum")
         assert [name for name in forward.names if name in work] == ["mm", "_to_copy", "addmm_", "_to_copy", "addmm_"]
-        # on a CPU four casts stand for what a GPU gives in fp32
+        # on a CPU, four casts replace fp32 results of a GPU kernel
         products = [name for name in backward.names if name in work and name != "_to_copy"]
         assert products == ["mm", "addmm_", "addmm_", "mm", "mm"]
         assert backward.names.count("_to_copy") == 2 + 4
 
 
-def test_the_function_is_the_formula():
-    """Without any layer."""
+def test_function_equals_the_formula():
+    """Without a layer."""
     A, B = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
     base, x = dense_layer(bias=True), inputs()
     matrix = LoraLinear.base(fast(stock_layer(base)), x).matrix
@@ -330,3 +332,21 @@ def test_the_function_is_the_formula():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     of_both = [torch.autograd.grad(out.square().sum(), (x, A, B)) for out in (found, expected)]
     torch.testing.assert_close(*of_both, rtol=1e-4, atol=1e-2)
+
+
+def test_held_casts_follow_their_parameters():
+    factor, held = nn.Parameter(torch.randn(RANK, IN)), HeldCasts()
+
+    def cast() -> torch.Tensor:
+        with torch.no_grad(), held.active():
+            return cast_factor(factor, BF16)
+
+    first = cast()
+    assert cast() is first
+    factor.data.mul_(2)
+    held.refresh()
+    assert cast() is first
+    assert torch.equal(first, factor.data.to(BF16))
+    factor.data = torch.randn(RANK + 1, IN)
+    held.refresh()
+    assert torch.equal(cast(), factor.data.to(BF16))

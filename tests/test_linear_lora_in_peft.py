@@ -1,4 +1,4 @@
-"""Where LoRA on linear layers leaves the forward to PEFT, in models, and under torch.compile."""
+"""When LoRA on linear layers falls back to PEFT's forward, in models, and under torch.compile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def calls(monkeypatch) -> list[type]:
     return watch_peft(monkeypatch)
 
 
-class TestWhatPeftDoes:
+class TestFallbackToPeft:
     @of_every_kind
     def test_disabled_and_merged(self, kind, calls):
         layer, stock = both(kind)
@@ -66,7 +66,7 @@ class TestWhatPeftDoes:
 
     @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
     @pytest.mark.parametrize("kind", ["dense", "nf4"])
-    def test_more_than_a_sum_goes_to_peft(self, kind, options, calls):
+    def test_variants_use_peft(self, kind, options, calls):
         layer, stock = both(kind, bias=True, **options)
         x = inputs()
         assert torch.equal(layer(x), stock(x))
@@ -83,14 +83,14 @@ class TestWhatPeftDoes:
         assert seen == [place]
         assert calls == [type(layer)]
 
-    def test_a_forward_put_in_by_others(self, calls):
-        """As accelerate does it."""
+    def test_replaced_forward_is_called(self, calls):
+        """As accelerate replaces it."""
         layer, _ = both("nf4")
         layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], OUT)
         layer(inputs())
         assert calls == [LoraLinear4bit]
 
-    def test_weights_that_are_trained(self, calls):
+    def test_trainable_base_weights(self, calls):
         layer, stock = both("dense")
         for one in (layer, stock):
             one.base_layer.weight.requires_grad_()
@@ -99,8 +99,8 @@ class TestWhatPeftDoes:
         assert calls == [type(layer), type(stock)]
 
     @pytest.mark.parametrize("is_compiled", [False, True])
-    def test_scalings_that_are_tensors(self, is_compiled, calls):
-        """As `prepare_model_for_compiled_hotswap` leaves them."""
+    def test_tensor_scalings(self, is_compiled, calls):
+        """As set by `prepare_model_for_compiled_hotswap`."""
         torch._dynamo.reset()
         layer, stock = both("nf4")
         for one in (layer, stock):
@@ -144,7 +144,7 @@ def test_compiled_with_dropout_and_other_lengths(kind):
 
 @of_every_kind
 def test_operators(kind):
-    """What torch.compile is promised of them."""
+    """torch.library's checks of the custom operators."""
     layer, _ = both(kind)
     base = layer.base(inputs())
     tensors = (list(base.matrix.tensors), base.matrix.storage_name, [OUT, IN])
@@ -192,14 +192,14 @@ class TestInModels:
         torch.testing.assert_close(found, logits(stock, ids), rtol=1e-4, atol=1e-4)
         assert "moe_qlora.LoraLinear4bit" in repr(ours)
 
-    def test_on_ordinary_layers(self, calls):
+    def test_on_plain_layers(self, calls):
         ours, stock = self.of_both(tiny_model)
         assert [type(one) for one in ours.modules() if isinstance(one, lora.LoraLayer)] == [LoraLinear] * 8
         found = logits(ours, token_ids())
         assert not calls
         torch.testing.assert_close(found, logits(stock, token_ids()), rtol=1e-4, atol=1e-4)
 
-    def test_merging_is_that_of_peft(self):
+    def test_merging_equals_peft(self):
         ours, stock = self.of_both(self.quantized)
         ours = ours.merge_and_unload(rounding="nearest", progressbar=False)
         stock = stock.merge_and_unload()
@@ -213,7 +213,7 @@ class TestInModels:
             assert torch.equal(weight.data, packed[1][name].data)
             assert torch.equal(weight.quant_state.absmax, packed[1][name].quant_state.absmax)
 
-    def test_after_a_merge_and_back_it_is_fast_again(self, calls):
+    def test_fast_path_after_merge_and_unmerge(self, calls):
         ours, _ = self.of_both(self.quantized)
         before = logits(ours, token_ids())
         ours.merge_adapter()
@@ -223,7 +223,7 @@ class TestInModels:
         assert not calls
         assert (after - before).abs().mean() < before.abs().mean()  # rounded to 4 bits twice
 
-    def test_a_custom_module_stays(self):
+    def test_custom_module_is_kept(self):
         class Own(lora.Linear):
             pass
 
@@ -233,7 +233,7 @@ class TestInModels:
         assert [type(one) for one in model.modules() if isinstance(one, lora.LoraLayer)] == [Own] * 2
 
 
-def test_stored_attention_goes_by_it(calls):
+def test_attention_in_a_format_uses_it(calls):
     model = get_peft_model(store_attention(tiny_model(), FP8), MoeQLoraConfig(r=4, target_modules=["q_proj"]))
     logits(model, token_ids())
     assert not calls

@@ -1,4 +1,4 @@
-"""Weights of a model in training, pushed into a vLLM that runs, on a CPU. What needs no vLLM: test_live_weights.py."""
+"""Weights of a model in training are loaded into a running vLLM on a CPU. Tests without vLLM: test_live_weights.py."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run(*command: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_engine_says_what_the_model_in_training_says(tmp_path):
-    """Experts and linear layers in 4 bits, all adapted: all weights at first, then twice what was trained."""
+def test_engine_matches_the_model_in_training(tmp_path):
+    """Experts and linear layers in 4 bits, all adapted: all weights first, then two updates of the trained weights."""
     run(str(TESTS / "live_vllm_run.py"), "found.json", ".", "qwen3_moe", "mixtral", cwd=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == {"qwen3_moe", "mixtral"}
@@ -36,7 +36,7 @@ def test_the_engine_says_what_the_model_in_training_says(tmp_path):
 
 
 def test_grpo_with_vllm_generating(tmp_path):
-    """The example, by TRL: what the engine says of the tokens that it draws is what the model says of them."""
+    """The TRL example: the engine's log probabilities of the generated tokens match the model's."""
     example = TESTS.parent / "examples" / "grpo.py"
     options = {
         "output_dir": "out/grpo",
@@ -53,5 +53,5 @@ def test_grpo_with_vllm_generating(tmp_path):
     steps = [row for row in state["log_history"] if "loss" in row]
     assert len(steps) == 3
     for row in steps:
-        # both compute in bf16 at most; a push that changes nothing is off by more after the first step
+        # both compute in bf16; an update without effect would give a larger difference after the first step
         assert row["sampling/sampling_logp_difference/mean"] < 0.05

@@ -1,4 +1,4 @@
-"""Merged weights streamed out of a live model: as a merge writes them, bit for bit, in little memory."""
+"""Merged weights streamed from a live model: bitwise as a merge writes them, with little memory."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def merged_in_memory(model: nn.Module, directory, dtype: torch.dtype) -> dict[st
     return read_tensors(directory / "in memory")
 
 
-# one expert's tensors each under two names, a fused stack turned round, one with other names, shared experts and a
-# buffer beside them, several tensors that become one only together, towers beside the text model
+# single experts' tensors under two naming schemes, a transposed fused stack, one with other names, shared experts
+# and a buffer, several tensors that are fused into one, towers next to the text model
 TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "ernie4_5_vl_moe", "qwen3_5_moe", "llama4"]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_all_weights_are_what_merging_in_memory_and_saving_writes(model_type, tmp_path):
+def test_all_weights_equal_merging_in_memory_and_saving(model_type, tmp_path):
     config = MoeQLoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
     model = get_peft_model(shrunken_model_or_skip(model_type), config)
     randomize_adapter(model, std=0.02)
@@ -60,8 +60,8 @@ def test_all_weights_are_what_merging_in_memory_and_saving_writes(model_type, tm
     assert_equal(adapted, {key: expected[key] for key in adapted})
 
 
-def test_stacks_that_are_published_the_other_way_round_come_as_published(tmp_path):
-    """transformers loads Qwen3-VL-MoE either way, and saves it as its class has it; vLLM reads the published way."""
+def test_transposed_stacks_are_streamed_as_published(tmp_path):
+    """transformers loads Qwen3-VL-MoE in both orientations and saves its class's; vLLM reads the published one."""
     model = get_peft_model(shrunken_model_or_skip("qwen3_vl_moe"), MoeQLoraConfig(r=4, target_modules=["experts"]))
     randomize_adapter(model, std=0.02)
     found = streamed(model)
@@ -72,25 +72,25 @@ def test_stacks_that_are_published_the_other_way_round_come_as_published(tmp_pat
 
 
 def save_in_4_bits(directory, model_type: str, **options):
-    """Base and adapter on disk, experts and linear layers in 4 bits; gives the live model."""
+    """Base and adapter on disk, experts and linear layers in 4 bits; returns the unmerged model."""
     model = tiny_model(model_type)
     model.save_pretrained(directory / "base")
     quantization = MoeQuantizationConfig(quantize_linear=True)
     model = load_quantized(str(directory / "base"), quantization, dtype=torch.float32, device_map="cpu")
-    # 2 as the scaling: a product by it is exact wherever it is taken
+    # 2 as the scaling: a multiplication by it is exact at any point
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options}
     model = get_peft_model(model, MoeQLoraConfig(**config)).eval()
     randomize_adapter(model)
     return model
 
 
-# not gpt_oss in bf16: on disk, norms keep the fp32 of the checkpoint, which loading in bf16 doesn't
+# not gpt_oss in bf16: on disk, norms keep the checkpoint's fp32, which loading in bf16 does not
 @pytest.mark.parametrize(
     ("model_type", "dtype"),
     [(name, torch.float32) for name in ("qwen3_moe", "mixtral", "gpt_oss")] + [("mixtral", torch.bfloat16)],
 )
-def test_all_weights_are_what_merging_on_disk_writes(model_type, dtype, tmp_path):
-    """Linear layers of bitsandbytes too, adapted or not, and embeddings, biases and routers that were trained."""
+def test_all_weights_equal_merging_on_disk(model_type, dtype, tmp_path):
+    """Including adapted and unadapted bitsandbytes layers, and trained embeddings, biases and routers."""
     options = {"bias": "all"} if model_type == "gpt_oss" else {"modules_to_save": ["norm"]}
     targets = r".*experts|.*[qv]_proj|.*embed_tokens"
     model = save_in_4_bits(tmp_path, model_type, target_modules=targets, **options)
@@ -107,14 +107,13 @@ def test_all_weights_are_what_merging_on_disk_writes(model_type, dtype, tmp_path
     assert_equal(adapted, {key: expected[key] for key in adapted})
     same = {key for key in expected if torch.equal(expected[key], base[key])}
     assert same.isdisjoint(adapted)
-    # only what was in 4 bits in training, and is adapted by nothing, is there beside it
+    # all other changes are in layers that were in 4 bits in training and have no adapter
     others = expected.keys() - same - adapted.keys()
     assert {key.split(".")[-2] for key in others} <= {"k_proj", "o_proj"}
 
 
 def test_layers_in_a_format_and_several_adapters(tmp_path):
-    """Of linear layers that are no layers of bitsandbytes; two adapters at once, of which PEFT's own layers make two
-    roundings."""
+    """Linear layers that are not bitsandbytes layers; two adapters at once, for which PEFT's layers round twice."""
     model = shrunken_model_or_skip("qwen3_moe")
     attention = model.model.layers[1].self_attn
     for name in ("q_proj", "k_proj"):
@@ -131,7 +130,7 @@ def test_layers_in_a_format_and_several_adapters(tmp_path):
     assert any(not torch.equal(one[key], found[key]) for key in found)
 
 
-def test_layers_that_vllm_joins_come_together():
+def test_layers_fused_by_vllm_are_streamed_together():
     model = get_peft_model(
         tiny_model("qwen3_moe"), MoeQLoraConfig(r=2, target_modules=["experts.down_proj", "q_proj"])
     )
@@ -143,7 +142,7 @@ def test_layers_that_vllm_joins_come_together():
     assert added == attention | experts
 
 
-def test_what_is_streamed_follows_the_training():
+def test_streamed_weights_follow_the_training():
     model = get_peft_model(tiny_model("qwen3_moe"), MoeQLoraConfig(r=2, target_modules="all-linear"))
     weights = LiveWeights(model, None)
     first = {key: one.clone() for key, one in weights}
@@ -154,8 +153,8 @@ def test_what_is_streamed_follows_the_training():
     assert_equal(second, streamed(model, None))
 
 
-def test_a_text_model_has_the_names_of_the_whole_checkpoint(tmp_path):
-    """AutoModelForCausalLM takes the text model out of a checkpoint that has towers."""
+def test_text_model_uses_names_of_the_whole_checkpoint(tmp_path):
+    """AutoModelForCausalLM loads the text model of a checkpoint that has towers."""
     shrunken_model_or_skip("qwen3_5_moe")
     whole = transformers.Qwen3_5MoeForConditionalGeneration(shrunken_config("qwen3_5_moe")).to(torch.bfloat16)
     whole.save_pretrained(tmp_path / "base")
@@ -168,14 +167,14 @@ def test_a_text_model_has_the_names_of_the_whole_checkpoint(tmp_path):
 
 
 def test_memory_is_that_of_a_few_experts():
-    """Of a stack of 16 experts of 1 MB each in fp32, never the whole of it."""
+    """A stack of 16 experts of 1 MB each in fp32 is never in memory as a whole."""
     config = tiny_config("qwen3_moe", hidden_size=256, moe_intermediate_size=512, num_experts=16, num_hidden_layers=1)
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model = get_peft_model(model, MoeQLoraConfig(r=2, target_modules=["experts"]))
     weights = LiveWeights(model, None)
 
     def held() -> int:
-        # not what tests before have left of fake tensors, which lie nowhere
+        # excludes fake tensors of earlier tests, which have no storage
         tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
         return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
@@ -189,7 +188,7 @@ def test_memory_is_that_of_a_few_experts():
     assert peak < total / 8
 
 
-def test_what_is_refused():
+def test_unsupported_cases_are_rejected():
     model = get_peft_model(tiny_model("qwen3_moe"), MoeQLoraConfig(r=2))
     for options, message in (
         ({"engine": "other"}, "engine='other' is unknown"),
@@ -212,7 +211,7 @@ def test_what_is_refused():
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
-def test_an_adapter_for_an_engine_is_what_converting_the_saved_one_writes(model_type, engine, tmp_path):
+def test_engine_adapter_equals_a_converted_saved_adapter(model_type, engine, tmp_path):
     base = tiny_model(model_type)
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
@@ -231,7 +230,7 @@ def test_an_adapter_for_an_engine_is_what_converting_the_saved_one_writes(model_
     assert not [one for one in tensors.values() if one.requires_grad]
 
 
-def test_an_adapter_for_an_engine_that_reads_other_files_is_refused(tmp_path):
+def test_engine_adapter_for_other_file_formats_is_rejected(tmp_path):
     model = get_peft_model(tiny_model("qwen3_moe"), MoeQLoraConfig(r=2))
     with pytest.raises(ValueError, match=r"engine='mlx' is not supported here"):
         adapter_for_engine(model, "mlx")

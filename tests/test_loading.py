@@ -1,4 +1,4 @@
-"""Loading straight into 4 bits: the same bits as by way of 16, for every architecture, and saved and loaded again."""
+"""Loading into 4 bits equals quantizing after loading bit by bit, for every architecture, also saved and reloaded."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def in_4_bits(path, config: MoeQuantizationConfig | None = None, dtype: torch.dt
 
 
 def loaded_again(path, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """As transformers loads what has been saved, whatever it is."""
+    """As transformers loads any saved model."""
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cpu").eval()
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_architecture(model_type, tmp_path):
-    """Written by transformers in the hub's layout; by way of 16 bits or not the same, and again from 4 bits."""
+    """Saved by transformers in the hub's layout; the same directly or through 16 bits, and again from 4 bits."""
     model = shrunken_model_or_skip(model_type)
     model_class = type(model)
     model.save_pretrained(tmp_path / "dense")
@@ -63,7 +63,7 @@ def test_every_architecture(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"])
 @pytest.mark.parametrize("storage", [("nf4", 64, False), ("fp4", 128, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_logits_are_those_of_quantizing_after_loading(model_type, storage, dtype, tmp_path):
+def test_logits_equal_quantizing_after_loading(model_type, storage, dtype, tmp_path):
     tiny_model(model_type, dtype=torch.bfloat16).save_pretrained(tmp_path)
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     quantize_experts(expected, *storage, progressbar=False)
@@ -113,7 +113,7 @@ def test_other_architectures_with_linear_layers_in_4_bits(model_type, tmp_path):
     assert_same_bytes(dict(found.state_dict()), dict(expected.state_dict()))
 
 
-def test_the_layout_of_bitsandbytes_has_the_names_of_the_original(tmp_path):
+def test_bitsandbytes_layout_has_the_original_names(tmp_path):
     tiny_model("mixtral", dtype=torch.bfloat16, intermediate_size=64).save_pretrained(tmp_path / "dense")
     save_bitsandbytes(in_4_bits(tmp_path / "dense"), tmp_path / "packed")
     names = {key for key in read_tensors(tmp_path / "packed") if not key.endswith(("map", "absmax", "__nf4"))}
@@ -148,7 +148,7 @@ def test_linear_layers_in_4_bits_and_experts_in_16(tmp_path):
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
 
 
-def test_neither_routers_nor_the_head_are_quantized(tmp_path):
+def test_routers_and_head_are_not_quantized(tmp_path):
     shrunken_model("afmoe").save_pretrained(tmp_path)
     model = in_4_bits(tmp_path, MoeQuantizationConfig())
     kept = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
@@ -164,13 +164,13 @@ def test_device_maps(device_map, tmp_path):
 
 
 @pytest.mark.parametrize("device_map", [{"model": 0, "lm_head": "cpu"}, {"": "disk"}])
-def test_offloading_is_refused(device_map, tmp_path):
+def test_offloading_is_rejected(device_map, tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="device_map offloads modules"):
         in_4_bits(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
 
 
-def test_dense_models_are_refused(tmp_path):
+def test_dense_models_are_rejected(tmp_path):
     config = transformers.AutoConfig.for_model(
         "llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
     )
@@ -219,7 +219,7 @@ def test_merging_into_4_bits_saving_and_loading(tmp_path):
 
 
 @pytest.mark.parametrize("quantize_linear", [False, True], ids=["experts", "all"])
-def test_dequantizing_what_was_loaded(quantize_linear, tmp_path):
+def test_dequantizing_a_loaded_model(quantize_linear, tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     model = in_4_bits(tmp_path / "dense", MoeQuantizationConfig(quantize_linear=quantize_linear))
     model = model.dequantize()
@@ -246,7 +246,7 @@ def test_trainer_and_generation(tmp_path):
     assert generated.shape == (2, 7)
 
 
-def test_a_model_without_an_adapter_is_not_trained(tmp_path):
+def test_model_without_an_adapter_is_not_trained(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="purely quantized"):
         transformers.Trainer(
@@ -256,7 +256,7 @@ def test_a_model_without_an_adapter_is_not_trained(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "phimoe"])
 @pytest.mark.parametrize("from_packed", [None, "native", "bitsandbytes"])
-def test_experts_onto_a_model_on_meta(model_type, from_packed, tmp_path):
+def test_loading_experts_onto_a_meta_model(model_type, from_packed, tmp_path):
     width = "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
     tiny_model(model_type, dtype=torch.bfloat16, **{width: 64}).save_pretrained(tmp_path)
     expected = in_4_bits(tmp_path)
@@ -287,7 +287,7 @@ def test_experts_onto_a_model_on_meta(model_type, from_packed, tmp_path):
         ({"quant_method": "bitsandbytes"}, "MoeQuantizationConfig expects"),
     ],
 )
-def test_configurations_that_make_no_sense(options, message):
+def test_invalid_configurations(options, message):
     with pytest.raises(ValueError, match=message):
         MoeQuantizationConfig(**options)
 
@@ -295,7 +295,7 @@ def test_configurations_that_make_no_sense(options, message):
 @pytest.mark.parametrize(
     "model_type", ["qwen3_vl_moe", "ernie4_5_vl_moe", "granitemoe", "inkling2_text", "nemotron_h", "gemma4"]
 )
-def test_the_layout_of_bitsandbytes_for_other_architectures(model_type, tmp_path):
+def test_bitsandbytes_layout_for_other_architectures(model_type, tmp_path):
     if model_type not in CONFIG_MAPPING:
         pytest.skip("this version of transformers doesn't have it")
     shrunken_model(model_type).save_pretrained(tmp_path / "dense")
@@ -305,7 +305,7 @@ def test_the_layout_of_bitsandbytes_for_other_architectures(model_type, tmp_path
     assert_same_bytes(packed_bytes(found), packed_bytes(model))
 
 
-def test_the_layout_of_bitsandbytes_is_for_models_without_adapters(tmp_path):
+def test_bitsandbytes_layout_rejects_adapters(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = get_peft_model(in_4_bits(tmp_path), MoeQLoraConfig(r=4))
     with pytest.raises(ValueError, match=r"has adapters.*save it in full"):
@@ -314,7 +314,7 @@ def test_the_layout_of_bitsandbytes_is_for_models_without_adapters(tmp_path):
         save_bitsandbytes(tiny_model(), tmp_path / "packed")
 
 
-def test_packed_linear_layers_that_their_checkpoint_has_in_another_shape(tmp_path):
+def test_4_bit_layers_that_checkpoints_store_in_another_shape(tmp_path):
     shrunken_model("minimax_m3_vl").save_pretrained(tmp_path / "dense")
     model = in_4_bits(tmp_path / "dense", MoeQuantizationConfig())
     for save in (model.save_pretrained, lambda path: save_bitsandbytes(model, path)):
@@ -322,7 +322,7 @@ def test_packed_linear_layers_that_their_checkpoint_has_in_another_shape(tmp_pat
             save(tmp_path / "packed")
 
 
-def test_parts_of_a_model_are_saved_too(tmp_path):
+def test_submodels_are_saved(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     model = in_4_bits(tmp_path / "dense")
     model.model.save_pretrained(tmp_path / "part")
@@ -352,7 +352,7 @@ def test_merging_after_saving_in_memory(tmp_path):
     assert read_tensors(tmp_path / "plain").keys() == read_tensors(tmp_path / "dense").keys()
 
 
-def test_an_adapter_on_a_model_with_skipped_modules(tmp_path):
+def test_adapter_on_a_model_with_skipped_modules(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     config = MoeQuantizationConfig(skip_modules=["layers.1.mlp.experts"], quantize_linear=False)
     model = get_peft_model(in_4_bits(tmp_path, config), MoeQLoraConfig(r=4))
@@ -366,19 +366,19 @@ def test_an_adapter_on_a_model_with_skipped_modules(tmp_path):
 
 
 @pytest.mark.parametrize("skipped", ["layers.9.mlp.experts", "gate_up_proj"])
-def test_skipping_what_is_not_there(skipped, tmp_path):
+def test_unmatched_skip_modules(skipped, tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"skip_modules contains '{skipped}'"):
         in_4_bits(tmp_path, MoeQuantizationConfig(skip_modules=[skipped]))
 
 
-def test_values_of_the_config(tmp_path):
+def test_config_overrides(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = in_4_bits(tmp_path, num_experts_per_tok=1)
     assert model.config.num_experts_per_tok == model.model.layers[0].mlp.gate.top_k == 1
 
 
-def test_values_of_a_part_of_the_config(tmp_path):
+def test_config_overrides_of_a_submodel(tmp_path):
     shrunken_model("qwen3_vl_moe").save_pretrained(tmp_path)
     model = in_4_bits(tmp_path, text_config={"num_experts_per_tok": 1})
     assert model.config.text_config.num_experts_per_tok == 1
@@ -397,7 +397,7 @@ def test_values_of_a_part_of_the_config(tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("has_config", [False, True])
-def test_the_dtype_by_either_name(has_config, kwargs, expected, tmp_path):
+def test_dtype_and_torch_dtype(has_config, kwargs, expected, tmp_path):
     tiny_model(dtype=torch.float16).save_pretrained(tmp_path)
     if has_config:
         kwargs = {**kwargs, "config": transformers.AutoConfig.from_pretrained(tmp_path)}
@@ -405,7 +405,7 @@ def test_the_dtype_by_either_name(has_config, kwargs, expected, tmp_path):
     assert model.dtype == model.config.dtype == model.model.layers[0].mlp.experts.down_proj.dtype == expected
 
 
-def test_the_callers_configuration_is_left_alone(tmp_path):
+def test_callers_configuration_is_not_modified(tmp_path):
     tiny_model(dtype=torch.bfloat16, moe_intermediate_size=64).save_pretrained(tmp_path / "dense")
     save_bitsandbytes(
         in_4_bits(tmp_path / "dense", MoeQuantizationConfig("fp4", quantize_linear=False)), tmp_path / "packed"
@@ -421,7 +421,7 @@ def test_the_callers_configuration_is_left_alone(tmp_path):
     assert config.to_dict() == before
 
 
-def test_experts_onto_a_model_on_meta_have_the_storage_of_the_checkpoint(tmp_path):
+def test_experts_on_a_meta_model_keep_the_checkpoints_storage(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     expected = in_4_bits(tmp_path / "dense", MoeQuantizationConfig("fp4", quantize_linear=False))
     expected.save_pretrained(tmp_path / "packed")
@@ -459,7 +459,7 @@ def read_tensors_of_tiny(directory) -> dict[str, torch.Tensor]:
     return read_tensors(directory)
 
 
-def test_what_load_experts_has_read_does_not_change_with_the_file(tmp_path):
+def test_loaded_experts_do_not_change_with_the_file(tmp_path):
     tiny_model("gpt_oss", dtype=torch.bfloat16).save_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
@@ -474,8 +474,8 @@ def test_what_load_experts_has_read_does_not_change_with_the_file(tmp_path):
     assert torch.equal(bias, before)
 
 
-def test_stacks_of_the_other_orientation_in_a_part_of_the_model(tmp_path):
-    """Codes are flat, so that no shape would tell: they are known by the names that they were saved under."""
+def test_stacks_of_other_orientation_in_a_submodel(tmp_path):
+    """Codes are flat, so no shape reveals the orientation; it follows from the saved names."""
     dense = shrunken_model("llama4_text")
     dense.save_pretrained(tmp_path / "dense")
     model = in_4_bits(tmp_path / "dense", EXPERTS_ONLY)
@@ -490,7 +490,7 @@ def test_stacks_of_the_other_orientation_in_a_part_of_the_model(tmp_path):
     assert not any(stack.is_transposed for stack in stacks)
 
 
-def test_a_part_with_a_config_of_its_own_is_saved_with_its_storage(tmp_path):
+def test_submodel_with_own_config_keeps_its_storage(tmp_path):
     model = shrunken_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "dense")
     config = MoeQuantizationConfig("fp4", quantize_linear=False)

@@ -1,4 +1,4 @@
-"""Loading never holds much more than what is loaded."""
+"""Peak memory of loading is little more than the loaded model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "loading.py"
-# a 16-bit expert, and copies of it in fp32 while it is quantized; the rest is the library's own
+# a 16-bit expert, and fp32 copies of it while it is quantized; the rest is the library's overhead
 SLACK = 80 * 2**20
 
 
 @pytest.mark.parametrize("shape", ["small", "small-fused"])
-def test_memory_of_loading(shape, tmp_path, device):
-    """400 MB of experts in 16 bits, 113 MB in 4; by way of 16 bits the peak would be at least what all layers take."""
+def test_peak_memory_of_loading(shape, tmp_path, device):
+    """400 MB of experts in 16 bits, 113 MB in 4. Loading through 16 bits would need the memory of all layers."""
     found = tmp_path / "found.json"
     options = ["--shape", shape, "--directory", tmp_path / "checkpoint", "--device", device, "--json", found]
     subprocess.run([sys.executable, SCRIPT, *map(str, options)], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Ways of loading that are refused before anything is made of them, and directories with remains of other saves."""
+"""Loading calls that are rejected before any change, and directories with leftovers of earlier saves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def in_4_bits(path, config: MoeQuantizationConfig | None = None, **kwargs):
 @pytest.mark.parametrize(
     "other", [transformers.BitsAndBytesConfig(load_in_4bit=True), {"load_in_4bit": True}], ids=type
 )
-def test_configurations_of_others_do_not_reach_the_experts(other, tmp_path):
+def test_configs_of_other_methods_are_rejected(other, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Expected a MoeQuantizationConfig"):
         load_quantized(tmp_path, other)
 
 
 @pytest.mark.parametrize("skipped", ["*.mlp", "("])
-def test_skipping_by_what_is_no_regular_expression(skipped, tmp_path):
+def test_skip_modules_that_are_not_a_regular_expression(skipped, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"skip_modules contains .* not a regular expression"):
         in_4_bits(tmp_path, MoeQuantizationConfig(skip_modules=[skipped]))
@@ -54,7 +54,7 @@ def on_meta(path) -> torch.nn.Module:
     ],
     ids=str,
 )
-def test_options_of_load_experts_that_make_no_sense(options, message, tmp_path):
+def test_invalid_options_of_load_experts(options, message, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = on_meta(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -62,14 +62,14 @@ def test_options_of_load_experts_that_make_no_sense(options, message, tmp_path):
     assert not any(isinstance(module, QuantizedExperts) for module in model.modules())
 
 
-def test_a_dtype_that_experts_cannot_have(tmp_path):
+def test_unsupported_dtype_of_experts(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"as torch.float64 is not supported\. Pass dtype=torch.bfloat16"):
         in_4_bits(tmp_path, dtype=torch.float64)
 
 
-def test_codes_whose_storage_is_not_said(tmp_path):
-    """FP4 would be read as NF4, say."""
+def test_codes_without_a_recorded_storage(tmp_path):
+    """For example, FP4 would be read as NF4."""
     tiny_model().save_pretrained(tmp_path / "dense")
     in_4_bits(tmp_path / "dense", MoeQuantizationConfig("fp4", quantize_linear=False)).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
@@ -82,7 +82,7 @@ def test_codes_whose_storage_is_not_said(tmp_path):
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "peft_moe_qlora"}, {"load_in_4bit": True}], ids=str)
-def test_a_config_that_says_quantized_of_what_is_not(method, tmp_path):
+def test_quantization_config_of_an_unquantized_checkpoint(method, tmp_path):
     model = tiny_model()
     model.config.quantization_config = method
     model.save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_a_config_that_says_quantized_of_what_is_not(method, tmp_path):
         load_quantized(tmp_path, device_map="cpu")
 
 
-def test_saved_over_a_checkpoint_of_several_shards(tmp_path):
+def test_saving_over_a_sharded_checkpoint(tmp_path):
     """transformers removes the shards and leaves their index."""
     tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
     model = in_4_bits(tmp_path)
@@ -99,8 +99,8 @@ def test_saved_over_a_checkpoint_of_several_shards(tmp_path):
     assert_same_bytes(packed_bytes(load_quantized(tmp_path, device_map="cpu")), packed_bytes(model))
 
 
-def test_shards_beside_a_checkpoint_of_one_file(tmp_path):
-    """transformers leaves the one file, and would go on reading it."""
+def test_shards_next_to_a_single_file_checkpoint(tmp_path):
+    """transformers leaves the single file, and would keep loading it."""
     tiny_model().save_pretrained(tmp_path)
     in_4_bits(tmp_path).save_pretrained(tmp_path, max_shard_size="50KB")
     for load in (load_quantized, Checkpoint.open):
@@ -108,7 +108,7 @@ def test_shards_beside_a_checkpoint_of_one_file(tmp_path):
             load(tmp_path)
 
 
-def test_no_shard_of_a_variant_is_elsewhere(tmp_path):
+def test_variant_shards_outside_the_directory(tmp_path):
     outside = tmp_path / "outside.safetensors"
     model = tiny_model()
     model.save_pretrained(tmp_path / "in", variant="x", max_shard_size="100KB")

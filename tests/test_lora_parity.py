@@ -1,4 +1,4 @@
-"""PEFT's public functions on stacks of experts against the same functions on linear layers in their place."""
+"""PEFT's public functions on stacks of experts, compared with the same functions on the equivalent linear layers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ REFUSED = {name: row for name, row in TABLE.items() if isinstance(row, Refused)}
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Tensors to 1e-6, models by all that can be seen of them, anything else exactly."""
+    """Tensors to 1e-6, models by everything observable, anything else exactly."""
     if isinstance(expected, nn.Module):
-        assert_same(seen(found), seen(expected), where)
+        assert_same(observed(found), observed(expected), where)
     elif isinstance(expected, torch.Tensor):
         torch.testing.assert_close(
             found, expected, rtol=1e-5, atol=1e-5 if expected.dim() > 2 else 1e-6, msg=lambda m: f"{where}: {m}"
@@ -47,8 +47,8 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
-def seen(model: nn.Module) -> dict[str, Any]:
-    """Names, values, dtypes and flags of the parameters, expert for expert, and what the model computes."""
+def observed(model: nn.Module) -> dict[str, Any]:
+    """Names, values, dtypes and flags of the parameters, expert by expert, and the logits."""
     model.eval()
     parameters = list(model.named_parameters())
     return {
@@ -60,7 +60,7 @@ def seen(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", WORKS)
 @pytest.mark.filterwarnings("ignore")
-def test_functions_that_work_give_the_same_numbers(name, tmp_path):
+def test_supported_functions_give_the_same_results(name, tmp_path):
     torch.manual_seed(0)
     found = WORKS[name].case(Ours(), tmp_path)
     torch.manual_seed(0)
@@ -69,34 +69,34 @@ def test_functions_that_work_give_the_same_numbers(name, tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_refused_is_refused_by_name(name, tmp_path):
+def test_unsupported_functions_raise_the_quoted_error(name, tmp_path):
     with pytest.raises((ValueError, TypeError, AttributeError)) as raised:
         REFUSED[name].case(Ours(), tmp_path)
     assert REFUSED[name].sentence in str(raised.value)
 
 
-def test_every_function_of_peft_has_a_place():
-    """Fails when PEFT exports a new one: put it into the table, or say why LoRA is not concerned."""
+def test_every_function_of_peft_is_listed():
+    """Fails when PEFT exports a new one: add it to the table, or explain why it does not apply to LoRA."""
     placed = {name for entry in TABLE for name in entry.split(", ")} | NOT_OF_LORA.keys() | NOTES.keys()
     assert peft_functions.exported() - placed == set()
     assert NOT_OF_LORA.keys() <= peft_functions.exported()
 
 
-def test_every_method_of_peft_has_a_place():
-    """Fails when one of PEFT's classes for LoRA gets a new one."""
+def test_every_method_of_peft_is_listed():
+    """Fails when one of PEFT's LoRA classes gets a new one."""
     words = {word for entry in TABLE for word in re.findall(r"\w+", entry)}
     placed = words | NO_CALCULATION | BY_OTHER_ROWS | REFUSED_BY_THE_CONFIG
     assert peft_functions.methods() - placed == set()
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED_BY_THE_CONFIG))
-def test_initializations_by_the_weights_are_refused(name):
+def test_weight_based_initializations_are_rejected(name):
     kind = name.removesuffix("_init")
     with pytest.raises(ValueError, match=rf"init_lora_weights='{kind}' is not supported for fused experts"):
         Ours().config(init_lora_weights=kind)
 
 
-def test_the_documentation_is_up_to_date():
+def test_page_is_up_to_date():
     """`python tests/peft_functions.py` writes it."""
     page = Path(__file__).parent.parent / "docs" / "peft.md"
     assert page.read_text() == peft_functions.documentation()

@@ -1,4 +1,4 @@
-"""Merging: into 16 bits exactly, into 4 bits as well as rounding once allows, and back bit for bit."""
+"""Merging: exact in 16 bits, with a single rounding in 4 bits, and undone bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapted_model(model_type: str = "qwen3_moe", device: str = "cpu", dtype=torc
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("quant_type", ["nf4", None])
-def test_merging_into_fp32_says_what_the_live_adapter_says(model_type, quant_type, device):
+def test_merging_into_fp32_equals_the_unmerged_adapter(model_type, quant_type, device):
     model = adapted_model(model_type, device, quant_type=quant_type)
     ids = token_ids(device)
     live = logits(model, ids)
@@ -39,10 +39,10 @@ def test_merging_into_fp32_says_what_the_live_adapter_says(model_type, quant_typ
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
-def test_merging_into_bf16_is_within_a_hundredth(model_type, device):
-    """Logits of about 1, the live adapter in bf16 too. Experts only: how PEFT merges linear layers is not ours.
+def test_merging_into_bf16_is_within_one_percent(model_type, device):
+    """Logits of about 1, the unmerged adapter in bf16 too. Experts only: PEFT merges linear layers.
 
-    Every token goes to all experts, so that rounding can't change its choice (phimoe can't: its router picks two).
+    Every token goes to all experts, so rounding can't change the routing (except for phimoe, whose router picks two).
     """
     every = {"num_experts_per_tok": 8 if model_type == "qwen3_moe" else 4}
     base = tiny_model(model_type, device, torch.bfloat16, std=0.02, **every)
@@ -57,7 +57,7 @@ def test_merging_into_bf16_is_within_a_hundredth(model_type, device):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_merged_model_is_an_ordinary_checkpoint(model_type, tmp_path):
+def test_merged_model_is_a_plain_checkpoint(model_type, tmp_path):
     model = adapted_model(model_type)
     merged = model.merge_and_unload(dtype=torch.float32)
     expected = logits(merged, token_ids())
@@ -68,7 +68,7 @@ def test_merged_model_is_an_ordinary_checkpoint(model_type, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_requantized_stacks_are_the_exact_merged_weights_quantized_once(model_type, double_quant):
+def test_requantized_stacks_are_rounded_once(model_type, double_quant):
     model = adapted_model(model_type, target_modules=["experts"], double_quant=double_quant)
     exact = copy.deepcopy(model).merge_and_unload(dtype=torch.float32)
     model.merge_adapter()
@@ -113,8 +113,8 @@ def test_unmerging_unquantized_experts_restores_them_bitwise():
             assert torch.equal(parameter, before[name])
 
 
-def test_merging_one_after_the_other_rounds_once():
-    """Two adapters merged in two steps give the codes of both merged at once."""
+def test_successive_merges_round_once():
+    """Merging two adapters in two steps gives the codes of merging both at once."""
     model = adapted_model(target_modules=["experts"])
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
     randomize_adapter(model, seed=9, std=0.05)
@@ -126,8 +126,8 @@ def test_merging_one_after_the_other_rounds_once():
     assert_same_bytes(packed_bytes(model), packed_bytes(together))
 
 
-def test_unmerging_two_that_were_merged_one_after_the_other():
-    """The stacks of before the first come back, not those of before the second."""
+def test_unmerging_after_successive_merges():
+    """Restores the stacks from before the first merge, not those from before the second."""
     model = adapted_model(target_modules=["experts"])
     before = packed_bytes(model)
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
@@ -139,8 +139,8 @@ def test_unmerging_two_that_were_merged_one_after_the_other():
     assert_same_bytes(packed_bytes(model), before)
 
 
-def test_merging_leaves_alone_what_an_adapter_does_not_reach():
-    """A layer without it isn't merged, and a projection without it isn't rounded again."""
+def test_merging_keeps_unadapted_weights():
+    """A layer without an adapter isn't merged, and a projection without one isn't rounded again."""
     model = adapted_model(target_modules=["experts"])
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts.down_proj"], layers_to_transform=[1]))
     randomize_adapter(model, seed=9, std=0.05)
@@ -156,8 +156,8 @@ def test_merging_leaves_alone_what_an_adapter_does_not_reach():
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
-def test_merging_means_the_active_adapters(dtype):
-    """Another one that is there, but not active, stays out."""
+def test_merging_uses_the_active_adapters(dtype):
+    """A loaded but inactive adapter is not merged."""
     model = adapted_model(target_modules=["experts"])
     expected = logits(copy.deepcopy(model).merge_and_unload(dtype=dtype), token_ids())
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
@@ -169,15 +169,15 @@ def test_merging_means_the_active_adapters(dtype):
 
 
 def test_each_projection_is_merged_with_its_own_scaling():
-    """By a pattern, down_proj has another one than gate_up_proj."""
+    """A pattern gives down_proj another scaling than gate_up_proj."""
     model = adapted_model(target_modules=["experts"], alpha_pattern={"down_proj": 40}, rank_pattern={"down_proj": 2})
     live = logits(model, token_ids())
     merged = logits(model.merge_and_unload(dtype=torch.float32), token_ids())
     torch.testing.assert_close(merged, live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
-def test_mixed_batches_and_merged_adapters():
-    """What is merged would apply to every sample, whatever adapter it names."""
+def test_mixed_batches_with_merged_adapters_are_rejected():
+    """A merged adapter would apply to every sample, whichever adapter it requests."""
     model = adapted_model(target_modules=["experts"])
     model.merge_adapter()
     with pytest.raises(ValueError, match="while adapters are merged"):
@@ -193,7 +193,7 @@ def test_merging_twice_changes_nothing():
     assert_same_bytes(packed_bytes(model), merged)
 
 
-def test_disabling_a_merged_adapter_gives_the_base_back():
+def test_disabling_a_merged_adapter_gives_the_base():
     model = adapted_model(target_modules=["experts"])
     ids = token_ids()
     with model.disable_adapter():
@@ -204,7 +204,7 @@ def test_disabling_a_merged_adapter_gives_the_base_back():
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
-def test_merge_adapter_before_unloading_loses_nothing(dtype):
+def test_merge_adapter_before_unloading_is_lossless(dtype):
     model = adapted_model(target_modules=["experts"])
     expected = logits(copy.deepcopy(model).merge_and_unload(dtype=dtype), token_ids())
     model.merge_adapter()
@@ -212,7 +212,7 @@ def test_merge_adapter_before_unloading_loses_nothing(dtype):
     assert torch.equal(logits(merged, token_ids()), expected)
 
 
-def test_merging_a_named_adapter_only():
+def test_merging_only_a_named_adapter():
     model = adapted_model(target_modules=["experts"])
     expected = logits(model, token_ids())
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["experts"]))
@@ -225,8 +225,8 @@ MERGES = [{"dtype": torch.float32}, {"rounding": "nearest"}, {}]
 
 
 @pytest.mark.parametrize("options", MERGES, ids=str)
-def test_modules_trained_in_full_are_those_of_the_adapter_that_is_named(options):
-    """Whichever is active; without an adapter, the base's."""
+def test_modules_trained_in_full_of_the_named_adapter(options):
+    """Independent of the active adapter; without an adapter, those of the base."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, modules_to_save=["lm_head"])).eval()
     model.add_adapter("other", MoeQLoraConfig(r=2, modules_to_save=["lm_head"]))
     head = model.base_model.model.lm_head
@@ -244,7 +244,7 @@ def test_modules_trained_in_full_are_those_of_the_adapter_that_is_named(options)
 
 @pytest.mark.parametrize("options", MERGES, ids=str)
 @pytest.mark.parametrize("names", [None, ["other"]], ids=str)
-def test_tokens_that_another_adapter_has_trained_stay_out(names, options):
+def test_tokens_trained_by_another_adapter_are_not_merged(names, options):
     config = MoeQLoraConfig(r=2, trainable_token_indices={"embed_tokens": [5, 6]})
     model = get_peft_model(tiny_model(), config).eval()
     model.add_adapter("other", MoeQLoraConfig(r=2))
@@ -256,15 +256,15 @@ def test_tokens_that_another_adapter_has_trained_stay_out(names, options):
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_an_adapter_named_twice_is_refused(merge):
+def test_adapter_named_twice_is_rejected(merge):
     model = adapted_model(target_modules=["experts"])
     with pytest.raises(ValueError, match="contains an adapter twice"):
         getattr(model, merge)(adapter_names=["default", "default"])
     assert not any(layer.merged for layer in model.base_model.expert_layers())
 
 
-def test_loading_over_a_merged_adapter_is_refused(tmp_path):
-    """Linear layers are unmerged by the factors that are there, which have to be those that were merged."""
+def test_loading_over_a_merged_adapter_is_rejected(tmp_path):
+    """Linear layers are unmerged with the current factors, which must be those that were merged."""
     model = adapted_model()
     live = logits(model, token_ids())
     model.save_pretrained(tmp_path)
@@ -279,8 +279,8 @@ def test_loading_over_a_merged_adapter_is_refused(tmp_path):
     torch.testing.assert_close(logits(model, token_ids()), live, rtol=0, atol=1e-3)
 
 
-def test_merging_reaches_experts_without_an_adapter_too():
-    """`dtype` gives every layer its 16-bit module back, adapted or not."""
+def test_merging_includes_experts_without_an_adapter():
+    """`dtype` replaces every experts layer by its 16-bit module, adapted or not."""
     model = adapted_model(target_modules=["experts"], layers_to_transform=[1])
     expected = logits(model, token_ids())
     merged = model.merge_and_unload(dtype=torch.float32)
@@ -288,7 +288,7 @@ def test_merging_reaches_experts_without_an_adapter_too():
     torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=0, atol=1e-4)
 
 
-def test_unloading_leaves_a_running_quantized_model():
+def test_unloading_gives_a_working_quantized_model():
     model = adapted_model()
     with model.disable_adapter():
         expected = logits(model, token_ids())
@@ -302,8 +302,8 @@ def test_unloading_leaves_a_running_quantized_model():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload", "merge_and_unload into fp32"])
-def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(value, merge):
-    """The fault is in the last layer: the ones before must not have been merged."""
+def test_safe_merge_rejects_a_broken_adapter_without_changes(value, merge):
+    """The fault is in the last layer: the earlier ones must not be merged."""
     model = adapted_model()
     ids = token_ids()
     with model.disable_adapter():
@@ -320,22 +320,22 @@ def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing(value, merge):
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_delta_that_overflows_is_refused_and_layers_before_it_are_unmerged(safe_merge):
-    """Each factor is finite, the product is not; it shows only when the last layer is merged."""
+def test_overflowing_delta_is_rejected_and_undone(safe_merge):
+    """Each factor is finite, the product is not; this shows only when the last layer is merged."""
     model = adapted_model(target_modules=["experts"])
     before = packed_bytes(model)
     layer = model.base_model.model.model.layers[1].mlp.experts
     with torch.no_grad():
         layer.down_proj.lora_A["default"].weight[2] = 1e30
         layer.down_proj.lora_B["default"].weight[2] = 1e30
-    with pytest.raises(ValueError, match="NaNs detected in the weights of expert 2"):
+    with pytest.raises(ValueError, match="NaNs or infinite values detected in the weights of expert 2"):
         model.merge_adapter(safe_merge=safe_merge)
     assert_same_bytes(packed_bytes(model), before)
     assert not any(layer.merged for layer in model.base_model.expert_layers())
 
 
-def test_a_second_merge_that_fails_leaves_the_first():
-    """In all layers, those that took the second adapter before the error among them."""
+def test_failed_second_merge_keeps_the_first():
+    """In all layers, including those that merged the second adapter before the error."""
     model = adapted_model(target_modules=["experts"])
     model.add_adapter("other", MoeQLoraConfig(target_modules=["experts"]))
     randomize_adapter(model)
@@ -345,13 +345,13 @@ def test_a_second_merge_that_fails_leaves_the_first():
     with torch.no_grad():
         layer.down_proj.lora_A["other"].weight[2] = 1e30
         layer.down_proj.lora_B["other"].weight[2] = 1e30
-    with pytest.raises(ValueError, match="NaNs detected in the weights of expert 2"):
+    with pytest.raises(ValueError, match="NaNs or infinite values detected in the weights of expert 2"):
         model.merge_adapter(["other"])
     assert_same_bytes(packed_bytes(model), before)
     assert all(layer.merged_adapters == ["default"] for layer in model.base_model.expert_layers())
 
 
-def test_weights_out_of_range_of_the_wanted_dtype_are_refused():
+def test_weights_out_of_range_of_the_target_dtype_are_rejected():
     model = adapted_model(target_modules=["experts"])
     layer = model.base_model.model.model.layers[0].mlp.experts
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_weights_out_of_range_of_the_wanted_dtype_are_refused():
         model.merge_and_unload(dtype=torch.float16)
 
 
-def test_merging_no_adapter_is_not_merging_the_active_one():
+def test_merging_an_empty_list_of_adapters():
     model = adapted_model(target_modules=["experts"])
     with model.disable_adapter():
         base = logits(model, token_ids())
@@ -377,7 +377,7 @@ def test_casting_between_merge_and_unmerge_casts_all():
 
 
 @pytest.mark.parametrize("take_off", ["unload", "merge_and_unload"])
-def test_unquantized_experts_come_back_as_the_class_itself(take_off, tmp_path):
+def test_unquantized_experts_are_restored_as_the_original_class(take_off, tmp_path):
     model = adapted_model(quant_type=None)
     with pytest.raises(ValueError, match="merge_and_unload"):
         model.get_base_model().save_pretrained(tmp_path)
@@ -388,7 +388,7 @@ def test_unquantized_experts_come_back_as_the_class_itself(take_off, tmp_path):
     assert torch.equal(logits(again, token_ids()), logits(base, token_ids()))
 
 
-def test_saving_where_bitsandbytes_quantized_the_linear_layers(tmp_path):
+def test_saving_with_linear_layers_quantized_by_bitsandbytes(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -420,8 +420,8 @@ def test_merged_experts_are_saved_packed(tmp_path):
     assert torch.equal(logits(again, token_ids()), logits(merged, token_ids()))
 
 
-def test_saving_experts_that_were_taken_over_in_16_bits_is_refused(tmp_path):
-    """A later from_pretrained would find none of their names."""
+def test_saving_converted_16_bit_experts_is_rejected(tmp_path):
+    """from_pretrained would find none of their names."""
     model = adapted_model(quant_type=None)
     with pytest.raises(ValueError, match=r"merge_and_unload\(dtype=torch.bfloat16\)"):
         model.base_model.model.save_pretrained(tmp_path)
@@ -438,8 +438,8 @@ def test_dequantizing_without_an_adapter(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"rounding": "nearest"}, {"dtype": torch.float32}], ids=str)
-def test_merging_shows_a_bar(options, capsys):
-    """It can take minutes; PEFT shows none unless it is asked to."""
+def test_merging_shows_a_progress_bar(options, capsys):
+    """It can take minutes; PEFT shows a bar only on request."""
     model = adapted_model()
     capsys.readouterr()  # the bar of quantizing
     model.merge_and_unload(**options)

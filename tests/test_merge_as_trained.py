@@ -1,4 +1,4 @@
-"""What a merge adds to: the weights as the training has seen them, whatever the checkpoint has."""
+"""A merge adds deltas to the weights as used in training, whatever the checkpoint has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINEAR = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for 
 
 
 def save_trained_in_bf16(directory, model_type: str):
-    """An fp32 checkpoint, loaded in bf16 and 4 bits but for the last layer's experts; a part of it is adapted."""
+    """An fp32 checkpoint, loaded in bf16 and 4 bits except for the last layer's experts; some of it is adapted."""
     tiny_model(model_type).save_pretrained(directory / "base")
     quantization = MoeQuantizationConfig(skip_modules=["layers.1.mlp.experts"])
     model = load_quantized(str(directory / "base"), quantization, dtype=torch.bfloat16, device_map="cpu")
@@ -44,7 +44,7 @@ def delta(directory, name: str) -> torch.Tensor:
 
 
 def merged_stack(tensors: dict[str, torch.Tensor], directory, name: str) -> torch.Tensor:
-    """`(E, ...)` as the class has it, of the tensors of single experts or of the stack."""
+    """`(E, ...)` in the class's layout, from the tensors of single experts or of the stack."""
     if name in tensors:
         return tensors[name]
     path, _, projection = name.rpartition(".")
@@ -58,8 +58,8 @@ def merged_stack(tensors: dict[str, torch.Tensor], directory, name: str) -> torc
 # gpt_oss: stacks are (E, in, out)
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("onto", ["quantized", "base"])
-def test_every_weight_is_what_training_had_and_the_delta(model_type, onto, tmp_path):
-    """The 4 bits of bf16 weights, adapted or not; what was in 16 bits, and onto the base all, is the checkpoint's."""
+def test_every_weight_is_the_trained_one_plus_the_delta(model_type, onto, tmp_path):
+    """4-bit weights come from bf16, adapted or not. 16-bit weights, and all with onto="base", are the checkpoint's."""
     model = save_trained_in_bf16(tmp_path, model_type)
     merge(tmp_path, onto=onto)
     before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
@@ -92,8 +92,8 @@ def test_every_weight_is_what_training_had_and_the_delta(model_type, onto, tmp_p
         torch.testing.assert_close(after[f"{name}.weight"], trained + added, rtol=0, atol=1e-6)
 
 
-def test_what_is_expected_to_change_is_what_the_factors_change(tmp_path):
-    """Of gate and up projection in one B only the gate's rows, of two layers only the one whose B isn't zero."""
+def test_expected_changes_match_nonzero_deltas(tmp_path):
+    """In a fused B only the gate's rows are nonzero, and of two layers only one has a nonzero B."""
     tiny_model().save_pretrained(tmp_path / "base")
     model = tiny_model()
     model.name_or_path = str(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Holding a merged model against the live adapter."""
+"""Comparing a merged model with the unmerged adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def last_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def break_linear_layers(monkeypatch) -> None:
-    """As where a library decodes them wrongly: nothing of it shows in the figures of the experts' stacks."""
+    """As if a library decoded them wrongly: the figures of the experts' stacks do not show it."""
     merge = lora.Linear.merge
 
     def merge_wrongly(self, *args, **kwargs):
@@ -42,8 +42,8 @@ def break_linear_layers(monkeypatch) -> None:
     monkeypatch.setattr(lora.Linear, "merge", merge_wrongly)
 
 
-def test_a_sound_merge_is_measured_and_nothing_said():
-    """The figures are those of looking by hand."""
+def test_correct_merge_is_measured_without_a_warning():
+    """The figures equal those of a direct comparison."""
     model, ids = adapted(), token_ids(batch=5, length=30)
     live = last_states(model, ids)
     with model.disable_adapter():
@@ -61,7 +61,7 @@ def test_a_sound_merge_is_measured_and_nothing_said():
     assert not any(parameter.requires_grad for parameter in merged.parameters())
 
 
-def test_few_tokens_are_tried():
+def test_number_of_tokens_is_limited():
     model = adapted()
     model.merge_and_unload(calibration=token_ids(batch=50, length=60))
     assert model.base_model.merge_check.num_positions == 8 * 60
@@ -70,7 +70,7 @@ def test_few_tokens_are_tried():
     assert model.base_model.merge_check.num_positions == 512
 
 
-def test_a_layer_that_was_merged_wrongly_is_told(monkeypatch):
+def test_wrongly_merged_layer_is_reported(monkeypatch):
     break_linear_layers(monkeypatch)
     model = adapted()
     with pytest.warns(RuntimeWarning, match="differs too much from the unmerged adapter: hidden states differ"):
@@ -79,7 +79,7 @@ def test_a_layer_that_was_merged_wrongly_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "second-order"])
-def test_a_checkpoint_says_so_too(rounding, monkeypatch, tmp_path, capsys):
+def test_checkpoint_merge_reports_it(rounding, monkeypatch, tmp_path, capsys):
     save_adapter(tmp_path)
     command = ["merge", *(str(tmp_path / name) for name in ("base", "adapter"))]
     options = ["--quantize", "nf4", "--rounding", rounding]
@@ -101,18 +101,18 @@ def test_a_checkpoint_says_so_too(rounding, monkeypatch, tmp_path, capsys):
     ("error", "effect", "is_far"),
     [
         (0.45, 1.0, False),
-        (0.55, 1.0, True),  # more than half of what the adapter does
+        (0.55, 1.0, True),  # more than half of the adapter's effect
         (1.1, 1.4, True),
         (0.12, 0.1, True),
-        (0.09, 0.1, False),  # so little is lost in 4 bits
+        (0.09, 0.1, False),  # 4 bits lose this little
     ],
 )
-def test_what_is_far(error, effect, is_far):
+def test_threshold_of_a_problem(error, effect, is_far):
     assert (MergeCheck(512, 0, error, effect).problem is not None) == is_far
 
 
-def test_live_states_that_are_not_finite_are_left_out():
-    """And merged ones that are not, where the live are, are a fault."""
+def test_nonfinite_unmerged_states_are_ignored():
+    """Merged states that are not finite at other positions are reported."""
     model = adapted()
 
     def spoil(*positions: int):
@@ -148,8 +148,8 @@ def test_live_states_that_are_not_finite_are_left_out():
         (lambda output: {"text": "nothing to compare"}, 0),
     ],
 )
-def test_models_of_other_kinds(give, num_positions):
-    """Called with ids alone; whatever they give, they are merged."""
+def test_other_kinds_of_models(give, num_positions):
+    """Called with ids only; they are merged, whatever they return."""
 
     class Other(nn.Module):
         def __init__(self) -> None:
@@ -170,13 +170,13 @@ def test_models_of_other_kinds(give, num_positions):
     assert any("could not be compared" in message for message in messages) == (num_positions == 0)
 
 
-def test_a_merge_that_runs_nothing_has_no_figure():
+def test_merge_without_a_forward_has_no_check():
     model = adapted()
     model.merge_and_unload(rounding="nearest")
     assert model.base_model.merge_check is None
 
 
-def test_reports_of_before_can_be_read(tmp_path):
+def test_older_reports_can_be_read(tmp_path):
     report = MergeReport("base", "adapter", "0", "quantized", "nf4", 1, 1, 1)
     values = report.to_dict()
     del values["check"]

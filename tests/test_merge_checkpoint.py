@@ -1,4 +1,4 @@
-"""Merging on disk: what comes out says what the live adapter says."""
+"""Merging on disk: the result gives the same outputs as the unmerged adapter."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def expert_keys(tensors: dict[str, torch.Tensor]) -> set[str]:
 @pytest.mark.parametrize(
     "model_type", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "gemma4_text"]
 )
-def test_stock_transformers_says_what_the_live_adapter_says(model_type, tmp_path):
-    """Of every layout of experts on disk; nothing but what the adapter targets has changed, and the report says so."""
+def test_stock_transformers_matches_the_unmerged_adapter(model_type, tmp_path):
+    """For every layout of experts on disk. Only targeted tensors change, and the report confirms it."""
     model = save_adapter(tmp_path, model_type, std=0.3)
     ids = token_ids()
     live = logits(model, ids)
@@ -56,8 +56,8 @@ def test_stock_transformers_says_what_the_live_adapter_says(model_type, tmp_path
     assert report.tensors_expected == report.tensors_changed <= changed
 
 
-def test_a_trained_adapter(trained, tmp_path):
-    """What a bf16 checkpoint holds is within 1e-4; run in bf16 it is as near as two such runs are."""
+def test_trained_adapter(trained, tmp_path):
+    """The tensors of a bf16 checkpoint are within 1e-4; run in bf16, it is as close as two bf16 runs."""
     directory, ids = trained
 
     def live(dtype: torch.dtype) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_a_trained_adapter(trained, tmp_path):
 # diffusion_gemma's encoder and decoder share their stacks
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "diffusion_gemma"])
 def test_every_architecture(model_type, tmp_path):
-    """Tensor by tensor what merging in memory and saving give."""
+    """Every tensor equals merging in memory and saving."""
     model = shrunken_model_or_skip(model_type, dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     model = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -102,15 +102,15 @@ def test_every_architecture(model_type, tmp_path):
 
 @pytest.mark.parametrize("onto", ["quantized", "base"])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_linear_layers_are_merged_as_they_were_trained(onto, double_quant, tmp_path):
-    """Onto the 4 bits that the training has seen, or onto the base's own weights where that is asked for."""
+def test_linear_layers_are_merged_as_trained(onto, double_quant, tmp_path):
+    """Onto the 4-bit weights used in training, or onto the base's own weights on request."""
     tiny_model().save_pretrained(tmp_path / "base")
     quantization = MoeQuantizationConfig(double_quant=double_quant)
     model = load_quantized(str(tmp_path / "base"), quantization, dtype=torch.float32, device_map="cpu")
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=double_quant)).eval()
     randomize_adapter(model, std=0.05)
     model.save_pretrained(tmp_path / "adapter")
-    # evaluating on a CPU, bitsandbytes computes linear layers in bf16
+    # in evaluation mode on a CPU, bitsandbytes computes linear layers in bf16
     live = logits(model.train(), token_ids())
     report = merge(tmp_path, onto=onto)
     difference = kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32))
@@ -128,7 +128,7 @@ def test_linear_layers_are_merged_as_they_were_trained(onto, double_quant, tmp_p
         torch.testing.assert_close(after[key] - before[key], 2 * B @ A, rtol=0, atol=1e-6)
 
 
-def test_everything_else_that_an_adapter_can_hold(tmp_path):
+def test_other_contents_of_an_adapter(tmp_path):
     """Embeddings, routers and norms trained in full, biases, and patterns of ranks and alphas."""
     model = save_adapter(
         tmp_path,
@@ -153,7 +153,7 @@ def test_everything_else_that_an_adapter_can_hold(tmp_path):
     assert "model.layers.0.mlp.experts.gate_up_proj_bias" in changed
 
 
-def test_shards_that_part_what_belongs_together(tmp_path):
+def test_shards_that_split_fused_tensors(tmp_path):
     """Gate and up projection of an expert in different files; experts of a layer too."""
     save_adapter(tmp_path)
     of_one_file = merge(tmp_path, out="whole")
@@ -176,8 +176,8 @@ def test_shards_that_part_what_belongs_together(tmp_path):
     assert report.tensors_written == len(found)
 
 
-def test_what_lies_beside_the_weights_comes_along(tmp_path):
-    """Tokenizer and templates, but no weights in other formats and nothing hidden; the config fits the new weights."""
+def test_other_files_are_copied(tmp_path):
+    """Tokenizer and templates, but no weights in other formats or hidden files; the config fits the new weights."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     (base / "tokenizer.json").write_text("{}")
@@ -205,8 +205,8 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     assert not (tmp_path / "merged.partial").exists()
 
 
-def as_a_hub_snapshot(directory) -> None:
-    """Files are links into a folder of blobs beside, as huggingface_hub leaves them; the directory is a link too."""
+def make_hub_snapshot(directory) -> None:
+    """Files are links into a folder of blobs, as huggingface_hub creates them; the directory is a link too."""
     repository = directory.with_name("models--own--base")
     snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
     snapshot.parent.mkdir(parents=True)
@@ -219,8 +219,8 @@ def as_a_hub_snapshot(directory) -> None:
 
 
 @pytest.mark.parametrize("is_snapshot", [False, True])
-def test_the_base_is_there_whole(is_snapshot, tmp_path):
-    """All that isn't weights, as files of their own with every byte, also from links; an adapter beside it is not."""
+def test_all_other_files_of_the_base_are_copied(is_snapshot, tmp_path):
+    """All other files become regular files with the same bytes, also if they were links; an adapter is not copied."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     contents = {
@@ -249,7 +249,7 @@ def test_the_base_is_there_whole(is_snapshot, tmp_path):
     (base / "adapter_model.safetensors").unlink()
     contents["generation_config.json"] = (base / "generation_config.json").read_text()
     if is_snapshot:
-        as_a_hub_snapshot(base)
+        make_hub_snapshot(base)
         (base / "broken").symlink_to("nowhere")
     merge(tmp_path)
     merged = tmp_path / "merged"
@@ -259,8 +259,8 @@ def test_the_base_is_there_whole(is_snapshot, tmp_path):
     assert {name: (merged / name).read_text() for name in contents} == contents
 
 
-def test_merging_into_a_folder_of_the_base(tmp_path):
-    """The copy of the base doesn't hold the copy."""
+def test_merging_into_a_subfolder_of_the_base(tmp_path):
+    """The copy of the base doesn't contain the output."""
     save_adapter(tmp_path)
     (tmp_path / "base" / "LICENSE").write_text("free")
     merge(tmp_path, out="base/merged")
@@ -268,8 +268,8 @@ def test_merging_into_a_folder_of_the_base(tmp_path):
     assert found == {"LICENSE", "config.json", "generation_config.json", "merge_report.json", "model.safetensors"}
 
 
-def test_a_dry_run_writes_nothing(tmp_path):
-    """But says what would change."""
+def test_dry_run_writes_nothing(tmp_path):
+    """But reports what would change."""
     save_adapter(tmp_path)
     before = sorted(tmp_path.iterdir())
     report = merge(tmp_path, dry_run=True)
@@ -278,8 +278,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_index_of_one_file(tmp_path):
-    """A shard that is the only one is found and written under its own name."""
+def test_index_with_a_single_shard(tmp_path):
+    """A single shard is found and written under its own name."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     tensors = read_tensors(base)
@@ -294,8 +294,8 @@ def test_an_index_of_one_file(tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_files_of_one_name_in_two_folders(tmp_path):
-    """Neither takes the place of the other."""
+def test_files_of_the_same_name_in_two_folders(tmp_path):
+    """Neither overwrites the other."""
     save_adapter(tmp_path)
     base = tmp_path / "base"
     tensors = read_tensors(base)
@@ -312,8 +312,8 @@ def test_files_of_one_name_in_two_folders(tmp_path):
     assert (tmp_path / "merged" / "b" / "x.safetensors").is_file()
 
 
-def test_tensors_that_are_only_copied(tmp_path):
-    """Keep their bits, whatever they are; cast, they have to stay in range."""
+def test_copied_tensors(tmp_path):
+    """They keep their bits, whatever their dtype; cast, they must stay in range."""
     save_adapter(tmp_path)
     tensors = read_tensors(tmp_path / "base")
     strange = {"extra.ids": torch.tensor([1, 70000], dtype=torch.uint32), "extra.phases": torch.tensor([1 + 2j])}
@@ -331,8 +331,8 @@ def test_tensors_that_are_only_copied(tmp_path):
     assert not list(tmp_path.glob("half*"))
 
 
-def test_merged_weights_that_are_beyond_the_range(tmp_path):
-    """Written as infinity, they would be noticed when the model is run."""
+def test_merged_weights_out_of_range(tmp_path):
+    """Infinite weights would only show when the model runs."""
     save_adapter(tmp_path, quant_type=None)
     tensors = read_tensors(tmp_path / "base")
     key = "model.layers.1.mlp.experts.5.down_proj.weight"
@@ -344,11 +344,11 @@ def test_merged_weights_that_are_beyond_the_range(tmp_path):
 
 
 @pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
-def test_weights_that_stay_in_fp32(attribute, tmp_path, monkeypatch):
-    """What the model keeps in higher precision is not cast; what the checkpoint doesn't have in fp32 is."""
+def test_weights_kept_in_fp32(attribute, tmp_path, monkeypatch):
+    """Modules that the model keeps in fp32 are not cast; narrower weights in the checkpoint are."""
     model = shrunken_model_or_skip("deepseek_v3", dtype=torch.float32)
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        # of all classes of the model, since each brings its own names
+        # on the base class, from which all classes of the model inherit
         kept = ["input_layernorm"] if name == attribute else None
         monkeypatch.setattr(transformers.DeepseekV3PreTrainedModel, name, kept)
     model.save_pretrained(tmp_path / "base")
@@ -366,8 +366,8 @@ def test_weights_that_stay_in_fp32(attribute, tmp_path, monkeypatch):
     assert {tensor.dtype for tensor in read_tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
-def test_weights_that_stay_in_fp32_under_other_names(tmp_path):
-    """The model says which by its own names; the checkpoint calls them otherwise."""
+def test_weights_kept_in_fp32_under_checkpoint_names(tmp_path):
+    """The model lists them by its own names; the checkpoint's differ."""
     model = shrunken_model_or_skip("inkling2_text", dtype=torch.float32)
     assert "e_score_correction_bias" in model._keep_in_fp32_modules_strict
     model.save_pretrained(tmp_path / "base")
@@ -380,8 +380,8 @@ def test_weights_that_stay_in_fp32_under_other_names(tmp_path):
     assert dtypes["model.llm.layers.0.mlp.experts.w2_weight"] == torch.bfloat16
 
 
-def test_an_adapter_of_others(tmp_path):
-    """PEFT's own, trained on the checkpoint's weights, is merged onto those."""
+def test_adapter_of_another_tool(tmp_path):
+    """A PEFT adapter, trained on the checkpoint's weights, is merged onto these."""
     base_model("qwen3_moe").save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -397,8 +397,8 @@ def test_an_adapter_of_others(tmp_path):
         merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "packed")
 
 
-def test_an_expert_that_was_never_trained(tmp_path):
-    """Isn't expected to change; a dry run says the same numbers."""
+def test_untrained_expert(tmp_path):
+    """It is not expected to change; a dry run reports the same numbers."""
     model = save_adapter(tmp_path, target_modules=["experts"], quant_type=None)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -410,8 +410,8 @@ def test_an_expert_that_was_never_trained(tmp_path):
     assert report.tensors_changed == report.tensors_expected == expected == 2 * 7 * 3
 
 
-def test_modules_trained_in_full_are_counted_if_they_changed(tmp_path):
-    """The norm has been trained, the head was only saved."""
+def test_only_changed_modules_trained_in_full_are_counted(tmp_path):
+    """The norm was trained, the head was only saved."""
     model = save_adapter(
         tmp_path, target_modules=["experts"], quant_type=None, modules_to_save=["model.norm", "lm_head"]
     )
@@ -431,8 +431,8 @@ def test_modules_trained_in_full_are_counted_if_they_changed(tmp_path):
     }
 
 
-def test_what_the_files_say_of_themselves(tmp_path):
-    """The index has the size of what is written, and the files what the base's have to say of theirs."""
+def test_metadata_of_the_written_files(tmp_path):
+    """The index has the total size of the new files, and the files have the metadata of the base's."""
     save_adapter(tmp_path)
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
     merge(tmp_path, dtype=torch.bfloat16)
@@ -446,8 +446,8 @@ def test_what_the_files_say_of_themselves(tmp_path):
 
 
 @pytest.mark.parametrize("onto", ["quantized", "base"])
-def test_what_the_report_says_of_the_merge(onto, tmp_path):
-    """Which base and adapter, by path and by digest, onto what and as what."""
+def test_report_of_the_merge(onto, tmp_path):
+    """It records base and adapter by path and digest, the base's weights and the storage."""
     save_adapter(tmp_path)
     report = merge(tmp_path, onto=onto)
     assert (report.base, report.adapter) == (str(tmp_path / "base"), str(tmp_path / "adapter"))
@@ -457,8 +457,8 @@ def test_what_the_report_says_of_the_merge(onto, tmp_path):
     assert MergeReport.from_dict(json.loads((tmp_path / "merged" / "merge_report.json").read_text())) == report
 
 
-def test_the_digest_is_of_the_whole_file(tmp_path):
-    """Two adapters that begin alike are two: what is merged twice is known by it."""
+def test_digest_is_of_the_whole_file(tmp_path):
+    """Two adapters with the same beginning differ; the digest detects a repeated merge."""
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "adapter_config.json").write_text("{}")
@@ -466,8 +466,8 @@ def test_the_digest_is_of_the_whole_file(tmp_path):
     assert adapter_digest(tmp_path / "1") != adapter_digest(tmp_path / "2")
 
 
-def test_configs_that_all_readers_understand():
-    """The number of experts by both names, wherever it stands; the new dtype where there was one, and nowhere else."""
+def test_config_has_both_names_of_the_number_of_experts():
+    """In every part that has one. The new dtype replaces an existing one, and is not added elsewhere."""
     config = {
         "num_experts": 8,
         "torch_dtype": "float32",
@@ -488,8 +488,8 @@ def rows(*values: tuple[float, float | None]) -> tuple[FidelityRow, ...]:
     return tuple(FidelityRow(f"row {number}", 0.5, *value) for number, value in enumerate(values))
 
 
-def test_the_table_shows_the_worst_of_the_others():
-    """Largest error and least share of the delta; a tensor without delta has no share that could be the least."""
+def test_table_shows_the_worst_of_the_other_tensors():
+    """Largest error and smallest share of the delta; a tensor without a delta has no share."""
     report = MergeReport(
         "b", "a", "0", "base", "bfloat16", 9, 8, 7, others=rows((0.1, 0.9), (0.3, 0.8), (0.2, 0.4), (0.2, None))
     )
@@ -501,8 +501,8 @@ def test_the_table_shows_the_worst_of_the_others():
     assert "row 0" in str(only_replaced)
 
 
-def test_the_table_of_stacks_and_what_verifying_found():
-    """Each figure in its column; shares of tokens as percentages."""
+def test_table_of_stacks_and_verification():
+    """Each figure is in its column; shares of tokens are percentages."""
     verification = Verification(num_tokens=200, kl=0.001, equal_argmax=0.75, kl_of_base=0.5)
     report = MergeReport(
         "b", "a", "0", "base", "bfloat16", 9, 8, 7, stacks=rows((0.125, 0.9)), verification=verification
@@ -513,8 +513,8 @@ def test_the_table_of_stacks_and_what_verifying_found():
     assert MergeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
-def test_merging_the_command(tmp_path, capsys):
-    """Prints the report; an error is a line and an exit code."""
+def test_merge_command(tmp_path, capsys):
+    """Prints the report; an error is one line and an exit code."""
     save_adapter(tmp_path)
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *paths, "--dtype", "bfloat16"]) == 0
@@ -527,8 +527,8 @@ def test_merging_the_command(tmp_path, capsys):
     assert "--rounding is only valid with --quantize" in capsys.readouterr().err
 
 
-def test_memory_stays_at_one_shard(tmp_path):
-    """Of a checkpoint of many shards only one is in memory, whatever the size of all."""
+def test_peak_memory_is_one_shard(tmp_path):
+    """Only one shard of a checkpoint is in memory, whatever the total size."""
     model = tiny_model(hidden_size=512, moe_intermediate_size=256, num_experts=64, num_hidden_layers=2)
     model.save_pretrained(tmp_path / "base", max_shard_size="16MB")
     model = get_peft_model(model, MoeQLoraConfig(r=2)).eval()

@@ -1,4 +1,4 @@
-"""Merging on disk, cut short: nothing half-done ever looks whole, and what is done is taken up."""
+"""Interrupted merges on disk: an incomplete result never looks complete, and completed files are reused."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ KILLED = """
 """
 
 
-def test_killed_at_any_point_and_finished_by_another_run(tmp_path):
-    """What is there then is neither half-written nor can be loaded, and a later run finishes it."""
+def test_merge_killed_at_any_point_is_resumed(tmp_path):
+    """The incomplete result cannot be loaded, and a later run completes it."""
     save_adapter(tmp_path)
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=12)
     merge(tmp_path, out="expected")
@@ -76,7 +76,7 @@ def test_killed_at_any_point_and_finished_by_another_run(tmp_path):
     assert names[0] == names[1]
 
 
-def test_a_second_run_is_kept_out_while_one_is_writing(tmp_path, monkeypatch):
+def test_concurrent_merges_are_rejected(tmp_path, monkeypatch):
     """Each would take the other's unfinished files for its own."""
     save_adapter(tmp_path)
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=2)
@@ -113,8 +113,8 @@ FULL = """
 """
 
 
-def test_a_disk_that_takes_no_more(tmp_path):
-    """The system refuses to let a file grow; so would a full disk."""
+def test_full_disk(tmp_path):
+    """The system refuses to let a file grow, as a full disk would."""
     save_adapter(tmp_path)
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
     largest = max(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
@@ -129,8 +129,8 @@ def test_a_disk_that_takes_no_more(tmp_path):
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
-def test_a_disk_known_to_be_too_small(tmp_path, monkeypatch):
-    """Is told before the work, with nothing written."""
+def test_insufficient_disk_space(tmp_path, monkeypatch):
+    """Reported before the work, with nothing written."""
     save_adapter(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -140,23 +140,23 @@ def test_a_disk_known_to_be_too_small(tmp_path, monkeypatch):
 
 
 def interrupted(directory, monkeypatch) -> None:
-    """A merge that has written the first of three files."""
+    """A merge that wrote the first of three files."""
     write_tensors(directory / "base", read_tensors(directory / "base"), num_shards=3)
     written = merging.save_file
 
-    def fails_later(tensors, path, metadata):
+    def fail_at_second_shard(tensors, path, metadata):
         if "00002" in str(path):
             raise OSError("no space left on device")
         written(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "save_file", fails_later)
+        patch.setattr(merging, "save_file", fail_at_second_shard)
         with pytest.raises(OSError, match="no space left"):
             merge(directory)
 
 
-def test_only_what_is_still_to_be_written_needs_room(tmp_path, monkeypatch):
-    """Not the files that an interrupted run has left, and of the others as much as they take in the new dtype."""
+def test_only_unwritten_files_require_disk_space(tmp_path, monkeypatch):
+    """Files of an interrupted run don't count, and the others count with their size in the new dtype."""
     save_adapter(tmp_path)
     interrupted(tmp_path, monkeypatch)
     files = sorted((tmp_path / "base").glob("*.safetensors"))
@@ -172,8 +172,8 @@ def test_only_what_is_still_to_be_written_needs_room(tmp_path, monkeypatch):
             merge(tmp_path, out="whole")
 
 
-def test_what_was_being_written_is_no_part_of_the_result(tmp_path, monkeypatch):
-    """A file that a killed run was at, of whatever name."""
+def test_unfinished_files_are_not_in_the_result(tmp_path, monkeypatch):
+    """A file that a killed run was writing, whatever its name."""
     save_adapter(tmp_path)
     interrupted(tmp_path, monkeypatch)
     (tmp_path / "merged.partial" / "tokenizer.json.writing").write_text("hal")
@@ -183,8 +183,8 @@ def test_what_was_being_written_is_no_part_of_the_result(tmp_path, monkeypatch):
     assert not (tmp_path / "merged" / "unfinished.json").exists()
 
 
-def test_weights_that_nothing_is_known_of_are_not_taken_up(tmp_path):
-    """A folder of that name that isn't ours stays as it is."""
+def test_unknown_weights_are_not_reused(tmp_path):
+    """A folder of that name from another source is not changed."""
     save_adapter(tmp_path)
     (tmp_path / "merged.partial").mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "merged.partial" / "model.safetensors")
@@ -193,14 +193,14 @@ def test_weights_that_nothing_is_known_of_are_not_taken_up(tmp_path):
     assert (tmp_path / "merged.partial" / "model.safetensors").is_file()
 
 
-def test_a_file_that_lacks_a_tensor(tmp_path, monkeypatch):
-    """Whatever went wrong in writing, what lies on the disk is looked at before it is called finished."""
+def test_written_file_without_a_tensor(tmp_path, monkeypatch):
+    """Whatever failed while writing, the file on disk is checked before it counts as finished."""
     save_adapter(tmp_path)
 
-    def forgetful(tensors, path, metadata):
+    def save_without_norm(tensors, path, metadata):
         save_file({key: tensor for key, tensor in tensors.items() if key != "model.norm.weight"}, path, metadata)
 
-    monkeypatch.setattr(merging, "save_file", forgetful)
+    monkeypatch.setattr(merging, "save_file", save_without_norm)
     with pytest.raises(ValueError, match=r"inconsistent for model\.norm\.weight: .* the result has no such tensor"):
         merge(tmp_path)
     assert not list(tmp_path.glob("merged*"))
@@ -209,10 +209,10 @@ def test_a_file_that_lacks_a_tensor(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changed", ["option", "dtype", "reading", "version", "adapter", "adapter's config", "base", "base's config"]
 )
-def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, monkeypatch):
-    """Files of two merges in one directory would be a model that nobody has trained."""
+def test_unfinished_work_of_another_merge_is_not_reused(changed, tmp_path, monkeypatch):
+    """Files of two merges in one directory would be a model that was never trained."""
     save_adapter(tmp_path)
-    if changed == "reading":  # this package's own says itself how it is to be read
+    if changed == "reading":  # this package's adapters contain their reading options
         convert_adapter(tmp_path / "adapter", tmp_path / "of PEFT", "peft-lora")
         shutil.rmtree(tmp_path / "adapter")
         (tmp_path / "of PEFT").rename(tmp_path / "adapter")
@@ -240,8 +240,8 @@ def test_unfinished_work_of_another_merge_is_not_taken_up(changed, tmp_path, mon
         merge(tmp_path, **options)
 
 
-def test_an_interrupted_merge_is_finished(tmp_path, monkeypatch):
-    """The files that are there are kept, and the report is as of one run."""
+def test_interrupted_merge_is_completed(tmp_path, monkeypatch):
+    """Existing files are kept, and the report is that of an uninterrupted run."""
     save_adapter(tmp_path)
     interrupted(tmp_path, monkeypatch)
     first = next((tmp_path / "merged.partial").glob("*-00001-*.safetensors"))

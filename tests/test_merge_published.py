@@ -1,4 +1,4 @@
-"""Merging into checkpoints that others have quantized: into 16 bits, and back into their own formats and layouts."""
+"""Merging into checkpoints quantized by other tools: into 16 bits, and back into their formats and layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGETS = ["experts", "q_proj", "o_proj"]
 
 
 def save_trained(base: Path, adapter: Path, targets=TARGETS, std: float = 0.1, **options) -> torch.Tensor:
-    """An adapter with random factors on a checkpoint as it is loaded; gives the live logits."""
+    """An adapter with random factors on a checkpoint as loaded; returns the unmerged logits."""
     model = load_quantized(base, dtype=torch.float32, device_map="cpu")
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules=targets, **options))
     randomize_adapter(model, std=std)
@@ -39,7 +39,7 @@ def published(request, tmp_path):
 
 
 class TestInto16Bits:
-    def test_stock_transformers_says_what_the_live_adapter_said(self, published):
+    def test_stock_transformers_matches_the_unmerged_adapter(self, published):
         expected = save_trained(published / "base", published / "adapter")
         (published / "base" / "hf_quant_config.json").write_text("{}", encoding="utf-8")
         report = merge_checkpoint(
@@ -49,7 +49,7 @@ class TestInto16Bits:
         merged = transformers.AutoModelForCausalLM.from_pretrained(published / "merged", dtype=torch.float32)
         torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=1e-4, atol=1e-4)
 
-    def test_nothing_of_the_codes_is_left(self, published):
+    def test_no_codes_remain(self, published):
         save_trained(published / "base", published / "adapter")
         (published / "base" / "hf_quant_config.json").write_text("{}", encoding="utf-8")
         merge_checkpoint(published / "base", published / "adapter", published / "merged", progressbar=False)
@@ -65,8 +65,8 @@ class TestInto16Bits:
         index = json.loads((merged / "model.safetensors.index.json").read_text(encoding="utf-8"))
         assert index["weight_map"].keys() == tensors.keys()
 
-    def test_the_base_by_itself_is_decoded_exactly(self, published):
-        """Of experts that the adapter doesn't reach, in fp32."""
+    def test_base_alone_is_decoded_exactly(self, published):
+        """Experts without an adapter, in fp32."""
         save_trained(published / "base", published / "adapter", targets=r".*layers\.0\.mlp\.experts.*")
         merge_checkpoint(
             published / "base", published / "adapter", published / "merged", dtype=torch.float32, progressbar=False
@@ -79,9 +79,9 @@ class TestInto16Bits:
             assert torch.equal(found, stack.decode(torch.float32))
 
 
-class TestBack:
-    def test_what_is_written_is_what_was_merged(self, published):
-        """Codes and scales, and the tensors that nothing was merged into byte by byte."""
+class TestIntoItsOwnFormat:
+    def test_written_weights_equal_the_merged_ones(self, published):
+        """Codes and scales, and the unmerged tensors byte by byte."""
         save_trained(published / "base", published / "adapter")
         name = MoeQLoraConfig.from_pretrained(published / "adapter").storage
         report = merge_quantized(
@@ -106,7 +106,7 @@ class TestBack:
         found, expected = merged.state_dict(), in_memory.state_dict()
         assert not [key for key in expected if not torch.equal(found[key], expected[key])]
 
-    def test_without_a_delta_the_checkpoint_is_the_same(self, published):
+    def test_checkpoint_is_unchanged_without_a_delta(self, published):
         save_trained(published / "base", published / "adapter", std=0.0)
         name = MoeQLoraConfig.from_pretrained(published / "adapter").storage
         merge_quantized(published / "base", published / "adapter", published / "merged", name, progressbar=False)
@@ -150,7 +150,7 @@ def test_fused_checkpoints(model_type, tmp_path):
     assert not [key for key in expected if not torch.equal(found[key], expected[key])]
 
 
-def test_by_the_command_line_and_verified(tmp_path, capsys):
+def test_command_line_and_verification(tmp_path, capsys):
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
     save_trained(tmp_path / "base", tmp_path / "adapter", targets=["experts"])
     places = [str(tmp_path / name) for name in ("base", "adapter")]
@@ -163,8 +163,8 @@ def test_by_the_command_line_and_verified(tmp_path, capsys):
     assert not (tmp_path / "bnb").exists()
 
 
-def test_an_adapter_that_was_trained_on_another_storage_of_the_base(tmp_path):
-    """The base in FP8, read into NF4: merged onto what the training has seen."""
+def test_adapter_trained_on_another_storage_of_the_base(tmp_path):
+    """The base in FP8, loaded into NF4: merged onto the weights used in training."""
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
     config = MoeQuantizationConfig(quantize_linear=False)
     model = load_quantized(tmp_path / "base", config, dtype=torch.float32, device_map="cpu")
@@ -179,7 +179,7 @@ def test_an_adapter_that_was_trained_on_another_storage_of_the_base(tmp_path):
     torch.testing.assert_close(logits(merged, token_ids()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_another_base_is_refused(tmp_path):
+def test_another_base_is_rejected(tmp_path):
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
     save_trained(tmp_path / "base", tmp_path / "adapter", targets=["experts"])
     other = qwen()
@@ -203,8 +203,8 @@ def trained(base: Path, adapter: Path, config: MoeQuantizationConfig | None = No
     return logits(model.eval(), token_ids())
 
 
-def test_what_was_decoded_in_the_model_is_rounded_again_not_cast(tmp_path):
-    """A router in FP8 that is trained in full: its codes have the key that the weight has."""
+def test_decoded_weights_are_requantized_instead_of_cast(tmp_path):
+    """A router in FP8 that is trained in full: its codes and its weight have the same key."""
     is_packed = re.compile(r"(_proj|mlp\.gate)\.weight$").search
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"], 1, lambda key: is_packed(key) is not None)
     expected = trained(tmp_path / "base", tmp_path / "adapter", modules_to_save=["gate"], target_modules=["experts"])
@@ -217,7 +217,7 @@ def test_what_was_decoded_in_the_model_is_rounded_again_not_cast(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["fp8", "int4 in groups of 64, fp16 scales", "nvfp4", "compressed, mxfp4"])
-def test_the_layout_of_the_base_is_not_written_for_experts_in_another_format(layout, tmp_path):
+def test_base_layout_is_rejected_for_experts_in_another_format(layout, tmp_path):
     publish(qwen(), tmp_path / "base", PER_EXPERT[layout])
     trained(tmp_path / "base", tmp_path / "adapter", MoeQuantizationConfig(quantize_linear=False))
     places = tmp_path / "base", tmp_path / "adapter"
@@ -240,8 +240,8 @@ LOADED = {
 
 
 @pytest.mark.parametrize("config", LOADED.values(), ids=LOADED.keys())
-def test_the_base_is_loaded_again_as_it_was_trained(config, tmp_path):
-    """By what runs the live adapter beside the merge."""
+def test_base_is_reloaded_as_trained(config, tmp_path):
+    """By the code that runs the unmerged adapter next to the merge."""
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
     expected = trained(
         tmp_path / "base",
@@ -254,7 +254,7 @@ def test_the_base_is_loaded_again_as_it_was_trained(config, tmp_path):
     torch.testing.assert_close(logits(model, token_ids()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_linear_layers_that_were_packed_are_not_made_of_a_base_in_16_bits(tmp_path):
+def test_packed_linear_layers_require_the_packed_base(tmp_path):
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"])
     trained(tmp_path / "base", tmp_path / "adapter", target_modules=["experts", "q_proj"])
     qwen().save_pretrained(tmp_path / "dense")
@@ -262,8 +262,8 @@ def test_linear_layers_that_were_packed_are_not_made_of_a_base_in_16_bits(tmp_pa
         plan_unmerged(tmp_path / "dense", tmp_path / "adapter")
 
 
-def test_a_packed_head_is_adapted_and_merged(tmp_path):
-    """PEFT saves its codes beside the factors."""
+def test_packed_head_is_adapted_and_merged(tmp_path):
+    """PEFT saves its codes together with the factors."""
     is_packed = re.compile(r"(_proj|lm_head)\.weight$").search
     publish(qwen(), tmp_path / "base", PER_EXPERT["fp8"], 1, lambda key: is_packed(key) is not None)
     expected = trained(tmp_path / "base", tmp_path / "adapter", target_modules=["experts", "lm_head"])

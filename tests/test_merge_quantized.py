@@ -1,4 +1,4 @@
-"""Merging into a checkpoint in 4 bits, and verifying what a merge says."""
+"""Merging into a 4-bit checkpoint, and verifying a merge."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def merge(directory, **options):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("layout", ["native", "bitsandbytes"])
 @pytest.mark.parametrize("rounding", ["nearest", "second-order"])
-def test_what_is_loaded_again_is_what_was_merged(model_type, layout, rounding, tmp_path):
-    """Bit for bit what merging in memory gives, in either layout, and the report is of it."""
+def test_reloaded_weights_equal_merging_in_memory(model_type, layout, rounding, tmp_path):
+    """Bit by bit, in either layout, and the report describes it."""
     model = save_adapter(tmp_path, model_type)
     report = merge(tmp_path, layout=layout, rounding=rounding)
     found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
@@ -54,8 +54,8 @@ def test_what_is_loaded_again_is_what_was_merged(model_type, layout, rounding, t
     assert config["num_local_experts"] == config["num_experts"]
 
 
-def test_what_was_trained_in_full_is_in_the_merged_model(tmp_path):
-    """PEFT puts it there; the count of what changed has it too."""
+def test_modules_trained_in_full_are_in_the_merged_model(tmp_path):
+    """PEFT inserts them; the count of changes includes them."""
     model = save_adapter(tmp_path, "qwen3_moe", target_modules=["experts"], modules_to_save=["model.norm", "lm_head"])
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
@@ -73,7 +73,7 @@ def test_what_was_trained_in_full_is_in_the_merged_model(tmp_path):
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_linear_layers_in_4_bits(is_packed, tmp_path):
-    """From the unquantized base, or from one that was saved in 4 bits."""
+    """From an unquantized base, or from one saved in 4 bits."""
     tiny_model().save_pretrained(tmp_path / "unquantized")
     quantization = MoeQuantizationConfig(double_quant=True, skip_modules=["layers.1.mlp.experts", "k_proj"])
     model = load_quantized(str(tmp_path / "unquantized"), quantization, dtype=torch.float32, device_map="cpu")
@@ -84,7 +84,7 @@ def test_linear_layers_in_4_bits(is_packed, tmp_path):
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=True)).eval()
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "adapter")
-    # where a CPU has AVX512-BF16, bitsandbytes repacks the layers in a forward, and PEFT would merge them wrongly
+    # on a CPU with AVX512-BF16, bitsandbytes repacks the layers in a forward, and PEFT would merge them wrongly
     assert merge(tmp_path).check.problem is None
     found = load_quantized(str(tmp_path / "merged"), dtype=torch.float32, device_map="cpu")
     names = {name for name, module in found.named_modules() if type(module).__name__ == "Linear4bit"}
@@ -95,8 +95,8 @@ def test_linear_layers_in_4_bits(is_packed, tmp_path):
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
-def test_what_is_refused(tmp_path):
-    """By name, and with nothing written; a dry run too."""
+def test_invalid_merges_are_rejected(tmp_path):
+    """By name, and with nothing written, also in a dry run."""
     save_adapter(tmp_path, double_quant=True)
     with pytest.raises(ValueError, match=r"trained on experts in nf4/64\+dq, not in fp4"):
         merge(tmp_path, quant_type="fp4")
@@ -112,8 +112,8 @@ def test_what_is_refused(tmp_path):
         merge_quantized(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
 
 
-def test_a_base_with_other_weights(tmp_path):
-    """Told from the adapter's samples of an unquantized base, and by loading a quantized one."""
+def test_base_with_other_weights(tmp_path):
+    """Detected by the adapter's samples of an unquantized base, and by loading a quantized one."""
     save_adapter(tmp_path)
     tiny_model(std=0.3).save_pretrained(tmp_path / "base")
     for dry_run in (True, False):
@@ -129,15 +129,15 @@ def test_a_base_with_other_weights(tmp_path):
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_what_the_model_does_not_load_is_told(tmp_path):
-    """Such as layers for speculative decoding, which are left out."""
+def test_tensors_that_the_model_does_not_load_are_reported(tmp_path):
+    """Such as layers for speculative decoding, which are omitted."""
     save_adapter(tmp_path)
     write_tensors(tmp_path / "base", {**read_tensors(tmp_path / "base"), "mtp.layers.0.weight": torch.ones(2)})
     assert "1 tensors that the model does not load are omitted, mtp.layers.0.weight" in merge(tmp_path).notes[0]
 
 
-def test_a_delta_that_4_bits_cannot_hold(tmp_path):
-    """Is an error, or a note if it was allowed."""
+def test_delta_that_is_lost_in_4_bits(tmp_path):
+    """An error, or a note if allowed."""
     save_adapter(tmp_path, std=1e-6)
     with pytest.raises(ValueError, match="are unchanged after the merge, model"):
         merge(tmp_path, rounding="nearest")
@@ -147,15 +147,15 @@ def test_a_delta_that_4_bits_cannot_hold(tmp_path):
     assert "stacks and layers whose deltas are lost" in report.notes[0]
 
 
-def test_an_adapter_of_a_part_of_the_layers(tmp_path):
-    """The report has the stacks that were merged alone."""
+def test_adapter_of_some_layers(tmp_path):
+    """The report contains only the merged stacks."""
     save_adapter(tmp_path, target_modules=["experts.down_proj"], layers_to_transform=[1])
     report = merge(tmp_path)
     assert [row.name for row in report.stacks] == ["model.layers.1.mlp.experts.down_proj"]
 
 
-def test_what_is_not_trained_is_not_expected_to_change(tmp_path):
-    """One stack and one linear layer whose B is zero; an embedding has factors under other names, and counts."""
+def test_untrained_weights_are_not_expected_to_change(tmp_path):
+    """One stack and one linear layer with zero B; an embedding has other names of factors, and counts."""
     model = save_adapter(tmp_path, target_modules=["experts", "q_proj", "embed_tokens"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -167,8 +167,8 @@ def test_what_is_not_trained_is_not_expected_to_change(tmp_path):
     assert report.tensors_changed == report.tensors_expected == expected == 3 + 1 + 1
 
 
-def test_the_text_decides_how_it_is_rounded(tmp_path):
-    """What is written is what merging in memory gives for the same tokens, and not what it gives for random ones."""
+def test_calibration_text_determines_the_rounding(tmp_path):
+    """The result equals merging in memory with the same tokens, and differs from that with random ones."""
     model = save_adapter(tmp_path, target_modules=["experts"])
     write_tokenizer(tmp_path / "base")
     write_text(tmp_path / "text.txt", token_ids())
@@ -181,15 +181,15 @@ def test_the_text_decides_how_it_is_rounded(tmp_path):
     assert not torch.equal(logits(random, token_ids()), logits(expected, token_ids()))
 
 
-def test_what_a_killed_run_has_left(tmp_path, monkeypatch):
-    """It is of no use, so that any other merge replaces it; that of a merge into 16 bits is left alone."""
+def test_leftovers_of_a_killed_run(tmp_path, monkeypatch):
+    """They cannot be reused, so any other merge replaces them; those of a merge into 16 bits are kept."""
     save_adapter(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(PartialDirectory, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge(tmp_path, rounding="nearest")
         assert not (tmp_path / "merged.partial").exists()
-        patch.setattr(PartialDirectory, "discard", lambda self: None)  # as if there had been no time for it
+        patch.setattr(PartialDirectory, "discard", lambda self: None)  # as if the process had been killed at once
         with pytest.raises(KeyboardInterrupt):
             merge(tmp_path, rounding="nearest")
         with pytest.raises(KeyboardInterrupt):
@@ -206,7 +206,7 @@ def interrupt(*_) -> None:
 
 
 def test_verifying(trained, tmp_path, capsys):
-    """The command's figures are those of comparing by hand."""
+    """The command's figures equal those of a direct comparison."""
     directory, ids = trained
     shutil.copytree(directory / "base", tmp_path / "base")
     write_tokenizer(tmp_path / "base")
@@ -246,15 +246,15 @@ def test_verifying(trained, tmp_path, capsys):
     assert found["nearest"]["kl"] == pytest.approx(kl, rel=1e-3)
 
 
-def test_a_text_of_one_word(tmp_path, capsys):
-    """Too short to compare anything: told before the merge."""
+def test_text_of_one_word(tmp_path, capsys):
+    """Too short to compare anything: reported before the merge."""
     save_adapter(tmp_path)
     write_tokenizer(tmp_path / "base")
     (tmp_path / "text.txt").write_text("w5")
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *paths, "--verify", str(tmp_path / "text.txt")]) == 1
     assert "has 1 tokens" in capsys.readouterr().err
-    assert not list(tmp_path.glob("merged*"))  # told before the work
+    assert not list(tmp_path.glob("merged*"))  # reported before the work
     assert main(["merge", *paths, "--verify-dtype", "float32"]) == 1
     assert "--verify-dtype is only valid with --verify" in capsys.readouterr().err
     assert main(["merge", *paths, "--quantize", "nf4", "--quant-type", "nf4"]) == 1
@@ -264,7 +264,7 @@ def test_a_text_of_one_word(tmp_path, capsys):
 
 
 def test_routers_with_buffers_trained_in_full(tmp_path):
-    """Their corrections are no parameters."""
+    """Their correction biases are not parameters."""
     save_adapter(tmp_path, "deepseek_v3", target_modules=["experts"], modules_to_save=["gate"])
     report = merge(tmp_path, rounding="nearest")
     trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -273,8 +273,8 @@ def test_routers_with_buffers_trained_in_full(tmp_path):
     assert report.tensors_expected == report.tensors_changed == 2 + len(in_full)
 
 
-def test_factors_of_which_one_is_zero_are_no_delta(tmp_path):
-    """As in training before the first step of B, or where an adapter of weight 0 was combined."""
+def test_zero_factors_are_no_delta(tmp_path):
+    """As before B's first training step, or after combining an adapter with weight 0."""
     model = save_adapter(tmp_path, target_modules=["experts", "q_proj"])
     layer = model.base_model.model.model.layers[0]
     nn.init.zeros_(layer.mlp.experts.down_proj.lora_A["default"].weight)
@@ -284,7 +284,7 @@ def test_factors_of_which_one_is_zero_are_no_delta(tmp_path):
     assert report.tensors_expected == report.tensors_changed == 3 + 1
 
 
-def test_what_can_not_be_loaded_live_is_refused_by_a_dry_run(tmp_path):
+def test_dry_run_rejects_what_cannot_be_loaded_unmerged(tmp_path):
     save_adapter(tmp_path)
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "per-expert", tmp_path / "base")
     shutil.rmtree(tmp_path / "adapter")
@@ -293,8 +293,8 @@ def test_what_can_not_be_loaded_live_is_refused_by_a_dry_run(tmp_path):
         merge(tmp_path, dry_run=True)
 
 
-def test_stacks_that_two_modules_share(tmp_path):
-    """Loaded again, one of the two merged stacks would stand for both."""
+def test_stacks_shared_by_two_modules(tmp_path):
+    """After reloading, one of the two merged stacks would replace the other."""
     model = shrunken_model_or_skip("diffusion_gemma", dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     model = load_quantized(str(tmp_path / "base"), EXPERTS_ONLY, dtype=torch.float32, device_map="cpu")
@@ -305,8 +305,8 @@ def test_stacks_that_two_modules_share(tmp_path):
         merge(tmp_path, dry_run=True)
 
 
-def test_experts_of_layers_that_the_model_lacks_are_counted(tmp_path):
-    """They look like those of other layers."""
+def test_experts_of_layers_missing_in_the_model_are_counted(tmp_path):
+    """They have the same names as those of other layers."""
     save_adapter(tmp_path)
     tensors = read_tensors(tmp_path / "base")
     left = {key.replace("layers.1.", "layers.2."): tensor for key, tensor in tensors.items() if "layers.1.mlp" in key}
@@ -315,7 +315,7 @@ def test_experts_of_layers_that_the_model_lacks_are_counted(tmp_path):
 
 
 def test_verifying_with_another_adapter(tmp_path):
-    """What has been trained on since says nothing about the merge."""
+    """An adapter that was trained further does not verify the merge."""
     model = save_adapter(tmp_path)
     write_tokenizer(tmp_path / "base")
     write_text(tmp_path / "text.txt", torch.arange(3, 60))

@@ -1,4 +1,4 @@
-"""Merges that would come out wrong are refused by name, and leave nothing behind."""
+"""Merges that would give wrong results are rejected by name, without output."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from peft_moe_qlora.layouts import convert_adapter
 from peft_moe_qlora.merge import merge_checkpoint
 
 
-def test_what_is_refused_before_anything_is_written(tmp_path):
-    """Options, adapters and bases that don't fit each other, by a message that says which."""
+def test_merges_rejected_before_anything_is_written(tmp_path):
+    """Options, adapters and bases that don't fit each other, with a specific message."""
     save_adapter(tmp_path)
     adapter, base = tmp_path / "adapter", tmp_path / "base"
 
@@ -92,8 +92,8 @@ def test_what_is_refused_before_anything_is_written(tmp_path):
     refused("is quantized by 'bitsandbytes'")
 
 
-def test_merging_twice_is_refused(tmp_path):
-    """Told by the report of the first merge, and by the weights where the report is gone."""
+def test_merging_twice_is_rejected(tmp_path):
+    """Detected by the report of the first merge, and by the weights if the report is missing."""
     save_adapter(tmp_path)
     merge(tmp_path)
     with pytest.raises(ValueError, match="merged is not empty"):
@@ -105,8 +105,8 @@ def test_merging_twice_is_refused(tmp_path):
         merge_checkpoint(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
 
 
-def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
-    """A checkpoint that equals its base isn't passed off as merged, unless that was asked for."""
+def test_merge_that_loses_the_delta_is_rejected(tmp_path):
+    """A checkpoint that equals its base doesn't count as merged, unless allowed."""
     save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-9)
     with pytest.raises(ValueError, match=r"48 of 48 tensors .* are unchanged .*, model\.layers.* lost in rounding"):
         merge(tmp_path)
@@ -116,8 +116,8 @@ def test_a_merge_whose_delta_is_lost_is_none(tmp_path):
     assert "48 tensors whose deltas are lost" in report.notes[0]
 
 
-def test_a_delta_that_is_lost_in_16_bits_alone(tmp_path):
-    """In fp32 it would be there."""
+def test_delta_that_is_lost_in_16_bits_only(tmp_path):
+    """In fp32 it would be kept."""
     save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=1e-4)
     with pytest.raises(ValueError, match=r"of 48 tensors .* are unchanged after the merge"):
         merge(tmp_path, dtype=torch.bfloat16)
@@ -125,7 +125,7 @@ def test_a_delta_that_is_lost_in_16_bits_alone(tmp_path):
     assert report.tensors_expected == report.tensors_changed == 48
 
 
-def test_where_nothing_can_appear(tmp_path, monkeypatch):
+def test_output_that_cannot_be_created(tmp_path, monkeypatch):
     """A file has the name already, or it is a mount point, which a folder can't be renamed to."""
     save_adapter(tmp_path)
     (tmp_path / "merged").write_text("mine")
@@ -140,8 +140,8 @@ def test_where_nothing_can_appear(tmp_path, monkeypatch):
     merge(tmp_path, out="empty")
 
 
-def test_weights_of_the_base_that_are_not_finite(tmp_path):
-    """They would be written as if they were meant."""
+def test_base_weights_that_are_not_finite(tmp_path):
+    """They would be written as if intended."""
     save_adapter(tmp_path)
     (tmp_path / "merged").mkdir()
     for key in ("model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
@@ -156,7 +156,7 @@ def test_weights_of_the_base_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("module", ["experts.down_proj", "q_proj"])
 def test_deltas_that_are_not_finite(module, tmp_path):
-    """Each factor is finite, their product is not."""
+    """Each factor is finite, the product is not."""
     save_adapter(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     factors = load_file(file)
@@ -169,8 +169,8 @@ def test_deltas_that_are_not_finite(module, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["adapter", "base"]
 
 
-def test_an_adapter_that_was_merged_two_merges_ago(tmp_path):
-    """Adapters of others don't say what they belong to; reports hand on what was merged."""
+def test_adapter_merged_two_merges_ago(tmp_path):
+    """Adapters of other tools don't name their base; reports pass on which adapters were merged."""
     for name in ("first", "second"):
         save_adapter(tmp_path, quant_type=None, target_modules=["experts"], std=0.1 if name == "first" else 0.2)
         convert_adapter(tmp_path / "adapter", tmp_path / name, "peft-lora", tmp_path / "base")
@@ -181,8 +181,8 @@ def test_an_adapter_that_was_merged_two_merges_ago(tmp_path):
         merge_checkpoint(tmp_path / "two", tmp_path / "first", tmp_path / "three", progressbar=False)
 
 
-def test_a_report_that_can_not_be_read(tmp_path):
-    """Without it a second merge of the same adapter couldn't be told."""
+def test_unreadable_report(tmp_path):
+    """Without it, a second merge of the same adapter couldn't be detected."""
     save_adapter(tmp_path)
     for text in ("{", "[]", '{"stacks": 3}'):
         (tmp_path / "base" / "merge_report.json").write_text(text)
@@ -190,7 +190,7 @@ def test_a_report_that_can_not_be_read(tmp_path):
             merge(tmp_path)
 
 
-def test_a_folder_of_adapters_is_none(tmp_path):
+def test_folder_of_adapters_is_rejected(tmp_path):
     save_adapter(tmp_path)
     (tmp_path / "adapter").rename(tmp_path / "one")
     (tmp_path / "adapter").mkdir()
@@ -199,7 +199,7 @@ def test_a_folder_of_adapters_is_none(tmp_path):
         merge(tmp_path)
 
 
-def test_an_adapter_without_a_delta_is_noted(tmp_path):
+def test_adapter_without_a_delta_is_noted(tmp_path):
     save_adapter(tmp_path, target_modules=["experts"], std=0.0)
     assert "The adapter changes no weight" in merge(tmp_path).notes[0]
 
@@ -207,20 +207,20 @@ def test_an_adapter_without_a_delta_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--device", "cpu:0"], "--device is only valid with --quantize and --verify"),
+        (["--device", "cpu:0"], "--device is only valid with --quantize or --verify"),
         (["--device", "nowhere", "--quantize", "nf4"], "--device nowhere is not available"),
         (["--partial", "--quantize", "nf4"], "--partial is only valid with a merge without --quantize"),
         (["--written-by", "peft==0.18.1"], "does not apply to an adapter of this package"),
     ],
 )
-def test_options_that_would_do_nothing(options, match, tmp_path, capsys):
+def test_options_without_effect(options, match, tmp_path, capsys):
     save_adapter(tmp_path)
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *paths, *options]) == 1
     assert match in capsys.readouterr().err
 
 
-def test_an_interruption_says_what_comes_next(tmp_path, monkeypatch, capsys):
+def test_interruption_says_how_to_resume(tmp_path, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Merging into checkpoints that are quantized for serving: what is written, who reads it, and what is refused."""
+"""Merging into quantized checkpoints for serving: the written tensors, their readers, and what is rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LINEAR = {
         *("gate_proj", "up_proj", "down_proj"),
     },
 }
-"""Last parts of the names of the linear layers that are quantized."""
+"""Last parts of the names of quantized linear layers."""
 
 
 def wide(model_type: str = "qwen3_moe", **sizes) -> nn.Module:
@@ -93,8 +93,8 @@ def trained(request, tmp_path):
 
 
 class TestInBlocks:
-    def test_codes_and_scales_are_those_of_the_exact_weights(self, trained):
-        """By the definition of the format, in fp64; everything else is as a merge into 16 bits has it."""
+    def test_codes_and_scales_equal_the_quantized_exact_weights(self, trained):
+        """By the definition of the format, in fp64; all other tensors equal those of a merge into 16 bits."""
         model_type, directory = trained
         report = merge(directory)
         assert report.tensors_changed == report.tensors_expected > 0
@@ -116,7 +116,7 @@ class TestInBlocks:
         assert all(found[key].dtype == kept[key].dtype == torch.bfloat16 for key in others)
         assert all(torch.equal(found[key], kept[key]) for key in others)
 
-    def test_config_and_index_say_what_is_there(self, trained):
+    def test_config_and_index_describe_the_checkpoint(self, trained):
         _, directory = trained
         report = merge(directory)
         found = read_tensors(directory / "merged")
@@ -124,7 +124,7 @@ class TestInBlocks:
         index = json.loads((directory / "merged" / "model.safetensors.index.json").read_text(encoding="utf-8"))
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
         assert index["weight_map"].keys() == found.keys()
-        for key in found:  # beside each other
+        for key in found:  # codes and their scales are in the same file
             assert index["weight_map"][key] == index["weight_map"][key.removesuffix("_scale_inv")]
         config = config_of(directory / "merged")["quantization_config"]
         kept = config.pop("modules_to_not_convert")
@@ -139,8 +139,8 @@ class TestInBlocks:
         assert set(kept) == {one for one in modules - of_codes if not one.endswith("_scale_inv")}
         assert "lm_head" in kept
 
-    def test_loaded_here_and_by_transformers(self, trained):
-        """As the same weights decoded, in fp32."""
+    def test_loaded_by_this_package_and_by_transformers(self, trained):
+        """Both equal the decoded weights, in fp32."""
         _, directory = trained
         merge(directory)
         model = load_quantized(directory / "merged", dtype=torch.float32, device_map="cpu")
@@ -161,7 +161,7 @@ class TestInBlocks:
 
 
 def write_decoded(directory: Path) -> None:
-    """What `merged` stands for, by the definition of the format, as a checkpoint in floating point."""
+    """The decoded weights of `merged`, by the definition of the format, as a floating-point checkpoint."""
     shutil.copytree(directory / "base", directory / "decoded")
     true, tensors = exact(directory), read_tensors(directory / "merged")
     weights = {key: tensor.float() for key, tensor in tensors.items() if not key.endswith("_scale_inv")}
@@ -172,8 +172,8 @@ def write_decoded(directory: Path) -> None:
 class TestReport:
     @pytest.mark.parametrize("onto", ["quantized", "base"])
     @pytest.mark.parametrize("storage", [None, "nf4/64"])
-    def test_the_error_is_that_of_the_format_and_the_delta_is_kept(self, storage, onto, tmp_path):
-        """Of Gaussian weights, also where the adapter was trained on them in 4 bits."""
+    def test_error_of_the_format_and_kept_delta(self, storage, onto, tmp_path):
+        """For Gaussian weights, also if the adapter was trained on them in 4 bits."""
         model = wide()
         model.save_pretrained(tmp_path / "base")
         adapted = get_peft_model(
@@ -196,7 +196,7 @@ class TestReport:
         for key in quantized(found) if true else ():
             assert torch.equal(found[key].view(torch.uint8), in_fp8(true[key], (128, 128))[0].view(torch.uint8))
 
-    def test_what_the_adapter_leaves_alone_is_quantized_too(self, tmp_path):
+    def test_unadapted_weights_are_quantized_too(self, tmp_path):
         save_trained(tmp_path, wide(), target_modules=["experts.down_proj"])
         report = merge(tmp_path)
         assert report.tensors_expected == report.tensors_changed == 2 * 4
@@ -209,8 +209,8 @@ class TestReport:
             assert torch.equal(found[key].view(torch.uint8), codes.view(torch.uint8))
             assert torch.equal(found[f"{key}_scale_inv"], scales)
 
-    def test_deltas_that_are_lost(self, tmp_path):
-        """One that moves no code is told, and the way out."""
+    def test_lost_deltas(self, tmp_path):
+        """A delta that changes no code is reported, with the remedy."""
         save_trained(tmp_path, wide(), std=1e-5)
         with pytest.raises(ValueError, match=r"are unchanged after the merge, .* \(without serve_as, --serve-as\)"):
             merge(tmp_path)
@@ -219,7 +219,7 @@ class TestReport:
         assert report.tensors_changed < report.tensors_expected
         assert "lost in rounding" in report.notes[-1]
 
-    def test_room_is_needed_for_what_is_written(self, tmp_path, monkeypatch):
+    def test_required_disk_space(self, tmp_path, monkeypatch):
         save_trained(tmp_path, wide())
         merge(tmp_path)
         needed = sum(tensor.nbytes for tensor in read_tensors(tmp_path / "merged").values())
@@ -232,8 +232,8 @@ class TestReport:
 
 
 class TestLinearLayers:
-    def test_those_that_engines_put_together_stay_together(self, tmp_path):
-        """One head of 64 is half a block, so that neither keys nor queries and values are quantized."""
+    def test_layers_fused_by_engines_have_the_same_storage(self, tmp_path):
+        """A head of 64 is half a block, so keys, queries and values are not quantized."""
         save_trained(tmp_path, wide(num_key_value_heads=1))
         report = merge(tmp_path)
         found = read_tensors(tmp_path / "merged")
@@ -248,8 +248,8 @@ class TestLinearLayers:
         stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         torch.testing.assert_close(logits(model, token_ids()), logits(stock, token_ids()), rtol=1e-4, atol=1e-4)
 
-    def test_a_last_one_may_end_within_a_block(self, tmp_path):
-        """As in DeepSeek-V3 itself, whose latent keys are 576 wide."""
+    def test_last_block_may_be_partial(self, tmp_path):
+        """As in DeepSeek-V3, whose latent keys are 576 wide."""
         save_trained(tmp_path, wide("deepseek_v3", qk_rope_head_dim=64, qk_nope_head_dim=64, head_dim=64))
         merge(tmp_path)
         found = read_tensors(tmp_path / "merged")
@@ -261,8 +261,8 @@ class TestLinearLayers:
         dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.float32)
         torch.testing.assert_close(logits(model, token_ids()), logits(dense, token_ids()), rtol=1e-4, atol=1e-4)
 
-    def test_a_head_that_is_tied_is_named_too(self, tmp_path):
-        """It is no tensor, but some readers would quantize it."""
+    def test_tied_head_is_excluded_by_name(self, tmp_path):
+        """It has no tensor, but some readers would quantize it."""
         save_trained(tmp_path, wide(tie_word_embeddings=True))
         merge(tmp_path)
         assert "lm_head.weight" not in read_tensors(tmp_path / "merged")
@@ -270,7 +270,7 @@ class TestLinearLayers:
         assert {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate"} <= set(kept)
 
     def test_layers_for_speculative_decoding(self, tmp_path):
-        """They are in the files and not in the model; engines read them by the same config."""
+        """They are in the files but not in the model; engines apply the same config to them."""
         save_trained(tmp_path, wide())
         tensors = read_tensors(tmp_path / "base")
         of_last = {key: tensor for key, tensor in tensors.items() if key.startswith("model.layers.1.")}
@@ -311,14 +311,14 @@ class TestFusedIn16Bits:
         [("qwen3_5_moe_text", False), ("qwen3_5_moe", False), ("qwen3_vl_moe", False), ("qwen3_vl_moe", True)],
     )
     def test_experts_are_written_one_by_one(self, model_type, is_transposed, tmp_path):
-        """As their makers publish them; towers stay as they are."""
+        """As in the published checkpoints; towers are not changed."""
         sizes = {"hidden_size": 128, "moe_intermediate_size": 256, "mlp_only_layers": []}
         model = shrunken(model_type, **sizes)
         save_trained(tmp_path, model, target_modules=["experts"], save_original_format=False)
         before = read_tensors(tmp_path / "base")
         fused = [key for key in before if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]
         assert len(fused) == 4
-        if is_transposed:  # as that one is published
+        if is_transposed:  # as published
             write_tensors(tmp_path / "base", before | {key: before[key].transpose(1, 2) for key in fused})
         merge(tmp_path)
         true, found = exact(tmp_path), read_tensors(tmp_path / "merged")
@@ -341,7 +341,7 @@ class TestFusedIn16Bits:
         assert {str(stack.storage) for stack in stacks} == {"fp8/128x128"}
 
     def test_mxfp4_of_gpt_oss(self, tmp_path):
-        """Under its own names, which stock transformers decodes to the same."""
+        """Under its own names; stock transformers decodes the same weights."""
         save_trained(tmp_path, tiny_model("gpt_oss", dtype=torch.bfloat16), target_modules=["experts", "o_proj"])
         report = merge(tmp_path, serve_as="mxfp4")
         assert report.storage == "mxfp4"
@@ -372,12 +372,12 @@ class TestFusedIn16Bits:
         )
 
 
-class TestRefused:
+class TestRejected:
     @pytest.mark.parametrize(
         ("sizes", "problem"),
         [({"moe_intermediate_size": 96}, "96 is not a multiple of 128"), ({"hidden_size": 192}, "192 is not a mult")],
     )
-    def test_sizes_that_engines_refuse(self, sizes, problem, tmp_path):
+    def test_sizes_that_engines_reject(self, sizes, problem, tmp_path):
         save_trained(tmp_path, wide(**sizes))
         with pytest.raises(ValueError, match=rf"experts\.0\.\w+_proj\.weight .*{problem}.* Merge into 16 bits"):
             merge(tmp_path)
@@ -391,25 +391,25 @@ class TestRefused:
             (wide, "mxfp4", "Qwen3MoeExperts"),
         ],
     )
-    def test_experts_that_nobody_knows_how_to_write(self, make, serve_as, name, tmp_path):
+    def test_experts_without_a_known_layout(self, make, serve_as, name, tmp_path):
         save_trained(tmp_path, make().to(torch.bfloat16), target_modules=["experts"])
         with pytest.raises(ValueError, match=rf"layout that engines read for {name}\w* in {serve_as}.* is not known"):
             merge(tmp_path, serve_as=serve_as)
         assert not list(tmp_path.glob("merged*"))
 
-    def test_an_unknown_name(self, tmp_path):
-        with pytest.raises(ValueError, match=r"'fp7' is not a format for serving. Use one of \('fp8', 'mxfp4'\)"):
+    def test_unknown_name(self, tmp_path):
+        with pytest.raises(ValueError, match=r"'fp7' is not a format for serving. Choose one of \('fp8', 'mxfp4'\)"):
             merge(tmp_path, serve_as="fp7")
 
-    def test_together_with_the_other_kind(self, tmp_path, capsys):
+    def test_serve_as_with_quantize(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["merge", "base", "adapter", "out", "--serve-as", "fp8", "--quantize", "nf4"])
         assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["fp8", "int8"])
-def test_a_base_that_others_have_quantized(layout, tmp_path):
-    """Decoded, and quantized anew."""
+def test_base_quantized_by_another_tool(layout, tmp_path):
+    """Decoded, and quantized again."""
     sizes = {"moe_intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     publish(qwen(**sizes), tmp_path / "base", PER_EXPERT[layout], num_shards=2)
     (tmp_path / "base" / "hf_quant_config.json").write_text("{}", encoding="utf-8")
@@ -427,20 +427,20 @@ def test_a_base_that_others_have_quantized(layout, tmp_path):
     assert not (tmp_path / "merged" / "hf_quant_config.json").exists()
 
 
-def test_an_interrupted_merge_is_taken_up(tmp_path, monkeypatch):
-    """By the same call, and by no other."""
+def test_interrupted_merge_is_resumed(tmp_path, monkeypatch):
+    """By the same call only."""
     save_trained(tmp_path, wide())
     write_tensors(tmp_path / "base", read_tensors(tmp_path / "base"), num_shards=3)
     report = merge(tmp_path, "at-once")
     written = merging.save_file
 
-    def fails_later(tensors, path, metadata):
+    def fail_at_second_shard(tensors, path, metadata):
         if "00002" in str(path):
             raise OSError("no space left on device")
         written(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "save_file", fails_later)
+        patch.setattr(merging, "save_file", fail_at_second_shard)
         with pytest.raises(OSError, match="no space left"):
             merge(tmp_path)
     with pytest.raises(ValueError, match="unfinished work of another merge"):
@@ -453,26 +453,26 @@ def test_an_interrupted_merge_is_taken_up(tmp_path, monkeypatch):
     assert all(torch.equal(found[key].float(), expected[key].float()) for key in expected)
 
 
-def test_a_file_that_lacks_scales(tmp_path, monkeypatch):
-    """What lies on the disk is looked at before it is called finished."""
+def test_written_file_without_scales(tmp_path, monkeypatch):
+    """The file on disk is checked before it counts as finished."""
     save_trained(tmp_path, wide())
     written, lost = merging.save_file, "model.layers.0.self_attn.o_proj.weight_scale_inv"
 
-    def forgetful(tensors, path, metadata):
+    def save_without_scales(tensors, path, metadata):
         written({key: tensor for key, tensor in tensors.items() if key != lost}, path, metadata)
 
-    monkeypatch.setattr(merging, "save_file", forgetful)
+    monkeypatch.setattr(merging, "save_file", save_without_scales)
     with pytest.raises(ValueError, match=r"inconsistent for .*weight_scale_inv: .* the result has no such tensor"):
         merge(tmp_path)
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_by_the_command_line_and_verified(tmp_path, capsys):
+def test_command_line_and_verification(tmp_path, capsys):
     save_trained(tmp_path, wide())
     write_tokenizer(tmp_path / "base")
     write_text(tmp_path / "text.txt", torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(5)))
     places = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
-    capsys.readouterr()  # what libraries print at their import, as DeepSpeed does
+    capsys.readouterr()  # removes output that libraries such as DeepSpeed print at import
     assert main(["merge", *places, "--serve-as", "fp8", "--verify", str(tmp_path / "text.txt"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["storage"] == "fp8/128x128"

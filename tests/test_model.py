@@ -1,4 +1,4 @@
-"""The method at work: training, several adapters, mixed batches, combinations, and nothing else changing."""
+"""The method in use: training, several adapters, mixed batches, combinations, and no side effects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train(model: nn.Module, ids: torch.Tensor, steps: int = 3) -> list[float]:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("target_modules", [None, "all-linear"])
-def test_training_learns_and_touches_the_adapter_only(model_type, target_modules, device):
+def test_training_changes_only_the_adapter(model_type, target_modules, device):
     model = get_peft_model(tiny_model(model_type, device), MoeQLoraConfig(r=4, target_modules=target_modules))
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     before = packed_bytes(model)
@@ -107,7 +107,7 @@ def test_new_adapter_changes_nothing():
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_initial_factors_are_distributed_as_pefts_on_one_expert(init):
+def test_initial_factors_are_distributed_as_in_peft(init):
     base = tiny_model()
     model = get_peft_model(base, MoeQLoraConfig(r=8, init_lora_weights=init))
     layer = base.model.layers[0].mlp.experts
@@ -123,7 +123,7 @@ def test_initial_factors_are_distributed_as_pefts_on_one_expert(init):
     assert model is not None
 
 
-def test_dropout_acts_on_the_experts_input_in_training_only():
+def test_dropout_applies_to_experts_inputs_in_training_only():
     model = adapted_model(lora_dropout=0.5)
     ids = token_ids()
     evaluated = logits(model, ids)
@@ -134,7 +134,7 @@ def test_dropout_acts_on_the_experts_input_in_training_only():
 
 
 def test_dropout_keeps_the_mean():
-    """The mean over many masks tends to the result without dropout."""
+    """The mean over many masks converges to the result without dropout."""
     model = adapted_model(lora_dropout=0.2, target_modules=["down_proj"])
     layer = model.base_model.model.model.layers[0].mlp.experts
     x, index, weights = torch.randn(4, 64), torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.5)
@@ -147,7 +147,7 @@ def test_dropout_keeps_the_mean():
     assert (mean - expected).norm() <= 0.1 * (expected - base).norm()
 
 
-def test_trained_biases_are_honoured_saved_and_loaded(tmp_path):
+def test_trained_biases_are_applied_saved_and_loaded(tmp_path):
     from peft import PeftModel
 
     model = adapted_model("gpt_oss", bias="lora_only")
@@ -194,7 +194,7 @@ def test_switching_between_adapters(two_adapters):
     assert torch.equal(logits(two_adapters, ids), first)
 
 
-def test_deleting_an_adapter_leaves_the_other(two_adapters):
+def test_deleting_an_adapter_keeps_the_other(two_adapters):
     first = logits(two_adapters, token_ids())
     two_adapters.delete_adapter("other")
     assert torch.equal(logits(two_adapters, token_ids()), first)
@@ -203,7 +203,7 @@ def test_deleting_an_adapter_leaves_the_other(two_adapters):
 
 
 def test_several_active_adapters_add_up():
-    """On the one layer, where nothing nonlinear is behind the sum: the down projection."""
+    """In the layer where nothing nonlinear follows the sum: the down projection."""
     model = adapted_model(target_modules=["down_proj"])
     model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=["down_proj"]))
     randomize_adapter(model)
@@ -222,7 +222,7 @@ def test_several_active_adapters_add_up():
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_exact_combinations_equal_the_weighted_sum_of_deltas(two_adapters, kind):
     weights = [0.7, -0.4]
-    rank = 8 if kind == "svd" else None  # the rank of the sum: nothing is cut off
+    rank = 8 if kind == "svd" else None  # the rank of the sum: nothing is truncated
     two_adapters.add_weighted_adapter(["default", "other"], weights, "sum", combination_type=kind, svd_rank=rank)
     for layer in two_adapters.base_model.expert_layers():
         parts = [layer.get_delta_weight(name) for name in ("default", "other")]
@@ -234,8 +234,8 @@ COMBINATIONS = ["linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune", "
 
 @pytest.mark.parametrize("kind", [*COMBINATIONS, "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_combinations_are_pefts_for_each_expert(kind, use_rslora):
-    """Stock LoRA on one linear layer, given one expert's factors, combines to the same delta."""
+def test_combinations_match_peft_for_each_expert(kind, use_rslora):
+    """Stock LoRA on one linear layer with one expert's factors combines to the same delta."""
     options = {"r": 4, "lora_alpha": 8, "use_rslora": use_rslora}
     model = get_peft_model(tiny_model(), MoeQLoraConfig(**options))
     model.add_adapter("other", MoeQLoraConfig(**options))
@@ -261,8 +261,8 @@ def test_combinations_are_pefts_for_each_expert(kind, use_rslora):
             svd_rank=3 if kind.endswith("svd") else None,
             density=density,
         )
-    # PEFT gives the result alpha = r and then scales by alpha / sqrt(r) with rslora; the product of the factors is
-    # what both agree on
+    # PEFT gives the result alpha = r and then scales by alpha / sqrt(r) with rslora; only the product of the factors
+    # is the same in both
     A, B = layer.factors("new")
     expected = lora.lora_B["new"].weight @ lora.lora_A["new"].weight
     torch.testing.assert_close(B[expert] @ A[expert], expected)
@@ -270,7 +270,7 @@ def test_combinations_are_pefts_for_each_expert(kind, use_rslora):
     assert layer.scaling["new"] == pytest.approx(1)
 
 
-def test_combined_adapter_survives_saving(two_adapters, tmp_path):
+def test_combined_adapter_round_trips_through_a_file(two_adapters, tmp_path):
     from peft import PeftModel
 
     two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="cat")
@@ -281,7 +281,7 @@ def test_combined_adapter_survives_saving(two_adapters, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
-def test_values_are_dropped_in_each_expert_at_random(two_adapters, kind):
+def test_values_are_dropped_randomly_in_each_expert(two_adapters, kind):
     two_adapters.add_weighted_adapter(["default"] * 2, [0.5, 0.5], "halves", combination_type=kind, density=0.5)
     layer = next(two_adapters.base_model.expert_layers())
     shares = [
@@ -290,7 +290,7 @@ def test_values_are_dropped_in_each_expert_at_random(two_adapters, kind):
     assert all((share > 0.1).all() and (share < 0.6).all() for share in shares)
 
 
-def test_unknown_combinations_are_refused(two_adapters):
+def test_unknown_combinations_are_rejected(two_adapters):
     names = set(two_adapters.peft_config)
     with pytest.raises(ValueError, match="Invalid combination_type: nonsense"):
         two_adapters.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="nonsense")
@@ -298,8 +298,8 @@ def test_unknown_combinations_are_refused(two_adapters):
 
 
 @pytest.mark.parametrize("options", [{"svd_clamp": 3.0}, {"combination_type": "ties", "density": None}], ids=str)
-def test_a_combination_that_fails_leaves_nothing(two_adapters, options):
-    """The next call would find its name taken and do nothing."""
+def test_failed_combination_leaves_nothing(two_adapters, options):
+    """Otherwise the next call would find the name in use and do nothing."""
     two_adapters.set_adapter("other")
     before = {name: value.clone() for name, value in two_adapters.state_dict().items()}
     with pytest.raises((RuntimeError, TypeError)):
@@ -311,8 +311,8 @@ def test_a_combination_that_fails_leaves_nothing(two_adapters, options):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_layers_with_fewer_features_than_the_rank_of_a_combination():
-    """An SVD of 32 features that come out of 64 gives 32 columns of B, and of A all the rows that are asked for."""
+def test_combination_with_a_rank_above_the_number_of_features():
+    """An SVD of a delta with 32 inputs and 64 outputs gives 32 columns of B, and all requested rows of A."""
     options = {"r": 24, "target_modules": ["k_proj", "experts"]}
     model = get_peft_model(tiny_model(), MoeQLoraConfig(**options)).eval()
     model.add_adapter("other", MoeQLoraConfig(**options))
@@ -323,7 +323,7 @@ def test_layers_with_fewer_features_than_the_rank_of_a_combination():
     torch.testing.assert_close(layer.get_delta_weight("sum"), 0.7 * parts[0] - 0.4 * parts[1])
 
 
-def test_linear_combination_of_different_ranks_is_refused():
+def test_linear_combination_of_different_ranks_is_rejected():
     model = adapted_model(expert_r=2)
     model.add_adapter("other", MoeQLoraConfig(r=4, expert_r=3))
     with pytest.raises(ValueError, match="requires adapters of the same rank"):
@@ -362,7 +362,7 @@ def test_mixed_batch_generates_with_beams(two_adapters):
         (["default"] * 2, lambda model: model.train(), "training"),
     ],
 )
-def test_mixed_batches_that_make_no_sense_are_refused(names, prepare, message):
+def test_invalid_mixed_batches_are_rejected(names, prepare, message):
     model = adapted_model()
     prepare(model)
     with pytest.raises(ValueError, match=message):
@@ -370,7 +370,7 @@ def test_mixed_batches_that_make_no_sense_are_refused(names, prepare, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_adapters_are_fp32_on_a_16_bit_model_unless_told_otherwise(dtype):
+def test_adapters_are_fp32_on_a_16_bit_model_by_default(dtype):
     for autocast, expected in ((True, torch.float32), (False, dtype)):
         model = get_peft_model(tiny_model(dtype=dtype), MoeQLoraConfig(), autocast_adapter_dtype=autocast)
         assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {expected}
@@ -378,8 +378,7 @@ def test_adapters_are_fp32_on_a_16_bit_model_unless_told_otherwise(dtype):
 
 
 def test_autocast_computes_in_16_bits(device):
-    """As near to fp32 as transformers' own experts under autocast; every token goes to all, so that none changes its
-    choice."""
+    """As close to fp32 as transformers' experts under autocast; every token goes to all, so no routing changes."""
     base = tiny_model("qwen3_moe", device, num_experts_per_tok=8)
     model = get_peft_model(base, MoeQLoraConfig(r=4)).eval()
     randomize_adapter(model)
@@ -411,7 +410,7 @@ def test_moving_and_casting_the_model_keeps_the_packed_bytes(device):
     assert torch.isfinite(logits(model, token_ids(device))).all()
 
 
-def test_layers_show_what_they_are():
+def test_repr_of_layers():
     model = adapted_model()
     layer = next(model.base_model.expert_layers())
     assert isinstance(layer, ExpertsLora)

@@ -1,4 +1,4 @@
-"""The notebook runs from end to end, cell by cell, in a process of its own; and is stored without outputs."""
+"""The notebook runs from end to end, cell by cell, in a separate process, and is stored without outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 
-# what a kernel does with the cells, without one: the packages of Jupyter take longer to install than this to run
+# runs the cells as a kernel does, without one: installing the Jupyter packages takes longer than this
 RUN = """
 import json, sys
 from time import perf_counter
@@ -26,7 +26,7 @@ print("ordered:", space["divergence"]["bf16"] < space["divergence"]["nf4, second
 """
 
 
-def test_it_runs(tmp_path):
+def test_notebook_runs(tmp_path):
     environment = {**os.environ, "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(NOTEBOOK)]
     result = subprocess.run(
@@ -36,7 +36,7 @@ def test_it_runs(tmp_path):
     assert result.stdout.splitlines()[-3:] == ["figures: 2", "improved: True", "ordered: True"]
 
 
-def test_it_is_stored_without_outputs():
+def test_notebook_is_stored_without_outputs():
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) > 5

@@ -1,4 +1,4 @@
-"""Routing and grouped products against their plain twin: values, all gradients, ragged groups, both paths."""
+"""Routing and grouped products compared with plain torch: values, all gradients, ragged groups, both paths."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_routing_invariants(index, device):
 
 @pytest.mark.parametrize("index", ROUTINGS.values(), ids=ROUTINGS)
 def test_gathering_and_combining(index, device):
-    """Against plain indexing under autograd; the gradient of a weight that is not computed here is zero."""
+    """Compared with plain indexing under autograd; the gradient of a weight that is not computed here is zero."""
     index = index.to(device)
     routing = route(index, E)
     T = index.shape[0]
@@ -91,8 +91,8 @@ def make_stack(storage: FourBitFormat | None, is_transposed: bool, device: str, 
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["out-in", "in-out"])
 @pytest.mark.parametrize("storage", [None, FourBitFormat("nf4", 64)], ids=str)
 @pytest.mark.parametrize("ranks", [[], [1], [8], [3, 16]], ids=str)
-def test_grouped_linear_is_its_twin(index, dtype, is_transposed, storage, ranks, device):
-    """In fp32 the twin works on the same numbers; in 16 bits the twin is fp32 on the rounded inputs."""
+def test_grouped_linear_matches_plain_torch(index, dtype, is_transposed, storage, ranks, device):
+    """In fp32 on the same numbers; for 16 bits the reference is fp32 on the rounded inputs."""
     routing = route(index.to(device), E)
     stack = make_stack(storage, is_transposed, device, dtype)
     terms = make_terms(ranks, device, torch.float32)
@@ -116,8 +116,8 @@ def test_grouped_linear_is_its_twin(index, dtype, is_transposed, storage, ranks,
         assert relative_error(grad, expected_grad) <= TOLERANCE[dtype]
 
 
-def test_comparison_sees_a_small_fault():
-    """A weight of one expert that is off by 2 % must not pass."""
+def test_comparison_detects_a_small_fault():
+    """One expert's weight is off by 2 %."""
     routing = route(ROUTINGS["random"], E)
     stack = make_stack(None, False, "cpu", torch.float32)
     rows = torch.randn(routing.num_rows, IN)
@@ -126,7 +126,7 @@ def test_comparison_sees_a_small_fault():
     assert relative_error(found, reference.linear(rows, routing.expert_of_row, stack)) > TOLERANCE[torch.float32]
 
 
-def test_token_mask_keeps_a_term_from_the_other_tokens():
+def test_token_mask_excludes_tokens_from_a_term():
     routing = route(ROUTINGS["random"], E)
     stack = make_stack(None, False, "cpu", torch.float32)
     (term,) = make_terms([4], "cpu", torch.float32)
@@ -139,8 +139,8 @@ def test_token_mask_keeps_a_term_from_the_other_tokens():
     assert torch.equal(found[~is_on], grouped_linear(rows, stack, routing)[~is_on])
 
 
-def test_nothing_dense_is_kept_for_the_backward():
-    """Between forward and backward only routed rows and factors are held, never a decoded stack."""
+def test_no_dense_stack_is_saved_for_backward():
+    """Between forward and backward only routed rows and factors are kept, never a decoded stack."""
     routing = route(ROUTINGS["random"], E)
     stack = make_stack(FourBitFormat(), False, "cpu", torch.float32)
     rows = torch.randn(routing.num_rows, IN, requires_grad=True)
@@ -152,7 +152,7 @@ def test_nothing_dense_is_kept_for_the_backward():
 
 
 @pytest.mark.gpu
-def test_gpu_takes_the_kernels_for_frozen_weights():
+def test_gpu_uses_kernels_for_frozen_weights():
     device = torch.device("cuda")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert choose_path(device, dtype, 60, 64).name == "triton"
@@ -160,12 +160,12 @@ def test_gpu_takes_the_kernels_for_frozen_weights():
 
 
 @pytest.mark.gpu
-def test_gpu_takes_the_grouped_product_for_factors_in_bf16_only():
+def test_gpu_uses_the_grouped_product_for_bf16_factors_only():
     device = torch.device("cuda")
     assert choose_library_path(device, torch.bfloat16, 64, 64).name == "grouped_mm"
     assert choose_library_path(device, torch.float32, 64, 64).name == "loop"
     assert choose_library_path(device, torch.bfloat16, 60, 64).name == "loop"
 
 
-def test_cpu_takes_the_loop():
+def test_cpu_uses_the_loop():
     assert choose_path(torch.device("cpu"), torch.bfloat16, 64, 64).name == "loop"

@@ -1,4 +1,4 @@
-"""Known optimizers over factors of experts: steps of a stack are those of its matrices, or the page says what not."""
+"""Optimizers on factors of experts: a stack is stepped like its matrices, or the page lists the difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from peft_moe_qlora import MoeQLoraConfig
 
 SHAPE = (4, 16, 256)
-"""Each expert has the 4,096 values from which on bitsandbytes and torchao pack the state."""
+"""Each expert has 4,096 values, the minimum for which bitsandbytes and torchao quantize the state."""
 
 
 def available(known: Known) -> Known:
@@ -37,7 +37,7 @@ def steps(known: Known, start: torch.Tensor, gradients: list[torch.Tensor], **op
 
 
 def both_ways(known: Known, shape: tuple[int, ...], **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a stack, and of one optimizer for each of its matrices."""
+    """The results for a stack, and for separate optimizers of its matrices."""
     start, gradients = 0.1 * torch.randn(shape), [torch.randn(shape) for _ in range(3)]
     of_stack = steps(known, start, gradients, **options)
     of_matrices = [
@@ -49,28 +49,28 @@ def both_ways(known: Known, shape: tuple[int, ...], **options) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("known", [known for known in KNOWN if known.stacks == SAME], ids=lambda known: known.title)
-def test_a_stack_is_stepped_as_its_matrices(known):
+def test_stack_is_stepped_like_its_matrices(known):
     of_stack, of_matrices = both_ways(available(known), SHAPE)
     assert torch.equal(of_stack, of_matrices)
 
 
 @pytest.mark.parametrize("known", [known for known in KNOWN if known.stacks != SAME], ids=lambda known: known.title)
-def test_what_differs_by_the_size_of_a_stack(known):
-    """Of the updates in most cases, and then by little."""
+def test_updates_that_depend_on_the_size_of_a_stack(known):
+    """In most cases the update, by a small amount."""
     of_stack, of_matrices = both_ways(known, SHAPE)
     assert not torch.equal(of_stack, of_matrices)
     torch.testing.assert_close(of_stack, of_matrices, rtol=0, atol=1e-2)
 
 
-def test_adafactor_differs_by_its_clip_alone():
+def test_adafactor_differs_by_its_clipping_only():
     known = next(known for known in KNOWN if known.optim == "adafactor")
     assert known.stacks == ONE_CLIP
     of_stack, of_matrices = both_ways(known, SHAPE, clip_threshold=1e9)
     assert torch.equal(of_stack, of_matrices)
 
 
-def test_blocks_that_run_on_from_one_expert_to_the_next():
-    """Scales of 8-bit states are then shared by two experts, which moves values by the rounding of a state."""
+def test_blocks_that_extend_over_experts():
+    """Two experts then share scales of 8-bit states, which changes values by the rounding of a state."""
     known = next(known for known in KNOWN if known.optim == "adamw_8bit")
     of_stack, of_matrices = both_ways(known, (4, 16, 264))
     torch.testing.assert_close(of_stack, of_matrices, rtol=0, atol=2e-3)
@@ -78,7 +78,7 @@ def test_blocks_that_run_on_from_one_expert_to_the_next():
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.title)
 def test_bytes_of_state(known):
-    """At the size of real factors, where scalars and tables don't count."""
+    """At the size of real factors, where scalars and tables are negligible."""
     available(known)
     parameter = nn.Parameter(torch.randn(8, 16, 2048))
     optimizer = known.make([parameter])
@@ -89,7 +89,7 @@ def test_bytes_of_state(known):
 
 
 def state_tensors(value: object, name: str = "") -> Iterator[torch.Tensor]:
-    """Plain tensors of a state, those inside of subclasses too, without tables of code values."""
+    """Plain tensors of a state, also inside of subclasses, without tables of code values."""
     if isinstance(value, dict):
         for key, entry in value.items():
             yield from state_tensors(entry, str(key))
@@ -112,7 +112,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def projecting(package: str) -> type[torch.optim.Optimizer]:
-    """An optimizer as GaLore and APOLLO have it, whose own errors speak of shapes."""
+    """An optimizer like GaLore and APOLLO, whose own errors only mention shapes."""
 
     def step(self) -> None:
         raise RuntimeError("t() expects a tensor with <= 2 dimensions")
@@ -122,7 +122,7 @@ def projecting(package: str) -> type[torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("package", ["galore_torch", "apollo_torch"])
-def test_projections_of_stacks_are_refused(package):
+def test_projections_of_stacks_are_rejected(package):
     model = with_gradients()
     before = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     optimizer = projecting(package)([{"params": trained(model).values(), "rank": 2}])
@@ -134,22 +134,22 @@ def test_projections_of_stacks_are_refused(package):
     assert all(torch.equal(parameter, before[name]) for name, parameter in trained(model).items())
 
 
-def test_projections_of_linear_layers_alone_are_let_through():
-    """As a Trainer groups them: experts stand in the group that is not projected."""
+def test_projections_of_linear_layers_are_accepted():
+    """As a Trainer groups them: experts are in the group without projection."""
     model = with_gradients()
     named = trained(model).items()
     groups = [
         {"params": [parameter for _, parameter in named if parameter.dim() == 2], "rank": 2},
         {"params": [parameter for _, parameter in named if parameter.dim() == 3]},
     ]
-    with pytest.raises(RuntimeError, match="t\\(\\) expects"):  # its own step, reached
+    with pytest.raises(RuntimeError, match="t\\(\\) expects"):  # its own step is reached
         projecting("galore_torch")(groups).step()
 
 
-def test_muon_refuses_stacks_itself():
+def test_muon_rejects_stacks():
     with pytest.raises(ValueError, match="Muon only supports 2D"):
         torch.optim.Muon(trained(with_gradients()).values())
 
 
-def test_the_page_is_up_to_date():
+def test_page_is_up_to_date():
     assert optimizer_table.PAGE.read_text(encoding="utf-8").startswith(optimizer_table.documentation())

@@ -1,4 +1,4 @@
-"""The distribution: what the package needs beside its modules is declared, and versions agree."""
+"""The distribution: data files are declared, and versions agree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_data_file_is_in_the_wheel():
     assert [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
-def test_the_citation_has_the_version():
+def test_citation_has_the_version():
     assert f"version: {peft_moe_qlora.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
 
 
@@ -49,8 +49,8 @@ def test_links_on_pypi_are_absolute():
     assert LINK.sub("", text) == LINK.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-def test_the_wheel_has_that_description():
-    """Where the package is an installed wheel, as in .ci/run."""
+def test_wheel_has_that_description():
+    """If the package is an installed wheel, as in .ci/run."""
     if PACKAGE.parent == ROOT:
         pytest.skip("the package is not an installed wheel")
     (wheel,) = distributions(name="peft-moe-qlora", path=[str(PACKAGE.parent)])

@@ -1,4 +1,4 @@
-"""Ways to use several GPUs that packed experts can't go: refused by name."""
+"""Kinds of parallelism that packed experts do not support are rejected by name."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def base(route: str, directory) -> torch.nn.Module:
 
 @pytest.fixture
 def accelerate_fsdp(monkeypatch):
-    """Lets accelerate say that it is set up for FSDP of a version, for which it wants GPUs."""
+    """Sets accelerate's state to a version of FSDP, for which it requires GPUs."""
 
     def set_up(version: int) -> None:
         state = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": SimpleNamespace(fsdp_version=version)}
         PartialState()
         monkeypatch.setattr(PartialState, "_shared_state", {**PartialState._shared_state, **state})
-        whole = {**PartialState._shared_state, "_mixed_precision": "no"}  # what tells that it has been set up
+        whole = {**PartialState._shared_state, "_mixed_precision": "no"}  # this marks it as set up
         monkeypatch.setattr(AcceleratorState, "_shared_state", whole)
 
     return set_up
@@ -47,8 +47,8 @@ FSDP1 = r"accelerate is configured for FSDP1 \(fsdp_version: 1\).* Set fsdp_vers
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_fsdp1_is_refused_by_an_adapter(route, tmp_path, accelerate_fsdp):
-    """As in a script that makes its Accelerator first."""
+def test_fsdp1_is_rejected_by_an_adapter(route, tmp_path, accelerate_fsdp):
+    """As in a script that creates its Accelerator first."""
     model = base(route, tmp_path)
     accelerate_fsdp(1)
     with pytest.raises(ValueError, match=FSDP1):
@@ -58,7 +58,7 @@ def test_fsdp1_is_refused_by_an_adapter(route, tmp_path, accelerate_fsdp):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_fsdp1_is_refused_by_a_trainer(route, tmp_path, accelerate_fsdp, monkeypatch):
+def test_fsdp1_is_rejected_by_a_trainer(route, tmp_path, accelerate_fsdp, monkeypatch):
     model = get_peft_model(base(route, tmp_path), MoeQLoraConfig(r=2))
     args = TrainingArguments(tmp_path / "out", use_cpu=True, report_to=[])
     create_accelerator = Trainer.create_accelerator_and_postprocess
@@ -72,21 +72,21 @@ def test_fsdp1_is_refused_by_a_trainer(route, tmp_path, accelerate_fsdp, monkeyp
         Trainer(model, args)
 
 
-def test_16_bit_experts_are_no_concern_of_fsdp1(accelerate_fsdp):
+def test_16_bit_experts_are_accepted_with_fsdp1(accelerate_fsdp):
     accelerate_fsdp(1)
     get_peft_model(tiny_model(), MoeQLoraConfig(r=2, quant_type=None))
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_trainer_uses_one_gpu_of_several(route, tmp_path):
-    """A Trainer wraps a model in nn.DataParallel unless it is told of 4 bits."""
+def test_trainer_uses_one_of_several_gpus(route, tmp_path):
+    """A Trainer wraps a model in nn.DataParallel unless it is marked as 4-bit."""
     model = get_peft_model(base(route, tmp_path), MoeQLoraConfig(r=2))
     assert model.is_loaded_in_4bit
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", None])
-def test_replicas_are_refused(quant_type):
-    """`nn.DataParallel` makes them so, whoever wraps the model."""
+def test_replicas_are_rejected(quant_type):
+    """`nn.DataParallel` creates them, whoever wraps the model."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, quant_type=quant_type))
     experts = next(module for module in model.modules() if isinstance(module, QuantizedExperts))
     rows, ids = torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.long)
@@ -97,15 +97,15 @@ def test_replicas_are_refused(quant_type):
 
 
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"fsdp_size": 2}, {"tp_size": 2, "ep_size": 2}])
-def test_distributed_config_is_refused(sizes, tmp_path):
-    """Whatever it shares out, when the model is loaded in 4 bits and when it gets an adapter later."""
+def test_distributed_config_is_rejected(sizes, tmp_path):
+    """With any kind of sharding, when the model is loaded in 4 bits and when an adapter is added later."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     try:
         distributed_config = DistributedConfig(**sizes)
     except TypeError:
         pytest.skip("this transformers has no expert parallelism of its own")
-    model.config.distributed_config = distributed_config  # as from_pretrained does it, which wants processes
+    model.config.distributed_config = distributed_config  # as from_pretrained does, which requires several processes
     with pytest.raises(ValueError, match=r"distributed_config is not supported with .* shard it after all adapters"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path, config=model.config, quantization_config=MoeQuantizationConfig()

@@ -1,4 +1,4 @@
-"""A process that reads its part of the experts has the bits that it would have of them, whatever the checkpoint."""
+"""A process that loads its part of the experts gets the same bits as from the whole, for every checkpoint layout."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def stacks(model: torch.nn.Module) -> dict[str, Stack]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_are_those_of_the_whole(kind, tmp_path):
+def test_parts_equal_the_whole(kind, tmp_path):
     write, config = KINDS[kind]
     write(tmp_path)
     expected = stacks(load_quantized(tmp_path, config, device_map="cpu"))
@@ -80,7 +80,7 @@ def test_parts_are_those_of_the_whole(kind, tmp_path):
     assert all(stack.experts_read is None for stack in expected.values())
 
 
-def test_what_this_package_saved_is_read_whole(tmp_path):
+def test_own_checkpoints_are_read_whole(tmp_path):
     dense(tmp_path / "dense")
     load_quantized(tmp_path / "dense", device_map="cpu").save_pretrained(tmp_path)
     with read_part_of_experts(1, WORLD):
@@ -90,8 +90,8 @@ def test_what_this_package_saved_is_read_whole(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list mapped files")
-def test_what_this_package_saved_is_mapped(tmp_path):
-    """A process reads what it uses of it, and sharding uses its own experts only."""
+def test_own_checkpoints_are_memory_mapped(tmp_path):
+    """A process reads only the pages it uses, and sharding uses only its own experts."""
     dense(tmp_path / "dense")
     load_quantized(tmp_path / "dense", device_map="cpu").save_pretrained(tmp_path)
     found = stacks(load_quantized(tmp_path, device_map="cpu"))
@@ -104,14 +104,14 @@ def test_what_this_package_saved_is_mapped(tmp_path):
 
 
 @pytest.mark.parametrize(("num_experts", "world_size"), [(8, 2), (3, 2), (4, 3), (2, 4)])
-def test_experts_are_cut_as_torch_does(num_experts, world_size):
+def test_experts_are_split_as_in_torch(num_experts, world_size):
     parts = [list(Part(rank, world_size).experts(num_experts)) for rank in range(world_size)]
     chunks = [chunk.tolist() for chunk in torch.arange(num_experts).chunk(world_size)]
     assert parts == chunks + [[]] * (world_size - len(chunks))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_base_is_described_by_what_is_there(rank, tmp_path):
+def test_base_record_uses_the_local_experts(rank, tmp_path):
     def samples() -> dict[str, list[float]]:
         model = load_quantized(tmp_path, device_map="cpu")
         return get_peft_model(model, MoeQLoraConfig(target_modules=["experts"])).peft_config["default"].base["samples"]

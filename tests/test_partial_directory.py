@@ -1,4 +1,4 @@
-"""The directory of a merge appears whole, whoever else is at it."""
+"""The directory of a merge appears atomically, also with concurrent runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def found(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("moment", ["sync", "replace"])
 @pytest.mark.parametrize("task", [TASK, {"adapter": "b"}], ids=["same task", "another task"])
-def test_a_second_run_at_the_very_end_of_a_first(moment, task, tmp_path, monkeypatch):
-    """It would clear what the first is about to rename, and the first would report an empty directory as finished."""
+def test_second_run_at_the_end_of_the_first(moment, task, tmp_path, monkeypatch):
+    """It would clear the files before the first run renames them, and the first would report success."""
     first = PartialDirectory(tmp_path / "merged", TASK, can_be_taken_up=False)
     second = PartialDirectory(tmp_path / "merged", task, can_be_taken_up=False)
     kept_out = []
@@ -41,7 +41,7 @@ def test_a_second_run_at_the_very_end_of_a_first(moment, task, tmp_path, monkeyp
                 pass
             kept_out.append(path)
 
-    # whatever takes the directory to the disk, and what gives it its name
+    # the calls that sync the directory to disk, and that give it its name
     real_fsync, real_replace = os.fsync, os.replace
 
     def fsync(descriptor: int) -> None:
@@ -62,8 +62,8 @@ def test_a_second_run_at_the_very_end_of_a_first(moment, task, tmp_path, monkeyp
     assert os.listdir(tmp_path) == ["merged"]
 
 
-def test_a_second_run_just_after_a_first(tmp_path):
-    """It was made before the directory was there."""
+def test_second_run_right_after_the_first(tmp_path):
+    """It was created before the directory existed."""
     first, second = (PartialDirectory(tmp_path / "merged", TASK) for _ in range(2))
     with first.open():
         write(first)
@@ -74,8 +74,8 @@ def test_a_second_run_just_after_a_first(tmp_path):
     assert not (tmp_path / "merged.partial").exists()
 
 
-def test_a_run_of_another_task_that_was_made_before_the_first_was_interrupted(tmp_path):
-    """What the first has finished is not the second's to clear."""
+def test_other_task_created_before_the_first_was_interrupted(tmp_path):
+    """The second must not clear the files that the first completed."""
     first, second = PartialDirectory(tmp_path / "merged", TASK), PartialDirectory(tmp_path / "merged", {"other": 1})
     with pytest.raises(KeyboardInterrupt), first.open():
         interrupted(first)
@@ -89,8 +89,8 @@ def test_a_run_of_another_task_that_was_made_before_the_first_was_interrupted(tm
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "folder/notes.txt"])
-def test_a_folder_of_that_name_that_is_none_of_ours(name, tmp_path):
-    """Whatever it holds stays."""
+def test_existing_folder_of_another_source(name, tmp_path):
+    """Its contents are kept."""
     file = tmp_path / "merged.partial" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
@@ -99,8 +99,8 @@ def test_a_folder_of_that_name_that_is_none_of_ours(name, tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_a_link_in_its_place(tmp_path):
-    """Nothing is written through it, and nothing cleared behind it."""
+def test_link_in_place_of_the_folder(tmp_path):
+    """Nothing is written through it, and its target is not cleared."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "merged.partial").symlink_to("elsewhere")
     with pytest.raises(ValueError, match="contains unfinished work of another merge"):
@@ -108,7 +108,7 @@ def test_a_link_in_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "", "a//b", "C:out", "a\\b", ".lock", "a/.b"])
-def test_names_that_would_be_written_elsewhere(name, tmp_path):
+def test_names_outside_the_directory(name, tmp_path):
     output = PartialDirectory(tmp_path / "merged", TASK)
     for do in (output.path_to_write, output.written, output.is_written, output.read_note):
         with pytest.raises(ValueError, match="not a plain file name inside"):
@@ -119,8 +119,8 @@ def test_names_that_would_be_written_elsewhere(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_systems_that_open_no_directories(tmp_path, monkeypatch):
-    """Windows: neither to sync one, nor is a file synced that isn't open for writing."""
+def test_systems_that_cannot_open_directories(tmp_path, monkeypatch):
+    """Windows cannot sync a directory, nor a file that isn't open for writing."""
     real_open, real_fsync, writable = os.open, os.fsync, []
 
     def open_file(path, flags, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Converting experts in memory: one stack at a time, what is shared stays shared, hooks stay where they act."""
+"""Converting experts in memory: one stack at a time; shared modules stay shared, and hooks stay in effect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_each_16_bit_stack_is_freed_before_the_next(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_peak_on_a_gpu_is_the_model_and_little_more():
+def test_peak_gpu_memory_of_converting():
     """Eight layers of 96 MiB: the peak may exceed the start by the packed stacks and one expert's temporaries."""
     model = tiny_model(
         device="cuda",
@@ -63,7 +63,7 @@ def test_peak_on_a_gpu_is_the_model_and_little_more():
     assert saved >= 0.99 * (report.dense_nbytes - report.nbytes)
 
 
-def test_quantized_model_runs_without_an_adapter_as_its_dequantized_self(device):
+def test_quantized_model_equals_its_dequantized_one(device):
     model = tiny_model(device=device)
     quantize_experts(model, progressbar=False)
     quantized = logits(model, token_ids(device))
@@ -72,7 +72,7 @@ def test_quantized_model_runs_without_an_adapter_as_its_dequantized_self(device)
 
 
 def model_with_tied_stacks() -> torch.nn.Module:
-    """As an encoder and a decoder that own the same experts."""
+    """As in an encoder and a decoder with the same experts."""
     model = tiny_model()
     first, second = (layer.mlp.experts for layer in model.model.layers)
     second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
@@ -91,7 +91,7 @@ def test_tied_stacks_stay_tied():
         assert torch.isfinite(logits(one, token_ids())).all()
 
 
-def test_each_of_two_tied_stacks_is_adapted_by_itself():
+def test_each_of_two_tied_stacks_is_adapted_separately():
     model = model_with_tied_stacks()
     quantize_experts(model, progressbar=False)
     base = logits(model, token_ids())
@@ -125,8 +125,8 @@ def test_converting_twice_keeps_the_bytes():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_hook_of_accelerate_moves_to_the_replacement():
-    """Dispatched models have hooks that bring inputs to the device of a module."""
+def test_accelerate_hook_moves_to_the_replacement():
+    """Dispatched models have hooks that move inputs to the device of a module."""
     from accelerate import dispatch_model
 
     model = tiny_model()
@@ -148,7 +148,7 @@ def test_casting_and_moving_after_quantizing(device):
     assert logits(model, token_ids(device)).dtype == torch.bfloat16
 
 
-def test_trainable_parameters_are_cast_to_fp32_and_frozen_ones_are_not():
+def test_only_trainable_parameters_are_cast_to_fp32():
     config = MoeQLoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
     model = get_peft_model(tiny_model(dtype=torch.bfloat16), config)
     randomize_adapter(model)

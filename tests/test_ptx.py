@@ -1,4 +1,4 @@
-"""What decodes codes on a GPU, instruction by instruction in numpy: every code, wherever in a register it is."""
+"""The GPU decoders, instruction by instruction in numpy, for every code at every position in a register."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peft_moe_qlora.quantization import Format, FourBitFormat
 from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Mxfp4Format
 
 BYTES = [Fp8Format(), Int8Format()]
-"""Formats of a byte to a code."""
+"""Formats with one byte per code."""
 NIBBLES = [Mxfp4Format(), Int4Format(), FourBitFormat("nf4"), FourBitFormat("fp4")]
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 def words() -> np.ndarray:
-    """Every byte at each of the four places of a register, others beside it."""
+    """Every byte at each of the four positions of a register, with other bytes next to it."""
     generator = np.random.default_rng(0)
     found = generator.integers(0, 256, (4, 256, 4), dtype=np.uint32)
     for place in range(4):
@@ -31,7 +31,7 @@ def words() -> np.ndarray:
 
 
 def exact_values(storage: Format, dtype: torch.dtype) -> np.ndarray:
-    """Of each code, NaN where it is none: as the format has them, times the unit of a table of 16 bits."""
+    """Of each code, NaN if invalid: as the format defines them, times the unit of a table of 16 bits."""
     codes = torch.arange(256 if storage.codes_per_byte == 1 else 16, dtype=torch.uint8)
     unit = decoder_of(storage.kernel_codes, dtype, True).unit
     values = storage.values(codes).double()
@@ -39,12 +39,12 @@ def exact_values(storage: Format, dtype: torch.dtype) -> np.ndarray:
 
 
 def halves(pairs: list[np.ndarray], name: str) -> np.ndarray:
-    """`(threads, numbers)`, those of the lower halves before those of the upper ones."""
+    """`(threads, numbers)`, the lower halves before the upper ones."""
     return np.stack([numbers(pair >> shift & 0xFFFF, name) for pair in pairs for shift in (0, 16)], axis=1)
 
 
 def codes_in(storage: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Registers, and the codes in them in their order."""
+    """Registers, and the codes in them in order."""
     stored = words()
     packed = (stored << np.arange(0, 32, 8, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
     if storage.codes_per_byte == 1:
@@ -75,7 +75,7 @@ def test_values_in_16_bits(storage, dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_values_times_scales(storage, size, dtype):
-    """Rounded once, from a scale of twice the digits; small ones would be subnormal in fp16."""
+    """Rounded once, from a scale with twice the digits; small ones would be subnormal in fp16."""
     packed, codes = codes_in(storage)
     num_results = codes.shape[1] // 2
     decoder = decoder_of(storage.kernel_codes, dtype, True)
@@ -90,7 +90,7 @@ def test_values_times_scales(storage, size, dtype):
     is_number = ~np.isnan(expected)
     error = np.abs(found - expected)[is_number]
     limits = torch.finfo(dtype)
-    # one rounding; what is added for the fine scale may be a subnormal number
+    # one rounding; the term added for the fine scale may be subnormal
     assert (error <= limits.eps * (0.51 * np.abs(expected[is_number]) + limits.smallest_normal)).all()
 
 

@@ -1,4 +1,4 @@
-"""Published checkpoints that are broken: every way in which codes and scales can be wrong is an error of its own."""
+"""Damaged published checkpoints: each kind of wrong codes or scales has its own error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from peft_moe_qlora.loading import inspect_checkpoint
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory) -> dict[str, tuple[dict, Tensors, dict]]:
-    """Layout -> config.json and tensors of a checkpoint that is to be broken; widths of many blocks of 32."""
+    """Layout -> config.json and tensors of a checkpoint to damage; widths of many blocks of 32."""
     found = {}
     for name in ("fp8", "mxfp4 experts beside fp8", "fp8 per tensor", "mxfp8"):
         directory = tmp_path_factory.mktemp("fine")
@@ -134,19 +134,19 @@ BY_VALUES = {
 
 
 @pytest.mark.parametrize(("layout", "do", "message", "name"), places(BY_HEADERS).values(), ids=places(BY_HEADERS))
-def test_broken_headers(layout, do, message, name, fine, tmp_path):
+def test_damaged_headers(layout, do, message, name, fine, tmp_path):
     refuses_headers(*fine[layout], do, name, message, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("layout", "part", "do", "message", "name"), places(BY_VALUES).values(), ids=places(BY_VALUES)
 )
-def test_broken_values(layout, part, do, message, name, fine, tmp_path):
+def test_damaged_values(layout, part, do, message, name, fine, tmp_path):
     refuses_values(*fine[layout], part, do, name, message, tmp_path)
 
 
-def test_what_is_odd_but_fine(fine, tmp_path):
-    """Zeros, whatever their scales; one block, or a few, of scale 1."""
+def test_unusual_but_valid_values(fine, tmp_path):
+    """Zeros with any scales, and one or a few blocks of scale 1."""
     config, tensors = copy.deepcopy(fine["fp8"])
     tensors[f"{GATE}.weight"] = torch.zeros_like(tensors[f"{GATE}.weight"].float()).to(torch.float8_e4m3fn)
     tensors[f"{GATE}.{SCALES}"] = torch.ones_like(tensors[f"{GATE}.{SCALES}"])
@@ -172,7 +172,7 @@ def test_what_is_odd_but_fine(fine, tmp_path):
     ],
     ids=str,
 )
-def test_configs_that_do_not_fit(changes, message, fine, tmp_path):
+def test_configs_that_do_not_match(changes, message, fine, tmp_path):
     config, tensors = copy.deepcopy(fine["fp8"])
     config["quantization_config"] |= changes
     config["quantization_config"] = {k: v for k, v in config["quantization_config"].items() if v is not ...}
@@ -210,7 +210,7 @@ BROKEN_BLOCKS = {
 
 
 @pytest.mark.parametrize(("do", "message"), BROKEN_BLOCKS.values(), ids=BROKEN_BLOCKS)
-def test_broken_blocks(do, message, tmp_path):
+def test_damaged_blocks(do, message, tmp_path):
     model = tiny_model("gpt_oss", dtype=torch.bfloat16)
     publish_fused(model, tmp_path, {"quant_method": "mxfp4"}, gpt_oss)
     tensors = read_tensors(tmp_path)
@@ -220,7 +220,7 @@ def test_broken_blocks(do, message, tmp_path):
         load(tmp_path)
 
 
-def test_a_layer_that_the_model_does_not_have(fine, tmp_path):
+def test_layer_missing_in_the_model(fine, tmp_path):
     config, tensors = copy.deepcopy(fine["fp8"])
     for part in ("weight", SCALES):
         tensors[f"{QUERY.replace('layers.1', 'layers.7')}.{part}"] = tensors[f"{QUERY}.{part}"]
@@ -236,7 +236,7 @@ def test_a_layer_that_the_model_does_not_have(fine, tmp_path):
     [{"format": "pack-quantized"}, {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}}}],
     ids=str,
 )
-def test_groups_of_which_one_is_not_read(changes, tmp_path):
+def test_unsupported_group_among_supported_ones(changes, tmp_path):
     layout = PER_EXPERT["compressed, channel"]
     publish(qwen(), tmp_path, layout)
     set_config(tmp_path, {**layout.config, **changes})
@@ -246,7 +246,7 @@ def test_groups_of_which_one_is_not_read(changes, tmp_path):
 
 
 def test_linear_layers_in_two_storages(fine, tmp_path):
-    """Of experts one is expected too; 16 bits take both."""
+    """Rejected unless they are decoded to 16 bits. Experts must have a single storage too."""
     config, tensors = copy.deepcopy(fine["fp8"])
     change(tensors, f"{QUERY}.{SCALES}", lambda scales: scales.bfloat16())
     write(tmp_path, config, tensors)
@@ -299,13 +299,13 @@ def test_saved_linear_layers(do, message, fine, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packed_linear": "8 bits"}, "packed_linear='8 bits' is unknown. Use one of"),
+        ({"packed_linear": "8 bits"}, "packed_linear='8 bits' is unknown. Choose one of"),
         ({"packed_linear": "4 bits", "quantize_linear": False}, "requires quantize_linear=True"),
         ({"linear_storage": "fp9"}, "'fp9' is not a storage format"),
         ({"quant_type": None, "quantize_linear": False}, "leave nothing to quantize"),
     ],
     ids=str,
 )
-def test_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         MoeQuantizationConfig(**options)

@@ -1,4 +1,4 @@
-"""The same of int8, int4 and NVFP4: scales, zero points, orders, shapes and second scales that are wrong."""
+"""The same for int8, int4 and NVFP4: wrong scales, zero points, orders, shapes and second-level scales."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS = ("int8", "int4", "nvfp4", "compressed, nvfp4")
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory) -> dict[str, tuple[dict, Tensors]]:
-    """Layout -> config.json and tensors of a checkpoint that is to be broken."""
+    """Layout -> config.json and tensors of a checkpoint to damage."""
     found = {}
     for name in LAYOUTS:
         directory = tmp_path_factory.mktemp("fine")
@@ -198,14 +198,14 @@ BY_VALUES = {
 
 
 @pytest.mark.parametrize(("layout", "do", "message", "name"), places(BY_HEADERS).values(), ids=places(BY_HEADERS))
-def test_broken_headers(layout, do, message, name, fine, tmp_path):
+def test_damaged_headers(layout, do, message, name, fine, tmp_path):
     refuses_headers(*fine[layout], do, name, message, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("layout", "part", "do", "message", "name"), places(BY_VALUES).values(), ids=places(BY_VALUES)
 )
-def test_broken_values(layout, part, do, message, name, fine, tmp_path):
+def test_damaged_values(layout, part, do, message, name, fine, tmp_path):
     refuses_values(*fine[layout], part, do, name, message, tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_broken_values(layout, part, do, message, name, fine, tmp_path):
     ],
     ids=str,
 )
-def test_configs_of_groups_that_do_not_fit(layout, changes, message, fine, tmp_path):
+def test_configs_of_groups_that_do_not_match(layout, changes, message, fine, tmp_path):
     config, tensors = copy.deepcopy(fine[layout])
     config["quantization_config"]["config_groups"]["group_0"]["weights"] |= changes
     write(tmp_path, config, tensors)

@@ -1,4 +1,4 @@
-"""Checkpoints as they are published: read without a bit changed, and every way in which their scales can be wrong."""
+"""Published checkpoints are loaded without changing a bit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load(directory: Path, config: MoeQuantizationConfig | None = None, dtype: to
 
 
 def plain_model(model: torch.nn.Module, true: Tensors, directory: Path, **kwargs) -> torch.nn.Module:
-    """A model of transformers alone, in fp32, that has the true weights."""
+    """A plain transformers model in fp32 with the exact weights."""
     model.save_pretrained(directory, **kwargs)
     write_tensors(directory, {key: tensor.float() for key, tensor in true.items()})
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -87,7 +87,7 @@ def published(request, tmp_path_factory) -> tuple[Published, Path, Tensors]:
     return layout, directory, publish(qwen(), directory, layout, num_shards=3)
 
 
-def test_every_bit_is_read(published):
+def test_codes_and_scales_are_loaded_bitwise(published):
     layout, directory, true = published
     tensors, model = read_tensors(directory), load(directory)
 
@@ -121,7 +121,7 @@ def test_every_bit_is_read(published):
     assert type(model.lm_head) is torch.nn.Linear
 
 
-def test_writing_is_reading_the_other_way_round(published):
+def test_writing_is_the_inverse_of_reading(published):
     layout, directory, _ = published
     checkpoint = Checkpoint.open(directory)
     index = PackedIndex(checkpoint, layouts_of(layout.config))
@@ -136,7 +136,7 @@ def test_writing_is_reading_the_other_way_round(published):
         assert_same(written, expected)
 
 
-def test_the_model_is_the_one_of_the_true_weights(published, tmp_path):
+def test_model_equals_the_exact_weights(published, tmp_path):
     _, directory, true = published
     expected = logits(plain_model(qwen(), true, tmp_path), token_ids())
     torch.testing.assert_close(logits(load(directory), token_ids()), expected, rtol=1e-4, atol=1e-4)
@@ -158,7 +158,7 @@ def test_saved_and_loaded_again(published, tmp_path):
     assert found.linear_weights == inspect_checkpoint(directory).linear_weights > 0
 
 
-def test_a_step_of_training(published):
+def test_training_step(published):
     layout, directory, _ = published
     base = load(directory)
     before = stored(base)
@@ -186,7 +186,7 @@ def test_inspecting(published):
     assert sum(group.packed_nbytes for group in found.stacks) == sum(stack.nbytes for stack in experts)
 
 
-def test_experts_onto_a_model_on_the_meta_device(published):
+def test_loading_experts_onto_a_meta_model(published):
     layout, directory, true = published
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
@@ -197,8 +197,8 @@ def test_experts_onto_a_model_on_the_meta_device(published):
     assert torch.equal(stack.decode_expert(3, torch.float32), true[key])
 
 
-def test_decoded_into_another_storage(published):
-    """One expert at a time, as if the checkpoint had been in 16 bits."""
+def test_requantized_into_another_storage(published):
+    """One expert at a time, as from a 16-bit checkpoint."""
     layout, directory, true = published
     config = MoeQuantizationConfig(quant_type="nf4")
     model = load(directory, config, torch.bfloat16)
@@ -212,8 +212,8 @@ def test_decoded_into_another_storage(published):
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "compressed, nvfp4"])
-def test_second_scales(name, tmp_path):
-    """One for gate, up and down projection each, whatever they are."""
+def test_second_level_scales(name, tmp_path):
+    """Separate ones for gate, up and down projection, with any values."""
     publish(qwen(), tmp_path, PER_EXPERT[name])
     tensors, model = read_tensors(tmp_path), load(tmp_path)
     ending = "weight_scale_2" if name == "nvfp4" else "weight_global_scale"
@@ -229,8 +229,8 @@ def test_second_scales(name, tmp_path):
     assert torch.equal(model.get_submodule(QUERY).global_scales.view(torch.float32), of(QUERY))
 
 
-def test_what_only_a_file_beside_the_config_says(tmp_path):
-    """ModelOpt's checkpoints once had nothing in config.json."""
+def test_quantization_config_in_a_separate_file(tmp_path):
+    """Older ModelOpt checkpoints have nothing in config.json."""
     publish(qwen(), tmp_path, PER_EXPERT["nvfp4"])
     expected = load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -253,7 +253,7 @@ def test_what_only_a_file_beside_the_config_says(tmp_path):
 
 
 @pytest.mark.parametrize("choice", ["16 bits", "4 bits"])
-def test_linear_layers_that_are_decoded(choice, published):
+def test_decoded_linear_layers(choice, published):
     _, directory, true = published
     config = MoeQuantizationConfig(storage="as stored", packed_linear=choice, quantize_linear=choice == "4 bits")
     model = load(directory, config, torch.bfloat16)
@@ -277,8 +277,8 @@ def test_experts_in_16_bits(tmp_path):
     assert torch.equal(stack.weight[1], true["model.layers.0.mlp.experts.1.down_proj.weight"])
 
 
-def test_w1_w2_w3(tmp_path):
-    """MiniMax-M2 has them so."""
+def test_w1_w2_w3_keys(tmp_path):
+    """The names of MiniMax-M2."""
     true = publish(
         tiny_model("mixtral", dtype=torch.bfloat16, hidden_size=256, head_dim=64, intermediate_size=192),
         tmp_path,
@@ -293,7 +293,7 @@ def test_w1_w2_w3(tmp_path):
 
 
 def test_shared_experts_and_dense_layers(tmp_path):
-    """DeepSeek-V3: whatever is a linear layer, of odd sizes too; the router is left alone."""
+    """DeepSeek-V3: all linear layers, also of odd sizes, but not the router."""
     sizes = {"hidden_size": 192, "moe_intermediate_size": 160, "intermediate_size": 200}
     model = tiny_model("deepseek_v3", dtype=torch.bfloat16, **sizes)
     true = publish(model, tmp_path, PER_EXPERT["fp8"])
@@ -317,7 +317,7 @@ def test_biases_of_linear_layers(tmp_path):
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), None], ids=str)
 @pytest.mark.parametrize("scales_of_gate_up", [1, 2])
 def test_fused_fp8(block, scales_of_gate_up, tmp_path):
-    """One tensor for all experts; gate and up projection have grids of their own."""
+    """One tensor for all experts; gate and up projection have separate block grids."""
     config = STATIC if block is None else {**FP8, "weight_block_size": list(block)}
     true = publish_fused(qwen(), tmp_path, config, fused_fp8(block, scales_of_gate_up))
     tensors, model = read_tensors(tmp_path), load(tmp_path)
@@ -337,7 +337,7 @@ def test_fused_fp8(block, scales_of_gate_up, tmp_path):
 
 @pytest.mark.parametrize("width", [96, 128], ids=["wide", "square"])
 def test_gpt_oss(width, tmp_path):
-    """Its down projection is square; nothing but the layout says that the files have it the other way round."""
+    """Its down projection is square; only the layout tells that the files store it transposed."""
     sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": width}
     model = tiny_model("gpt_oss", dtype=torch.bfloat16, **sizes)
     true = publish_fused(model, tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, gpt_oss)
@@ -367,8 +367,8 @@ def test_gpt_oss(width, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["mistral4", "llama4"])
 @pytest.mark.parametrize("name", ["fp8", "compressed, channel", "compressed, mxfp4"])
-def test_single_experts_where_16_bit_checkpoints_are_fused(name, model_type, tmp_path):
-    """transformers has no conversion for their keys; Llama 4's class has its stacks the other way round."""
+def test_per_expert_files_of_fused_16_bit_models(name, model_type, tmp_path):
+    """transformers has no conversion for their keys; Llama 4's class stores transposed stacks."""
     model, layout = shrunken_model_or_skip(model_type), PER_EXPERT[name]
     # rows of some linear layers are shorter than a block of 32
     true = publish(model, tmp_path, layout, is_packed=lambda key: ".experts." in key)
@@ -385,7 +385,7 @@ def test_single_experts_where_16_bit_checkpoints_are_fused(name, model_type, tmp
 
 
 def test_deepseek_v4(tmp_path):
-    """Under the names of its own checkpoints; a layer whose class computes with the weight itself is decoded."""
+    """Under the names of its own checkpoints; a layer whose class uses the weight directly is decoded."""
 
     def is_packed(key: str) -> bool:
         return re.search(r"\.(w[123]|w[a-z]+(_[ab])?)\.weight$", key) is not None
@@ -437,8 +437,8 @@ def test_saving_as_bitsandbytes_does(tmp_path):
         save_bitsandbytes(load(tmp_path, MoeQuantizationConfig()), tmp_path / "again")
 
 
-def test_by_from_pretrained(tmp_path):
-    """With a configuration beside the checkpoint's, transformers has two, and takes none; in its place it will do."""
+def test_from_pretrained(tmp_path):
+    """transformers rejects a configuration in addition to the checkpoint's; in its place it works."""
     publish(qwen(), tmp_path, PER_EXPERT["fp8"])
     load_class = transformers.AutoModelForCausalLM.from_pretrained
     with pytest.raises(ValueError, match="quantized with FineGrainedFP8Config"):
@@ -449,16 +449,16 @@ def test_by_from_pretrained(tmp_path):
     assert_same(stored(model), stored(load(tmp_path)))
 
 
-def test_by_from_pretrained_where_transformers_does_not_know_the_method(tmp_path):
-    """It warns, and leaves the checkpoint to the configuration that it is given."""
+def test_from_pretrained_with_a_method_unknown_to_transformers(tmp_path):
+    """It warns, and uses the given configuration for the checkpoint."""
     publish(qwen(), tmp_path, PER_EXPERT["fp8"])
     set_config(tmp_path, {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"})
     with pytest.raises(CheckpointError, match="is quantized by 'modelopt', which is not supported for experts"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=MoeQuantizationConfig())
 
 
-def test_layers_in_16_bits_stay_so(tmp_path):
-    """The presence of a scale decides, not what the config says."""
+def test_16_bit_layers_stay_in_16_bits(tmp_path):
+    """The presence of a scale decides, not the config."""
     publish(qwen(), tmp_path, PER_EXPERT["fp8"])
     tensors = read_tensors(tmp_path)
     for key in [key for key in tensors if "layers.0" in key and key.endswith("_scale_inv")]:
@@ -478,8 +478,8 @@ def test_layers_in_16_bits_stay_so(tmp_path):
     assert torch.equal(logits(load(tmp_path / "again"), token_ids()), logits(model, token_ids()))
 
 
-def test_linear_layers_alone(tmp_path):
-    """Experts in 16 bits beside linear layers in 8."""
+def test_only_linear_layers_quantized(tmp_path):
+    """Experts in 16 bits with linear layers in 8 bits."""
     layout = PER_EXPERT["fp8"]
     only_linear = Published(
         layout.config,
@@ -494,8 +494,8 @@ def test_linear_layers_alone(tmp_path):
     assert torch.equal(logits(load(tmp_path / "again"), token_ids()), logits(model, token_ids()))
 
 
-def test_as_transformers_decodes_it(tmp_path):
-    """Where its own reader is right: widths of whole blocks."""
+def test_same_as_decoded_by_transformers(tmp_path):
+    """Where its own reader is correct: widths of whole blocks."""
     publish(qwen(moe_intermediate_size=128), tmp_path, PER_EXPERT["fp8"])
     config = transformers.FineGrainedFP8Config(dequantize=True)
     stock = transformers.AutoModelForCausalLM.from_pretrained(
@@ -509,7 +509,7 @@ def test_as_transformers_decodes_it(tmp_path):
     torch.testing.assert_close(logits(model, token_ids()), logits(stock, token_ids()), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_reported_missing_or_unexpected(tmp_path):
+def test_no_missing_or_unexpected_keys(tmp_path):
     publish(qwen(), tmp_path, PER_EXPERT["fp8 per tensor"])
     _, info = load(tmp_path, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,4 +1,4 @@
-"""Storage: bytes are the library's, decoding is exact, and nothing but an explicit change alters a stack."""
+"""Storage: bytes equal bitsandbytes', decoding is exact, and only an explicit change modifies a stack."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_stack(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_codes_and_scales_are_those_of_bitsandbytes(shape, storage, dtype, device):
+def test_codes_and_scales_equal_bitsandbytes(shape, storage, dtype, device):
     weight = random_stack(shape, device, dtype)
     stack = QuantizedStack.from_dense(weight, is_transposed=False, storage=storage)
     for expert in range(shape[0]):
@@ -55,8 +55,8 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape, storage, dtype, devic
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
-def test_no_cast_reaches_codes_and_scales(storage):
-    """Engines of mixed precision cast the data of every floating parameter, past `Module.to`."""
+def test_no_cast_changes_codes_and_scales(storage):
+    """Mixed-precision engines cast the data of every floating-point parameter, bypassing `Module.to`."""
     stack = QuantizedStack.from_dense(random_stack((3, 32, 128), "cpu"), is_transposed=False, storage=storage)
     before = stack.decode(torch.float32)
     for parameter in stack.parameters():
@@ -69,12 +69,12 @@ def test_no_cast_reaches_codes_and_scales(storage):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decoding_is_that_of_bitsandbytes(shape, storage, dtype, device):
+def test_decoding_equals_bitsandbytes(shape, storage, dtype, device):
     weight = random_stack(shape, device)
     stack = QuantizedStack.from_dense(weight, is_transposed=False, storage=storage)
     decoded = stack.decode(dtype)
     for expert in range(shape[0]):
-        # flat: on a CPU, bitsandbytes 0.50.2 decodes a matrix wrongly whose blocks are longer than its rows
+        # flat: on a CPU, bitsandbytes 0.50.2 decodes a matrix wrongly if its blocks are longer than its rows
         codes, state = bnb.quantize_4bit(
             weight[expert].flatten(),
             blocksize=storage.blocksize,
@@ -88,7 +88,7 @@ def test_decoding_is_that_of_bitsandbytes(shape, storage, dtype, device):
 
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 4096, 5000])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_plain_torch_decoder_is_the_librarys(numel, quant_type, device):
+def test_plain_torch_decoder_equals_bitsandbytes(numel, quant_type, device):
     storage = FourBitFormat(quant_type, 64)
     codes = torch.randint(0, 256, (-(-numel // 2),), dtype=torch.uint8, device=device)
     absmax = torch.rand(-(-numel // 64), device=device)
@@ -117,7 +117,7 @@ def test_state_dict_round_trip_is_exact():
 
 
 def test_stack_of_more_than_2_to_the_31_weights():
-    """The last expert lies behind the reach of 32-bit offsets; only it is filled, to keep the test quick."""
+    """The last expert is beyond the reach of 32-bit offsets; only it is filled, to keep the test fast."""
     stack = QuantizedStack(torch.Size((33, 8192, 8192)), torch.bfloat16, False, FourBitFormat("nf4", 4096))
     assert stack.shape.numel() > 2**31
     matrix = torch.zeros(8192, 8192)
@@ -141,7 +141,7 @@ def test_decoding_more_than_2_to_the_31_weights_at_once():
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("storage", [None, FourBitFormat("nf4", 64)], ids=str)
 def test_merging_adds_the_delta_in_its_orientation(storage, is_transposed):
-    """A square stack: only the declaration can tell the orientation."""
+    """A square stack: only the declaration determines the orientation."""
     weight = torch.randn(2, 64, 64)
     dense = DenseStack(weight, is_transposed)
     stack = dense if storage is None else QuantizedStack.from_dense(weight, is_transposed, storage)
@@ -161,6 +161,6 @@ def test_merging_adds_the_delta_in_its_orientation(storage, is_transposed):
 
 
 @pytest.mark.parametrize(("quant_type", "blocksize"), [("int4", 64), ("nf4", 48), ("nf4", 0)])
-def test_unknown_formats_are_refused(quant_type, blocksize):
-    with pytest.raises(ValueError, match="Use one of"):
+def test_unknown_formats_are_rejected(quant_type, blocksize):
+    with pytest.raises(ValueError, match="Choose one of"):
         FourBitFormat(quant_type, blocksize)

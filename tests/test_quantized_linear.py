@@ -1,4 +1,4 @@
-"""A linear layer that is kept in a format: what it computes, and what becomes of it when a delta is merged."""
+"""A linear layer stored in a format: its results, and merging a delta into it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def inputs(device: str = "cpu", dtype=torch.float32, shape=(3, 5, IN)) -> torch.
 class TestTheLayer:
     @of_every_format
     @pytest.mark.parametrize("bias", [False, True])
-    def test_values_and_gradients_are_those_of_the_decoded_weight(self, storage, bias, device):
+    def test_values_and_gradients_equal_the_decoded_weight(self, storage, bias, device):
         layer = stored_layer(storage, device, bias=bias)
         twin = layer.restore()
         assert type(twin) is nn.Linear
@@ -60,7 +60,7 @@ class TestTheLayer:
         torch.testing.assert_close(results(layer, x, layer.bias), results(twin, x, twin.bias))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-    def test_the_weight_is_decoded_to_the_dtype_of_the_activations(self, dtype):
+    def test_weight_is_decoded_to_the_dtype_of_the_activations(self, dtype):
         layer = stored_layer(dtype=torch.bfloat16)
         x = inputs(dtype=dtype)
         twin = layer.restore(dtype)
@@ -81,14 +81,14 @@ class TestTheLayer:
         (of_bias,) = torch.autograd.grad(layer(x).sum(), layer.bias)
         assert of_bias.dtype == torch.float32
 
-    def test_nothing_dense_is_kept_for_the_backward(self):
+    def test_no_dense_weight_is_saved_for_backward(self):
         layer, kept = stored_layer(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
             out = layer(inputs())
         assert out.requires_grad
         assert kept == []
 
-    def test_a_bias_gets_its_gradient_where_the_input_has_none(self):
+    def test_bias_gradient_without_input_gradient(self):
         layer = stored_layer()
         x = inputs().detach()
         layer(x).sum().backward()
@@ -116,7 +116,7 @@ class TestTheLayer:
     @needs_compiler
     @pytest.mark.parametrize("storage", [FORMATS[1], Mxfp4Format(), FORMATS[-1]], ids=str)
     def test_compiled(self, storage):
-        """In one graph, and of the weight only what is stored is kept for the backward."""
+        """In one graph, and only the stored form of the weight is saved for the backward."""
         torch._dynamo.reset()
         layer, x = stored_layer(storage), inputs()
 
@@ -135,7 +135,7 @@ class TestTheLayer:
         torch.testing.assert_close(product(x), x @ layer.weight.T)
 
     def test_operators(self):
-        """What torch.compile is promised of them."""
+        """torch.library's checks of the custom operators."""
         layer, x = stored_layer(), inputs()
         tensors, shape = list(layer.tensors.values()), [OUT, IN]
         for bias, back, rows in ((layer.bias, False, x), (None, True, inputs(shape=(4, OUT)))):
@@ -146,7 +146,7 @@ class TestTheLayer:
             torch.ops.peft_moe_qlora.decode_matrix.default, (tensors, str(FP8), shape, torch.bfloat16)
         )
 
-    def test_casts_change_the_dtype_that_it_stands_for(self):
+    def test_casts_change_the_decoded_dtype(self):
         layer = stored_layer()
         before = {name: tensor.clone() for name, tensor in layer.tensors.items()}
         for cast, dtype in ((nn.Module.bfloat16, torch.bfloat16), (nn.Module.double, torch.float64)):
@@ -180,7 +180,7 @@ class TestTheLayer:
         layer.to_empty(device="cpu").set_weight(torch.ones(OUT, IN))
         assert torch.equal(layer.weight, torch.ones(OUT, IN, dtype=torch.bfloat16))
 
-    def test_what_can_not_be_stored_is_refused(self):
+    def test_unsupported_weights_are_rejected(self):
         layer = stored_layer()
         for matrix in (torch.full((OUT, IN), torch.nan), torch.full((OUT, IN), torch.inf)):
             with pytest.raises(ValueError, match="NaNs or infinite values detected in the weights of a linear layer"):
@@ -196,7 +196,7 @@ class TestTheLayer:
         with pytest.raises(ValueError, match="columns a multiple of 2"):
             QuantizedLinear.from_linear(nn.Linear(7, 4), Mxfp4Format())
 
-    def test_the_weight_can_not_be_written_to(self):
+    def test_weight_cannot_be_assigned(self):
         layer = stored_layer()
         weight = layer.weight
         assert weight.is_leaf
@@ -226,7 +226,7 @@ class TestMergingOneLayer:
         assert merged.bias is layer.bias
 
     @of_every_format
-    def test_without_a_delta_every_byte_stays(self, storage):
+    def test_no_byte_changes_without_a_delta(self, storage):
         layer = stored_layer(storage)
         layer.codes[..., 0] = layer.codes[..., 0] | 0x80 if layer.codes.dim() > 1 else layer.codes[..., 0]
         merged = layer.merged(torch.zeros(OUT, IN))
@@ -235,8 +235,8 @@ class TestMergingOneLayer:
         assert merged.fidelity.delta_kept is None
 
     @pytest.mark.parametrize("storage", [Fp8Format((16, 32), "e8m0"), Fp8Format((16, 32))], ids=str)
-    def test_weights_that_the_delta_leaves_alone_stay(self, storage):
-        """A fresh scale would move all of them, where that of before is not made from the largest weight."""
+    def test_unmerged_weights_keep_their_values(self, storage):
+        """New scales would change all of them, if the old ones are not derived from the largest weight."""
         layer = stored_layer(storage)
         layer.block_scales += 1 if storage.scale == "e8m0" else 2**22
         delta = torch.zeros(OUT, IN)
@@ -246,7 +246,7 @@ class TestMergingOneLayer:
         others = torch.arange(OUT) != 20
         assert torch.equal(before[others], after[others])
 
-    def test_a_dense_layer_is_rounded_once(self):
+    def test_dense_layer_is_rounded_once(self):
         layer = stored_layer(dtype=torch.bfloat16)
         delta = 1e-3 * torch.randn(OUT, IN)
         dense = layer.merged_dense(delta, torch.bfloat16)

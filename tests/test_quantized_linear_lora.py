@@ -1,4 +1,4 @@
-"""LoRA on linear layers that are kept in a format, merging it, and the way back to ordinary layers."""
+"""LoRA on linear layers stored in a format, merging it, and restoring plain layers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from peft_moe_qlora.quantized_linear_lora import QuantizedLinearLora
 
 class TestLora:
     @of_every_format
-    def test_a_training_step_is_that_of_the_decoded_model(self, storage, device):
+    def test_training_step_equals_the_decoded_model(self, storage, device):
         ids = token_ids(device)
         stored = adapted(prepare_model_for_training(base_model(storage, device=device)))
         twin = base_model(storage, device=device)
@@ -70,7 +70,7 @@ class TestLora:
 
     @pytest.mark.parametrize("autocast", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_factors_are_those_on_an_ordinary_layer(self, dtype, autocast):
+    def test_factors_equal_those_on_a_plain_layer(self, dtype, autocast):
         states = []
         for is_stored in (True, False):
             model = base_model(dtype=dtype)
@@ -87,7 +87,7 @@ class TestLora:
             assert torch.equal(factor, states[1][name])
 
     def test_no_weight_is_decoded_before_the_first_forward(self, monkeypatch, tmp_path):
-        """PEFT asks for weights to see where they are; a large one takes a while to decode."""
+        """PEFT reads weights to find their device; decoding a large one takes time."""
         model, other = quantized(base_model()), quantized(base_model())
         monkeypatch.setattr(QuantizedLinear, "decode", None)
         adapted(model).save_pretrained(tmp_path)
@@ -97,8 +97,8 @@ class TestLora:
         again.unload()
 
     @pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
-    def test_options_are_those_of_peft(self, options):
-        """The same draws of dropout, too."""
+    def test_options_match_peft(self, options):
+        """Including the same dropout masks."""
         outputs = []
         for is_stored in (True, False):
             model = base_model()
@@ -109,7 +109,7 @@ class TestLora:
             outputs.append(model(input_ids=token_ids()).logits)
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
-    def test_what_elsewhere_is_refused_is_refused(self):
+    def test_unsupported_options_are_rejected(self):
         with pytest.raises(ValueError, match="use_dora"):
             adapted(base_model(), use_dora=True)
         with pytest.raises(ValueError, match=r"q_proj, a linear layer stored as fp8/16x32"):
@@ -152,7 +152,7 @@ class TestLora:
         by_meta = PeftModel.from_pretrained(base_model(), tmp_path, low_cpu_mem_usage=True).eval()
         assert torch.equal(logits(by_meta, token_ids()), expected)
 
-    def test_the_adapter_file_is_that_of_an_ordinary_model(self, tmp_path):
+    def test_adapter_file_equals_that_of_a_plain_model(self, tmp_path):
         plain = base_model()
         restore_linear(plain, None)
         adapted(plain).save_pretrained(tmp_path)
@@ -163,14 +163,14 @@ class TestLora:
             logits(stored, token_ids()), logits(PeftModel.from_pretrained(twin, tmp_path).eval(), token_ids())
         )
 
-    def test_a_model_that_runs_in_bf16(self):
+    def test_model_that_runs_in_bf16(self):
         stored, twin = base_model(dtype=torch.bfloat16), base_model(dtype=torch.bfloat16)
         restore_linear(twin, None)
         found = logits(adapted(stored), token_ids())
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, logits(adapted(twin), token_ids()))
 
-    def test_the_config_says_how_layers_were_stored(self):
+    def test_config_records_the_storage_of_layers(self):
         model = adapted(base_model())
         identity = BaseIdentity.of(model.peft_config["default"].base)
         assert identity.linear == {str(FP8): [f"model.layers.*.self_attn.{name}" for name in sorted(ATTENTION)]}
@@ -191,7 +191,7 @@ class TestLora:
             expected = 0.5 * layer.get_delta_weight("default") + 0.25 * layer.get_delta_weight("other")
             torch.testing.assert_close(layer.get_delta_weight("both"), expected)
 
-    def test_other_rooms_take_them_as_ordinary_layers(self):
+    def test_other_modules_treat_them_as_plain_layers(self):
         model = base_model()
         keep_linear_as_stored(model)
         assert asked_for_dtype(model) == []
@@ -199,7 +199,7 @@ class TestLora:
         assert len(experts_report(model).stacks) == 4
         assert len(stored_layers(model)) == 8
 
-    def test_stock_lora_can_not_lose_a_merge(self):
+    def test_stock_lora_cannot_lose_a_merge(self):
         model = get_peft_model(base_model(), LoraConfig(r=4, target_modules=list(ATTENTION))).eval()
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert type(layer) is Linear
@@ -211,7 +211,7 @@ class TestLora:
 
 class TestMerging:
     @of_every_format
-    def test_into_fp32_says_what_the_live_adapter_says(self, storage):
+    def test_into_fp32_equals_the_unmerged_adapter(self, storage):
         model = adapted(base_model(storage))
         live = logits(model, token_ids())
         with model.disable_adapter():
@@ -221,7 +221,7 @@ class TestMerging:
         kinds = (BaseTunerLayer, QuantizedExperts, QuantizedLinear)
         assert not any(isinstance(module, kinds) for module in merged.modules())
 
-    def test_the_merged_model_is_an_ordinary_checkpoint(self, tmp_path):
+    def test_merged_model_is_a_plain_checkpoint(self, tmp_path):
         merged = adapted(base_model()).merge_and_unload(dtype=torch.float32, progressbar=False)
         expected = logits(merged, token_ids())
         merged.save_pretrained(tmp_path)
@@ -236,7 +236,7 @@ class TestMerging:
         assert torch.equal(merged.model.layers[1].self_attn.o_proj.weight, exact.bfloat16())
         assert merged.model.layers[1].self_attn.o_proj.bias.dtype == torch.bfloat16
 
-    def test_layers_that_no_adapter_reaches_are_decoded_too(self):
+    def test_unadapted_layers_are_decoded_too(self):
         model = adapted(base_model(), target_modules=["experts"])
         live = logits(model, token_ids())
         merged = model.merge_and_unload(dtype=torch.float32, progressbar=False)
@@ -244,7 +244,7 @@ class TestMerging:
         torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=1e-5 * live.abs().max().item())
 
     @pytest.mark.parametrize("rounding", ["nearest", "second-order"])
-    def test_without_a_dtype_layers_stay_in_their_format(self, rounding):
+    def test_layers_stay_in_their_format_without_a_dtype(self, rounding):
         model = adapted(base_model())
         expected = {}
         for name, layer in model.base_model.model.named_modules():
@@ -272,7 +272,7 @@ class TestMerging:
         assert_same_bytes(all_bytes(model), before)
         assert torch.equal(logits(model, token_ids()), live)
 
-    def test_merging_twice_is_merging_both(self):
+    def test_merging_successively_equals_merging_both(self):
         model = adapted(base_model())
         model.add_adapter("other", MoeQLoraConfig(r=2, target_modules="all-linear"))
         randomize_adapter(model, seed=4)
@@ -290,7 +290,7 @@ class TestMerging:
         with pytest.warns(UserWarning, match="Already unmerged"):
             next(loras(model)).unmerge()
 
-    def test_a_model_that_is_cast_while_merged(self):
+    def test_casting_while_merged(self):
         model = adapted(base_model(), target_modules=list(ATTENTION))
         before = {name: tensor for name, tensor in all_bytes(model).items() if "codes" in name}
         model.merge_adapter()
@@ -301,11 +301,11 @@ class TestMerging:
         assert {layer.base_layer.dtype for layer in loras(model)} == {torch.bfloat16}
         assert {layer.base_layer.bias.dtype for layer in loras(model)} == {torch.bfloat16}
 
-    def test_after_an_error_nothing_is_merged(self):
+    def test_failed_merge_is_undone(self):
         model = adapted(base_model())
         before = all_bytes(model)
         last = list(loras(model))[-1]
-        with torch.no_grad():  # finite by themselves
+        with torch.no_grad():  # each finite
             last.lora_A["default"].weight.fill_(1e30)
             last.lora_B["default"].weight.fill_(1e30)
         with pytest.raises(ValueError, match="NaNs or infinite values detected"):
@@ -314,14 +314,14 @@ class TestMerging:
         assert not any(module.merged for module in model.modules() if isinstance(module, ExpertsLora))
         assert_same_bytes(all_bytes(model), before)
 
-    def test_unloading_leaves_the_base(self):
+    def test_unloading_restores_the_base(self):
         base = quantized(base_model())
         expected, before = logits(base, token_ids()), all_bytes(base)
         model = adapted(base).unload()
         assert_same_bytes(all_bytes(model), before)
         assert torch.equal(logits(model, token_ids()), expected)
 
-    def test_one_of_two_layers_that_share_their_tensors(self):
+    def test_one_of_two_layers_with_shared_tensors(self):
         model = base_model()
         first, second = (layer.self_attn.q_proj for layer in model.model.layers)
         for name in first.tensors:
@@ -333,7 +333,7 @@ class TestMerging:
         torch.testing.assert_close(logits(merged, token_ids()), live, rtol=0, atol=1e-5 * live.abs().max().item())
         assert torch.equal(second.codes, before)
 
-    def test_accelerates_hooks_stay_with_the_layer(self):
+    def test_accelerate_hooks_stay_with_the_layer(self):
         from accelerate.hooks import ModelHook, add_hook_to_module
 
         class Doubled(ModelHook):
@@ -378,14 +378,14 @@ class TestRestoring:
             logits(model, token_ids()), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
         )
 
-    def test_a_layer_that_stands_in_two_places_stays_one(self):
+    def test_layer_registered_twice_stays_shared(self):
         model = base_model()
         model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
         restore_linear(model, None)
         assert model.model.layers[1].self_attn.q_proj is model.model.layers[0].self_attn.q_proj
         assert not stored_layers(model)
 
-    def test_experts_alone(self):
+    def test_restoring_only_experts(self):
         model = quantized(base_model())
         restore_experts(model, None)
         assert len(stored_layers(model)) == 8
@@ -406,5 +406,5 @@ class TestRestoring:
         assert_same_bytes(all_bytes(other), all_bytes(model))
         assert torch.equal(logits(other, token_ids()), logits(model, token_ids()))
 
-    def test_formats_are_read_by_their_names(self):
+    def test_formats_are_parsed_by_name(self):
         assert all(parse_format(str(storage)) == storage for storage in FORMATS)

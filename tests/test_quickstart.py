@@ -1,4 +1,4 @@
-"""The quickstart runs from end to end, in a few steps of training."""
+"""The quickstart runs from end to end, with few training steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.py"
 
 def run_quickstart(*arguments: str) -> str:
     command = [sys.executable, str(QUICKSTART), "--steps", "3", *arguments]
-    # with --model it leaves the threads to torch, and on a busy machine they wait for each other
+    # with --model it leaves the number of threads to torch, which is slow on a busy machine
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
@@ -39,7 +39,7 @@ def test_quickstart_trains_saves_reloads_and_merges(output, printed):
     assert (output / "adapter-4-bit" / "adapter_model.safetensors").is_file()
 
 
-def test_base_is_stored_like_a_checkpoint_of_the_hub(output, printed):
+def test_base_is_stored_like_a_hub_checkpoint(output, printed):
     with safe_open(output / "base" / "model.safetensors", framework="pt") as checkpoint:
         assert "model.layers.0.mlp.experts.3.gate_proj.weight" in checkpoint.keys()  # noqa: SIM118 - not a dict
 

@@ -1,9 +1,8 @@
-"""The code of the README, and of the pages that begin with it, runs as it stands there.
+"""The code blocks of the README, and of the pages with the same beginning, run as printed.
 
-A small checkpoint takes the place of each model on the hub, and a small file that of each data set; trainers are told
-that there is no GPU, and that nobody logs. Blocks run in order, in one directory, each in a namespace of its own: what
-a block uses without making it is given to it by `Given`, and a name that `Given` doesn't know is an error, as is a
-name on the hub that has no stand-in.
+A small checkpoint replaces each model on the hub, and a small file each data set; trainers use the CPU and no logger.
+Blocks run in order, in one directory, each in a separate namespace. `Given` provides names that a block uses without
+defining them. A name that `Given` doesn't know is an error, and so is a hub name without a replacement.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TRAINER_SETTINGS = (
 )
 HERE = {"report_to": "none"} if torch.cuda.is_available() else {"report_to": "none", "use_cpu": True, "bf16": False}
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-# strings of that form that name nothing on the hub
+# strings of that form that are not names on the hub
 _NOT_ON_HUB = re.compile(r"(fp8|int8|int4|nf4|fp4|nvfp4)/.*")
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -48,8 +47,8 @@ TEMPLATE = (
 
 
 def write_model(directory: Path) -> Path:
-    """A checkpoint in bf16 with a tokenizer, as on the hub."""
-    # without the auxiliary loss, which transformers 5.17 can't compute while it generates
+    """A bf16 checkpoint with a tokenizer, as on the hub."""
+    # without the auxiliary loss, which transformers 5.17 can't compute during generation
     tiny_model(dtype=torch.bfloat16, router_aux_loss_coef=0.0).save_pretrained(directory)
     words = {word: number for number, word in enumerate([*SPECIAL, *map(str, range(VOCABULARY - len(SPECIAL)))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -75,11 +74,11 @@ def write_dataset(directory: Path) -> Path:
 
 
 class Given:
-    """What code may use without making it, made anew for each block.
+    """The names that code may use without defining them, created anew for each block.
 
     Args:
         model_path: of the checkpoint.
-        directory: where the blocks run; the adapter that a block saves is in there.
+        directory: where the blocks run; contains the adapter that a block saves.
     """
 
     def __init__(self, model_path: Path, directory: Path) -> None:
@@ -125,7 +124,7 @@ def free_names(tree: ast.Module) -> set[str]:
             argument.arg for node in ast.walk(statement) if isinstance(node, ast.arguments) for argument in node.args
         }
         stored = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
-        # what a loop or a comprehension binds, it reads
+        # names bound by a loop or comprehension are read later
         local = inner | (set() if isinstance(statement, (ast.Assign, ast.AugAssign)) else stored)
         local |= {
             target.id
@@ -148,7 +147,7 @@ def free_names(tree: ast.Module) -> set[str]:
 
 
 class StandIns(ast.NodeTransformer):
-    """Puts paths in the place of names on the hub, and the settings of this machine into those of trainers."""
+    """Replaces hub names by paths, and sets trainers up for this machine."""
 
     def __init__(self, paths: dict[str, str]) -> None:
         self.paths = paths
@@ -174,7 +173,7 @@ def model_path(tmp_path_factory) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_runs(page, model_path, tmp_path, monkeypatch):
+def test_code_runs(page, model_path, tmp_path, monkeypatch):
     code = blocks(page, "python")
     assert code, f"{page} has no code."
     paths = dict.fromkeys(MODELS, str(model_path))
@@ -192,7 +191,7 @@ def test_the_code_runs(page, model_path, tmp_path, monkeypatch):
         gc.collect()
 
 
-def test_what_a_block_needs_is_known(tmp_path):
+def test_undefined_names_are_detected(tmp_path):
     assert free_names(ast.parse("import torch\nfor a in b:\n    a.c = torch.d\ne = [f for f in g]\nh = h.i()")) == {
         "b",
         "g",

@@ -1,4 +1,4 @@
-"""The report says what is there."""
+"""The report matches the model."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_report_counts_adapters_and_names_the_path():
 
 @pytest.fixture
 def fusing(monkeypatch) -> None:
-    """As if this were a GPU that the kernels run on."""
+    """As if on a GPU that the kernels support."""
     monkeypatch.setattr(quantized, "why_no_kernels", lambda device, dtype: None)
     monkeypatch.setattr(quantized, "tiles_origin", lambda device, dtype: "some tiles")
 
 
 def paths_and_what_ran(model: PeftModel, monkeypatch) -> tuple[set[str], bool]:
-    """The paths that the report names; and whether a forward then goes into the fused layer."""
+    """The paths that the report names, and whether a forward then uses the fused layer."""
     ran = []
 
     def fused(self, hidden_states, *_):
@@ -68,8 +68,8 @@ def paths_and_what_ran(model: PeftModel, monkeypatch) -> tuple[set[str], bool]:
 
 
 @pytest.mark.usefixtures("fusing")
-def test_the_path_is_that_of_the_active_adapters_in_the_present_mode(monkeypatch):
-    """What the report says is what runs."""
+def test_path_of_the_active_adapters_in_the_current_mode(monkeypatch):
+    """The reported path is the one that runs."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, lora_dropout=0.1)).eval()
     model.add_adapter("large", MoeQLoraConfig(r=129))
     model.add_adapter("plain", MoeQLoraConfig(r=128))
@@ -82,7 +82,9 @@ def test_the_path_is_that_of_the_active_adapters_in_the_present_mode(monkeypatch
 
     assert path_of("plain") == "fused (silu gate, some tiles)"
     assert path_of("default") == "fused (silu gate, some tiles; not fused in training: LoRA dropout)"
-    assert path_of("large").endswith("; not fused: the adapters' ranks add up to 129; the kernels support at most 128)")
+    assert path_of("large").endswith(
+        "; not fused: the adapters' ranks add up to 129; the kernels support at most 128)"
+    )
     model.train()
     assert path_of("plain") == "fused (silu gate, some tiles)"
     assert path_of("default").endswith("; not fused: LoRA dropout)")
@@ -102,7 +104,7 @@ def test_printed_report_shows_every_stack_and_the_totals():
     assert f"{model.experts_report().num_weights:,} weights" in text
 
 
-def test_model_that_was_not_converted_is_reported_as_it_is():
+def test_unconverted_model_is_reported_unchanged():
     report = experts_report(tiny_model(dtype=torch.bfloat16))
     assert {stack.storage for stack in report.stacks} == {"bfloat16"}
     assert report.nbytes == report.dense_nbytes

@@ -1,4 +1,4 @@
-"""From quantized experts back to 16 bits: tensor by tensor what `from_pretrained` gives, and transformers knows it."""
+"""From quantized experts back to 16 bits: tensors equal `from_pretrained`'s, and the model counts as unquantized."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ WAYS = {
     ids=str,
 )
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "gemma4_text"])
-def test_dtypes_are_those_of_loading(model_type, dtype, into, way, tmp_path):
-    """DeepSeek keeps its router in fp32, gpt-oss its norms beside fp16, and Gemma has buffers in the model's dtype."""
+def test_dtypes_match_loading(model_type, dtype, into, way, tmp_path):
+    """DeepSeek keeps its router in fp32, gpt-oss its norms also in fp16; Gemma has buffers in the model's dtype."""
     if model_type == "gemma4_text":
         config = shrunken_config(model_type)
         config.vocab_size_per_layer_input = 128
@@ -85,7 +85,7 @@ def test_dtypes_are_those_of_loading(model_type, dtype, into, way, tmp_path):
 
 
 def test_long_inputs_after_dequantizing(tmp_path):
-    """At 512 tokens rotary frequencies in bf16 were 6.7 % off."""
+    """With bf16 rotary frequencies, the results at 512 tokens were off by 6.7 %."""
     tiny_model(max_position_embeddings=1024).save_pretrained(tmp_path)
     ids = token_ids(batch=1, length=512)
     live = logits(loaded(tmp_path, torch.bfloat16), ids).float()
@@ -107,7 +107,7 @@ def test_deltas_of_linear_layers_are_added_in_fp32(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_stack_stands_for_weights_in_the_dtype_of_its_model(dtype):
+def test_stack_has_the_dtype_of_its_model(dtype):
     stack = QuantizedStack.from_dense(torch.randn(2, 8, 64, dtype=torch.bfloat16), False, FourBitFormat())
     before = {name: tensor.clone() for name, tensor in stack.state_dict().items()}
     stack.to(dtype)
@@ -118,7 +118,7 @@ def test_a_stack_stands_for_weights_in_the_dtype_of_its_model(dtype):
 
 
 @pytest.mark.parametrize("load", [loaded, in_memory])
-def test_dequantizing_a_model_that_was_cast(load, tmp_path):
+def test_dequantizing_a_cast_model(load, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = load(tmp_path, torch.bfloat16).to(torch.float16)
     live = logits(model, token_ids())
@@ -127,8 +127,8 @@ def test_dequantizing_a_model_that_was_cast(load, tmp_path):
     assert (logits(model, token_ids()) - live).abs().max() < 0.05
 
 
-def is_known_as_quantized(model: transformers.PreTrainedModel) -> list[str]:
-    """What of a model and its parts says that it is quantized."""
+def marked_as_quantized(model: transformers.PreTrainedModel) -> list[str]:
+    """The attributes of a model and its submodels that mark them as quantized."""
     names = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
     return [
         f"{type(part).__name__}.{name}"
@@ -141,8 +141,8 @@ def is_known_as_quantized(model: transformers.PreTrainedModel) -> list[str]:
 
 @pytest.mark.parametrize("is_saved", [False, True])
 @pytest.mark.parametrize("way", ["loaded", "in memory", "merged", "bitsandbytes"])
-def test_a_model_in_16_bits_is_not_known_as_quantized(way, is_saved, tmp_path):
-    """Trainer refused it as "purely quantized"."""
+def test_16_bit_model_is_not_marked_as_quantized(way, is_saved, tmp_path):
+    """Trainer rejected it as "purely quantized"."""
     tiny_model("mixtral").save_pretrained(tmp_path / "base")
     if way == "merged":
         model = loaded(tmp_path / "base", torch.bfloat16, quantize_linear=False)
@@ -159,7 +159,7 @@ def test_a_model_in_16_bits_is_not_known_as_quantized(way, is_saved, tmp_path):
         model = get_peft_model(model, MoeQLoraConfig(r=2)).merge_and_unload(dtype=torch.bfloat16)
     else:
         model = model.dequantize()
-    assert is_known_as_quantized(model) == []
+    assert marked_as_quantized(model) == []
     transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[]))
     model.save_pretrained(tmp_path / "plain")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
@@ -167,7 +167,7 @@ def test_a_model_in_16_bits_is_not_known_as_quantized(way, is_saved, tmp_path):
 
 
 @pytest.mark.parametrize("load", [loaded, by_bitsandbytes])
-def test_linear_layers_in_4_bits_are_left_to_bitsandbytes(load, tmp_path):
+def test_4_bit_linear_layers_are_left_to_bitsandbytes(load, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = get_peft_model(load(tmp_path, torch.bfloat16), MoeQLoraConfig(r=2))
     model = model.merge_and_unload(dtype=torch.bfloat16)
@@ -178,8 +178,8 @@ def test_linear_layers_in_4_bits_are_left_to_bitsandbytes(load, tmp_path):
         assert part.quantization_method == model.config.quantization_config.quant_method == "bitsandbytes"
 
 
-def test_experts_in_16_bits_are_not_loaded_in_4_bits(tmp_path):
-    """Trainer would not spread the model over several GPUs, PEFT take its layers for others."""
+def test_16_bit_experts_are_not_marked_as_4_bit(tmp_path):
+    """Trainer would not spread the model over several GPUs, and PEFT would mistake the type of its layers."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2, quant_type=None)).base_model.model
     assert not getattr(model, "is_loaded_in_4bit", False)
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=2)).base_model.model
@@ -188,8 +188,8 @@ def test_experts_in_16_bits_are_not_loaded_in_4_bits(tmp_path):
     assert loaded(tmp_path, torch.bfloat16, quant_type=None).is_loaded_in_4bit  # its linear layers
 
 
-def test_parts_of_what_bitsandbytes_has_loaded(tmp_path):
-    """transformers tells the model alone that its layers are quantized, and a part can be saved by itself."""
+def test_submodels_loaded_by_bitsandbytes(tmp_path):
+    """transformers marks only the whole model as quantized, but a submodel can be saved separately."""
     tiny_model().save_pretrained(tmp_path / "base")
     model = by_bitsandbytes(tmp_path / "base")
     quantize_experts(model, progressbar=False)
@@ -201,8 +201,8 @@ def test_parts_of_what_bitsandbytes_has_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("load", [loaded, in_memory])
-def test_without_the_conversions_that_transformers_remembers(load, tmp_path):
-    """transformers deletes them where it takes the quantization of a model for ended."""
+def test_without_the_stored_conversions_of_transformers(load, tmp_path):
+    """transformers deletes them when it considers the quantization removed."""
     tiny_model("mixtral").save_pretrained(tmp_path / "base")
     model = load(tmp_path / "base", torch.bfloat16)
     model.__dict__.pop("_weight_conversions", None)
@@ -224,7 +224,7 @@ COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "deepcopy":
 @pytest.mark.parametrize("is_saved", [False, True])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_copies_of_a_model(model_type, is_saved, has_adapter, make_copy, tmp_path):
-    """What `pickle` can carry, `torch.save` and a process that is spawned can too."""
+    """`pickle` works, and so do `torch.save` and spawned processes."""
     tiny_model(model_type).save_pretrained(tmp_path / "base")
     model = loaded(tmp_path / "base", torch.bfloat16)
     if is_saved:
@@ -240,8 +240,8 @@ def test_copies_of_a_model(model_type, is_saved, has_adapter, make_copy, tmp_pat
         assert torch.equal(logits(again, token_ids()), logits(model, token_ids()))
 
 
-def test_parameters_of_the_model_itself_are_cast(tmp_path):
-    """Not of one of its modules: their names have no path."""
+def test_parameters_of_the_top_level_module_are_cast(tmp_path):
+    """Their names have no module path."""
     dense = shrunken_model_or_skip("zaya", dtype=torch.bfloat16).model
     dense.save_pretrained(tmp_path)
     expected = tensors_of(transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""The package's docstring has its rooms in order: each uses those above it only, and none is missing."""
+"""The package's docstring lists its modules in order: each imports only those above it, and none is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINES = re.findall(r"^    (\w+(?:, \w+)*)(?:  .*)?$", peft_moe_qlora.__doc__, fl
 ORDER = {room: number for number, line in enumerate(LINES) for room in line.split(", ")}
 
 
-def room_of(module: str) -> str:
+def module_of(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -29,23 +29,23 @@ def imported(file: Path) -> set[str]:
     return found
 
 
-def test_every_room_has_its_place():
+def test_every_module_is_listed():
     rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert rooms - {"__init__", "__main__"} == ORDER.keys()
 
 
-def test_rooms_use_those_above_them_only():
+def test_modules_import_only_those_above_them():
     for file in PACKAGE.rglob("*.py"):
         room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if room in ("__init__", "__main__"):
             continue
-        used = {room_of(module) for module in imported(file)} - {room, "__version__"}
+        used = {module_of(module) for module in imported(file)} - {room, "__version__"}
         below = {other for other in used if ORDER[other] > ORDER[room]}
         assert not below, f"{file.relative_to(PACKAGE)} uses {below}, which stand below {room}"
 
 
-def test_no_module_imports_itself_in_a_circle():
-    """Not even by way of others, and not even in functions."""
+def test_no_circular_imports():
+    """Neither indirectly nor inside functions."""
     files = {
         ".".join([PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts]): file
         for file in PACKAGE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""The adapter file is a contract, and every way of loading it gives the same model back."""
+"""The adapter file follows its specification, and every way of loading it gives the same model."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def load_base(directory: Path, dtype=torch.float32):
     return transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype).eval()
 
 
-def test_file_holds_the_documented_keys_and_nothing_else(tmp_path):
-    """E=4 experts; hidden 64, intermediate 64, interleaved gpt-oss stacks stored (E, in, out): shapes don't care."""
+def test_file_contains_exactly_the_documented_keys(tmp_path):
+    """E=4 experts, hidden 64, intermediate 64. Shapes do not depend on gpt-oss's interleaved (E, in, out) stacks."""
     save(tmp_path, "gpt_oss", target_modules=["q_proj", "experts"])
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
@@ -64,7 +64,7 @@ def test_file_holds_the_documented_keys_and_nothing_else(tmp_path):
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
 
 
-def test_config_file_says_what_loading_needs(tmp_path):
+def test_config_file_contains_what_loading_needs(tmp_path):
     save(tmp_path, quant_type="fp4", blocksize=128)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "MOE_QLORA"
@@ -73,7 +73,7 @@ def test_config_file_says_what_loading_needs(tmp_path):
 
 
 def test_delta_is_scaling_times_b_times_a(tmp_path):
-    """What the contract says, read from the file alone and added to the stacks, is what the model computes."""
+    """The documented delta, computed from the file and added to the stacks, gives the model's outputs."""
     expected = save(tmp_path, target_modules=["experts"], quant_type=None, lora_alpha=6)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     base = load_base(tmp_path)
@@ -99,7 +99,7 @@ def test_reloading_with_options_is_bitwise_equal(options, tmp_path):
     assert torch.equal(logits(model, token_ids()), expected)
 
 
-def test_reloading_selected_layers_and_projections_is_bitwise_equal(tmp_path):
+def test_reloading_selected_projections_is_bitwise_equal(tmp_path):
     expected = save(tmp_path, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
     model = PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
     assert torch.equal(logits(model, token_ids()), expected)
@@ -107,7 +107,7 @@ def test_reloading_selected_layers_and_projections_is_bitwise_equal(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_cpu_mem_usage_gives_the_same_tensors(dtype, tmp_path):
-    """Memory-mapped tensors may be aligned otherwise, so that logits can differ in the last bit; tensors may not."""
+    """Memory-mapped tensors may have another alignment, so logits can differ in the last bit; tensors must not."""
     save(tmp_path, dtype=dtype, target_modules=["experts"])
     plain = PeftModel.from_pretrained(load_base(tmp_path, dtype), tmp_path / "adapter")
     lean = PeftModel.from_pretrained(load_base(tmp_path, dtype), tmp_path / "adapter", low_cpu_mem_usage=True)
@@ -149,7 +149,7 @@ for name, way in ways.items():
 
 
 def test_every_way_of_loading_in_a_fresh_process(tmp_path):
-    """After the one import. PEFT's own ways are exact; transformers' maps tensors, see the test above."""
+    """After one import. PEFT's own ways are exact; transformers' map tensors, see the test above."""
     expected = save(tmp_path)
     config_file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(config_file.read_text())
@@ -168,7 +168,7 @@ def test_every_way_of_loading_in_a_fresh_process(tmp_path):
 
 @pytest.mark.parametrize("quantize_linear", [False, True])
 def test_transformers_does_not_round_the_factors(quantize_linear, tmp_path):
-    """On a 16-bit model it would create them in 16 bits, and fill those."""
+    """On a 16-bit model it would create them in 16 bits, and load into these."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_model(dtype=torch.bfloat16).save_pretrained(base)
     kwargs = {"dtype": torch.bfloat16}
@@ -207,7 +207,7 @@ def test_transformers_does_not_round_the_factors(quantize_linear, tmp_path):
         assert torch.equal(logits(found.eval(), token_ids()), logits(model, token_ids()))
 
 
-def test_loading_without_the_import_says_which_type_is_missing(tmp_path):
+def test_loading_without_the_import_names_the_missing_type(tmp_path):
     save(tmp_path)
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
     result = subprocess.run(
@@ -296,8 +296,8 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
     assert all(".lora_" in name for name in saved)
 
 
-def test_config_of_a_saved_adapter_can_start_another_one(tmp_path):
-    """The file beside it then says nothing about the new adapter."""
+def test_config_of_a_saved_adapter_as_start_of_another(tmp_path):
+    """The file next to it does not apply to the new adapter."""
     save(tmp_path)
     config = MoeQLoraConfig.from_pretrained(tmp_path / "adapter")
     config.expert_r = 5
@@ -309,7 +309,7 @@ def test_config_of_a_saved_adapter_can_start_another_one(tmp_path):
 
 
 def test_no_pickle_is_written_or_read(tmp_path):
-    """A pickled adapter beside the config is not what PEFT may load for us."""
+    """PEFT must not load a pickled adapter next to the config."""
     save(tmp_path)
     assert not list((tmp_path / "adapter").glob("*.bin"))
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -319,8 +319,8 @@ def test_no_pickle_is_written_or_read(tmp_path):
         PeftModel.from_pretrained(load_base(tmp_path), tmp_path / "adapter")
 
 
-def test_writing_a_pickle_is_refused(tmp_path):
-    """Nothing here would read it. What is written is not removed: it may be all that is left of a training."""
+def test_writing_a_pickle_is_rejected(tmp_path):
+    """Nothing here would read it. A written file is not removed: it may be the only result of a training."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4))
     model.add_adapter("other", MoeQLoraConfig(r=4))
     remedy = r"adapter_model\.bin is a pickle, which is never read.*safe_serialization=True"
@@ -329,20 +329,20 @@ def test_writing_a_pickle_is_refused(tmp_path):
     assert not list(tmp_path.rglob("adapter_config.json"))
     with pytest.raises(ValueError, match=rf"other.{remedy}"):
         model.save_pretrained(tmp_path, safe_serialization=False, selected_adapters=["other"])
-    # beside safetensors of before, which would be loaded instead
+    # with older safetensors in the directory, which would be loaded instead
     model.save_pretrained(tmp_path / "both")
     assert MoeQLoraConfig.from_pretrained(tmp_path / "both").stored
     with pytest.raises(ValueError, match=remedy):
         model.save_pretrained(tmp_path / "both", safe_serialization=False)
-    # in safetensors, whatever lies there
+    # in safetensors, whatever the directory contains
     model.save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(tiny_model(), tmp_path).peft_config["default"].r == 4
 
 
 @pytest.mark.parametrize("storage", ["nf4", None], ids=str)
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_saving_a_model_whole_with_adapters_inside_is_refused(storage, options, tmp_path):
-    """Its tensors have PEFT's names then, which nothing loads."""
+def test_saving_a_full_model_with_adapters_is_rejected(storage, options, tmp_path):
+    """Its tensors would have PEFT's names, which nothing loads."""
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, quant_type=storage, **options))
     randomize_adapter(model)
     base = model.get_base_model()
@@ -361,8 +361,8 @@ def test_saving_a_model_whole_with_adapters_inside_is_refused(storage, options, 
         AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
 
-def test_a_loaded_model_with_adapters_inside_is_not_saved_whole(tmp_path):
-    """One that transformers has loaded into 4 bits."""
+def test_saving_a_loaded_full_model_with_adapters_is_rejected(tmp_path):
+    """A model that transformers loaded into 4 bits."""
     tiny_model().save_pretrained(tmp_path / "dense")
     config = MoeQuantizationConfig(quantize_linear=False)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, device_map="cpu")
@@ -373,7 +373,7 @@ def test_a_loaded_model_with_adapters_inside_is_not_saved_whole(tmp_path):
 
 
 def on_the_hub(cache: Path, adapter: Path, subfolder: str = "") -> None:
-    """Puts an adapter into a cache as that of the repository own/adapter."""
+    """Puts an adapter into a cache as the repository own/adapter."""
     repository = cache / "models--own--adapter"
     shutil.copytree(adapter, repository / "snapshots" / "0123abc" / subfolder)
     (repository / "refs").mkdir()
@@ -383,7 +383,7 @@ def on_the_hub(cache: Path, adapter: Path, subfolder: str = "") -> None:
 @pytest.mark.parametrize("subfolder", ["", "part"])
 @pytest.mark.parametrize("is_offline", [True, False], ids=["offline", "online"])
 def test_pickles_on_the_hub(is_offline, subfolder, tmp_path, monkeypatch):
-    """PEFT would load them for want of safetensors."""
+    """PEFT would load them if there are no safetensors."""
     save(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = file.read_bytes()
@@ -410,7 +410,7 @@ def test_pickles_on_the_hub(is_offline, subfolder, tmp_path, monkeypatch):
     assert MoeQLoraConfig.from_pretrained("own/adapter", **place).expert_r == 3
     for file in ("adapter_model.safetensors", "adapter_model.bin"):
         (snapshot / file).unlink()
-    assert MoeQLoraConfig.from_pretrained("own/adapter", **place).expert_r == 3  # to start another one from
+    assert MoeQLoraConfig.from_pretrained("own/adapter", **place).expert_r == 3  # usable to start another adapter
 
 
 def test_auto_peft_model_is_a_peft_model(tmp_path):
@@ -419,8 +419,8 @@ def test_auto_peft_model_is_a_peft_model(tmp_path):
     assert torch.equal(logits(model.eval(), token_ids()), expected)
 
 
-def test_the_readme_says_how_the_adapter_is_loaded(tmp_path):
-    """Once, however often it is saved; and what it says works."""
+def test_model_card_shows_how_to_load_the_adapter(tmp_path):
+    """Once, after any number of saves; and the printed code works."""
     tiny_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(model, MoeQLoraConfig(r=2))
@@ -436,7 +436,7 @@ def test_the_readme_says_how_the_adapter_is_loaded(tmp_path):
     assert "import peft_moe_qlora" in (tmp_path / "adapter" / "other" / "README.md").read_text()
 
 
-def test_the_base_is_known_again(tmp_path):
+def test_base_is_recognized(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), MoeQLoraConfig(r=2))
     base = model.peft_config["default"].base
@@ -449,7 +449,7 @@ def test_the_base_is_known_again(tmp_path):
             again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
             again = PeftModel.from_pretrained(again, tmp_path / "adapter")
             assert again.peft_config["default"].base == base
-        # a configuration that was used before is none of a file
+        # a reused configuration does not refer to a file
         config = MoeQLoraConfig(r=2)
         get_peft_model(tiny_model(), config)
         other = get_peft_model(tiny_model(std=0.1), config)
@@ -458,8 +458,8 @@ def test_the_base_is_known_again(tmp_path):
         PeftModel.from_pretrained(tiny_model(std=0.16), tmp_path / "adapter")
 
 
-def test_linear_layers_that_are_stored_otherwise_are_named(tmp_path):
-    """Experts are quantized as in training whatever the base is; linear layers stay as the base has them."""
+def test_linear_layers_in_another_storage_are_named(tmp_path):
+    """Experts are quantized as in training, whatever the base; linear layers stay as in the base."""
     tiny_model().save_pretrained(tmp_path / "base")
 
     def base(**options):
@@ -479,7 +479,7 @@ def test_linear_layers_that_are_stored_otherwise_are_named(tmp_path):
 
 @needs_adapter_methods
 @pytest.mark.parametrize("quantize", [False, True], ids=["in memory", "loaded in 4 bits"])
-def test_transformers_saves_the_factors_of_linear_layers_too(quantize, tmp_path):
+def test_transformers_saves_the_factors_of_linear_layers(quantize, tmp_path):
     save(tmp_path, "mixtral")
     options = {"quantization_config": MoeQuantizationConfig(), "device_map": "cpu"} if quantize else {}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **options)

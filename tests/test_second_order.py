@@ -1,4 +1,4 @@
-"""Rounding to 4 bits with regard to what goes in."""
+"""Rounding to 4 bits that minimizes the error of the outputs for the calibration inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def second_moment(features: int, rank: int, experts: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_the_nearest_codes_are_those_of_bitsandbytes(storage, device):
+def test_nearest_codes_equal_bitsandbytes(storage, device):
     weight = randn(1, 48, 64, device=device)
     stack = QuantizedStack.from_dense(weight, False, storage)
     again = QuantizedStack.from_dense(torch.zeros_like(weight), False, storage)
@@ -48,8 +48,8 @@ def test_the_nearest_codes_are_those_of_bitsandbytes(storage, device):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("scale", [1.5, 1e-30, 0.0, -0.0, -1e-30, -0.7])
-def test_the_nearest_codes_are_nearest_whatever_the_scale(quant_type, scale, device):
-    """Of all 16; scales in 8 bits come out negative where they are small beside others of their group."""
+def test_nearest_codes_are_nearest_for_any_scale(quant_type, scale, device):
+    """Among all 16. 8-bit scales become negative if they are small compared with others of their group."""
     storage = FourBitFormat(quant_type)
     weights = (abs(scale) or 1.0) * randn(2000, device=device)
     values = scale * code_values(quant_type, weights.device)
@@ -59,7 +59,7 @@ def test_the_nearest_codes_are_nearest_whatever_the_scale(quant_type, scale, dev
 
 
 def test_negative_scales_in_8_bits():
-    """Blocks of one group that differ in size by far: codes are right for the scales that are stored."""
+    """Blocks of one group with very different sizes: codes fit the stored scales."""
     weight = randn(1, 64, 64) * torch.tensor([1e-3] * 60 + [10.0] * 4)[:, None]
     stack = QuantizedStack.from_dense(weight, False, FourBitFormat(double_quant=True))
     merged = quantize_second_order(
@@ -73,7 +73,7 @@ def test_negative_scales_in_8_bits():
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_inputs_alike_in_every_direction_ask_for_the_nearest(storage, device):
+def test_isotropic_inputs_give_the_nearest_codes(storage, device):
     weights = randn(2, 24, 96, device=device)
     scales = torch.full_like(weights, 2.5)
     codes, is_nearest = round_second_order(weights, scales, torch.eye(96, device=device).expand(2, 96, 96), storage)
@@ -82,8 +82,8 @@ def test_inputs_alike_in_every_direction_ask_for_the_nearest(storage, device):
 
 
 @pytest.mark.parametrize("features", [64, 130, 300])
-def test_what_the_layer_gives_changes_less(features, device):
-    """And the errors are those of the definition, by which every expert has to win."""
+def test_error_of_the_outputs_decreases(features, device):
+    """By the definition of the error, for every expert."""
     storage = FourBitFormat()
     weights = randn(3, 32, features, device=device)
     scales = weights.abs().amax(dim=2, keepdim=True).expand_as(weights)
@@ -101,7 +101,7 @@ def test_what_the_layer_gives_changes_less(features, device):
 
 def test_scales_are_the_best_of_those_tried():
     matrix = randn(16, 128)
-    matrix[0, 0] = 30.0  # a weight so large that its block is better off clipping it, or not
+    matrix[0, 0] = 30.0  # a weight so large that clipping it may be better for its block
     storage = FourBitFormat()
     largest = matrix.view(-1, 64).abs().amax(dim=1)
     before = largest * 0.97
@@ -122,13 +122,13 @@ def test_scales_are_the_best_of_those_tried():
 @pytest.mark.parametrize("is_transposed", [False, True])
 # blocks that end inside a row, an odd number of weights, a square
 @pytest.mark.parametrize("shape", [(3, 40, 24), (2, 7, 9), (2, 64, 64)], ids=str)
-def test_a_stack_without_delta_stays_as_it_is(storage, is_transposed, shape, device):
+def test_stack_without_a_delta_is_unchanged(storage, is_transposed, shape, device):
     stack = QuantizedStack.from_dense(randn(*shape, device=device), is_transposed, storage)
     features = stack.in_features
 
     def merged(expert: int) -> MergedExpert:
         weight = stack.decode_expert(expert, torch.float32)
-        moment = second_moment(features, 3)[0].to(device) * (expert > 0)  # the first has seen no token
+        moment = second_moment(features, 3)[0].to(device) * (expert > 0)  # the first expert has no tokens
         return MergedExpert(weight.T if is_transposed else weight, moment, torch.zeros(0, features, device=device))
 
     found = quantize_second_order(stack, merged, second_moment(features, 3)[0].to(device))
@@ -137,8 +137,8 @@ def test_a_stack_without_delta_stays_as_it_is(storage, is_transposed, shape, dev
         torch.testing.assert_close(found.decode(torch.float32), stack.decode(torch.float32))
 
 
-def test_no_token_at_all():
-    """Every direction counts alike then, but for those that the adapter reads."""
+def test_no_tokens():
+    """All directions then have the same weight, except for those that the adapter reads."""
     stack = QuantizedStack.from_dense(randn(2, 32, 64), False, FourBitFormat())
     delta = 0.5 * randn(32, 64, seed=3)
 
@@ -150,10 +150,10 @@ def test_no_token_at_all():
     assert 0.01 < found.fidelity.relative_error < 0.2
 
 
-def test_what_is_not_finite_is_refused():
+def test_nonfinite_weights_are_rejected():
     stack = QuantizedStack.from_dense(randn(1, 8, 64), False, FourBitFormat())
     moment = torch.eye(64)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+    with pytest.raises(ValueError, match="NaNs or infinite values detected in the merged weights"):
         quantize_second_order(
             stack, lambda _: MergedExpert(torch.full((8, 64), torch.inf), moment, torch.zeros(0, 64)), moment
         )
@@ -164,8 +164,8 @@ def load(directory, dtype: torch.dtype = torch.float32) -> PeftModel:
     return PeftModel.from_pretrained(base, directory / "adapter").eval()
 
 
-def test_half_the_divergence_of_rounding_to_the_nearest(trained):
-    """What requantizing costs a trained adapter; no text is given."""
+def test_divergence_is_half_that_of_rounding_to_nearest(trained):
+    """The cost of requantizing a trained adapter; no text is given."""
     directory, ids = trained
     model = load(directory)
     live = logits(model, ids)
@@ -176,8 +176,8 @@ def test_half_the_divergence_of_rounding_to_the_nearest(trained):
     assert 0 < found <= 0.5 * nearest
 
 
-def test_more_of_a_small_delta_survives(trained):
-    """A twentieth of the adapter is too little for most codes to change."""
+def test_more_of_a_small_delta_is_kept(trained):
+    """A twentieth of the adapter is too small to change most codes."""
     directory, _ = trained
     kept = {}
     for rounding in ("nearest", "second-order"):
@@ -197,7 +197,7 @@ MODEL_TYPES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"]
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_every_kind_of_layer(model_type, double_quant, device):
+def test_all_kinds_of_layers(model_type, double_quant, device):
     config = MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=double_quant)
     model = get_peft_model(tiny_model(model_type, device), config).eval()
     randomize_adapter(model, std=0.05)
@@ -215,14 +215,14 @@ def test_every_kind_of_layer(model_type, double_quant, device):
     assert kl_divergence(live, logits(merged, ids)) < 2 * kl_divergence(live, logits(nearest, ids)) + 1e-3
 
 
-def test_the_same_at_every_call():
+def test_deterministic():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
     randomize_adapter(model)
     first, second = (logits(copy.deepcopy(model).merge_and_unload(), token_ids()) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_a_text_can_be_given():
+def test_calibration_text():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
     randomize_adapter(model)
     found = logits(copy.deepcopy(model).merge_and_unload(calibration=token_ids()), token_ids())
@@ -235,17 +235,17 @@ def test_a_text_can_be_given():
         model.merge_and_unload(rounding="best")
 
 
-def test_random_tokens_are_ordinary_ones():
+def test_random_tokens_are_not_special():
     config = tiny_model().config
     ids = random_token_ids(config)
-    assert ids.shape == (16, 128)  # as long as the model takes
+    assert ids.shape == (16, 128)  # the model's maximum length
     assert ids.min() >= 3
     assert ids.max() < config.vocab_size
     assert len(ids.unique()) > 50
     assert torch.equal(ids, random_token_ids(config))
 
 
-def test_layers_that_no_token_reaches_are_told():
+def test_layers_without_tokens_are_reported():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
     randomize_adapter(model)
     skipped = model.base_model.model.model.layers[1]
@@ -256,7 +256,7 @@ def test_layers_that_no_token_reaches_are_told():
 
 
 @pytest.mark.parametrize("target_modules", [["experts"], "all-linear"], ids=str)
-def test_two_adapters_and_one_that_is_merged_already(target_modules):
+def test_two_adapters_of_which_one_is_already_merged(target_modules):
     def build():
         model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=target_modules)).eval()
         model.add_adapter("other", MoeQLoraConfig(r=2, target_modules=target_modules))
@@ -267,14 +267,14 @@ def test_two_adapters_and_one_that_is_merged_already(target_modules):
     model = build()
     model.merge_adapter(["default"])
     in_turn = model.merge_and_unload(adapter_names=["other"])
-    # of linear layers in floating point one delta is added, taken off and added again
+    # in floating-point linear layers, one delta is added, subtracted and added again
     atol = 0 if target_modules == ["experts"] else 1e-3
     torch.testing.assert_close(logits(together, token_ids()), logits(in_turn, token_ids()), rtol=0, atol=atol)
     alone = build().merge_and_unload(adapter_names=["other"])
     assert not torch.allclose(logits(together, token_ids()), logits(alone, token_ids()), atol=0.1)
 
 
-def test_a_forward_that_fails_merges_nothing_twice():
+def test_failed_forward_merges_nothing_twice():
     def build():
         model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
         randomize_adapter(model)
@@ -295,8 +295,8 @@ def test_a_forward_that_fails_merges_nothing_twice():
     assert kl_divergence(live, logits(merged, token_ids())) < 1.5 * once
 
 
-def test_a_forward_that_fails_leaves_merged_what_was():
-    """Else the same call, which names the other adapter alone, would lose it in the layers that are left."""
+def test_failed_forward_keeps_earlier_merges():
+    """Otherwise the same call, which names only the other adapter, would lose it in the remaining layers."""
 
     def build():
         model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
@@ -319,7 +319,7 @@ def test_a_forward_that_fails_leaves_merged_what_was():
     assert torch.equal(logits(merged, token_ids()), logits(expected, token_ids()))
 
 
-def test_a_disabled_adapter_is_merged_as_if_it_were_not():
+def test_disabled_adapter_is_merged_as_usual():
     def merged(is_disabled: bool) -> torch.Tensor:
         model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
         randomize_adapter(model)
@@ -330,7 +330,7 @@ def test_a_disabled_adapter_is_merged_as_if_it_were_not():
     assert torch.equal(merged(True), merged(False))
 
 
-def test_what_is_no_calibration():
+def test_invalid_calibration():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4)).eval()
     for calibration in (
         torch.ones(3, dtype=torch.int64),
@@ -343,7 +343,7 @@ def test_what_is_no_calibration():
 
 
 class PlainModel(torch.nn.Module):
-    """One layer of experts in a model that transformers has no part in."""
+    """One layer of experts in a model that is not from transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ class PlainModel(torch.nn.Module):
 
 
 class Wrapper(torch.nn.Module):
-    """Around a model of transformers."""
+    """Wraps a transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,8 +371,8 @@ class Wrapper(torch.nn.Module):
     ids=["random", "calibration", "nearest", "fp32"],
 )
 @pytest.mark.parametrize("model_class", [PlainModel, Wrapper])
-def test_a_model_without_a_config_of_its_own(model_class, options):
-    """It is called with the ids alone; its experts tell the vocabulary."""
+def test_model_without_a_config(model_class, options):
+    """It is called with ids only; its experts' config has the vocabulary size."""
     model = get_peft_model(model_class(), MoeQLoraConfig(r=4, target_modules=["experts"])).eval()
     randomize_adapter(model, std=0.05)
     with torch.no_grad():
@@ -383,7 +383,7 @@ def test_a_model_without_a_config_of_its_own(model_class, options):
     assert error < (1e-5 if "dtype" in options else 0.2)
 
 
-def test_a_model_without_a_vocabulary():
+def test_model_without_a_vocabulary_size():
     model = PlainModel()
     for module in model.modules():
         if hasattr(module, "config"):

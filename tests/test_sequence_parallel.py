@@ -1,4 +1,4 @@
-"""Sequences shared by two processes, by DeepSpeed's Ulysses, against one process that has the whole of them."""
+"""DeepSpeed's Ulysses sequence parallelism in two processes, compared with one process that has whole sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from calling_backend import CallingBackend
-from distributed_training import found_in, launch
+from distributed_training import launch, saved_results
 from peft import get_peft_model
 from safetensors.torch import load_file
 from sequence_parallel_training import (
@@ -42,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(directory: Path, stage: int) -> list[dict[str, Any]]:
-    """What each of two processes finds."""
+    """The results of each of two processes."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install deepspeed")
     pytest.importorskip(
         "accelerate", minversion="1.12", reason="accelerate has no sequence parallelism; pip install accelerate>=1.12"
@@ -55,7 +55,7 @@ def train(directory: Path, stage: int) -> list[dict[str, Any]]:
         DS_ACCELERATOR="cpu",
         CUDA_VISIBLE_DEVICES="",
     )
-    return found_in(directory / f"zero{stage}")
+    return saved_results(directory / f"zero{stage}")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def shared(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path) -> dict[str, Any]:
+def single_process(directory: Path) -> dict[str, Any]:
     args = arguments(directory / "alone", use_cpu=True, save_strategy="no")
     one = Trainer(build(directory, CASES["plain"]), args, train_dataset=rows())
     before = packed(one.model)
@@ -73,36 +73,38 @@ def alone(directory: Path) -> dict[str, Any]:
     return {**found, "factors": factors(one.model), "packed": before}
 
 
-def assert_as_alone(found: dict[str, Any], alone: dict[str, Any], adapter: Path) -> None:
+def assert_equals_single_process(found: dict[str, Any], single_process: dict[str, Any], adapter: Path) -> None:
     for name in ("losses", "norms", "evaluated", "factors"):
-        torch.testing.assert_close(found[name], alone[name], rtol=0, atol=1e-5)
-    assert_same_bytes(found["packed"], alone["packed"])
+        torch.testing.assert_close(found[name], single_process[name], rtol=0, atol=1e-5)
+    assert_same_bytes(found["packed"], single_process["packed"])
     expected = {name.replace(".default.", "."): one for name, one in found["factors"].items()}
     assert_same_bytes(load_file(adapter / "adapter_model.safetensors"), expected)
 
 
-def test_a_trainer_as_in_one_process(shared, alone, directory):
+def test_trainer_equals_one_process(shared, single_process, directory):
     for found in shared:
-        assert_as_alone(found, alone, directory / "zero3")
+        assert_equals_single_process(found, single_process, directory / "zero3")
 
 
-def test_gradients_are_summed_under_zero2(alone, directory):
-    """What is set against their size, clipping and epsilon, was doubled there."""
+def test_gradients_are_summed_under_zero2(single_process, directory):
+    """The script doubles clipping norm and epsilon for ZeRO-2, as both depend on the size of the gradients."""
     for found in train(directory, 2):
-        assert_as_alone({**found, "norms": [norm / 2 for norm in found["norms"]]}, alone, directory / "zero2")
+        assert_equals_single_process(
+            {**found, "norms": [norm / 2 for norm in found["norms"]]}, single_process, directory / "zero2"
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.router_loss])
 def test_gradients(name, shared, directory):
-    # captures need a GPU, and calls stand in for them in the processes alone
+    # captures need a GPU; plain calls replace them only in the launched processes
     case = Case(**{**vars(CASES[name]), "graphs": False})
     expected = backward(build(directory, case), case, 1, 0)
     for found in shared:
         torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
 
 
-def test_router_loss_is_that_of_the_parts(shared, directory):
-    """Each process balances the experts over the tokens that it has."""
+def test_router_loss_is_computed_per_part(shared, directory):
+    """Each process balances the experts over its own tokens."""
     expected = backward_in_parts(build(directory, CASES["router loss"]), 2)
     whole = expected.pop("whole")
     for found in shared:
@@ -118,7 +120,7 @@ def test_no_graphs(shared):
 
 
 @pytest.mark.parametrize("engine", ["DeepSpeed's Ulysses", "torch's context parallelism"])
-def test_captured_layers_wait_while_sequences_are_split(engine, monkeypatch):
+def test_captured_layers_are_not_used_with_split_sequences(engine, monkeypatch):
     monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", CallingBackend)
     model = tiny_model()
     prepare_model_for_training(model, cuda_graphs=True)

@@ -1,4 +1,4 @@
-"""The computed bytes of a rank against those of a model."""
+"""The computed bytes of a rank, compared with those of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXPERT_R = 4
 
 
 def nbytes_of(model: torch.nn.Module, ranks: int) -> dict[str, int]:
-    """Bytes of what a rank has when each parameter is cut along its first dimension."""
+    """Bytes on a rank if each parameter is sharded along its first dimension."""
     found = dict.fromkeys(("codes", "scales", "factors", "others"), 0)
     mesh = distributed.init_device_mesh("cpu", (ranks,))
     for name, parameter in model.named_parameters():
@@ -35,7 +35,7 @@ def nbytes_of(model: torch.nn.Module, ranks: int) -> dict[str, int]:
 
 @pytest.fixture
 def group(request):
-    """Rank 0 of a number of processes that don't exist: nothing is sent."""
+    """Rank 0 of a group of nonexistent processes: nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
@@ -45,7 +45,7 @@ def group(request):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 4], indirect=True)
-def test_bytes_are_those_of_a_model(group, double_quant):
+def test_bytes_match_a_model(group, double_quant):
     config = MoeQLoraConfig(r=EXPERT_R, target_modules=["experts"], double_quant=double_quant)
     model = get_peft_model(tiny_model(), config)
     whole = sum(p.numel() for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_a_model(group, double_quant):
     assert {kind: getattr(computed, kind) for kind in found} == found
 
 
-def test_optimizer_and_gradients_are_those_of_a_step():
+def test_optimizer_and_gradients_match_a_step():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(r=EXPERT_R, target_modules=["experts"]))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -68,7 +68,7 @@ def test_optimizer_and_gradients_are_those_of_a_step():
     assert computed.optimizer == sum(value.nbytes for value in moments)
 
 
-def test_what_more_ranks_hold():
+def test_bytes_scale_with_the_number_of_ranks():
     eight, sixteen = (shard(MODELS["deepseek-v3"], ranks, 4096) for ranks in (8, 16))
     assert eight.resident == pytest.approx(2 * sixteen.resident)
     assert eight.gathered == sixteen.gathered

@@ -1,4 +1,4 @@
-"""What a user sees before and during the work: no notices of other libraries, progress, and the package's name."""
+"""Messages before and during the work: no notices of other libraries, progress bars, and the package's name."""
 
 import json
 import logging
@@ -45,12 +45,12 @@ def _run(*arguments):
 
 
 def test_import_brings_no_heavy_modules():
-    """Beyond those of torch, transformers and PEFT: what takes its time is imported where it is used."""
+    """Beyond those of torch, transformers and PEFT: slow modules are imported where they are used."""
     assert json.loads(_run("-c", _IMPORT).stdout) == []
 
 
 def test_start_of_the_command_line_is_quiet():
-    """stderr is empty; which notices there could be depends on the CPU."""
+    """stderr is empty; the possible notices depend on the CPU."""
     done = _run("-m", "peft_moe_qlora", "--help")
     assert done.stderr == ""
     assert "inspect" in done.stdout
@@ -69,7 +69,7 @@ def test_only_the_notice_is_dropped_and_only_at_import():
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """A quantized model and where it is saved."""
+    """A quantized model, and the directory that contains it."""
     place = tmp_path_factory.mktemp("signs")
     tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(place / "base")
     model = AutoModelForCausalLM.from_pretrained(
@@ -89,8 +89,8 @@ def test_stock_transformers_names_the_package(quantized):
     assert method.replace("_", "-") == re.search(r'^name = "(.+)"$', project, re.M)[1]
 
 
-def test_long_work_shows_progress(quantized, tmp_path, capsys, monkeypatch):
-    """Bars of what is mostly done in a moment appear once it has taken a while."""
+def test_long_operations_show_progress(quantized, tmp_path, capsys, monkeypatch):
+    """Bars of usually fast operations appear after a delay."""
     model, _ = quantized
     shown = []
     for name in ("loading.save_bnb", "experts.convert", "loading.checkpoint"):
@@ -125,8 +125,8 @@ def test_converting_shows_progress(tmp_path, capsys, monkeypatch):
         assert "Writing" not in capsys.readouterr().err
 
 
-def test_the_check_of_a_merge_shows_progress(capsys, monkeypatch):
-    """Three runs of the model, whose outputs the counting does not change."""
+def test_merge_check_shows_progress(capsys, monkeypatch):
+    """Three runs of the model, whose outputs the progress bar does not change."""
     monkeypatch.setattr("peft_moe_qlora.merge.check.PATIENCE", 0)
     checks = []
     for progressbar in (True, False):
@@ -142,8 +142,8 @@ def test_the_check_of_a_merge_shows_progress(capsys, monkeypatch):
     assert checks[0].num_positions > 0
 
 
-def test_a_checkpoint_names_the_package(quantized, tmp_path):
-    """In its config, and where this package writes files beside the weights, in a README that there is none of."""
+def test_checkpoint_names_the_package(quantized, tmp_path):
+    """In its config, and for merged checkpoints in a README, unless the base has one."""
     _, place = quantized
     written = json.loads((place / "quantized" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert "pip install peft-moe-qlora" in written["loading"]
@@ -156,14 +156,14 @@ def test_a_checkpoint_names_the_package(quantized, tmp_path):
     assert not (tmp_path / "merged" / "README.md.writing").exists()
 
 
-def test_inspect_of_a_name_says_how(capsys):
-    """A name instead of a directory, which `--card` takes."""
+def test_inspect_of_a_model_name_suggests_card(capsys):
+    """A name instead of a directory requires `--card`."""
     assert main(["inspect", "Qwen3-30B-A3B"]) == 1
     assert "--card" in capsys.readouterr().err
 
 
-def test_what_libraries_print_is_not_in_the_result(capsys, monkeypatch):
-    """DeepSpeed logs to stdout when it is imported; a program that reads the JSON must not meet that."""
+def test_output_of_libraries_is_not_in_the_result(capsys, monkeypatch):
+    """DeepSpeed logs to stdout when it is imported, which must not get into the JSON."""
     import peft_moe_qlora.cli as cli
 
     def noisy(*args):

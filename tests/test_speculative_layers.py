@@ -1,4 +1,4 @@
-"""Layers for speculative decoding, which checkpoints have behind the last one and classes do without."""
+"""Layers for speculative decoding after the last layer of a checkpoint, which the class does not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_moe_qlora import CheckpointError, MoeQuantizationConfig, load_quantize
 
 
 def save(directory, declared: int) -> torch.nn.Module:
-    """Two layers, and another behind them; the class lists number 61 for that, as DeepSeek-V3 has it."""
+    """Two layers and one more after them; the class lists number 61 as such, as for DeepSeek-V3."""
     model = tiny_model("deepseek_v3")
     model.save_pretrained(directory)
     tensors = read_tensors(directory)
@@ -26,7 +26,7 @@ def save(directory, declared: int) -> torch.nn.Module:
     return model
 
 
-def test_they_are_left_out_whatever_their_number(tmp_path):
+def test_they_are_skipped_for_any_number_of_layers(tmp_path):
     model = save(tmp_path, 1)
     config = MoeQuantizationConfig(quant_type="nf4", quantize_linear=False)
     loaded = load_quantized(tmp_path, config, dtype=torch.float32, device_map="cpu")
@@ -35,7 +35,7 @@ def test_they_are_left_out_whatever_their_number(tmp_path):
     assert torch.equal(logits(loaded, token_ids()), logits(expected, token_ids()))
 
 
-def test_layers_that_nothing_declares_are_refused(tmp_path):
+def test_undeclared_layers_are_rejected(tmp_path):
     save(tmp_path, 0)
     with pytest.raises(CheckpointError, match=r"layers\.2\..* that the model does not have"):
         load_quantized(tmp_path, dtype=torch.float32, device_map="cpu")

@@ -1,4 +1,4 @@
-"""The benchmark of the training step runs on a CPU from end to end, and its parts say what they should."""
+"""The benchmark of the training step runs from end to end on a CPU, and its parts give correct figures."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(*arguments: object) -> object:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_are_known_by_their_names(name):
+def test_kernels_are_classified_by_name(name):
     from kernel_categories import category
 
     assert category(name) == KERNELS[name]
@@ -104,7 +104,7 @@ def test_every_kernel_of_the_package_has_a_category():
     assert [name for name in found if category(name) == OTHER] == []
 
 
-def test_annotations_are_no_kernels():
+def test_annotations_are_not_kernels():
     from kernel_categories import is_annotation
 
     assert is_annotation("Optimizer.step#AdamW8bit.step")
@@ -112,7 +112,7 @@ def test_annotations_are_no_kernels():
     assert not any(is_annotation(name) for name in KERNELS)
 
 
-def test_a_part_is_taken_from_the_whole_by_name():
+def test_times_of_a_part_are_subtracted_by_name():
     from kernel_categories import KernelTime, by_category, total, unclassified, without
 
     whole = {"nvjet_a": KernelTime(10.0, 5), "nvjet_b": KernelTime(7.0, 2), "strange": KernelTime(1.0, 1)}
@@ -127,7 +127,7 @@ def test_a_part_is_taken_from_the_whole_by_name():
 # ---- arms
 
 
-def test_arms_are_read_with_their_settings():
+def test_arms_are_parsed_with_their_settings():
     from step_settings import parse_arm
 
     arm = parse_arm("ours+graphs+keep-experts+compile", "nf4/64+dq")
@@ -152,14 +152,14 @@ def test_arms_are_read_with_their_settings():
         ("ours+graphs+reentrant", "reentrant requires torch"),
     ],
 )
-def test_arms_that_are_none_are_refused(text, message):
+def test_invalid_arms_are_rejected(text, message):
     from step_settings import parse_arm
 
     with pytest.raises(ValueError, match=message):
         parse_arm(text)
 
 
-def test_what_changes_classes_comes_last_and_alone():
+def test_arms_that_patch_classes_run_last():
     from step_settings import in_order, parse_arm
 
     arms = [parse_arm(text) for text in ("ours+liger", "ours", "ours+liger-head", "attention")]
@@ -168,7 +168,7 @@ def test_what_changes_classes_comes_last_and_alone():
         in_order([*arms, parse_arm("unsloth")])
 
 
-def test_liger_is_refused_where_it_has_nothing():
+def test_unsupported_liger_models_are_rejected():
     from step_models import apply_liger
 
     with pytest.raises((ValueError, ImportError), match="liger"):
@@ -185,7 +185,7 @@ def build(arm: str, shape: str = "tiny", **options: object):
     return build_model(Plan(shape, parse_arm(arm, "nf4/64+dq"), 8, 4, **options))
 
 
-def test_layers_have_the_same_experts_and_routers_of_their_own():
+def test_layers_have_equal_experts_and_different_routers():
     model = build("ours")
     first, second = (layer.mlp for layer in model.get_base_model().model.layers)
     for name in ("gate_up_proj", "down_proj"):
@@ -198,7 +198,7 @@ def test_layers_have_the_same_experts_and_routers_of_their_own():
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-gpt-oss"])
 @pytest.mark.parametrize("arm", ["ours", "ours-bf16", "peft"])
-def test_experts_have_a_rank_of_their_own(arm, shape):
+def test_experts_have_their_own_rank(arm, shape):
     from step_models import factors
 
     shapes = [tuple(factor.shape) for name, factor in factors(build(arm, shape)) if ".experts." in name]
@@ -208,7 +208,7 @@ def test_experts_have_a_rank_of_their_own(arm, shape):
 
 
 @pytest.mark.parametrize("arm", ["ours", "attention"])
-def test_the_head_alone_gives_the_models_loss(arm):
+def test_separate_head_gives_the_models_loss(arm):
     from step_models import head_alone
 
     model = build(arm, dtype="float32").eval()
@@ -240,7 +240,7 @@ def test_command_writes_table_json_and_picture(tmp_path):
     arguments = ["--device", "cpu", "--shapes", "tiny", "--tokens", 16, 24, "--steps", 2, "--warmup", 1]
     arguments += ["--arms", "ours", "attention", "--expert-rank", 4, "--host", 3]
     arguments += ["--json", tmp_path / "step.json", "--picture", tmp_path / "step.png"]
-    # a file of an earlier version, beside which this run is shown
+    # a file of an earlier version, shown next to this run
     arguments += ["--beside", FOLDER / "results" / "h200-step.json"]
     command = [sys.executable, str(FOLDER / "step.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -274,14 +274,14 @@ def test_every_arm_takes_a_step():
     assert trained["ours"] == trained["ours-bf16"] == trained["peft"] > trained["attention"] > 0
 
 
-def test_storages_take_turns():
+def test_storages_alternate():
     rows = run("--storages", "nf4/64", "fp8/32x32", "--rounds", 2, "--expert-rank", 2, 4).steps
     found = {(row.storage, row.expert_rank) for row in rows}
     assert found == {(storage, rank) for storage in ("nf4/64", "fp8/32x32") for rank in (2, 4)}
     assert len(rows) == 4
 
 
-def test_losses_are_those_of_the_plain_path():
+def test_losses_match_the_plain_path():
     arms = ["ours+no-checkpointing", "ours+keep-experts", "ours+reentrant"]
     rows = run("--check", 6, "--dtype", "float32", "--lr", 1e-3, "--arms", *arms).losses
     plain, noise, *others = rows
@@ -294,7 +294,7 @@ def test_losses_are_those_of_the_plain_path():
         assert row.largest_difference < 1e-5
 
 
-def test_other_factors_are_compared_with_others():
+def test_other_factor_dtypes_have_their_own_reference():
     rows = run("--check", 2, "--arms", "ours", "ours+bf16-factors+no-checkpointing").losses
     names = [row.arm for row in rows]
     assert names[:2] == ["ours: the plain path", "ours+bf16-factors: the plain path"]
@@ -314,7 +314,7 @@ def test_optimizers_are_compared():
     assert "adamw8bit" in optimizer_table(results.optimizers)
 
 
-def test_a_package_that_is_missing_is_named():
+def test_missing_package_is_named():
     from step_optimizers import OPTIMIZERS, make_optimizer
 
     def missing(parameters, lr):
@@ -355,7 +355,7 @@ def test_generation_with_the_adapter_on_off_and_merged():
     assert "merged" in generation_table(rows.generation)
 
 
-def test_a_card_table_says_what_fits():
+def test_card_table_shows_what_fits():
     from step_results import StepRow, card_table
 
     fits = StepRow("tiny", milliseconds=3.0, tokens=16, peak_gib=2.0, warmup_peak_gib=3.0)
@@ -366,7 +366,7 @@ def test_a_card_table_says_what_fits():
     assert re.search(r"32 .*out of memory", table)
 
 
-def test_a_card_needs_a_gpu(capsys):
+def test_card_requires_a_gpu(capsys):
     from step import parse_arguments
 
     with pytest.raises(SystemExit):
@@ -374,7 +374,7 @@ def test_a_card_needs_a_gpu(capsys):
     assert "--card requires a GPU" in capsys.readouterr().err
 
 
-def test_results_of_other_benchmarks_are_refused(tmp_path):
+def test_results_of_other_benchmarks_are_rejected(tmp_path):
     from step_results import load_steps
 
     (tmp_path / "layer.json").write_text(json.dumps({"rows": []}))

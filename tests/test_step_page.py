@@ -1,4 +1,4 @@
-"""The tables of measured steps in the documentation are those of the results."""
+"""The tables of measured steps in the documentation match the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ else:
 
 
 @pytest.mark.timeout(120)
-def test_tables_are_fresh():
+def test_tables_are_up_to_date():
     run = subprocess.run(
         [sys.executable, "-c", CODE], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The benchmark of storages runs from end to end in a few steps, and its gaps and comparisons are what they say."""
+"""The benchmark of storages runs from end to end with few steps, and its gaps and comparisons are correct."""
 
 from __future__ import annotations
 
@@ -75,19 +75,19 @@ def test_merges_go_onto_a_base_in_the_storage(folder, printed):
         assert (folder / "kept" / f"adapter-{name}" / "adapter_model.safetensors").is_file()
 
 
-def test_picture_is_drawn(folder, printed):
+def test_plot_is_drawn(folder, printed):
     picture = (folder / "storages.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
 
 
-def test_unknown_storages_are_refused():
+def test_unknown_storages_are_rejected():
     result = run_storages("--storages", "mxfp4", "nf5/64")
     assert result.returncode == 2
     assert "unknown formats: nf5/64" in result.stderr
 
 
-def test_gap_is_of_the_smoothed_losses_without_sign(storages):
+def test_gap_is_the_absolute_difference_of_smoothed_losses(storages):
     baseline = storages.Run("16 bits", 0, [4.0] * 40, {40: 3.0})
     # one loss that is lower by 2 counts by a twentieth, at the beginning by more
     for step, gap, at in ((30, 2 / 20, 30), (4, 2 / 4, 4)):
@@ -99,7 +99,7 @@ def test_gap_is_of_the_smoothed_losses_without_sign(storages):
         assert (run.gap_at, run.held_out_gap) == (at, 0.25)
 
 
-def test_factors_that_start_elsewhere_are_found(storages, folder, printed):
+def test_different_initial_factors_are_detected(storages, folder, printed):
     kept = folder / "kept"
     args = storages.parse_arguments(["--steps", "1", "--held-out", "1", "--directory", str(kept)])
     args.base = kept / "base"
@@ -109,7 +109,7 @@ def test_factors_that_start_elsewhere_are_found(storages, folder, printed):
         storages.train(args, "mxfp4", storages.quickstart.Windows(windows, windows), initial)
 
 
-def test_tokens_that_are_routed_alike(storages):
+def test_tokens_with_equal_routing(storages):
     logits = torch.randn(3, 5)
     experts = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[1, 2], [2, 3]]])
     left = storages.Said(logits, experts)

@@ -1,4 +1,4 @@
-"""Checkpoints that others have quantized in ways that are not read: the config is asked first, with one answer."""
+"""Checkpoints in unsupported quantization formats: the config is checked first, with one error for all operations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saved(tmp_path_factory) -> Path:
 
 
 def quantize(directory: Path, config: dict) -> None:
-    """Puts a method's keys in the place of those of experts, and its config into config.json."""
+    """Replaces the keys of experts by a method's, and writes its config into config.json."""
     tensors = read_tensors(directory)
     before = {key: tensors.pop(key) for key in list(tensors) if ".experts." in key and not key.endswith("_bias")}
     for key, tensor in before.items():
@@ -65,8 +65,8 @@ def quantize(directory: Path, config: dict) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_the_method_is_named_with_what_to_do(config, name, saved, tmp_path, capsys):
-    """By everything that opens the checkpoint, in the same words."""
+def test_error_names_the_method_and_the_remedy(config, name, saved, tmp_path, capsys):
+    """Everything that opens the checkpoint raises the same message."""
     base, adapter, merged = (str(tmp_path / one) for one in ("base", "adapter", "merged"))
     for one in ("base", "adapter"):
         shutil.copytree(saved / one, tmp_path / one)
@@ -93,8 +93,8 @@ def test_the_method_is_named_with_what_to_do(config, name, saved, tmp_path, caps
         assert str(caught.value) == expected
 
 
-def test_a_base_in_4_bits_is_still_sent_to_quantize(saved, tmp_path, capsys):
-    """What can be read, but not merged in its layout."""
+def test_4_bit_base_requires_quantize(saved, tmp_path, capsys):
+    """It can be read, but not merged in its layout."""
     shutil.copytree(saved / "base", tmp_path / "base")
     set_bitsandbytes_config(tmp_path / "base", ["lm_head"])
     assert main(["merge", str(tmp_path / "base"), str(saved / "adapter"), str(tmp_path / "merged")]) == 1
@@ -103,7 +103,7 @@ def test_a_base_in_4_bits_is_still_sent_to_quantize(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [True, "fp8", ["fp8"], 3])
-def test_configs_of_quantization_that_are_none(value, saved, tmp_path, capsys):
+def test_invalid_quantization_configs(value, saved, tmp_path, capsys):
     shutil.copytree(saved / "base", tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": value}))
@@ -115,8 +115,8 @@ def test_configs_of_quantization_that_are_none(value, saved, tmp_path, capsys):
         load_quantized(base)
 
 
-def test_a_method_of_transformers_own_type():
-    """As `BitsAndBytesConfig.to_dict` gives it."""
+def test_method_as_an_enum():
+    """As in `BitsAndBytesConfig.to_dict`."""
     config = transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()
     assert quant_method(config) == "bitsandbytes"
     assert (

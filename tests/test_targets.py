@@ -1,4 +1,4 @@
-"""Which modules a configuration reaches, by present and by older names, and never the router unasked."""
+"""The modules that a configuration reaches, by current and older names; the router only on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_default_leaves_shared_experts_and_dense_layers_alone():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "phimoe"])
-def test_all_linear_is_every_linear_layer_and_the_experts_but_no_router(model_type):
+def test_all_linear_excludes_routers(model_type):
     model = tiny_model(model_type)
     linear = {
         name
@@ -72,27 +72,27 @@ def test_all_linear_is_every_linear_layer_and_the_experts_but_no_router(model_ty
         ("qwen3_moe", r".*\.mlp\.experts", BOTH),
     ],
 )
-def test_names_of_experts_and_of_their_parts(model_type, names, projections):
+def test_names_of_experts_and_their_projections(model_type, names, projections):
     assert adapt(model_type, target_modules=names) == {f"model.layers.{i}.mlp.experts": projections for i in range(2)}
 
 
 @pytest.mark.parametrize("names", [["gate_proj", "down_proj"], ["up_proj"], ["q_proj", "w1"]])
-def test_half_of_a_fused_stack_is_refused(names):
+def test_half_of_a_fused_stack_is_rejected(names):
     with pytest.raises(ValueError, match="one fused stack"):
         adapt(target_modules=names)
 
 
-def test_linear_layers_alone_leave_the_experts_without_factors():
+def test_linear_layers_only():
     found = adapt(target_modules=["q_proj"])
     assert set(found) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
 
 
-def test_qualified_names_of_shared_experts_do_not_reach_the_routed_ones():
+def test_names_of_shared_experts_do_not_match_routed_ones():
     found = adapt("deepseek_v3", target_modules=["shared_experts.down_proj"])
     assert set(found) == {"model.layers.1.mlp.shared_experts.down_proj"}
 
 
-def test_one_projection_beside_all_linear_layers():
+def test_one_projection_and_all_linear_layers():
     found = adapt(target_modules="all-linear", exclude_modules=["experts.gate_up_proj"])
     assert found["model.layers.0.mlp.experts"] == ("down_proj",)
     assert "model.layers.0.self_attn.q_proj" in found
@@ -108,11 +108,11 @@ def test_one_projection_beside_all_linear_layers():
     ],
     ids=str,
 )
-def test_layer_choice_and_exclusion_hold_for_experts(options):
+def test_layer_choice_and_exclusion_apply_to_experts(options):
     assert adapt(target_modules=["experts"], **options) == {"model.layers.1.mlp.experts": BOTH}
 
 
-def test_layer_choice_holds_for_linear_layers_and_experts_alike():
+def test_layer_choice_applies_to_linear_layers_and_experts():
     found = adapt(target_modules=["q_proj", "experts"], layers_to_transform=[1])
     assert found == {"model.layers.1.self_attn.q_proj": (), "model.layers.1.mlp.experts": BOTH}
 
@@ -132,7 +132,7 @@ def test_projections_can_be_excluded(options):
     assert found == {f"model.layers.{i}.mlp.experts": ("gate_up_proj",) for i in range(2)}
 
 
-def test_patterns_set_rank_and_alpha_of_modules_and_projections():
+def test_patterns_set_rank_and_alpha():
     config = MoeQLoraConfig(
         r=8,
         expert_r=4,
@@ -155,7 +155,7 @@ def test_patterns_set_rank_and_alpha_of_modules_and_projections():
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_patterns_of_experts_modules_are_refused(option):
+def test_rank_patterns_of_experts_modules_are_rejected(option):
     """Ranks belong to projections; PEFT would ignore the pattern."""
     with pytest.raises(
         ValueError, match=rf"{option} matches experts modules by 'layers.1.mlp.experts'.*experts.down_proj"
@@ -171,7 +171,7 @@ def test_patterns_that_match_nothing_are_named(recwarn):
     assert "['nothing_like_it']" in messages[0]
 
 
-def test_router_is_trained_in_full_when_asked_for():
+def test_router_is_trained_in_full_on_request():
     model = get_peft_model(tiny_model(), MoeQLoraConfig(modules_to_save=["gate"]))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any(".mlp.gate.modules_to_save.default" in name for name in trainable)
@@ -188,8 +188,8 @@ UNADAPTABLE = [
 
 
 @pytest.mark.parametrize(("model_type", "parent", "adaptable", "names", "reason"), UNADAPTABLE)
-def test_layers_that_lora_cant_train(model_type, parent, adaptable, names, reason):
-    """Left out of "all-linear"; by name refused, with what excludes them."""
+def test_layers_that_lora_cannot_train(model_type, parent, adaptable, names, reason):
+    """The value "all-linear" excludes them; their names are rejected, with the option that excludes them."""
 
     def adapt_it(**options) -> dict[str, tuple[str, ...]]:
         model = shrunken_model_or_skip(model_type, dtype=torch.float32)
@@ -209,8 +209,8 @@ def test_layers_that_lora_cant_train(model_type, parent, adaptable, names, reaso
 
 
 @pytest.mark.parametrize(("model_type", "name", "is_refused"), [("axk2", "wq_b", False), ("jamba", "dt_proj", True)])
-def test_adapters_that_have_them_load_where_they_have_an_effect(model_type, name, is_refused, tmp_path):
-    """Others may have trained an indexer, or adapted it in vain."""
+def test_loading_adapters_of_such_layers(model_type, name, is_refused, tmp_path):
+    """Other tools may have trained an indexer, or adapted a layer without effect."""
     model = shrunken_model_or_skip(model_type, dtype=torch.float32)
     MoeQLoraConfig(r=2, quant_type=None, target_modules=["experts", name]).save_pretrained(tmp_path)
     config = MoeQLoraConfig.from_pretrained(tmp_path)

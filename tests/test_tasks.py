@@ -1,4 +1,4 @@
-"""Models with a head other than that of a language model, which PEFT trains in full by itself."""
+"""Models with another head than a language model's, which PEFT trains in full automatically."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = [(model_type, task) for model_type in ("qwen3_moe", "mixtral") for task 
 
 
 def task_model(model_type: str, task: str) -> nn.Module:
-    """With the same weights at every call, but for the head, which is new each time."""
+    """With the same weights at every call, except for the head, which is new each time."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = CLASSES[task].from_config(tiny_config(model_type))
@@ -49,7 +49,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("target_modules", [["experts"], "all-linear"], ids=str)
 @pytest.mark.parametrize(("model_type", "task"), CASES)
 def test_trained_saved_and_loaded(model_type, task, target_modules, tmp_path):
-    """The head too, in full."""
+    """Including the head, in full."""
     config = MoeQLoraConfig(r=4, task_type=task, target_modules=target_modules)
     model = get_peft_model(task_model(model_type, task), config)
     randomize_adapter(model)
@@ -72,7 +72,7 @@ def test_trained_saved_and_loaded(model_type, task, target_modules, tmp_path):
 
 @pytest.mark.parametrize("task", CLASSES)
 def test_merged_on_disk(task, tmp_path):
-    """Into a base with that head, in 16 or 4 bits; the base of a language model is another."""
+    """Into a base with that head, in 16 or 4 bits; the base of a language model does not match."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     task_model("qwen3_moe", task).save_pretrained(base)
     model = get_peft_model(CLASSES[task].from_pretrained(base), MoeQLoraConfig(r=4, task_type=task)).eval()
@@ -102,13 +102,13 @@ def test_heads_of_several_adapters():
     [("SEQ_CLS", ["scores"]), (None, ["classifier", "score"]), ("QUESTION_ANS", ["score"])],
     ids=str,
 )
-def test_a_name_of_the_user_that_is_no_module_is_refused(task, names):
-    """As ever; only PEFT's own names for a task may be absent."""
+def test_unknown_name_in_modules_to_save_is_rejected(task, names):
+    """Only PEFT's own names for a task may be absent."""
     config = MoeQLoraConfig(r=4, task_type=task, modules_to_save=names)
-    with pytest.raises(ValueError, match=f"modules_to_save names {names[0]!r}, which is not a module"):
+    with pytest.raises(ValueError, match=f"modules_to_save contains {names[0]!r}, which is not a module"):
         get_peft_model(task_model("qwen3_moe", task or "SEQ_CLS"), config)
 
 
-def test_a_model_without_the_head_of_the_task_is_refused():
-    with pytest.raises(ValueError, match="modules_to_save names 'classifier', which is not a module"):
+def test_model_without_the_head_of_the_task_is_rejected():
+    with pytest.raises(ValueError, match="modules_to_save contains 'classifier', which is not a module"):
         get_peft_model(tiny_model(), MoeQLoraConfig(r=4, task_type="SEQ_CLS"))

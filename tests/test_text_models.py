@@ -1,4 +1,4 @@
-"""Adapters of a text model by itself, as `AutoModelForCausalLM` makes it of a checkpoint that has towers too."""
+"""Adapters of a text model that `AutoModelForCausalLM` loads from a checkpoint with towers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save_base(directory, model_type: str) -> torch.nn.Module:
 
 
 def save_trained(directory, model_type: str, **options) -> torch.Tensor:
-    """Saves `base`, and `adapter` of the text model in it; gives the logits of the two together."""
+    """Saves `base`, and `adapter` of its text model; returns the logits of both together."""
     whole = save_base(directory, model_type)
     text = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
     assert type(text) is not type(whole)
@@ -47,7 +47,7 @@ def save_trained(directory, model_type: str, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    # whose own forward fails in transformers 5.24: it asks its text model for `image_outputs`
+    # its own forward fails in transformers 5.24: it requests `image_outputs` from its text model
     if isinstance(model, transformers.Llama4ForConditionalGeneration):
         model = model.language_model
     return model.eval()(input_ids=IDS, use_cache=False).logits
@@ -56,7 +56,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("model_type", WHOLE)
 def test_merged_into_the_whole_checkpoint(model_type, quant_type, tmp_path):
-    """The merged checkpoint keeps its towers, and the class that its config names says what was trained."""
+    """The merged checkpoint keeps its towers, and the class named in its config gives the trained outputs."""
     trained = save_trained(tmp_path, model_type, target_modules="all-linear", quant_type=quant_type)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progressbar=False)
     merged = getattr(transformers, WHOLE[model_type]).from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -65,8 +65,8 @@ def test_merged_into_the_whole_checkpoint(model_type, quant_type, tmp_path):
     assert (logits(base) - trained).abs().max() > 0.1
 
 
-def test_merged_in_four_bits(tmp_path):
-    """The base is loaded as the text model, where the adapter's layers are."""
+def test_merged_in_4_bits(tmp_path):
+    """The base is loaded as the text model, which has the adapter's layers."""
     trained = save_trained(tmp_path, "qwen3_5_moe", target_modules=["experts"])
     report = merge_quantized(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progressbar=False)
     assert report.tensors_changed == report.tensors_expected == 4
@@ -76,9 +76,9 @@ def test_merged_in_four_bits(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["per-expert", "vllm", "mlx"])
-def test_converted_under_the_names_of_the_whole_model(target, tmp_path):
-    """Engines serve the class that the checkpoint's config names, and drop names that it doesn't have."""
-    head = [] if target == "mlx" else ["lm_head"]  # whose name there isn't known
+def test_converted_to_names_of_the_whole_model(target, tmp_path):
+    """Engines serve the class that the checkpoint's config names, and drop other names."""
+    head = [] if target == "mlx" else ["lm_head"]  # its name in mlx-lm is unknown
     save_trained(tmp_path, "qwen3_5_moe", quant_type=None, target_modules=["experts", "out_proj", *head])
     own = read_adapter(tmp_path / "adapter", tmp_path / "base")
     convert_adapter(tmp_path / "adapter", tmp_path / "out", target, tmp_path / "base")
@@ -93,8 +93,8 @@ def test_converted_under_the_names_of_the_whole_model(target, tmp_path):
     }
 
 
-def test_the_whole_models_own(tmp_path):
-    """The checkpoint of dots3_note calls layers what its text model calls them, but has audio layers too."""
+def test_adapter_of_the_whole_model(tmp_path):
+    """The checkpoint of dots3_note has the same layer names as its text model, but also audio layers."""
     whole = save_base(tmp_path, "dots3_note")
     model = get_peft_model(whole, MoeQLoraConfig(r=4, target_modules="all-linear", quant_type=None))
     randomize_adapter(model)
@@ -106,8 +106,8 @@ def test_the_whole_models_own(tmp_path):
     assert found.non_expert.keys() == own.non_expert.keys()
 
 
-def test_stock_peft_takes_it_on_the_text_model(tmp_path):
-    """Where no engine decides on the class, it stays the one that was trained."""
+def test_stock_peft_loads_it_on_the_text_model(tmp_path):
+    """Without an engine that determines the class, it stays the trained one."""
     trained = save_trained(tmp_path, "qwen3_5_moe", quant_type=None)
     convert_adapter(tmp_path / "adapter", tmp_path / "out", "peft-lora", tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

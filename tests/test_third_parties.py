@@ -1,4 +1,4 @@
-"""What trainers and others take for granted of an adapter's live parameters, stated without them."""
+"""Assumptions of trainers and other libraries about an adapter's parameters, tested without them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def config(quant_type: str | None = "nf4") -> MoeQLoraConfig:
     return MoeQLoraConfig(r=4, target_modules="all-linear", quant_type=quant_type)
 
 
-def test_live_names_hold_the_adapter_between_dots():
+def test_parameter_names_contain_the_adapter_between_dots():
     model = get_peft_model(bf16_model(), config())
     model.add_adapter("other", config())
     for name, _ in model.named_parameters():
         assert ".lora_" not in name or (".default." in name) != (".other." in name), name
 
 
-def test_a_copy_made_by_name_is_a_copy():
-    """A reference for DPO and its like: a second adapter, filled by the names of the first."""
+def test_copy_by_name_equals_the_adapter():
+    """A reference model as in DPO: a second adapter, filled by the names of the first."""
     model = get_peft_model(bf16_model(), config()).eval()
     randomize_adapter(model, std=0.3)
     model.add_adapter("ref", config())
@@ -57,7 +57,7 @@ def test_inactive_adapters_are_frozen_on_a_16_bit_base(quant_type, tmp_path):
 
 
 def test_trained_factors_may_be_cast_by_data():
-    """As trainers do to have them in bf16, and as users do to have them in fp32 again."""
+    """Trainers cast them to bf16 this way, and users back to fp32."""
     model = get_peft_model(bf16_model(), config()).train()
     for dtype in (torch.bfloat16, torch.float32):
         for parameter in model.parameters():

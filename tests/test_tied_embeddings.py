@@ -1,4 +1,4 @@
-"""Adapters that change one of two layers that have one weight: merged without care, the delta would be in both."""
+"""Adapters that change one of two layers with a tied weight: a naive merge would apply the delta to both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_base(directory) -> nn.Module:
 
 
 @pytest.mark.parametrize("options", WITH_LORA + IN_FULL, ids=str)
-def test_merged_on_disk_once_untied_as_the_error_says(options, tmp_path):
+def test_merge_on_disk_after_untying_as_the_error_says(options, tmp_path):
     live = logits(save_adapter(tmp_path, **options), token_ids())
     with pytest.raises(ValueError, match=r"(embed_tokens|lm_head)\.weight, .* tied to it .* Untie them before"):
         merge(tmp_path)
@@ -68,7 +68,7 @@ def test_lora_on_one_of_two_is_not_merged(options, tmp_path):
 @pytest.mark.parametrize("layout", ["native", "bitsandbytes"])
 @pytest.mark.parametrize("options", IN_FULL, ids=str)
 def test_one_of_two_trained_in_full_is_untied_in_4_bits(options, layout, tmp_path):
-    """PEFT unties them; what is written has both."""
+    """PEFT unties them; the result contains both."""
     model = save_adapter(tmp_path, **options)
     paths = (tmp_path / name for name in ("base", "adapter", "merged"))
     merge_quantized(*paths, layout=layout, rounding="nearest", progressbar=False)
@@ -77,7 +77,7 @@ def test_one_of_two_trained_in_full_is_untied_in_4_bits(options, layout, tmp_pat
     assert torch.equal(logits(merged, token_ids()), logits(expected, token_ids()))
 
 
-def test_an_adapter_of_experts_alone_leaves_them_tied(tmp_path):
+def test_adapter_of_experts_keeps_them_tied(tmp_path):
     model = save_adapter(tmp_path, target_modules=["experts"])
     paths = (tmp_path / name for name in ("base", "adapter", "merged"))
     merge_quantized(*paths, rounding="nearest", progressbar=False)
@@ -86,8 +86,8 @@ def test_an_adapter_of_experts_alone_leaves_them_tied(tmp_path):
     assert torch.equal(logits(merged, token_ids()), logits(model.merge_and_unload(rounding="nearest"), token_ids()))
 
 
-def test_tokens_of_one_of_two_are_not_merged(tmp_path):
-    """PEFT trains tokens of both if those of the embedding are asked for; of the head alone it changes the head."""
+def test_trained_tokens_of_one_of_two_are_not_merged(tmp_path):
+    """PEFT trains tokens of both if the embedding's are requested; with the head's alone it changes only the head."""
     model = save_adapter(tmp_path, trainable_token_indices={"lm_head": [5, 6]})
     with torch.no_grad():
         model.base_model.model.lm_head.token_adapter.trainable_tokens_delta["default"] += 1
@@ -98,7 +98,7 @@ def test_tokens_of_one_of_two_are_not_merged(tmp_path):
     assert torch.equal(logits(model, token_ids()), live)
 
 
-def test_tokens_of_both_are_merged(tmp_path):
+def test_trained_tokens_of_both_are_merged(tmp_path):
     model = save_adapter(tmp_path, trainable_token_indices=[5, 6])
     with torch.no_grad():
         model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"] += 1

@@ -1,4 +1,4 @@
-"""torch.compile on a CPU: values and gradients are those of the same code uncompiled."""
+"""torch.compile on a CPU: values and gradients equal those of the uncompiled code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 @pytest.mark.skipif(shutil.which(CPP_COMPILER) is None, reason=f"torch.compile needs {CPP_COMPILER} on a CPU")
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_decoding(storage):
-    """Inductor miscompiled the decoding of blocks that are cut short."""
+    """Inductor miscompiled the decoding of partial blocks."""
     stack = QuantizedStack.from_dense(torch.randn(2, 72, 160), False, storage)
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_decoding(storage):
     assert_same(results(torch.compile(product), x), results(product, x))
 
 
-def test_a_layer_trains():
+def test_layer_trains():
     model = get_peft_model(tiny_model(num_experts=2, num_hidden_layers=1), MoeQLoraConfig(r=2))
     randomize_adapter(model)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.experts")
@@ -65,7 +65,7 @@ def test_a_layer_trains():
     hidden_states = torch.randn(3, 64, requires_grad=True)
 
     def run(module: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        # the layer has the factors itself
+        # the factors are parameters of the layer itself
         return results(lambda x, *_: module(x, index, weights), hidden_states, *factors)
 
     assert_same(run(torch.compile(layer, backend="aot_eager")), run(layer))
@@ -73,13 +73,13 @@ def test_a_layer_trains():
 
 @pytest.mark.parametrize("path", ["loop", "grouped_mm"])
 def test_gradients_of_every_step(path, monkeypatch):
-    """Traced, without a compiler behind: what a step writes in place must not cost its gradient."""
+    """Traced, without a compiler: in-place writes of a step must not lose its gradient."""
     for name in ("grouped_linear", "grouped_matmul"):
         module = import_module(f"peft_moe_qlora.ops.{name}")
         monkeypatch.setattr(module, "choose_library_path", lambda *_: ComputePath(path, ""))
         if hasattr(module, "choose_path"):
             monkeypatch.setattr(module, "choose_path", lambda *_: ComputePath(path, ""))
-    index = torch.tensor([[0, 3], [4, 1], [2, 0], [5, 4]])  # 5 is of another rank
+    index = torch.tensor([[0, 3], [4, 1], [2, 0], [5, 4]])  # 5 belongs to another rank
     stack = DenseStack(torch.randn(5, 16, 24), False)
 
     def step(x: torch.Tensor, weights: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_gradients_of_every_step(path, monkeypatch):
         return combine_rows(rows, weights, routing)
 
     shapes = ((4, 24), (4, 2), (5, 8, 24), (5, 16, 8))
-    # torch's grouped product is promised for bf16 only
+    # torch supports its grouped product for bf16 only
     dtype = torch.bfloat16 if path == "grouped_mm" else torch.float32
     inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     assert_same(results(torch.compile(step, backend="eager"), *inputs), results(step, *inputs))

@@ -1,4 +1,4 @@
-"""TRL's trainers on experts in 4 bits. What they rely on without TRL itself stands in test_third_parties.py."""
+"""TRL's trainers on experts in 4 bits. test_third_parties.py tests what they rely on without TRL."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def log_probabilities(model: nn.Module, adapter: str) -> torch.Tensor:
 def after_sft(tokenizer, tmp_path_factory) -> nn.Module:
     """A wrapped bf16 model with experts in 4 bits, trained by SFT so that its adapter is no longer zero."""
     torch.manual_seed(0)
-    # without the auxiliary loss, which transformers 5.17 can't compute while it generates
+    # without the auxiliary loss, which transformers 5.17 can't compute during generation
     base = tiny_model(dtype=torch.bfloat16, router_aux_loss_coef=0.0)
     quantize_experts(base, progressbar=False)
     model = get_peft_model(base, MoeQLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -124,12 +124,12 @@ def after_sft(tokenizer, tmp_path_factory) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO"])
-def test_the_reference_is_the_policy_and_stays(after_sft, tokenizer, tmp_path, kind):
-    """TRL copies the adapter to one named `ref`, which must say the same before the first step and not change."""
+def test_reference_equals_the_policy(after_sft, tokenizer, tmp_path, kind):
+    """TRL copies the adapter to one named `ref`, which must equal it before the first step and not change."""
     model = copy.deepcopy(after_sft)
     trainer = trainer_for(kind, model, tokenizer, tmp_path)
     policy, reference = log_probabilities(model, "default"), log_probabilities(model, "ref")
-    # the policy is bf16 as SFT left it, and so is its copy, to the last bit
+    # the policy is bf16 after SFT, and its copy is bitwise equal
     assert (policy.exp() * (policy - reference)).sum(-1).abs().max() < 1e-6
     model.set_adapter("default")
     frozen, trained = expert_factors(model, "ref"), expert_factors(model, "default")
@@ -142,7 +142,7 @@ def test_the_reference_is_the_policy_and_stays(after_sft, tokenizer, tmp_path, k
     assert any(not torch.equal(factor, trained[name]) for name, factor in expert_factors(model, "default").items())
 
 
-def test_a_reward_model_trains_its_head_and_its_experts(tokenizer, tmp_path):
+def test_reward_model_trains_its_head_and_its_experts(tokenizer, tmp_path):
     torch.manual_seed(0)
     config = tiny_config("qwen3_moe", num_labels=1)
     base = AutoModelForSequenceClassification.from_config(config).to(torch.bfloat16)
@@ -151,14 +151,14 @@ def test_a_reward_model_trains_its_head_and_its_experts(tokenizer, tmp_path):
     trainer_for("Reward", model, tokenizer, tmp_path).train()
     named = dict(model.named_parameters())
     still = [name for name, value in before.items() if torch.equal(named[name].to(value.dtype), value)]
-    # one step moves B only, since B starts at zero; the second one A
+    # the first step changes only B, since B starts at zero; the second one A
     assert not still
     assert any(".score." in name for name in before)
     assert any(".experts." in name for name in before)
 
 
-def test_factors_of_a_4_bit_model_are_fp32_again_when_told_so(tokenizer, tmp_path):
-    """TRL makes them bf16, which `cast_trainable_to_fp32` undoes."""
+def test_cast_trainable_to_fp32_restores_fp32_factors(tokenizer, tmp_path):
+    """TRL casts them to bf16, which `cast_trainable_to_fp32` undoes."""
     base = tiny_model(dtype=torch.bfloat16)
     quantize_experts(base, progressbar=False)
     model = get_peft_model(base, MoeQLoraConfig(r=4, task_type="CAUSAL_LM"))

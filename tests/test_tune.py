@@ -1,4 +1,4 @@
-"""Tables of tiles: which entry answers, what a user's own measurement adds, and the measurement itself."""
+"""Tables of tiles: which entry applies, what a user's own measurement adds, and the measurement itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def entry(tile_n: int, weight: str = "nf4", along: str = "columns", **values: ob
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache is a fresh directory, and the GPU one that nobody has."""
+    """The user's cache is a new directory, and the GPU one that does not exist."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: GPU.capability)
@@ -56,8 +56,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     forget_tables()
 
 
-def test_old_tables_choose_what_they_chose_before() -> None:
-    """Entries without a shape: the first that holds so many rows, whatever the shape that is asked for."""
+def test_older_tables_choose_the_same_tiles() -> None:
+    """Entries without a shape: the first with a sufficient number of rows, whatever the requested shape."""
     for path in TABLES.glob("*.json"):
         data = json.loads(path.read_text())
         table = TuningTable("", 0, parse_entries(data["entries"]), data.get("like", {}))
@@ -82,7 +82,7 @@ def test_old_tables_choose_what_they_chose_before() -> None:
                         assert table.choose(codes, along == "columns", rows, 28672, 4096) == found
 
 
-def test_the_nearest_shape_answers() -> None:
+def test_nearest_shape_is_chosen() -> None:
     entries = parse_entries(
         [
             entry(16, weight="packed"),
@@ -127,7 +127,7 @@ def test_the_nearest_shape_answers() -> None:
         ({"rows_per_expert": "many"}, "many"),
     ],
 )
-def test_entries_that_would_break_kernels_are_refused(change: dict, message: str) -> None:
+def test_entries_that_would_break_kernels_are_rejected(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"entry 1.*{message}"):
         parse_entries([entry(32), {**entry(32), **change}])
 
@@ -148,7 +148,7 @@ def test_measured_tiles_are_used_and_named(own_cache: Path) -> None:
     origin = tiles_origin(CUDA, torch.bfloat16)
     assert origin == "tiles measured on NVIDIA Test 9000 by tune, 2026-11-29, for 1536x2048"
 
-    # another model's are added, and the same one's replaced
+    # another model's entries are added, and the same one's replaced
     write_user_table(GPU, [entry(64, n=2048, k=768)], "2026-11-30")
     write_user_table(GPU, [entry(32, n=1536, k=2048)], "2026-12-01")
     forget_tables()
@@ -158,7 +158,7 @@ def test_measured_tiles_are_used_and_named(own_cache: Path) -> None:
     assert not list(path.parent.glob("*.part"))
 
 
-def test_own_tiles_come_before_those_of_the_package(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_tiles_take_precedence_over_shipped_ones(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = GPU._replace(capability=(9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu.capability)
     shipped = choose_tiles(CUDA, torch.bfloat16, "nf4", True, 50.0, 28672, 4096)
@@ -169,7 +169,7 @@ def test_own_tiles_come_before_those_of_the_package(own_cache: Path, monkeypatch
     assert "by tune, 2026-11-29, for 1536x2048; else tiles of NVIDIA H200" in tiles_origin(CUDA, torch.bfloat16)
 
 
-def test_another_gpu_or_compiler_has_a_file_of_its_own(own_cache: Path) -> None:
+def test_other_gpus_and_compilers_have_separate_files(own_cache: Path) -> None:
     write_user_table(GPU, [entry(16, n=64, k=64)], "2026-11-29")
     others = [GPU._replace(device="NVIDIA Other"), GPU._replace(capability=(9, 0)), GPU._replace(triton="0.1")]
     assert all(read_user_table(other) is None for other in others)
@@ -188,7 +188,7 @@ def test_another_gpu_or_compiler_has_a_file_of_its_own(own_cache: Path) -> None:
         ("no entries", "no list of entries"),
     ],
 )
-def test_a_broken_or_foreign_file_is_refused_by_name(own_cache: Path, content: bytes | str, message: str) -> None:
+def test_damaged_or_foreign_file_is_rejected_by_name(own_cache: Path, content: bytes | str, message: str) -> None:
     path = write_user_table(GPU, [entry(16, n=64, k=64)], "2026-11-29")
     if isinstance(content, str):
         data = json.loads(path.read_text())
@@ -211,7 +211,7 @@ def test_a_broken_or_foreign_file_is_refused_by_name(own_cache: Path, content: b
     assert path.read_bytes() == content
 
 
-def test_the_cache_directory_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_directory_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_directory() == tmp_path / ".cache" / "peft-moe-qlora"
@@ -252,7 +252,7 @@ def test_candidates_decode_in_and_before_the_product(thorough: bool) -> None:
         parse_entries([{**entry(16), "tiles": {**tiles.__dict__, "heights": list(tiles.heights)}} for tiles in tried])
 
 
-def test_bounds_lie_between_what_was_measured() -> None:
+def test_bounds_are_between_measured_values() -> None:
     measured = [entry(16, n=64, k=64, rows_per_expert=rows) for rows in (1.0, 64.0, 256.0)]
     measured.append(entry(16, n=64, k=128, rows_per_expert=9.0))
     found = [
@@ -261,8 +261,8 @@ def test_bounds_lie_between_what_was_measured() -> None:
     assert found == [(0.25, 1, 8), (8, 64, 128), (128, 256, None), (2.25, 9, None)]
 
 
-def test_a_layer_is_measured_product_by_product() -> None:
-    """With a clock of its own, in fp32, where the interpreter computes as a GPU does."""
+def test_layer_is_measured_product_by_product() -> None:
+    """With a fake timer, in fp32, where the interpreter computes as a GPU does."""
     shape = LayerShape(3, 64, 64, 2)
     times = []
 
@@ -282,12 +282,12 @@ def test_a_layer_is_measured_product_by_product() -> None:
     }
     assert len(times) == 4 * sum(len(candidates(rows)) for rows in (1.0, 2.0))
     table = TuningTable("", 0, parse_entries(entries), {})
-    # the last of the candidates took least
+    # the last candidate was the fastest
     assert table.choose("nf4", True, 1.0, 128, 64) == candidates(1.0)[-1]
     assert [one["milliseconds"] for one in entries] == [3.0] * 8
 
 
-def test_candidates_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_results_of_candidates_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_moe_qlora.ops import tune
 
     product = tune.grouped_gemm
@@ -298,7 +298,7 @@ def test_candidates_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
         )
 
 
-def test_the_benchmark_replaces_the_same_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_replaces_only_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     import tune as benchmark
 
@@ -315,14 +315,14 @@ def run_command(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, st
     return code, *capsys.readouterr()
 
 
-def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_without_a_gpu_raises(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, error = run_command(capsys, "--hidden", "64")
     assert code == 1
     assert "tune requires a GPU, but torch finds none" in error
 
 
-def test_the_command_keeps_what_it_measures(
+def test_command_saves_its_measurements(
     own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft_moe_qlora.ops import tune

@@ -1,4 +1,4 @@
-"""The 8-bit AdamW that doesn't wait is bitsandbytes' own, to the bit."""
+"""The 8-bit AdamW without synchronization equals bitsandbytes' own bit by bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_moe_qlora.training import UnsyncedAdamW8bit
 
 
 def parameters(device: str) -> list[nn.Parameter]:
-    """Large ones and a small one, which is kept in 32 bits; the last gets no gradient."""
+    """Large ones and a small one, whose state is kept in 32 bits; the last gets no gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 4, 512), (8, 512, 4), (16, 16), (64, 128)]
     return [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Verifying a merge: what it compares, without keeping it, and which base it takes."""
+"""Verifying a merge: what it compares, without keeping it, and which base it loads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from peft_moe_qlora.merge import (
 
 
 def words(directory: Path, count: int = 40) -> Path:
-    """A text, which the tokenizer of `base` reads."""
+    """A text that the tokenizer of `base` reads."""
     ids = torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(5))
     write_tokenizer(directory / "base")
     write_text(directory / "text.txt", ids)
@@ -61,8 +61,8 @@ def save_scaled_granite(directory: Path, **options) -> None:
     ],
     ids=str,
 )
-def test_the_figures_are_those_of_whole_logits(model_type, options, tmp_path, monkeypatch):
-    """With nothing written anywhere but the report."""
+def test_figures_equal_those_of_whole_logits(model_type, options, tmp_path, monkeypatch):
+    """Nothing is written except the report."""
     if model_type == "granitemoe":
         save_scaled_granite(tmp_path, **options)
     else:
@@ -88,7 +88,7 @@ def test_the_figures_are_those_of_whole_logits(model_type, options, tmp_path, mo
 
 
 def test_logits_of_one_window_at_a_time(tmp_path, monkeypatch):
-    """Of a large vocabulary those of all windows are 8 GB."""
+    """With a large vocabulary, the logits of all windows are 8 GB."""
     save_adapter(tmp_path, target_modules=["experts"])
     text = words(tmp_path, 64)
     merge(tmp_path)
@@ -105,7 +105,7 @@ def test_logits_of_one_window_at_a_time(tmp_path, monkeypatch):
     assert len(seen) == 2 * 2 * 8
 
 
-def test_the_divergence_is_the_same_in_pieces(monkeypatch):
+def test_divergence_is_the_same_in_chunks(monkeypatch):
     of, against = torch.randn(2, 3, 100, 7)
     expected = (of.double().softmax(-1) * (of.double().log_softmax(-1) - against.double().log_softmax(-1))).sum(-1)
     for positions in (1, 64, 1000):
@@ -113,7 +113,7 @@ def test_the_divergence_is_the_same_in_pieces(monkeypatch):
         assert kl_divergence(of, against) == pytest.approx(expected.mean().item(), rel=1e-12)
 
 
-def test_a_model_that_makes_logits_without_its_head(tmp_path, monkeypatch):
+def test_model_with_nonstandard_logits(tmp_path, monkeypatch):
     save_adapter(tmp_path, target_modules=["experts"])
     text = words(tmp_path)
     merge(tmp_path)
@@ -126,8 +126,8 @@ def test_a_model_that_makes_logits_without_its_head(tmp_path, monkeypatch):
             verify_merge(tmp_path / "merged", text, progressbar=False)
 
 
-def test_a_report_is_not_written_through_a_link(tmp_path):
-    """Of a merged model in the hub's cache it would change the blob."""
+def test_report_is_not_written_through_a_link(tmp_path):
+    """For a merged model in the hub's cache, it would change the blob."""
     save_adapter(tmp_path, target_modules=["experts"])
     text = words(tmp_path)
     merge(tmp_path)
@@ -142,7 +142,7 @@ def test_a_report_is_not_written_through_a_link(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["base", "adapter", "adapter_sha256"])
-def test_reports_with_anything_in_them(name, tmp_path):
+def test_invalid_reports(name, tmp_path):
     save_adapter(tmp_path, target_modules=["experts"])
     merge(tmp_path)
     file = tmp_path / "merged" / "merge_report.json"
@@ -153,7 +153,7 @@ def test_reports_with_anything_in_them(name, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
-    """A base that an adapter knows as own/base at a revision, and what is asked of the hub."""
+    """A base that an adapter records as own/base at a revision, and the requests to the hub."""
     save_adapter(tmp_path, target_modules=["experts"])
     file = tmp_path / "adapter" / "adapter_config.json"
     options = {"base_model_name_or_path": "own/base", "revision": "v2"}
@@ -181,8 +181,8 @@ def hub(tmp_path, monkeypatch) -> list[tuple[str, str | None]]:
     return asked
 
 
-def test_the_revision_of_the_base_that_an_adapter_remembers(hub, tmp_path, capsys):
-    """Of the base that it names; another one is taken as it is."""
+def test_recorded_revision_of_the_base_is_used(hub, tmp_path, capsys):
+    """For the base that the adapter names; any other base is used as given."""
     adapter, merged = str(tmp_path / "adapter"), tmp_path / "merged"
     command = ["merge", "own/base", adapter, str(merged), "--verify", str(tmp_path / "text.txt")]
     assert main(command) == 0, capsys.readouterr().err
@@ -200,7 +200,7 @@ def test_the_revision_of_the_base_that_an_adapter_remembers(hub, tmp_path, capsy
     assert set(hub) == {("own/other", None)}
 
 
-def test_a_live_adapter_is_loaded_on_the_revision_that_it_remembers(hub, tmp_path, monkeypatch):
+def test_unmerged_adapter_is_loaded_on_the_recorded_revision(hub, tmp_path, monkeypatch):
     plan = unmerged.plan_unmerged("own/base", tmp_path / "adapter")
     assert plan.revision == "v2"
     loaded = []

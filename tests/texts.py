@@ -1,4 +1,4 @@
-"""Texts of token ids, and a tokenizer that gives these back."""
+"""Texts of token ids, and a tokenizer that returns these ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Words `w3`, `w4`, ... are the tokens 3, 4, ..."""
+    """The words `w3`, `w4`, ... are the tokens 3, 4, ..."""
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(directory)

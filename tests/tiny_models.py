@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one for each kind of experts layout, and ways to look at them."""
+"""Tiny models with random weights, one for each kind of experts layout, and functions to inspect them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _OF_TYPE = {
-    # (E, out, in), one expert's tensors per key on disk
+    # (E, out, in), one key per expert on disk
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 48},
     # (E, out, in), w1/w2/w3 on disk
     "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
     # (E, in, out), interleaved gate, biases
     "gpt_oss": {"num_local_experts": 4, "intermediate_size": 64, "layer_types": ["full_attention"] * 2},
-    # shared experts beside the routed ones, a dense first layer
+    # shared experts in addition to the routed ones, a dense first layer
     "deepseek_v3": {
         "n_routed_experts": 4,
         "moe_intermediate_size": 32,
@@ -58,7 +58,7 @@ def tiny_model(
 ) -> nn.Module:
     """A causal language model in evaluation mode; the same weights at every call.
 
-    The default `std` makes experts matter for the output, at the price of amplifying rounding from layer to layer.
+    The default `std` makes experts matter for the output, but amplifies rounding from layer to layer.
     """
     config = tiny_config(model_type, **sizes)
     with torch.random.fork_rng():
@@ -82,7 +82,7 @@ def logits(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 
 @torch.no_grad()
 def randomize_adapter(model: nn.Module, seed: int = 3, std: float = 0.1) -> None:
-    """Gives every adapter tensor random values, so that no delta is zero."""
+    """Sets every adapter tensor to random values, so no delta is zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_" in name:
@@ -90,7 +90,7 @@ def randomize_adapter(model: nn.Module, seed: int = 3, std: float = 0.1) -> None
 
 
 def packed_bytes(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of everything that is stored of the experts."""
+    """A copy of all stored tensors of the experts."""
     keys = (".codes", "absmax", ".offset", "scales")
     return {name: value.clone() for name, value in model.state_dict().items() if name.endswith(keys)}
 

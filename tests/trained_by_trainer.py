@@ -21,10 +21,10 @@ from distributed_training import (
     assert_same_training,
     build,
     factors,
-    found_in,
     launch,
     packed,
     saved_keys,
+    saved_results,
 )
 from safetensors.torch import load_file
 from tiny_models import assert_same_bytes, token_ids
@@ -49,11 +49,11 @@ def trainer_of(
 
     Args:
         checkpoint: of the base.
-        directory: of what it saves.
+        directory: output directory.
         case: how the model is stored.
         world: number of processes.
-        part: what the model is loaded under.
-        accumulation: parts of each batch, whose gradients are accumulated.
+        part: context manager for loading the model.
+        accumulation: gradient accumulation steps.
     """
     args = TrainingArguments(
         output_dir=str(directory),
@@ -90,7 +90,7 @@ def train(trainer: Trainer, resume: Path | None = None) -> Run:
 
 
 def run_all(checkpoint: Path, directory: Path, world: int, is_ddp: bool = False) -> dict[str, object]:
-    """Trains, saves, and trains once more from the checkpoint in the middle."""
+    """Trains, saves, and resumes from the intermediate checkpoint."""
     found: dict[str, object] = {}
     trainer = trainer_of(checkpoint, directory / "straight", Case(), world)
     if is_ddp:
@@ -107,7 +107,7 @@ def run_all(checkpoint: Path, directory: Path, world: int, is_ddp: bool = False)
     try:
         found["resumed"] = train(again, directory / "straight" / f"checkpoint-{SAVED_AT}")
     except RuntimeError as error:
-        # older versions of transformers read the optimizer's state to cpu:0, which torch doesn't know
+        # older versions of transformers load the optimizer's state to cpu:0, which torch does not support
         if "tagged with cpu:0" not in str(error):
             raise
     found["accumulated"] = train(trainer_of(checkpoint, directory / "accumulated", Case(), world, accumulation=2))
@@ -118,12 +118,12 @@ def run_all(checkpoint: Path, directory: Path, world: int, is_ddp: bool = False)
     return found
 
 
-def trained_by_both(config: str, checkpoint: Path, directory: Path) -> list[dict[str, object]]:
-    """What is found in one process, and in each of several that `accelerate launch` starts with a config."""
+def train_alone_and_distributed(config: str, checkpoint: Path, directory: Path) -> list[dict[str, object]]:
+    """The results of one process, and of each of several that `accelerate launch` starts with a config."""
     for name in ("one", "several"):
         (directory / name).mkdir()
     launch(config, Path(__file__).name, checkpoint, directory / "several")
-    return [run_all(checkpoint, directory / "one", 1), *found_in(directory / "several")]
+    return [run_all(checkpoint, directory / "one", 1), *saved_results(directory / "several")]
 
 
 def assert_as_one_process(found: dict[str, object], expected: dict[str, object]) -> None:
@@ -134,7 +134,7 @@ def assert_as_one_process(found: dict[str, object], expected: dict[str, object])
 
 
 def assert_resumed(found: dict[str, object]) -> None:
-    """The losses before are those that the checkpoint has logged."""
+    """The losses before the checkpoint are those logged in it."""
     assert len(found["straight"].losses) == STEPS
     assert found["resumed"].losses == found["straight"].losses
     assert_same_bytes(found["resumed"].factors, found["straight"].factors)
@@ -144,8 +144,8 @@ def whole_or_local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def pass_off_as_gpus() -> None:
-    """Lets accelerate shard over processes on a CPU, which it does for accelerators only."""
+def treat_cpus_as_gpus() -> None:
+    """Makes accelerate shard over CPU processes, which it does for accelerators only."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -165,14 +165,14 @@ def main() -> None:
     logging.set_verbosity_error()
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if is_fsdp:
-        pass_off_as_gpus()
+        treat_cpus_as_gpus()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = run_all(checkpoint, directory, world, not is_fsdp)
     if is_fsdp:
         part = read_part_of_experts(rank, world)
         of_part = trainer_of(checkpoint, directory / "part", Case(), world, part)
         found["part"] = train(of_part)
-        # before, the others' experts were not there
+        # not earlier: until now, the other ranks' experts were missing
         found["part"].is_packed_the_same = True
         found["packed of parts"] = packed(of_part.model)
     torch.save(found, directory / f"{rank}.pt")

@@ -1,6 +1,6 @@
-"""A tiny model that has learnt something, and an adapter that has learnt something else.
+"""A tiny trained base, and an adapter trained on another language.
 
-Random weights won't do where rounding is judged: what they get to see is alike in every direction.
+Random weights do not suffice for tests of rounding: their inputs have no preferred directions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft_moe_qlora import MoeQLoraConfig
 
 
 def sentences(language: int, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`(batch, length)` ids of a language in which the two last words decide over the next, but for one in ten."""
+    """`(batch, length)` ids of a language in which the last two words determine the next, except for one in ten."""
     rules = torch.Generator().manual_seed(language)
     following = torch.randint(3, VOCABULARY, (16, VOCABULARY, 4), generator=rules)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
@@ -30,7 +30,7 @@ def sentences(language: int, batch: int, length: int, generator: torch.Generator
 
 
 def train(model: nn.Module, language: int, steps: int, learning_rate: float) -> None:
-    """Trains what is trainable."""
+    """Trains all trainable parameters."""
     generator = torch.Generator().manual_seed(language)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
@@ -47,7 +47,7 @@ def train(model: nn.Module, language: int, steps: int, learning_rate: float) -> 
 
 
 def save_trained(directory: Path, **options) -> None:
-    """Writes `base` and `adapter`: a Qwen3-MoE that speaks one language, and what makes it speak another."""
+    """Writes `base` and `adapter`: a Qwen3-MoE trained on one language, and an adapter trained on another."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=VOCABULARY,
@@ -59,7 +59,7 @@ def save_trained(directory: Path, **options) -> None:
         num_key_value_heads=2,
         head_dim=32,
         num_experts=4,
-        num_experts_per_tok=4,  # all: rounding in 16 bits then can't change a token's choice
+        num_experts_per_tok=4,  # all experts, so rounding in 16 bits cannot change a token's routing
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=0,

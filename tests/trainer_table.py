@@ -1,6 +1,6 @@
 """The page docs/trainers.md: each row names the test that runs the trainer.
 
-`python tests/trainer_table.py` writes it. A row whose test is gone is an error.
+`python tests/trainer_table.py` writes it. A row whose test does not exist is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Row:
     Args:
         name: for the table.
         test: `file.py::function` that runs it.
-        what: what the test holds.
+        what: what the test checks.
     """
 
     name: str
@@ -43,28 +43,28 @@ ROWS = (
     *(
         Row(
             f"TRL `{kind}Trainer`",
-            "test_trl.py::test_the_reference_is_the_policy_and_stays",
+            "test_trl.py::test_reference_equals_the_policy",
             "the reference adapter equals the policy at the start and does not change",
         )
         for kind in ("DPO", "KTO", "GRPO", "RLOO")
     ),
     Row(
         "TRL `RewardTrainer`",
-        "test_trl.py::test_a_reward_model_trains_its_head_and_its_experts",
+        "test_trl.py::test_reward_model_trains_its_head_and_its_experts",
         "trains the head and the experts",
     ),
     *(
         Row(f"`examples/{name}.py`", f"test_examples.py::{test}", what)
         for name, test, what in (
-            ("sft", "test_sft_resumes_as_if_it_had_not_stopped", "resumes bit-exactly, in a new process"),
+            ("sft", "test_sft_resumes_exactly", "resumes bit-exactly, in a new process"),
             (
                 "dpo",
-                "test_dpo_trains_on_what_sft_has_saved",
+                "test_dpo_starts_from_the_sft_adapter",
                 "the first loss is ln 2; the reference is the SFT adapter",
             ),
-            ("grpo", "test_grpo_learns_what_is_rewarded", "the reward, computed by a program, increases"),
-            ("reward", "test_a_reward_model_gives_its_scores_again", "the reloaded model gives the same scores"),
-            ("vision", "test_vision_adapts_text_experts_alone", "trains the language model's experts on images"),
+            ("grpo", "test_grpo_increases_the_reward", "the reward, computed by a program, increases"),
+            ("reward", "test_reloaded_reward_model_gives_the_same_scores", "the reloaded model gives the same scores"),
+            ("vision", "test_vision_adapts_only_text_experts", "trains the language model's experts on images"),
         )
     ),
     Row(
@@ -79,10 +79,14 @@ ROWS = (
         "losses equal those of one process; the full adapter is saved",
     ),
     Row("FSDP2, `fully_shard`", "test_fsdp2.py::test_training", "the same, with several settings"),
-    Row("DeepSpeed ZeRO-2 and ZeRO-3", "test_deepspeed.py::test_as_one_process", "losses equal those of one process"),
+    Row(
+        "DeepSpeed ZeRO-2 and ZeRO-3",
+        "test_deepspeed.py::test_training_equals_one_process",
+        "losses equal those of one process",
+    ),
     Row(
         "GRPO with vLLM on a CPU",
-        "test_live_vllm.py::test_the_engine_says_what_the_model_in_training_says",
+        "test_live_vllm.py::test_engine_matches_the_model_in_training",
         "after each update, the engine's log probabilities match the model's",
     ),
     Row("Liger", "test_liger.py", "same losses and gradients with `use_liger_kernel=True`; [details](liger.md)"),
@@ -90,7 +94,7 @@ ROWS = (
 
 
 def check(row: Row) -> None:
-    """Raises ValueError where the test of a row is not there."""
+    """Raises ValueError if the test of a row does not exist."""
     file, _, function = row.test.partition("::")
     names = {node.name for node in ast.parse((TESTS / file).read_text(encoding="utf-8")).body if hasattr(node, "name")}
     if function and function not in names:
@@ -98,7 +102,7 @@ def check(row: Row) -> None:
 
 
 def documentation() -> str:
-    """The page."""
+    """The text of the page."""
     for row in ROWS:
         check(row)
     lines = [

@@ -1,4 +1,4 @@
-"""Whether transformers' own adapter methods can be called with the installed PEFT."""
+"""Whether transformers' own adapter methods work with the installed PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.utils import check_peft_version
 
 
 def _why_not() -> str | None:
-    """What `add_adapter`, `set_adapter` and the like would say; `load_adapter` takes PEFT of any version."""
+    """The error of `add_adapter`, `set_adapter` and similar methods; `load_adapter` works with PEFT of any version."""
     try:
         check_peft_version(min_version=MIN_PEFT_VERSION)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""What a real vLLM on a CPU says of tokens. Needs nothing of this package.
+"""Log probabilities of tokens in vLLM on a CPU. Does not require this package.
 
 `python tests/vllm_log_probabilities.py IDS OUT DIRECTORY...` writes directory -> log probabilities `(N, L - 1, V)` of
-the models in them to OUT, by torch; of one that vLLM can't run on a CPU, what it says instead.
+the models to OUT, by torch; for a model that vLLM cannot run on a CPU, its error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 
-# before vLLM is imported: a small cache, and the engine in this process, where weights can be handed to it
+# set before vLLM is imported: a small cache, and the engine in this process, where weights can be passed to it
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 import torch
@@ -31,7 +31,7 @@ def start(directory: str) -> LLM:
 
 
 def log_probabilities(llm: LLM, ids: torch.Tensor) -> torch.Tensor:
-    """`(N, L - 1, V)`, of the tokens behind the first."""
+    """`(N, L - 1, V)`, for all tokens after the first."""
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in ids], sampling, use_tqdm=False)
     size = len(outputs[0].prompt_logprobs[1])
@@ -48,7 +48,7 @@ def main() -> None:
             found[directory] = log_probabilities(llm, torch.load(ids))
             llm.llm_engine.engine_core.shutdown()
             del llm
-        except Exception as error:  # whatever an engine fails with, the next model is tried
+        except Exception as error:  # whatever the engine raises, the next model is tried
             found[directory] = f"{type(error).__name__}: {error}"
         gc.collect()
     torch.save(found, out)

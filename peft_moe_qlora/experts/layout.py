@@ -26,7 +26,7 @@ UNSUPPORTED_CLASSES = {
     "LongcatFlashExperts": "it mixes identity experts with real ones",
     "Step3p7Experts": "its gate clamps differently in every layer",
 }
-"""Experts classes that declare no layout and have no module in `architectures`, and the reason for each."""
+"""Unsupported experts classes, which declare no layout and have no module in `architectures`, and the reasons."""
 
 ALWAYS_ON_CLASSES = frozenset({"InklingSharedExperts"})
 """Unsupported classes that are not routed: they are left unchanged, and the routed experts are converted."""

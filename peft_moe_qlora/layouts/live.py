@@ -1,4 +1,4 @@
-"""The adapter of a live model in an engine's layout, without files."""
+"""The adapter of a model in memory in an engine's layout, without files."""
 
 from __future__ import annotations
 

@@ -143,8 +143,8 @@ def _is_flipped(
     if by_version is None and len(fitting) == 2:
         raise ValueError(
             f"{foreign.file}: the orientation of the factors of {path} is ambiguous, because its input and output "
-            "sizes are equal and the config has no peft_version of a release. Pass the version that wrote the "
-            "adapter, for example written_by='peft==0.18.1' (--written-by)."
+            "sizes are equal and the config has no peft_version, or that of a prerelease. Pass the version that wrote "
+            "the adapter, for example written_by='peft==0.18.1' (--written-by)."
         )
     if by_version is not None and by_version not in fitting:
         raise ValueError(

@@ -81,7 +81,8 @@ def read_adapter(
     foreign = ForeignAdapter(file, peft_config, tensors, found, reading)
     reader = read_mlx if is_mlx else _reader(file, tensors, found)
     if reader is not read_peft_lora:
-        _check_options_are_used(options, f"in the layout of {reader.__name__}", "written_by", "lora_b_order")
+        layout = reader.__name__.removeprefix("read_").replace("_", "-")
+        _check_options_are_used(options, f"in the {layout} layout", "written_by", "lora_b_order")
     return reader(foreign)
 
 

@@ -44,7 +44,7 @@ _DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The message has the file and tensor, what was found, and what was expected."""
+    """A checkpoint cannot be used. The error names file and tensor, what was found, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def check_inside(file: Path, directory: Path) -> None:
     """Rejects a file that is a symbolic link to a file outside the directory.
 
     Raises:
-        CheckpointError: it is one; the message has the file and the link target.
+        CheckpointError: the file is such a link; the error names the file and the link target.
     """
     if leads_out(file, directory):
         raise CheckpointError(

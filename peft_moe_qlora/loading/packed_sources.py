@@ -93,7 +93,7 @@ class PackedSource(Source):
         rows, columns = sum(tensor.shape[-2] for tensor in firsts), firsts[0].shape[-1]
         if firsts[0].is_out_in:
             if (rows, columns) != self.target.stored_shape(False)[1:]:
-                found = f"{firsts[0].key} and the corresponding tensors, stored (out, in),"
+                found = f"{firsts[0].key} and the corresponding tensors (out, in)"
                 raise misfit(self.target, converter, self.patterns, found, (rows, columns), False)
             return False
         transposes = [op for op in operations if isinstance(op, Transpose)]

@@ -97,7 +97,8 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}. Remove it.")
+            it = "it" if len(unknown) == 1 else "them"
+            raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}. Remove {it}.")
         if quant_method != QUANT_METHOD:
             raise ValueError(
                 f"quant_method={quant_method!r}: MoeQuantizationConfig expects {QUANT_METHOD!r}. Remove it."
@@ -115,7 +116,7 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
                 f"{CHECKPOINT_FORMAT_VERSION}. Upgrade peft-moe-qlora."
             )
         if packed_linear not in (None, *PACKED_LINEAR):
-            raise ValueError(f"packed_linear={packed_linear!r:.200} is unknown. Use one of {PACKED_LINEAR}.")
+            raise ValueError(f"packed_linear={packed_linear!r:.200} is unknown. Choose one of {PACKED_LINEAR}.")
         if packed_linear == "4 bits" and not quantize_linear:
             raise ValueError("packed_linear='4 bits' requires quantize_linear=True.")
         if linear_storage is not None:

@@ -122,7 +122,7 @@ class MoeQuantizer(ExpertsQuantizer):
         finder = SourceFinder(model, checkpoint, self.quantization_config.flipped_stacks or ())
         if not finder.targets:
             raise ValueError(
-                f"No routed experts found in {type(model).__name__}: no module has the fused 3-D stacks of "
+                f"No routed experts found in {type(model).__name__}: no module declares the fused 3-D stacks of "
                 "transformers' @use_experts_implementation. Load dense models with BitsAndBytesConfig."
             )
         sources = finder.find()
@@ -166,7 +166,7 @@ class MoeQuantizer(ExpertsQuantizer):
         """Rejects a checkpoint without quantized weights whose config declares a quantization.
 
         Raises:
-            CheckpointError: it is one.
+            CheckpointError: the checkpoint has no quantized weights.
         """
         are_dense = all(isinstance(source, DenseSource) for source in each_source(sources))
         if not are_dense or finder.packed_names() or finder.packed_beside or self.quantization_config.linear_storage:
@@ -361,7 +361,7 @@ def check_skipped(model: nn.Module, skip_modules: Sequence[str] | None) -> None:
     """Rejects entries of `skip_modules` that match no module.
 
     Raises:
-        ValueError: an entry matches no module, or is not a regular expression; the message has the first.
+        ValueError: an entry matches no module, or is not a regular expression; the error names the first.
     """
     names = [name for name, _ in model.named_modules()]
     for pattern in skip_modules or ():
@@ -387,7 +387,7 @@ def refuse_unexplained(sources: Sources, saved: MoeQuantizationConfig | None, di
         directory: directory of the checkpoint, for errors.
 
     Raises:
-        CheckpointError: the configuration is missing; the message has the first tensor.
+        CheckpointError: the configuration is missing; the error names the first tensor.
     """
     for source in each_source(sources):
         if isinstance(source, NativeSource) and (saved is None or saved.format is None):
@@ -432,7 +432,7 @@ def check_linear_can_be_saved(model: nn.Module, conversions: list[WeightTransfor
     """Rejects packed linear layers that have another shape in the layout of the checkpoint.
 
     Raises:
-        ValueError: there is one; the message has the first.
+        ValueError: there is such a layer; the error names the first.
     """
     made = {
         target: entry

@@ -243,8 +243,8 @@ class DenseSource(Source):
                 if len(keys) > 1 or infos[0].shape[0] != self.target.num_experts:
                     raise CheckpointError(
                         f"{infos[0]}: expected one tensor of {self.target.num_experts} experts for "
-                        f"{self.target.name}, found {len(keys)}. Checkpoint and config do not match; download both "
-                        "again."
+                        f"{self.target.name}, found {len(keys)} of {infos[0].shape[0]} experts. Checkpoint and config "
+                        "do not match; download both again."
                     )
             else:
                 check_expert_ids(keys, count, self.target)
@@ -369,7 +369,7 @@ def check_expert_ids(keys: list[str], count: int, target: Target) -> None:
     """Checks that a list of keys contains every expert once.
 
     Raises:
-        CheckpointError: an expert is missing, unexpected or repeated; the message has the first.
+        CheckpointError: an expert is missing, unexpected or repeated; the error names the first.
     """
     ids = [_expert_id(key) for key in keys]
     if ids == list(range(count)):

@@ -143,7 +143,7 @@ def _warn_of_notes(merged: Mapping[str, QuantizedExperts]) -> None:
         for note in experts.stack(projection).merge_notes
     ]
     if notes:
-        more = f"; model.experts_report() has {len(notes) - _NAMED} more notes" if len(notes) > _NAMED else ""
+        more = f"; experts_report(model) lists {len(notes) - _NAMED} more notes" if len(notes) > _NAMED else ""
         warnings.warn("; ".join(notes[:_NAMED]) + f"{more}.", RuntimeWarning, stacklevel=4)
 
 

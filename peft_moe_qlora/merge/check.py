@@ -130,7 +130,7 @@ def take_reference(
         tuner: the tuner, with all layers unmerged.
         adapter_names: the adapters that will be merged.
         token_ids: `(N, L)`, of which at most 512 are used.
-        progressbar: show one if a run takes a while.
+        progressbar: whether to show a progress bar if a run takes several seconds.
     """
     model = tuner.model
     token_ids = token_ids[: max(1, NUM_TOKENS // token_ids.shape[1]), :NUM_TOKENS]

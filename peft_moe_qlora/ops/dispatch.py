@@ -49,7 +49,7 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels require compute capability 8.0"
+        return "the kernels require compute capability 8.0 or later"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels do not support {dtype}"
     return None
@@ -70,7 +70,7 @@ def choose_library_path(
     if device.type != "cuda":
         return ComputePath("loop", reason or f"torch's grouped_mm is not used on {device.type}")
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return ComputePath("loop", "torch's grouped_mm requires compute capability 8.0")
+        return ComputePath("loop", "torch's grouped_mm requires compute capability 8.0 or later")
     if dtype != torch.bfloat16:
         return ComputePath("loop", f"torch's grouped_mm requires bfloat16, not {dtype}")
     if in_features % 8 or out_features % 8:

@@ -38,14 +38,14 @@ def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype
 
 
 class Plan(NamedTuple):
-    """How one product is tiled."""
+    """Tiles of one product."""
 
     tuned: GemmTiles
     tiles: Tiles
 
 
 class Planner:
-    """Chooses the tiles of each product, and cuts the rows once per set of tile heights."""
+    """Chooses the tiles of each product, and divides the rows into tiles once per set of tile heights."""
 
     def __init__(self, rows: RoutedRows, dtype: torch.dtype, cut: Sequence[Tiles] = ()) -> None:
         self.rows = rows
@@ -59,7 +59,7 @@ class Planner:
         return Plan(tuned, self.cut[tuned.heights])
 
     def runs(self, columns: int, rank: int) -> Tiles | None:
-        """Runs of rows for split factor gradients; None where each expert is summed in one pass."""
+        """Runs of rows for split factor gradients; None if each expert is summed in one pass."""
         length = rows_of_a_run(self.rows.pair_of_row.shape[0], self.rows.ends.shape[0], columns, rank)
         if length is None:
             return None
@@ -83,7 +83,7 @@ def _product(
 
 
 class Saved(NamedTuple):
-    """What the backward needs from the forward besides its inputs."""
+    """Tensors that the forward saves for the backward, besides its inputs."""
 
     gate_input: torch.Tensor
     up_reduced: torch.Tensor | None
@@ -97,7 +97,7 @@ def _check(
     top_k_weights: torch.Tensor,
     *projections: tuple[PackedWeight, Factors | None, torch.Tensor | None],
 ) -> None:
-    """Kernels get bare addresses: mismatched shapes would cause out-of-bounds reads."""
+    """Checks the shapes: kernels get only addresses, so mismatched shapes would cause out-of-bounds reads."""
     num_tokens, device = hidden_states.shape[0], hidden_states.device
     shapes = [
         ("top_k_weights", top_k_weights, top_k_index.shape),
@@ -110,7 +110,7 @@ def _check(
         if factors is not None:
             rank = factors.A.shape[1]
             if rank == 0:
-                raise ValueError("factors of rank 0; leave them out instead.")
+                raise ValueError("Factors of rank 0 are not supported. Pass None instead.")
             shapes.append(("factor A", factors.A, (weight.num_experts, rank, weight.in_features)))
             shapes.append(("factor B", factors.B, (weight.num_experts, weight.out_features, rank)))
         if bias is not None:
@@ -118,12 +118,14 @@ def _check(
     (hidden, up_features), (gated, out_features) = features
     shapes.append(("hidden_states", hidden_states, (num_tokens, hidden)))
     if up_features != 2 * gated or out_features != hidden:
-        raise ValueError(f"projections of {features} features (in, out) are no gated experts.")
+        raise ValueError(
+            f"The projections have (in, out) features {features}. Expected those of gated experts: (H, 2 I), (I, H)."
+        )
     for name, tensor, expected in shapes:
         if tuple(tensor.shape) != tuple(expected):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(expected)} was expected.")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}. Expected {tuple(expected)}.")
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the hidden states are on {device}.")
+            raise ValueError(f"{name} is on {tensor.device}. Expected {device}, the device of the hidden states.")
 
 
 def experts_forward(
@@ -139,9 +141,9 @@ def experts_forward(
     gate: Gate,
     needs_output: bool = True,
 ) -> tuple[torch.Tensor, Saved]:
-    """`(T, H)` -> `(T, H)`; all tensors but the factors contiguous, T not 0.
+    """`(T, H)` -> `(T, H)`, with T > 0; all tensors except the factors must be contiguous.
 
-    Without `needs_output` only what the backward needs is computed, and the output is uninitialized.
+    Without `needs_output`, only tensors for the backward are computed, and the output is uninitialized.
     """
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
@@ -199,7 +201,7 @@ def experts_forward_gemv(
     down_bias: torch.Tensor | None,
     gate: Gate,
 ) -> torch.Tensor:
-    """`experts_forward` for few tokens and no backward; the factors contiguous, too."""
+    """`experts_forward` for few tokens without a backward; the factors must be contiguous, too."""
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     lora_x = B = None
     if up_factors is not None:
@@ -244,7 +246,7 @@ def experts_backward(
     needs_hidden_states: bool = True,
     needs_factors: bool = True,
 ) -> Gradients:
-    """The gradients of what is not frozen; `grad_out (T, H)` contiguous."""
+    """Gradients of all inputs that are not frozen; `grad_out (T, H)` must be contiguous."""
     num_tokens, top_k = top_k_weights.shape
     planner = saved.planner
     rows = planner.rows
@@ -308,7 +310,7 @@ def experts_backward(
 def frozen_product(
     rows: torch.Tensor, weight: PackedWeight, ends: torch.Tensor, for_input_gradient: bool
 ) -> torch.Tensor:
-    """Rows sorted by expert times the frozen matrices or their transposes; zero for rows of no expert.
+    """Rows sorted by expert times the frozen matrices or their transposes; zero for rows without an expert.
 
     Args:
         rows: `(S, features)`.

@@ -1,4 +1,4 @@
-"""Casts of factors that many products share, made once as long as nothing trains the factors: for a generation."""
+"""Keeps casts of LoRA factors, so that a generation casts each factor only once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class HeldCasts:
-    """Copies of parameters in the dtype of a product, at addresses that a CUDA graph can read.
+    """Copies of parameters in the dtype of a product, at fixed addresses that a CUDA graph can read.
 
-    Within `active()`, `cast_factor` returns these copies and adds missing ones. Copies follow their parameters by
-    `refresh()` only.
+    Within `active()`, `cast_factor` returns these copies and adds missing ones. Only `refresh()` updates the copies
+    after a change of their parameters.
     """
 
     def __init__(self) -> None:
@@ -33,16 +33,19 @@ class HeldCasts:
         copy = self._copies.get(parameter)
         if copy is not None and copy.dtype == dtype:
             return copy
-        with torch.inference_mode(False), torch.no_grad():  # inference tensors can't be written to outside of it
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors are read-only outside of inference mode
             copy = parameter.to(dtype)
-        # the memory of a capture is that of its temporary tensors too, so such a cast is replayed instead
+        # temporary tensors reuse the memory of a capture, so a cast in a capture is replayed instead of kept
         if not (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._copies[parameter] = copy
         return copy
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Casts all parameters again, in a few launches."""
+        """Casts all parameters again, in few launches. Drops copies of parameters that were moved or reshaped."""
+        for parameter, copy in list(self._copies.items()):
+            if (parameter.device, parameter.shape) != (copy.device, copy.shape):
+                del self._copies[parameter]
         if self._copies:
             parameters, copies = zip(*self._copies.items())
             torch._foreach_copy_(list(copies), [parameter.detach() for parameter in parameters])
@@ -52,10 +55,11 @@ _ACTIVE: ContextVar[HeldCasts | None] = ContextVar("held_casts", default=None)
 
 
 def cast_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor in the dtype of a product: itself, a copy that is held, or a new one."""
+    """The factor in the dtype of a product: unchanged, a held copy, or a new copy."""
     if factor.dtype == dtype:
         return factor
-    held = _ACTIVE.get()
+    # torch.compile of torch 2.11 cannot trace a ContextVar
+    held = None if torch.compiler.is_compiling() else _ACTIVE.get()
     if held is None or not isinstance(factor, nn.Parameter) or torch.is_grad_enabled():
         return factor.to(dtype)
     return held.cast(factor, dtype)

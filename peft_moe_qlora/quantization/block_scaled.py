@@ -96,7 +96,7 @@ class BlockScaled(Format):
         if not isinstance(sizes, tuple) or len(sizes) != 2 or any(type(n) is not int or n < 0 for n in sizes):
             raise ValueError(f"block={sizes!r:.200}: expected a tuple (rows, columns), with 0 for all.")
         if self.scale not in SCALE_DTYPES:
-            raise ValueError(f"scale={self.scale!r:.200} is unknown. Use one of {tuple(SCALE_DTYPES)}.")
+            raise ValueError(f"scale={self.scale!r:.200} is unknown. Choose one of {tuple(SCALE_DTYPES)}.")
 
     @abstractmethod
     def values(self, codes: torch.Tensor) -> torch.Tensor: ...
@@ -231,7 +231,7 @@ class BlockScaled(Format):
         if (scales >= SCALE_LIMIT).any():
             raise ValueError(
                 f"A block has the scale {float(scales.max()):.3g}. Expected less than {SCALE_LIMIT:g} for {self}. "
-                f"Weights above {SCALE_LIMIT * self.largest_value:.3g} are probably corrupt."
+                f"Weights above {SCALE_LIMIT * self.largest_value:.3g} are probably damaged."
             )
 
     def store_scales(self, scales: torch.Tensor, rows: int, columns: int, parts: int = 1) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ def check_names(names: Iterable[str], module: nn.Module, storage: Format) -> Non
     """Rejects a format whose tensor names are already attributes of a module.
 
     Raises:
-        ValueError: a name is taken; the message has the first.
+        ValueError: a name is taken; the error names the first.
     """
     taken = [name for name in names if hasattr(type(module), name) or name in (*vars(module), "bias")]
     if taken:

@@ -1,9 +1,9 @@
-"""A CUDA graph of one step of decoding with a static cache, for generation beside training.
+"""A CUDA graph of one decoding step with a static cache, for generation during training.
 
 A step of one token launches thousands of kernels and is launch-bound. With
 `generate(cache_implementation="static", disable_compile=True)` one step is captured per prompt, and later ones replay
-it. The first step of a batch size and cache length runs as usual before. Compiling such a step takes minutes,
-capturing it as long as a step.
+it. For each batch size and cache length, the first step runs without a graph, as a warm-up. Compiling such a step
+takes minutes, capturing it takes as long as a step.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .static_tensors import StaticTensors
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 MOST_WARM = 8
-"""Kinds of steps that are remembered to have run without a graph: batch sizes, cache lengths and adapters."""
+"""Limit on the remembered warm-up steps, one for each batch size, cache length and state of the adapters."""
 
 
 class DecodeRunner:
-    """Takes the place of the `forward` of a model's stack of decoder layers.
+    """Replaces the `forward` of a model's stack of decoder layers.
 
     Only steps of one token with a static cache, in evaluation mode and without gradients, are captured. Factors of
-    linear layers are read once per prompt.
+    linear layers are cast once per prompt.
 
     Args:
         decoder: the stack, `model.get_decoder()`.
-        make_backend: what captures on a device.
+        make_backend: class of the backend for the capture.
     """
 
     def __init__(self, decoder: nn.Module, make_backend: type[Backend] = CudaBackend) -> None:
@@ -87,7 +87,7 @@ class DecodeRunner:
         return self._step(leaves, cache)
 
     def _is_warm(self, key: tuple, cache: StaticCache) -> bool:
-        """Whether such a step has run before, which loads and compiles kernels; a capture can't."""
+        """Whether such a step has run before; the first one loads and compiles kernels, which a capture cannot do."""
         lengths = {getattr(layer, "max_cache_len", None) for layer in cache.layers}
         step = (key, lengths, layer_state(self.decoder))
         is_warm = step in self._warm
@@ -96,7 +96,7 @@ class DecodeRunner:
         return is_warm
 
     def _capture(self, plain: MethodType, key: tuple, leaves: list[Any], name: str, cache: StaticCache) -> None:
-        """Captures a step, or says why not; a failed capture is not retried before the next prompt."""
+        """Captures a step, or records the reason why not; a failed capture is not retried before the next prompt."""
         if self._reason is not None:
             return
         others = (leaf for leaf in leaves if not isinstance(leaf, Tensor))
@@ -129,7 +129,7 @@ class DecodeRunner:
         return inspect.signature(MethodType(type(self.decoder).forward, self.decoder))
 
     def report(self) -> list[str]:
-        """What is captured, and why something is not."""
+        """Lists the captured step, and the reasons for steps without a graph."""
         lines = [] if self._step is None else [f"a step of decoding, replayed {self._step.replays} times"]
         return lines + [f"decoding without a graph, {count} steps: {why}" for why, count in self.reasons.items()]
 
@@ -139,16 +139,16 @@ class DecodeRunner:
 
 
 class CapturedStep:
-    """One step, for one cache, whose tensors the graph reads and writes.
+    """The graph of one step for one cache, whose tensors it reads and writes.
 
     Args:
-        plain: the forward of the stack of layers.
+        plain: forward of the stack of layers.
         decoder: the stack.
         key: signature that the arguments must match.
-        leaves: of the arguments.
-        cache_name: what the stack calls its cache.
-        cache: of keys and values; no reference is held, so that it is freed as without a graph.
-        backend: captures.
+        leaves: leaves of the arguments.
+        cache_name: name of the cache among the arguments.
+        cache: the KV cache; only a weak reference is kept, so it is freed as without a graph.
+        backend: backend for the capture.
         casts: copies of factors that the graph reads.
     """
 
@@ -220,7 +220,7 @@ def _states(adapters: list[LoraLayer]) -> list[tuple]:
 
 
 def _why_not(decoder: nn.Module, cache: StaticCache) -> str | None:
-    """Why a step can't be captured."""
+    """The reason why a step cannot be captured; None if it can."""
     for layer in cache.layers:
         if type(layer) is not StaticLayer:
             return f"{type(layer).__name__} counts tokens on the host"

@@ -42,6 +42,6 @@ class UnsyncedAdamW8bit(AdamW8bit):
     def _refuse_sharded(self) -> None:
         if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
             raise ValueError(
-                f"{type(self).__name__} does not support parameters that are sharded over processes (FSDP2), like all "
-                "optimizers of bitsandbytes. Use torch.optim.AdamW, which shards its states too."
+                f"{type(self).__name__} does not support parameters that are sharded over processes (FSDP2), nor does "
+                "any optimizer of bitsandbytes. Use torch.optim.AdamW, which shards its states too."
             )

@@ -125,5 +125,5 @@ def engine_layout(name: str) -> EngineLayout:
         ValueError: the name is unknown.
     """
     if name not in ENGINE_LAYOUTS:
-        raise ValueError(f"{name!r:.200} is not a format for serving. Use one of {tuple(ENGINE_LAYOUTS)}.")
+        raise ValueError(f"{name!r:.200} is not a format for serving. Choose one of {tuple(ENGINE_LAYOUTS)}.")
     return ENGINE_LAYOUTS[name]

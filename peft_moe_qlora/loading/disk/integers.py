@@ -37,7 +37,7 @@ _BESIDE = {
 }
 _REFUSED = {
     ".weight_zero_point": "zero points of weights (asymmetric quantization)",
-    ".weight_g_idx": "reordered columns, whose groups are not contiguous (actorder)",
+    ".weight_g_idx": "reordered columns with groups that are not contiguous (actorder)",
 }
 
 

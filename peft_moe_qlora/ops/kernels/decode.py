@@ -147,7 +147,7 @@ def weight_block(
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """`(rows, TILE_COLUMNS)` values of codes, and the scales of the rows, each of which is in one block."""
+    """`(rows, TILE_COLUMNS)` values of codes, and one scale per row: the columns of a tile are in one block."""
     PAIRS: tl.constexpr = COLUMNS // 2
     pair = column_tile * (TILE_COLUMNS // 2) + tl.arange(0, TILE_COLUMNS // 2)
     place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]

@@ -1,4 +1,4 @@
-"""The layer's forward for few tokens, as in generation: a matrix-vector product per routed pair instead of tiles.
+"""Forward of the layer for few tokens, as in generation: one matrix-vector product per routed pair instead of tiles.
 
 Nothing is sorted, and no tile is padded with missing rows. An expert chosen by several tokens is decoded for each of
 them.
@@ -18,7 +18,7 @@ from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
 
 LARGEST_BLOCKSIZE = 512
-"""A step is whole blocks, and has to stay in registers."""
+"""Limit on the block size, since a step consists of whole blocks and must fit into registers."""
 
 
 @triton.jit(do_not_specialize=["scaling"])
@@ -45,7 +45,7 @@ def _reduce_pairs_kernel(
             x = tl.load(X + (pair // TOP_K).to(tl.int64) * K + k, mask=k < K, other=0.0)
             place = FACTOR + expert.to(tl.int64) * (RANK * K) + r[:, None] * K + k[None, :]
             factor = tl.load(place, mask=(r < RANK)[:, None] & (k < K)[None, :], other=0.0)
-            # rounded as the matrix instructions of the other path need it
+            # rounded like the operands of the matrix instructions on the other path
             acc += factor.to(x.dtype).to(tl.float32) * x.to(tl.float32)[None, :]
         tl.store(OUT + pair * RANK + r, (tl.sum(acc, 1) * scaling).to(OUT.dtype.element_ty), mask=r < RANK)
 
@@ -57,10 +57,10 @@ def reduce_pairs(
 
     Args:
         x: `(T, K)`, or `(P, K)` with `top_k` 1; contiguous.
-        top_k_index: `(T, K)` ids, contiguous; rows of pairs outside `[0, E)` are left as they were allocated.
-        A: `(E, R, K)` contiguous, any floating dtype; rounded to that of x.
+        top_k_index: `(T, K)` ids, contiguous; rows of pairs outside `[0, E)` are not written.
+        A: `(E, R, K)` contiguous, in any floating-point dtype; rounded to the dtype of x.
         scaling: factor of the product.
-        top_k: pairs of a row of x.
+        top_k: number of pairs per row of x.
     """
     num_experts, rank, in_features = A.shape
     num_pairs = top_k_index.numel()
@@ -391,12 +391,12 @@ def gated_pairs(
 
     Args:
         x: `(T, H)`, contiguous.
-        top_k_index: `(T, K)` ids, contiguous; rows of pairs outside `[0, E)` are left as they were allocated.
-        weight: of the first projection, `2I` outputs.
+        top_k_index: `(T, K)` ids, contiguous; rows of pairs outside `[0, E)` are not written.
+        weight: weight of the first projection, with `2I` outputs.
         reduced: `(P, R)`, see `reduce_pairs`; None without a low-rank term.
-        B: `(E, 2I, R)` contiguous, any floating dtype; rounded to that of x.
+        B: `(E, 2I, R)` contiguous, in any floating-point dtype; rounded to the dtype of x.
         bias: `(E, 2I)`, contiguous.
-        gate: which.
+        gate: the gate.
     """
     num_pairs, features = top_k_index.numel(), weight.out_features // 2
     out = allocate((num_pairs, features), x.dtype, x.device)
@@ -429,9 +429,9 @@ def combined_pairs(
         x: `(P, I)`, contiguous.
         top_k_index: `(T, K)` ids, contiguous; pairs outside `[0, E)` count as zero.
         top_k_weights: `(T, K)`, contiguous.
-        weight: of the second projection.
+        weight: weight of the second projection.
         reduced: `(P, R)`, see `reduce_pairs`; None without a low-rank term.
-        B: `(E, H, R)` contiguous, any floating dtype; rounded to that of x.
+        B: `(E, H, R)` contiguous, in any floating-point dtype; rounded to the dtype of x.
         bias: `(E, H)`, contiguous.
     """
     num_tokens, top_k = top_k_index.shape

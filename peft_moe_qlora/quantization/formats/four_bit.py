@@ -56,9 +56,9 @@ class FourBitFormat(Format):
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type={self.quant_type!r} is unknown. Use one of {QUANT_TYPES}.")
+            raise ValueError(f"quant_type={self.quant_type!r} is unknown. Choose one of {QUANT_TYPES}.")
         if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize={self.blocksize!r} is not supported. Use one of {BLOCKSIZES}.")
+            raise ValueError(f"blocksize={self.blocksize!r} is not supported. Choose one of {BLOCKSIZES}.")
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant={self.double_quant!r:.200}: expected True or False.")
 
