@@ -139,6 +139,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "24-gb": lambda: steps("h200-step-24-gb", "h200-step-24-gb-graphs"),
         "16-gb": lambda: steps("h200-step-16-gb"),
         "losses": lambda: losses("h200-step-losses", "h200-step-losses-2"),
+        "losses-fp32": lambda: losses("h200-step-losses-fp32"),
         "generation": lambda: generation(dynamic="h200-step-generation-before", captured="h200-step-generation"),
     },
     "docs/optimizers.md": {"times": lambda: optimizers("h200-step-optimizers")},
