@@ -207,14 +207,20 @@ def test_failed_capture_falls_back_to_plain_generation(device, monkeypatch):
     assert f"{2 * NEW - 3} steps: the capture failed: operation not permitted" in graphs_report(model)
 
 
-def test_factors_are_read_once_per_prompt(device):
-    """A captured step reads 16-bit copies of fp32 factors, which follow in-place updates between generations."""
+def model_in_bf16(device: str) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A captured model whose fp32 factors of linear layers are cast to bf16 in each product, and its factors."""
     model = tiny_model(device=device, dtype=torch.bfloat16)
     prepare_model_for_training(model, cuda_graphs=True)
     model = get_peft_model(model, MoeQLoraConfig(r=4, target_modules=["experts", "q_proj", "o_proj"])).eval()
     randomize_adapter(model, std=0.3)
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in factors} == {torch.float32}
+    return model, factors
+
+
+def test_factors_are_cast_once_per_prompt(device):
+    """A captured step reads 16-bit copies of fp32 factors, which follow in-place updates between generations."""
+    model, factors = model_in_bf16(device)
     cache = StaticCache(config=model.config, max_cache_len=32)
     ids = token_ids(device, 2)
 
@@ -235,3 +241,26 @@ def test_factors_are_read_once_per_prompt(device):
         assert torch.equal(found[-1], logits(output_hidden_states=True))
     assert replays(model) == 3 * (NEW - 1) - 1
     assert not torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
+def test_factors_may_change_between_steps(device):
+    """Without a prompt in between, as when single tokens continue a cache after `load_adapter`."""
+    model, factors = model_in_bf16(device)
+    ids = token_ids(device, 2)
+
+    def logits(**options) -> torch.Tensor:
+        cache, found = StaticCache(config=model.config, max_cache_len=32), []
+        for start in range(ids.shape[1]):
+            if start == 6:
+                for parameter in factors:
+                    parameter.mul_(-2.0)
+            options |= {"position_ids": torch.full((2, 1), start, device=device), "past_key_values": cache}
+            found.append(model(input_ids=ids[:, start : start + 1], use_cache=True, **options).logits)
+        for parameter in factors:
+            parameter.mul_(-0.5)
+        return torch.cat(found, 1)
+
+    expected = logits(output_hidden_states=True)  # steps with recorded outputs are not captured
+    assert torch.equal(logits(), expected)
+    assert replays(model) > 6

@@ -40,6 +40,10 @@ class HeldCasts:
             self._copies[parameter] = copy
         return copy
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that have a copy."""
+        return list(self._copies.keys())
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Casts all parameters again, in few launches. Drops copies of parameters that were moved or reshaped."""

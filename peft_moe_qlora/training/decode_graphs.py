@@ -72,7 +72,7 @@ class DecodeRunner:
         is_after_prompt, self._is_after_prompt = self._is_after_prompt, False
         if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
             self._step = None
-        if is_after_prompt:
+        if is_after_prompt or (self._step is not None and self._step.has_new_factors()):
             self._casts.refresh()  # factors may have been trained since the last generation
         if self._step is None:
             if self._last != (key, id(cache)):
@@ -185,6 +185,14 @@ class CapturedStep:
             self._output = {name: value for name, value in output.items() if value is not self._cache()}
 
         self._graph = backend.capture(work)
+        # inference tensors have no version
+        self._factors = [parameter for parameter in casts.parameters() if not parameter.is_inference()]
+        self._version = 0
+
+    def has_new_factors(self) -> bool:
+        """Whether factors have changed in place since the last call."""
+        before, self._version = self._version, sum(parameter._version for parameter in self._factors)
+        return before != self._version
 
     def fits(self, key: tuple, cache: StaticCache, is_after_prompt: bool) -> bool:
         """Whether the step can be replayed; parameters are checked once per prompt."""
