@@ -21,7 +21,6 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 VOCABULARY = [*MARKS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -126,6 +125,9 @@ class TinyProcessor(ProcessorMixin):
     @classmethod
     def of(cls, checkpoint: str) -> TinyProcessor:
         """The processor of a tiny checkpoint."""
+        # needs Pillow, which scripts without images do not
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         return cls(Qwen2VLImageProcessorPil(patch_size=16), tokenizer, chat_template=tokenizer.chat_template)
 

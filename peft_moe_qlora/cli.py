@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .layouts import LORA_B_ORDERS, QUANT_TYPE_NAMES, TARGETS, ReadOptions, convert_adapter
 from .loading import inspect_checkpoint
@@ -364,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # some libraries, such as DeepSpeed, print to stdout when imported; keep stdout for the result
         with redirect_stdout(sys.stderr):
             found = args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last, if a disk is full
         print(f"peft-moe-qlora {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -113,6 +113,12 @@ def test_divergence_is_the_same_in_chunks(monkeypatch):
         assert kl_divergence(of, against) == pytest.approx(expected.mean().item(), rel=1e-12)
 
 
+def test_missing_directory_or_report(tmp_path):
+    for directory, message in ((tmp_path / "nothing", "is not a directory"), (tmp_path, "contains no merge_report")):
+        with pytest.raises(ValueError, match=message):
+            verify_merge(directory, words(tmp_path), progressbar=False)
+
+
 def test_model_with_nonstandard_logits(tmp_path, monkeypatch):
     save_adapter(tmp_path, target_modules=["experts"])
     text = words(tmp_path)

@@ -98,7 +98,8 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             it = "it" if len(unknown) == 1 else "them"
-            raise ValueError(f"MoeQuantizationConfig has no option {', '.join(map(repr, unknown))}. Remove {it}.")
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"MoeQuantizationConfig has no option {names}. Correct or remove {it}.")
         if quant_method != QUANT_METHOD:
             raise ValueError(
                 f"quant_method={quant_method!r}: MoeQuantizationConfig expects {QUANT_METHOD!r}. Remove it."

@@ -40,9 +40,12 @@ def verify_merge(
         The report with `verification`.
 
     Raises:
-        ValueError: there is no report, base or adapter no longer exist or have changed, the text is too short, the
-            base cannot be loaded as in training, or its class does not compute logits with its output embeddings.
+        ValueError: there is no directory or no report, base or adapter no longer exist or have changed, the text is
+            too short, the base cannot be loaded as in training, or its class does not compute logits with its output
+            embeddings.
     """
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory} is not a directory. Expected a checkpoint that was merged by this package.")
     report = MergeReport.read(Path(directory))
     if report is None:
         raise ValueError(

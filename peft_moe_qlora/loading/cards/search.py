@@ -239,9 +239,12 @@ def recipe(model: str, settings: Settings, packed_as: Format | None = None) -> l
         "bf16=True",
         "gradient_checkpointing=False",  # otherwise Trainer replaces the checkpointing that was set up before
     ]
+    if settings.cuda_graphs:
+        arguments.append("router_aux_loss_coef=0.0")  # TRL's auxiliary loss records router logits: no graphs
     lines = [
         "from peft import get_peft_model",
         f"from peft_moe_qlora import {', '.join(names)}",
+        "from peft_moe_qlora.training import cast_trainable_to_fp32",
         "from trl import SFTConfig, SFTTrainer  # its loss never materializes all logits",
         "",
         f'model = load_quantized({loading}, device_map={{"": 0}})',
@@ -254,6 +257,7 @@ def recipe(model: str, settings: Settings, packed_as: Format | None = None) -> l
         *(f"    {argument}," for argument in arguments),
         ")",
         "trainer = SFTTrainer(model, arguments, train_dataset=...)",
+        "cast_trainable_to_fp32(trainer.model)  # TRL casts factors to bf16, which loses small updates",
     ]
     if settings.optimizer == "adamw_8bit":
         lines.append("# faster: optimizer_cls_and_kwargs=(peft_moe_qlora.training.UnsyncedAdamW8bit, {'lr': 1e-4})")
