@@ -1,7 +1,7 @@
 """Measures time and memory of merging an adapter into a checkpoint with random weights, on disk and into 4 bits.
 
     python benchmarks/merging.py --shape qwen3-30b-a3b --layers 4 --directory /data
-    python benchmarks/merging.py --shape small --directory /tmp/merging --device cpu
+    python benchmarks/merging.py --shape small --directory merging --device cpu
 
 Base and adapter are created first, unless the directory contains them. Every merge is in a separate process. Random
 weights say nothing about the fidelity of a merge; use `peft-moe-qlora merge --verify` for that.

@@ -58,7 +58,7 @@ class DecodeRunner:
         self._is_after_prompt = True
         self._warm: deque[tuple] = deque(maxlen=MOST_WARM)
         self._casts = HeldCasts()
-        self._backend: Backend | None = None
+        self._backends: dict[torch.device, Backend] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plain = MethodType(type(self.decoder).forward, self.decoder)
@@ -72,7 +72,8 @@ class DecodeRunner:
         is_after_prompt, self._is_after_prompt = self._is_after_prompt, False
         if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
             self._step = None
-        if is_after_prompt or (self._step is not None and self._step.has_new_factors()):
+        has_new_factors = self._step is not None and self._step.has_new_factors()
+        if is_after_prompt or has_new_factors:
             self._casts.refresh()  # factors may have been trained since the last generation
         if self._step is None:
             if self._last != (key, id(cache)):
@@ -102,10 +103,12 @@ class DecodeRunner:
         others = (leaf for leaf in leaves if not isinstance(leaf, Tensor))
         self._reason = why_not_constant(others) or _why_not(self.decoder, cache)
         if self._reason is None:
+            device = self.decoder.device
             try:
-                if self._backend is None:
-                    self._backend = self._make_backend(self.decoder.device)
-                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, self._backend, self._casts)
+                if device not in self._backends:
+                    self._backends[device] = self._make_backend(device)
+                backend = self._backends[device]
+                self._step = CapturedStep(plain, self.decoder, key, leaves, name, cache, backend, self._casts)
             except RuntimeError as error:
                 # CUDA errors; nothing has run, so the cache is unchanged
                 self._reason = f"the capture failed: {error}"
@@ -134,7 +137,7 @@ class DecodeRunner:
         return lines + [f"decoding without a graph, {count} steps: {why}" for why, count in self.reasons.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        copy = {**self.__dict__, "_step": None, "_last": None, "_backend": None}
+        copy = {**self.__dict__, "_step": None, "_last": None, "_backends": {}}
         return {**copy, "_warm": deque(maxlen=MOST_WARM), "_casts": HeldCasts()}
 
 
@@ -188,6 +191,7 @@ class CapturedStep:
         # inference tensors have no version
         self._factors = [parameter for parameter in casts.parameters() if not parameter.is_inference()]
         self._version = 0
+        self.has_new_factors()
 
     def has_new_factors(self) -> bool:
         """Whether factors have changed in place since the last call."""
