@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import StaticCache
 
 ADAPTERS = ("on", "off", "merged")
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
     "captured": {"cache_implementation": "static", "disable_compile": True},
+    "reused": {"disable_compile": True},
 }
-"""Name -> options of `generate`. transformers compiles decoding with a static cache; `+graphs` captures it instead."""
+"""Name -> options of `generate`. transformers compiles decoding with a static cache; `+graphs` captures it instead.
+
+With `reused`, all generations share one static cache, so that a step is captured only once.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,14 @@ def time_generation(
     config = model.get_base_model().config
     device = model.get_base_model().lm_head.weight.device
     ids = torch.randint(0, config.vocab_size, (batch, prompt), device=device)
+    options = dict(CACHES[cache])
+    if cache == "reused":
+        options["past_key_values"] = StaticCache(config=config, max_cache_len=prompt + new_tokens)
 
     def seconds(number: int) -> float:
         start = time.perf_counter()
+        if cache == "reused":
+            options["past_key_values"].reset()
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -90,7 +100,7 @@ def time_generation(
             do_sample=False,
             pad_token_id=0,
             use_cache=True,
-            **CACHES[cache],
+            **options,
         )
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Generates the tables of README.md, docs/step.md and docs/optimizers.md from the results of step.py.
+"""Generates tables of README.md and of docs from the results of step.py and distributed.py.
 
     python benchmarks/step_page.py
 
@@ -131,6 +131,25 @@ def generation(**caches_of_results: str) -> str:
     return _markdown(lines, ("arm", "cache", "batch", "ms a token", "ms without the prompt", "tokens/s"))
 
 
+def several_gpus(*names: str) -> str:
+    """Table of steps on several GPUs; ratios are relative to one GPU in the same run."""
+    lines = []
+    for name in names:
+        settings, rows = (_content(name)[key] for key in ("settings", "rows"))
+        one = next((row for row in rows if row["mode"] == "one"), None)
+
+        def figure(row: dict, key: str, pattern: str, one: dict | None = one) -> str:
+            found = pattern.format(row[key])
+            return f"{found} ({row[key] / one[key]:.2f})" if one not in (None, row) else found
+
+        for row in rows:
+            found = settings["shape"], f"`{settings['arm']}`", row["mode"], row["processes"]
+            times = f"{row['milliseconds']:,.0f}", figure(row, "tokens_per_second", "{:,.0f}")
+            lines.append((*found, *times, figure(row, "resident_gib", "{:.1f}"), f"{row['peak_gib']:.1f}"))
+    headers = ("model", "arm", "engine", "GPUs", "ms", "tokens/s", "resident, GiB", "peak, GiB")
+    return _markdown(lines, headers)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"case": case, "fits": lambda: fits(_16="h200-step-16-gb", _24="h200-step-24-gb")},
     "docs/step.md": {
@@ -140,7 +159,14 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "16-gb": lambda: steps("h200-step-16-gb"),
         "losses": lambda: losses("h200-step-losses", "h200-step-losses-2"),
         "losses-fp32": lambda: losses("h200-step-losses-fp32"),
-        "generation": lambda: generation(dynamic="h200-step-generation-before", captured="h200-step-generation"),
+        "generation": lambda: generation(
+            dynamic="h200-step-generation-before",
+            captured="h200-step-generation-reused",
+            reused="h200-step-generation-reused",
+        ),
+    },
+    "docs/distributed.md": {
+        "several-gpus": lambda: several_gpus("h200-x2", "h200-x2-graphs", "h200-x2-qwen3-235b"),
     },
     "docs/optimizers.md": {"times": lambda: optimizers("h200-step-optimizers")},
 }

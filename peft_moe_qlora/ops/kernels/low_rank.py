@@ -214,9 +214,10 @@ def _factor_gradient_kernel(
             place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
             tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
         else:
+            # a name of its own: pointers of two dtypes can't share one across branches
             part = _place_of_part(start, end - start, half, LENGTH)
-            place = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
-            tl.store(place, acc, mask=is_out)
+            place_of_part = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
+            tl.store(place_of_part, acc, mask=is_out)
 
 
 @triton.jit(do_not_specialize=["half"])
@@ -245,8 +246,8 @@ def _sum_of_runs_kernel(
         acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
         for first in range(start, end, LENGTH):
             part = _place_of_part(first, tl.minimum(end - first, LENGTH), half, LENGTH)
-            place = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
-            acc += tl.load(place, mask=is_out, other=0.0)
+            place_of_part = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
+            acc += tl.load(place_of_part, mask=is_out, other=0.0)
         place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
         tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
 
