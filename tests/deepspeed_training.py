@@ -20,6 +20,7 @@ from calling_backend import CallingBackend
 from peft import PeftModel, get_peft_model
 from tiny_models import VOCABULARY, randomize_adapter
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, logging
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training, quantize_experts
 from peft_moe_qlora.training import UnsyncedAdamW8bit, layer_runner
@@ -72,7 +73,12 @@ CASES = {
 
 def build(directory: Path, case: Case) -> PeftModel:
     storage = MoeQuantizationConfig(quantize_linear=case.linear, double_quant=case.double_quant)
-    base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=case.dtype, quantization_config=storage)
+    base = AutoModelForCausalLM.from_pretrained(
+        directory / "base",
+        dtype=case.dtype,
+        quantization_config=storage,
+        device_map=None if is_deepspeed_zero3_enabled() else "cpu",
+    )
     prepare_model_for_training(base, use_gradient_checkpointing=case.checkpointing, cuda_graphs=case.graphs)
     config = MoeQLoraConfig(r=4, target_modules="all-linear", double_quant=case.double_quant, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,9 @@ def write_checkpoint(directory: Path, **sizes: int) -> None:
 def build(directory: Path, case: Case) -> PeftModel:
     """The same model and adapter on every process."""
     storage = MoeQuantizationConfig(quantize_linear=case.quantize_linear, double_quant=case.double_quant)
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=case.dtype, quantization_config=storage)
+    base = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=case.dtype, quantization_config=storage, device_map="cpu"
+    )
     if case.linear_storage is not None:
         store_attention(base, case.linear_storage)
     prepare_model_for_training(base, **case.prepare)
@@ -207,7 +210,8 @@ def train_alone(directory: Path, case: Case) -> Run:
 
 def start(work: Callable[[int, Path], object], directory: Path) -> list[Any]:
     """Calls a function of a module on each process of a group with its rank and the directory; returns the results."""
-    mp.spawn(_in_group, (work, directory), nprocs=WORLD)
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        mp.spawn(_in_group, (work, directory), nprocs=WORLD)
     return saved_results(directory)
 
 
@@ -225,7 +229,8 @@ def launch(config: str, script: str, *arguments: object, options: Sequence[objec
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", _free_port()]
     command += ["--config_file", tests.parent / "examples" / "configs" / config, *options, tests / script, *arguments]
     paths = [str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", **environment}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
 

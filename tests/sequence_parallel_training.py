@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import VOCABULARY, randomize_adapter
 from torch import distributed
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, logging
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, prepare_model_for_training
@@ -56,7 +57,11 @@ CASES = {
 def build(directory: Path, case: Case) -> PeftModel:
     storage = MoeQuantizationConfig(quantize_linear=case.linear)
     base = AutoModelForCausalLM.from_pretrained(
-        directory / "base", dtype=torch.float32, quantization_config=storage, attn_implementation="sdpa"
+        directory / "base",
+        dtype=torch.float32,
+        quantization_config=storage,
+        attn_implementation="sdpa",
+        device_map=None if is_deepspeed_zero3_enabled() else "cpu",
     )
     prepare_model_for_training(base, use_gradient_checkpointing=case.checkpointing, cuda_graphs=case.graphs)
     model = get_peft_model(base, MoeQLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))

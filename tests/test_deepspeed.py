@@ -99,7 +99,10 @@ def test_adapters_are_saved_whole(shared):
         saved = load_file(ours / place / "adapter_model.safetensors")
         assert_same_bytes(saved, expected)
     base = AutoModelForCausalLM.from_pretrained(
-        ours / "base", dtype=torch.float32, quantization_config=MoeQuantizationConfig(quantize_linear=False)
+        ours / "base",
+        dtype=torch.float32,
+        quantization_config=MoeQuantizationConfig(quantize_linear=False),
+        device_map="cpu",
     )
     model = PeftModel.from_pretrained(base, ours / "saved").eval()
     ids = torch.stack([one["input_ids"] for one in batches()])

@@ -124,7 +124,9 @@ def assert_is_fp32(found: dict[str, torch.Tensor]) -> None:
 
 def reloaded(auto_class: type, adapter: Path, base: str = "tiny-moe", **kwargs) -> nn.Module:
     base = adapter.parent / base
-    model = auto_class.from_pretrained(base, dtype="auto", quantization_config=MoeQuantizationConfig(), **kwargs)
+    model = auto_class.from_pretrained(
+        base, dtype="auto", quantization_config=MoeQuantizationConfig(), device_map="cpu", **kwargs
+    )
     return PeftModel.from_pretrained(model, adapter).eval()
 
 

@@ -393,7 +393,10 @@ def test_full_adapter_is_saved(directory, found):
     assert found[0]["after"]["keys"] == sorted(expected)
     assert found[1]["after"]["keys"] == []
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, quantization_config=MoeQuantizationConfig(quantize_linear=False)
+        directory,
+        dtype=torch.float32,
+        quantization_config=MoeQuantizationConfig(quantize_linear=False),
+        device_map="cpu",
     )
     of_base = logits(model, token_ids())
     model = PeftModel.from_pretrained(model, directory / "adapter")

@@ -33,6 +33,9 @@ from peft_moe_qlora import (
 from peft_moe_qlora.quantization.formats import Fp8Format
 from peft_moe_qlora.quantized_linear import QuantizedLinear
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where Triton's kernels run; without a GPU in its interpreter."""
+
 
 class LigerExperts(nn.Module):
     """As Liger's: the same name and parameters, and no declaration; its forward must not run."""
@@ -66,7 +69,8 @@ def adapted(model: nn.Module | None = None, **options) -> nn.Module:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    ids = token_ids(model.device)
+    model(input_ids=ids, labels=ids).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -165,7 +169,7 @@ def test_liger_class_is_read(monkeypatch, tmp_path):
     loaded = load_quantized(str(tmp_path), config, device_map="cpu", dtype=torch.float32)
     assert {stack.architecture for stack in experts_report(loaded).stacks} == {"LigerExperts"}
     assert torch.equal(logits(loaded, token_ids()), expected)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     assert torch.equal(logits(loaded, token_ids()), expected)
     in_memory = AutoModelForCausalLM.from_pretrained(tmp_path)
     quantize_experts(in_memory, progressbar=False)
@@ -323,10 +327,10 @@ def test_trainer_with_ligers_kernels(config, liger, tmp_path):
 
 def test_model_created_after_liger_trains(liger, tmp_path):
     """All patches are on the classes then."""
-    expected = gradients(adapted().train())
+    expected = gradients(adapted().to(DEVICE).train())
     tiny_model().save_pretrained(tmp_path)
     liger.apply_liger_kernel_to_qwen3_moe(**IN_INTERPRETER)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
     assert type(model.model.layers[0].mlp.experts).__name__ == "LigerExperts"
     assert type(model).forward.__module__.startswith("liger_kernel.")
     torch.testing.assert_close(gradients(adapted(model).train()), expected, rtol=1e-4, atol=1e-5)
