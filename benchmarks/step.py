@@ -214,7 +214,9 @@ class Benchmark:
     def _losses(self, plan: Plan) -> list[float]:
         args = self.args
         model = build(plan)
-        optimizer = make_optimizer(args.optimizer[0], [parameter for _, parameter in factors(model)], args.lr)
+        options = {} if args.eps is None else {"eps": args.eps}
+        trained = [parameter for _, parameter in factors(model)]
+        optimizer = make_optimizer(args.optimizer[0], trained, args.lr, **options)
         training = Training(model, optimizer, args.batch, args.tokens[0], CHECK_BATCHES, args.seed)
         return torch.stack([training.step() for _ in range(args.check)]).tolist()
 
@@ -326,6 +328,8 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=["adamw8bit" if on_gpu else "adamw"],
     )
     add("--lr", "learning rate", type=float, default=1e-5)
+    # where a gradient is as small as eps, rounding decides the direction in which AdamW moves a value
+    add("--eps", "eps of the optimizer in --check; default: the optimizer's", type=float)
     add("--attention", "attention implementation; default: transformers' choice")
     add("--steps", "timed steps; the median is reported", type=int, default=8)
     add("--warmup", "untimed steps before the timed ones", type=int, default=3)

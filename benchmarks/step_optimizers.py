@@ -14,7 +14,7 @@ from step_times import GIB
 from torch import nn
 
 Parameters = Iterable[nn.Parameter]
-Make = Callable[[Parameters, float], torch.optim.Optimizer]
+Make = Callable[..., torch.optim.Optimizer]
 
 
 def _made(module: str, name: str, parameters: Parameters, lr: float, **options) -> torch.optim.Optimizer:
@@ -33,17 +33,17 @@ OPTIMIZERS: dict[str, Make] = {
     "torchao-fp8": partial(_made, "torchao.optim", "AdamWFp8"),
     "adafactor": partial(_made, "torch.optim", "Adafactor"),
 }
-"""Name -> function `(parameters, lr)` -> optimizer, with the optimizer's default weight decay."""
+"""Name -> function `(parameters, lr, **options)` -> optimizer, with the optimizer's default weight decay."""
 
 
-def make_optimizer(name: str, parameters: Parameters, lr: float) -> torch.optim.Optimizer:
-    """Creates an optimizer by name.
+def make_optimizer(name: str, parameters: Parameters, lr: float, **options: object) -> torch.optim.Optimizer:
+    """Creates an optimizer by name; the options are those of its class.
 
     Raises:
         ImportError: its package is not installed.
     """
     try:
-        return OPTIMIZERS[name](parameters, lr)
+        return OPTIMIZERS[name](parameters, lr, **options)
     except ModuleNotFoundError as error:
         raise ImportError(f"The optimizer {name} requires {error.name}, which is not installed.") from error
 
