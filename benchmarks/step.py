@@ -165,7 +165,7 @@ class Benchmark:
         row.trained_parameters = sum(parameter.numel() for parameter in trained)
         free_memory()
         row.resident_gib = torch.cuda.memory_allocated() / GIB if args.on_gpu else 0.0
-        training = Training(model, make_optimizer(row.optimizer, trained, args.lr), args.batch, row.tokens)
+        training = Training(model, self._optimizer(row.optimizer, trained), args.batch, row.tokens)
         try:
             for name, value in asdict(time_steps(training, args.steps, args.warmup)).items():
                 setattr(row, name, value)
@@ -181,6 +181,10 @@ class Benchmark:
                 row.host_calls = host_calls(training, args.host)
         finally:
             training.optimizer.zero_grad(set_to_none=True)
+
+    def _optimizer(self, name: str, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        options = {} if self.args.eps is None else {"eps": self.args.eps}
+        return make_optimizer(name, trained, self.args.lr, **options)
 
     # ---- losses
 
@@ -214,9 +218,7 @@ class Benchmark:
     def _losses(self, plan: Plan) -> list[float]:
         args = self.args
         model = build(plan)
-        options = {} if args.eps is None else {"eps": args.eps}
-        trained = [parameter for _, parameter in factors(model)]
-        optimizer = make_optimizer(args.optimizer[0], trained, args.lr, **options)
+        optimizer = self._optimizer(args.optimizer[0], [parameter for _, parameter in factors(model)])
         training = Training(model, optimizer, args.batch, args.tokens[0], CHECK_BATCHES, args.seed)
         return torch.stack([training.step() for _ in range(args.check)]).tolist()
 
@@ -328,8 +330,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=["adamw8bit" if on_gpu else "adamw"],
     )
     add("--lr", "learning rate", type=float, default=1e-5)
-    # where a gradient is as small as eps, rounding decides the direction in which AdamW moves a value
-    add("--eps", "eps of the optimizer in --check; default: the optimizer's", type=float)
+    add("--eps", "eps of the optimizer; default: the optimizer's", type=float)
     add("--attention", "attention implementation; default: transformers' choice")
     add("--steps", "timed steps; the median is reported", type=int, default=8)
     add("--warmup", "untimed steps before the timed ones", type=int, default=3)

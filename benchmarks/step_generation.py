@@ -84,14 +84,13 @@ def time_generation(
     config = model.get_base_model().config
     device = model.get_base_model().lm_head.weight.device
     ids = torch.randint(0, config.vocab_size, (batch, prompt), device=device)
-    options = dict(CACHES[cache])
-    if cache == "reused":
-        options["past_key_values"] = StaticCache(config=config, max_cache_len=prompt + new_tokens)
+    shared = StaticCache(config=config, max_cache_len=prompt + new_tokens) if cache == "reused" else None
+    options = CACHES[cache] if shared is None else {**CACHES[cache], "past_key_values": shared}
 
     def seconds(number: int) -> float:
         start = time.perf_counter()
-        if cache == "reused":
-            options["past_key_values"].reset()
+        if shared is not None:
+            shared.reset()
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

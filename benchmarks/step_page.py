@@ -137,15 +137,13 @@ def several_gpus(*names: str) -> str:
     for name in names:
         settings, rows = (_content(name)[key] for key in ("settings", "rows"))
         one = next((row for row in rows if row["mode"] == "one"), None)
-
-        def figure(row: dict, key: str, pattern: str, one: dict | None = one) -> str:
-            found = pattern.format(row[key])
-            return f"{found} ({row[key] / one[key]:.2f})" if one not in (None, row) else found
-
         for row in rows:
+            speed, resident = f"{row['tokens_per_second']:,.0f}", f"{row['resident_gib']:.1f}"
+            if one not in (None, row):
+                speed += f" ({row['tokens_per_second'] / one['tokens_per_second']:.2f})"
+                resident += f" ({row['resident_gib'] / one['resident_gib']:.2f})"
             found = settings["shape"], f"`{settings['arm']}`", row["mode"], row["processes"]
-            times = f"{row['milliseconds']:,.0f}", figure(row, "tokens_per_second", "{:,.0f}")
-            lines.append((*found, *times, figure(row, "resident_gib", "{:.1f}"), f"{row['peak_gib']:.1f}"))
+            lines.append((*found, f"{row['milliseconds']:,.0f}", speed, resident, f"{row['peak_gib']:.1f}"))
     headers = ("model", "arm", "engine", "GPUs", "ms", "tokens/s", "resident, GiB", "peak, GiB")
     return _markdown(lines, headers)
 

@@ -6,6 +6,7 @@ package run on uninitialized CPU tensors. `launch` is replaced by a function tha
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from peft_moe_qlora.ops.fused_experts import fused_experts
 from peft_moe_qlora.ops.fused_steps import frozen_product
 from peft_moe_qlora.ops.kernels import codec, low_rank, tuning
 from peft_moe_qlora.ops.kernels.decode import decode
+from peft_moe_qlora.ops.kernels.launch import launch
 from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack
 from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
@@ -86,19 +88,16 @@ class Signature(NamedTuple):
 def record_launches() -> dict[Signature, None]:
     """Makes the package choose as on an H200 and record launches; returns the signatures, which later calls extend."""
     found: dict[Signature, None] = {}
+    parameters = inspect.signature(launch)
 
-    def record(
-        kernel: Any,
-        grid: tuple[int, ...],
-        tensors: tuple[torch.Tensor, ...],
-        numbers: tuple[int | float, ...],
-        num_warps: int = 4,
-        num_stages: int = 3,
-        enable_fp_fusion: bool = True,
-        **constants: Any,
-    ) -> None:
+    def record(*args: Any, **kwargs: Any) -> None:
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        options = bound.arguments  # those of the compiler are left
+        kernel, _, tensors, numbers, constants = map(
+            options.pop, ("kernel", "grid", "tensors", "numbers", "constants")
+        )
         types = [TYPES[tensor.dtype] for tensor in tensors] + [TYPES[type(number)] for number in numbers]
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         found[Signature(kernel, tuple(types), tuple(constants.items()), tuple(options.items()))] = None
 
     for name, module in list(sys.modules.items()):

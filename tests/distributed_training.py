@@ -230,7 +230,7 @@ def launch(config: str, script: str, *arguments: object, options: Sequence[objec
     command += ["--config_file", tests.parent / "examples" / "configs" / config, *options, tests / script, *arguments]
     paths = [str(tests.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", **environment}
+    env |= {"CUDA_VISIBLE_DEVICES": "", **environment}  # they train on the CPU
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
 

@@ -36,7 +36,7 @@ def shared(request: pytest.FixtureRequest, directory: Path) -> tuple[int, Path, 
     ours = directory / f"zero{request.param}"
     ours.mkdir()
     (ours / "base").symlink_to(directory / "base")
-    launch(STAGES[request.param], "deepspeed_training.py", ours, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    launch(STAGES[request.param], "deepspeed_training.py", ours, DS_ACCELERATOR="cpu")
     return request.param, ours, saved_results(ours)
 
 

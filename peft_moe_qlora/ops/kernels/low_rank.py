@@ -214,7 +214,7 @@ def _factor_gradient_kernel(
             place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
             tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
         else:
-            # a name of its own: pointers of two dtypes can't share one across branches
+            # pointers of two dtypes need separate names in the two branches
             part = _place_of_part(start, end - start, half, LENGTH)
             place_of_part = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
             tl.store(place_of_part, acc, mask=is_out)
