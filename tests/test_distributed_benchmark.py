@@ -41,7 +41,7 @@ def test_all_modes(tmp_path):
         "16",
     ]
     command += ["--steps", "1", "--warmup", "1", "--checkpoint", str(tmp_path / "base"), "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(tmp_path / "found" / "rows.json")], capture_output=True, text=True, env=environment, timeout=300
     )
