@@ -490,6 +490,13 @@ def test_stacks_of_other_orientation_in_a_submodel(tmp_path):
     assert not any(stack.is_transposed for stack in stacks)
 
 
+@pytest.mark.parametrize("model_id", ["./missing", "~/missing", "models/qwen3/missing", "/missing"])
+def test_paths_that_are_not_directories_are_named(model_id):
+    """The hub's message would only say that this is not a name of a model."""
+    with pytest.raises(ValueError, match="missing is not a directory"):
+        load_quantized(model_id)
+
+
 def test_submodel_with_own_config_keeps_its_storage(tmp_path):
     model = shrunken_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "dense")

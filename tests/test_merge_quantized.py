@@ -98,7 +98,7 @@ def test_linear_layers_in_4_bits(is_packed, tmp_path):
 def test_invalid_merges_are_rejected(tmp_path):
     """By name, and with nothing written, also in a dry run."""
     save_adapter(tmp_path, double_quant=True)
-    with pytest.raises(ValueError, match=r"trained on experts in nf4/64\+dq, not in fp4"):
+    with pytest.raises(ValueError, match=r"trained on experts in nf4/64\+dq, so .* to nf4/64\+dq or nf4; found 'fp4'"):
         merge(tmp_path, quant_type="fp4")
     with pytest.raises(ValueError, match="layout='gguf' is unknown"):
         merge(tmp_path, layout="gguf")

@@ -61,7 +61,7 @@ def load_quantized(
 
     Raises:
         ValueError: `quantization_config` has another type, or is given for a checkpoint already quantized by
-            bitsandbytes or this package; or see `check_skipped`.
+            bitsandbytes or this package; `model_id` is a path, but not of a directory; or see `check_skipped`.
         CheckpointError: see `readable_quantization`, `read_weight_map`, `Checkpoint` and `SourceFinder`.
     """
     if not isinstance(quantization_config, (MoeQuantizationConfig, type(None))):
@@ -76,6 +76,10 @@ def load_quantized(
     if directory.is_dir():
         stored_quantization(directory)
         read_weight_map(directory, kwargs.get("variant"))  # transformers would open any path in an index
+    elif _is_path(model_id):
+        raise ValueError(
+            f"{directory} is not a directory. Expected that of a checkpoint, or a model's name on the hub."
+        )
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         kwargs |= of_hub
@@ -122,6 +126,12 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
         if found is not None:
             return found.to_dict() if isinstance(found, QuantizationConfigMixin) else found
     return None
+
+
+def _is_path(model_id: str | Path) -> bool:
+    """Whether a model is given by a path, which the hub would reject as a name without saying so."""
+    text = str(model_id)
+    return text.startswith((".", "~")) or Path(text).is_absolute() or text.count("/") > 1
 
 
 def _declare_stored(config: PreTrainedConfig, directory: Path) -> None:

@@ -92,10 +92,12 @@ def merge_quantized(
     base = checkpoint_directory(base, adapter)
     found = read_adapter(adapter, base)
     name = str(found.config.format or "16 bits")
-    if quant_type not in (name, name.partition("/")[0]):
+    accepted = dict.fromkeys((name, name.partition("/")[0]))
+    if quant_type not in accepted:
         raise ValueError(
-            f"The adapter was trained on experts in {name}, not in {quant_type}. Merge it without --quantize, then "
-            "load the result with MoeQuantizationConfig and save it."
+            f"The adapter was trained on experts in {name}, so a merge requantizes them to {' or '.join(accepted)}; "
+            f"found {quant_type!r}. For another format, merge without --quantize, then load the result with "
+            "MoeQuantizationConfig and save it."
         )
     digest = adapter_digest(adapter)
     merged_before = digests_merged_before(base, digest)
