@@ -228,11 +228,16 @@ def launch(config: str, script: str, *arguments: object, options: Sequence[objec
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", _free_port()]
     command += ["--config_file", tests.parent / "examples" / "configs" / config, *options, tests / script, *arguments]
-    paths = [str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", **environment}  # they train on the CPU
+    env = cpu_environment() | environment
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def cpu_environment() -> dict[str, str]:
+    """Environment of processes that import this checkout and train on the CPU."""
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own}
 
 
 def saved_results(directory: Path) -> list[Any]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from distributed_training import cpu_environment
 from packaging.version import Version
 
 from peft_moe_qlora.training.fsdp2 import OLDEST_TORCH
 
-ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "benchmarks"
+FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +40,8 @@ def test_all_modes(tmp_path):
         "16",
     ]
     command += ["--steps", "1", "--warmup", "1", "--checkpoint", str(tmp_path / "base"), "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "found" / "rows.json")], capture_output=True, text=True, env=environment, timeout=300
-    )
+    command += [str(tmp_path / "found" / "rows.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=cpu_environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads((tmp_path / "found" / "rows.json").read_text())
     rows = {row["mode"]: row for row in found["rows"]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +27,10 @@ from peft_moe_qlora import (
     save_bitsandbytes,
 )
 from peft_moe_qlora.loading import Checkpoint
+from peft_moe_qlora.loading.expert_shapes import read_expert_shapes
 from peft_moe_qlora.loading.finder import SourceFinder
 from peft_moe_qlora.loading.streaming import in_order_of_reading
+from peft_moe_qlora.merge.inputs import checkpoint_directory
 from peft_moe_qlora.quantization import DenseStack, FourBitFormat, QuantizedStack
 
 EXPERTS_ONLY = MoeQuantizationConfig(quantize_linear=False)
@@ -490,11 +494,17 @@ def test_stacks_of_other_orientation_in_a_submodel(tmp_path):
     assert not any(stack.is_transposed for stack in stacks)
 
 
-@pytest.mark.parametrize("model_id", ["./missing", "~/missing", "models/qwen3/missing", "/missing"])
-def test_paths_that_are_not_directories_are_named(model_id):
+@pytest.mark.parametrize(
+    "model_id", ["missing", "./missing", "~/missing", "models/qwen3/missing", "/missing", "a/file"]
+)
+@pytest.mark.parametrize("read", [load_quantized, read_expert_shapes, lambda base: checkpoint_directory(base, Path())])
+def test_paths_that_are_not_directories_are_named(model_id, read, tmp_path, monkeypatch):
     """The hub's message would only say that this is not a name of a model."""
-    with pytest.raises(ValueError, match="missing is not a directory"):
-        load_quantized(model_id)
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a/file").touch()
+    with pytest.raises(ValueError, match=f"^{re.escape(model_id)} is neither a directory nor"):
+        read(model_id)
 
 
 def test_submodel_with_own_config_keeps_its_storage(tmp_path):

@@ -17,6 +17,7 @@ from shrunken_models import shrunken_config
 from texts import write_text, write_tokenizer
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_moe_qlora import MoeQLoraConfig, load_quantized
 from peft_moe_qlora.cli import main
@@ -148,16 +149,17 @@ class TestInBlocks:
         assert {str(stack.storage) for stack in stacks} == {"fp8/128x128"}
         assert any(isinstance(module, QuantizedLinear) for module in model.modules())
         found = logits(model, token_ids())
-        stock = transformers.AutoModelForCausalLM.from_pretrained(
-            directory / "merged",
-            dtype=torch.float32,
-            quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
-        )
-        # some versions leave the router in bfloat16
-        torch.testing.assert_close(found, logits(stock.float(), token_ids()), rtol=1e-4, atol=1e-4)
+        stock = stock_model(directory / "merged", transformers.FineGrainedFP8Config(dequantize=True))
+        torch.testing.assert_close(found, logits(stock, token_ids()), rtol=1e-4, atol=1e-4)
         write_decoded(directory)
         dense = transformers.AutoModelForCausalLM.from_pretrained(directory / "decoded", dtype=torch.float32)
         torch.testing.assert_close(found, logits(dense, token_ids()), rtol=1e-4, atol=1e-4)
+
+
+def stock_model(directory: Path, config: QuantizationConfigMixin) -> transformers.PreTrainedModel:
+    """A checkpoint as transformers reads and dequantizes it; some versions leave the router in bfloat16."""
+    options = {"dtype": torch.float32, "quantization_config": config}
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, **options).float()
 
 
 def write_decoded(directory: Path) -> None:
@@ -245,14 +247,8 @@ class TestLinearLayers:
         assert report.notes[-1].startswith("6 linear layers stay in floating point")
         model = load_quantized(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
         assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear
-        stock = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "merged",
-            dtype=torch.float32,
-            quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
-        )
-        torch.testing.assert_close(
-            logits(model, token_ids()), logits(stock.float(), token_ids()), rtol=1e-4, atol=1e-4
-        )
+        stock = stock_model(tmp_path / "merged", transformers.FineGrainedFP8Config(dequantize=True))
+        torch.testing.assert_close(logits(model, token_ids()), logits(stock, token_ids()), rtol=1e-4, atol=1e-4)
 
     def test_last_block_may_be_partial(self, tmp_path):
         """As in DeepSeek-V3, whose latent keys are 576 wide."""
@@ -370,12 +366,8 @@ class TestFusedIn16Bits:
         assert config["quant_method"] == "mxfp4"
         assert {"lm_head", "model.layers.0.self_attn.o_proj"} <= set(config["modules_to_not_convert"])
         model = load_quantized(tmp_path / "merged", dtype=torch.float32, device_map="cpu")
-        stock = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "merged", dtype=torch.float32, quantization_config=transformers.Mxfp4Config(dequantize=True)
-        )
-        torch.testing.assert_close(
-            logits(model, token_ids()), logits(stock.float(), token_ids()), rtol=1e-4, atol=1e-4
-        )
+        stock = stock_model(tmp_path / "merged", transformers.Mxfp4Config(dequantize=True))
+        torch.testing.assert_close(logits(model, token_ids()), logits(stock, token_ids()), rtol=1e-4, atol=1e-4)
 
 
 class TestRejected:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from transformers.utils import cached_file
 
 from ..experts import ExpertsLayout
 from ..loading.load import class_of, quantization_of, read_config
+from ..loading.paths import is_hub_name
 from ..loading.quantization_config import QUANT_METHOD, quant_method
 from ..loading.save_bnb import key_of_tensor, keys_of_parts
 from ..targets import expert_layouts, parents
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""Pattern of valid model names on the hub."""
 
 PARTS_OF_FUSED = ("gate_proj", "up_proj")
 """Names that per-expert readers use for the halves of a stack that is fused in the checkpoint."""
@@ -166,7 +163,7 @@ def _downloaded(base: str | Path | None, revision: str | None) -> Path:
         f"The config.json of the base model {base} was not found, but is required for the names of the experts. Pass "
         "the directory of the base model as base (--base)."
     )
-    if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
+    if Path(base).exists() or not is_hub_name(base):
         raise ValueError(message)
     try:
         return Path(cached_file(str(base), "config.json", revision=revision)).parent

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..experts import ExpertsLayout
 from ..targets import expert_layouts
 from .load import class_of, read_config
+from .paths import refuse_missing
 
 NAMES_OF_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
 
@@ -29,8 +30,9 @@ def read_expert_shapes(model: str | Path) -> tuple[list[ExpertsLayout], int | No
     Raises:
         CheckpointError: see `read_config`.
         OSError: there is no config.
-        ValueError: the model has no routed experts.
+        ValueError: the model has no routed experts, or see `refuse_missing`.
     """
+    refuse_missing(model)
     config = read_config(model) if Path(model).is_dir() else AutoConfig.from_pretrained(str(model))
     with torch.device("meta"):
         found = class_of(config)._from_config(config)

@@ -20,6 +20,7 @@ from .disk import quant_method
 from .finder import SourceFinder
 from .in_memory import register_storage
 from .linear import keep_linear_as_stored
+from .paths import refuse_missing
 from .quantization_config import QUANT_METHOD, MoeQuantizationConfig, refuse_unreadable
 from .quantizer import check_skipped, refuse_unexplained, settle_storage
 from .sources import DenseSource, NativeSource, Source
@@ -61,7 +62,7 @@ def load_quantized(
 
     Raises:
         ValueError: `quantization_config` has another type, or is given for a checkpoint already quantized by
-            bitsandbytes or this package; `model_id` is a path, but not of a directory; or see `check_skipped`.
+            bitsandbytes or this package; or see `refuse_missing` and `check_skipped`.
         CheckpointError: see `readable_quantization`, `read_weight_map`, `Checkpoint` and `SourceFinder`.
     """
     if not isinstance(quantization_config, (MoeQuantizationConfig, type(None))):
@@ -76,10 +77,8 @@ def load_quantized(
     if directory.is_dir():
         stored_quantization(directory)
         read_weight_map(directory, kwargs.get("variant"))  # transformers would open any path in an index
-    elif _is_path(model_id):
-        raise ValueError(
-            f"{directory} is not a directory. Expected that of a checkpoint, or a model's name on the hub."
-        )
+    else:
+        refuse_missing(model_id)
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(model_id, return_unused_kwargs=True, **kwargs)
         kwargs |= of_hub
@@ -126,12 +125,6 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
         if found is not None:
             return found.to_dict() if isinstance(found, QuantizationConfigMixin) else found
     return None
-
-
-def _is_path(model_id: str | Path) -> bool:
-    """Whether a model is given by a path, which the hub would reject as a name without saying so."""
-    text = str(model_id)
-    return text.startswith((".", "~")) or Path(text).is_absolute() or text.count("/") > 1
 
 
 def _declare_stored(config: PreTrainedConfig, directory: Path) -> None:

@@ -1,10 +1,13 @@
-"""Checks of link targets, and of file names that come from a checkpoint."""
+"""Checks of link targets, of file names that come from a checkpoint, and of names on the hub."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 _LONGEST_NAME = 255
 """Longest file name, in bytes, that all file systems support."""
@@ -18,6 +21,28 @@ def is_plain_name(name: object) -> bool:
     if not isinstance(name, str) or not name.isprintable() or re.search(r"\\|^[A-Za-z]:", name):
         return False
     return len(name.encode()) <= _LONGEST_NAME and not any(part[:1] in ("", ".") for part in name.split("/"))
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a value may name a model on the hub, as `organization/model`; paths such as `./model` do not."""
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return False
+    return "/" in str(name)
+
+
+def refuse_missing(model: str | Path) -> None:
+    """Checks that a model is a directory, or may be on the hub.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(model)
+    if not path.is_dir() and (path.exists() or not is_hub_name(model)):
+        raise ValueError(
+            f"{model} is neither a directory nor the name of a model on the hub. Pass the directory of its checkpoint."
+        )
 
 
 def leads_out(path: Path, directory: Path) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..layouts.base_model import HUB_NAME, revision_of_base
+from ..layouts.base_model import revision_of_base
 from ..layouts.read import read_config, weights_file
+from ..loading.paths import refuse_missing
 from .beside import PICKLED
 from .report import REPORT_NAME, MergeReport
 
@@ -25,10 +26,7 @@ def checkpoint_directory(base: str | Path, adapter: Path) -> Path:
     """
     if Path(base).is_dir():
         return Path(base)
-    if Path(base).exists() or not HUB_NAME.fullmatch(str(base)):
-        raise ValueError(
-            f"{base} is neither a directory nor the name of a model on the hub. Pass the base's checkpoint."
-        )
+    refuse_missing(base)
     left_out = [*(f"*{ending}" for ending in PICKLED), "original/*"]
     revision = revision_of_base(read_config(adapter), base)
     return Path(snapshot_download(str(base), revision=revision, ignore_patterns=left_out))
