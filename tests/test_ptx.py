@@ -74,7 +74,8 @@ def test_values_in_16_bits(storage, dtype):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_values_times_scales(storage, size, dtype):
+@pytest.mark.parametrize("is_crossed", [False, True])
+def test_values_times_scales(storage, size, dtype, is_crossed):
     """Rounded once, from a scale with twice the digits; small ones would be subnormal in fp16."""
     packed, codes = codes_in(storage)
     num_results = codes.shape[1] // 2
@@ -85,7 +86,11 @@ def test_values_times_scales(storage, size, dtype):
     operands = {num_results: packed}
     for number, bits in enumerate([*coarse, *fine], start=num_results + 1):
         operands[number] = np.full(len(packed), bits << np.uint32(16) | bits, np.uint32)
-    found = halves(run(decoder.scaled_assembly, operands, num_results), NAMES[dtype])
+    assembly = decoder.crossed_assembly if is_crossed else decoder.scaled_assembly
+    found = halves(run(assembly, operands, num_results), NAMES[dtype])
+    if is_crossed:
+        # the first codes of two pairs, then the second ones
+        codes = codes.reshape(len(packed), -1, 2, 2).swapaxes(2, 3).reshape(codes.shape)
     expected = exact_values(storage, dtype)[codes] * np.repeat(scale / decoder.power, 2)
     is_number = ~np.isnan(expected)
     error = np.abs(found - expected)[is_number]

@@ -33,6 +33,7 @@ class Codec:
         values: values of the 16 codes, for the portable path, a chain of selects.
         assembly: PTX of `look_up`; "" for the portable path.
         scaled_assembly: PTX of `decode`.
+        crossed_assembly: the same for two pairs at a time: first the two first codes, then the two second codes.
         unit: factor by which the values were multiplied; scales must be divided by it.
         power: factor by which `decode` must multiply scales.
     """
@@ -49,6 +50,7 @@ class Codec:
     values: tuple[float, ...] = ()
     assembly: str = ""
     scaled_assembly: str = ""
+    crossed_assembly: str = ""
     unit: float = 1.0
     power: float = 1.0
 
@@ -60,6 +62,11 @@ class Codec:
     def block_columns(self) -> int:
         return self.block[1]
 
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of two codes."""
+        return 1 if self.values else 2
+
     def __repr__(self) -> str:
         # part of the names of compiled functions
         scale = f"{self.scale}{self.second_level}"
@@ -70,7 +77,9 @@ class Codec:
         """Part of the key of compiled kernels in Triton's on-disk cache."""
         functions = [getattr(one, "cache_key", "") for one in (self.look_up, self.decode)]
         numbers = (self.values, self.unit, self.power, self.first_shift)
-        return "-".join([repr(self), *functions, str(numbers), self.assembly, self.scaled_assembly])
+        return "-".join(
+            [repr(self), *functions, str(numbers), self.assembly, self.scaled_assembly, self.crossed_assembly]
+        )
 
 
 DENSE = Codec(is_packed=False)
@@ -85,6 +94,7 @@ class Decoder(NamedTuple):
     values: tuple[float, ...] = ()
     assembly: str = ""
     scaled_assembly: str = ""
+    crossed_assembly: str = ""
     unit: float = 1.0
     power: float = 1.0
 

@@ -44,24 +44,32 @@ def look_up_e4m3(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @register_decoder("e4m3")
 def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
-    if not on_nvidia:
-        assembly, scaled = "", ""
-    elif dtype == torch.float32:
-        assembly, scaled = _assembly_of_fp32(), ""
-    else:
+    assembly = scaled = crossed = ""
+    if on_nvidia and dtype == torch.float32:
+        assembly = _assembly_of_fp32()
+    elif on_nvidia:
         assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
-    return Decoder(look_up_e4m3, decode_bytes, assembly=assembly, scaled_assembly=scaled, power=_POWERS[dtype])
+        crossed = _assembly_of_pairs(dtype, True, is_crossed=True)
+    return Decoder(
+        look_up_e4m3,
+        decode_bytes,
+        assembly=assembly,
+        scaled_assembly=scaled,
+        crossed_assembly=crossed,
+        power=_POWERS[dtype],
+    )
 
 
 _POWERS = {torch.float32: 1.0, torch.bfloat16: 2.0**120, torch.float16: 2.0**8}
 """Factors by which the bits must be multiplied. Scales include them, so scales must be below 2^7 (`SCALE_LIMIT`)."""
 
 
-def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
+def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool, is_crossed: bool = False) -> str:
     """PTX that converts four codes (operand 2) to two pairs of 16-bit numbers (results 0 and 1).
 
-    If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(bits, coarse, bits * fine)`; operands 3
-    and 4 are pairs of the coarse scale, 5 and 6 of the fine scale, both multiplied by the power of two in `_POWERS`.
+    If crossed, result 0 is of codes 0 and 2, result 1 of codes 1 and 3. If scaled, each is multiplied by `coarse +
+    fine` with one rounding, as `fma(bits, coarse, bits * fine)`; operands 3 and 4 are pairs of the coarse scale, 5 and
+    6 of the fine scale, both multiplied by the power of two in `_POWERS`.
     """
     packed_type, shift, mask, power = (
         ("bf16x2", 4, "0x07f007f0", "0x7b807b80")
@@ -70,7 +78,8 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
     )
     lines = ["mov.b32 minus_zero, 0x80008000;", f"mov.b32 power, {power};"]
     # each code as the high byte of a half word
-    for pair, selector in enumerate(("0x1404", "0x3424")):
+    selectors = ("0x2404", "0x3414") if is_crossed else ("0x1404", "0x3424")
+    for pair, selector in enumerate(selectors):
         lines += [
             f"prmt.b32 placed, $2, 0, {selector};",
             f"shr.u32 rest, placed, {shift};",

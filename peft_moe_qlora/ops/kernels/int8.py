@@ -33,22 +33,30 @@ def look_up_int8(codes, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @register_decoder("int8")
 def _decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
-    if not on_nvidia:
-        assembly, scaled = "", ""
-    elif dtype == torch.float32:
-        assembly, scaled = _assembly_of_fp32(), ""
-    else:
+    assembly = scaled = crossed = ""
+    if on_nvidia and dtype == torch.float32:
+        assembly = _assembly_of_fp32()
+    elif on_nvidia:
         assembly, scaled = (_assembly_of_pairs(dtype, is_scaled) for is_scaled in (False, True))
+        crossed = _assembly_of_pairs(dtype, True, is_crossed=True)
     # small scales are subnormal in fp16, so values are divided by 256 and scales multiplied by it
     power = 2.0**8 if dtype == torch.float16 else 1.0
-    return Decoder(look_up_int8, decode_bytes, assembly=assembly, scaled_assembly=scaled, power=power)
+    return Decoder(
+        look_up_int8,
+        decode_bytes,
+        assembly=assembly,
+        scaled_assembly=scaled,
+        crossed_assembly=crossed,
+        power=power,
+    )
 
 
-def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
+def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool, is_crossed: bool = False) -> str:
     """PTX that converts four codes (operand 2) to two pairs of 16-bit numbers (results 0 and 1).
 
-    If scaled, each is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`; operands
-    3 and 4 are pairs of the coarse scale, 5 and 6 of the fine scale.
+    If crossed, result 0 is of codes 0 and 2, result 1 of codes 1 and 3. If scaled, each is multiplied by `coarse +
+    fine` with one rounding, as `fma(value, coarse, value * fine)`; operands 3 and 4 are pairs of the coarse scale, 5
+    and 6 of the fine scale.
     """
     if dtype == torch.bfloat16:
         # 128 + lower bits, minus 128, or minus 256 for a negative code: the upper bit is the lowest bit of an exponent
@@ -65,7 +73,8 @@ def _assembly_of_pairs(dtype: torch.dtype, is_scaled: bool) -> str:
         magic, too_much = ("0x44444444", "0x44804480") if is_scaled else ("0x64646464", "0x64806480")
         lines = ["xor.b32 shifted, $2, 0x80808080;", f"mov.b32 too_much, {too_much};"]
         value = ["sub.rn.f16x2 placed, placed, too_much;"]
-    for pair, selector in enumerate(("0x4140", "0x4342")):
+    selectors = ("0x4240", "0x4341") if is_crossed else ("0x4140", "0x4342")
+    for pair, selector in enumerate(selectors):
         lines += [f"prmt.b32 placed, {codes}, {magic}, {selector};", *value]
         if is_scaled:
             lines.append(f"fma.rn.{packed_type} rest, placed, ${5 + pair}, minus_zero;")
