@@ -61,7 +61,10 @@ def measure(shapes: list[str], weights: list[str], repeats: int, workers: int) -
             )
             entries += [{**entry, "weight": weight, "layer": name} for entry in found]
     # layers may share a product; the first entry is used
-    return list({(*question(entry), entry["measured_at"]): entry for entry in reversed(entries)}.values())[::-1]
+    found = {
+        (*question(entry), entry["measured_at"], entry["tiles"]["specialized"]): entry for entry in reversed(entries)
+    }
+    return list(found.values())[::-1]
 
 
 def most_pairs_without_sorting(repeats: int) -> int:

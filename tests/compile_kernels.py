@@ -18,13 +18,18 @@ from kernel_cases import GATES, GRIDS, NF4
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from peft_moe_qlora.ops import Factors, Gate, packed_weight
 from peft_moe_qlora.ops.fused_experts import fused_experts
 from peft_moe_qlora.ops.fused_steps import frozen_product
-from peft_moe_qlora.ops.kernels import codec, low_rank, tuning
+from peft_moe_qlora.ops.kernels import codec, low_rank, specialized_gemm, tuning
 from peft_moe_qlora.ops.kernels.decode import decode
+from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
+from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch import launch
+from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
+from peft_moe_qlora.ops.kernels.tile_table import GemmTiles
 from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack
 from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
@@ -66,7 +71,7 @@ class Signature(NamedTuple):
         types = {**dict(zip(self.kernel.arg_names, self.types)), **dict.fromkeys(constants, "constexpr")}
         pointers = [place for place, kind in enumerate(self.types) if kind.startswith("*")]
         attributes = {(place,): [["tt.divisibility", 16]] for place in pointers}
-        source = ASTSource(self.kernel, types, constants, attributes)
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(self.kernel, types, constants, attributes)
         backend = make_backend(TARGET)
         options = backend.parse_options({**dict(self.options), **source.parse_options()})
         context = ir.context()
@@ -77,7 +82,8 @@ class Signature(NamedTuple):
         stages: dict[str, Callable] = {}
         backend.add_stages(stages, options, source.language)
         metadata = {"target": TARGET, **vars(options)}
-        for stage in list(stages.values()) if is_complete else [stages["ttir"]]:
+        first = next(iter(stages.values()))  # to Triton's IR or, from Gluon, to that for GPUs
+        for stage in stages.values() if is_complete else [first]:
             module = stage(module, metadata)
 
     def __str__(self) -> str:
@@ -105,7 +111,8 @@ def record_launches() -> dict[Signature, None]:
             module.launch = record
     table = tuning.tuning_table((9, 0))
     tuning._table_of = lambda device, dtype: table if dtype.itemsize == 2 else None
-    codec.runs_ptx = low_rank.has_much_shared_memory = lambda device: True
+    codec.runs_ptx = low_rank.has_much_shared_memory = specialized_gemm._runs_on = lambda device: True
+    specialized_gemm._multiprocessors = lambda device: 132
     return found
 
 
@@ -158,6 +165,23 @@ def run_layer(
         torch.autograd.grad(out, [*inputs, *[factor for term in terms if term for factor in term[:2]]], out)
 
 
+def run_specialized(dtype: torch.dtype, storage: Format, heights: tuple[int, ...], factors: torch.dtype) -> None:
+    """Launches the products with specialized warps, in both directions, also for ragged sizes."""
+    for size, rank, is_gathered in ((1024, 16, True), (544, 0, False)):
+        weight = weight_of(4, size, size, storage, False, dtype, 1)
+        if weight.tile_block is None:
+            continue
+        routed = sort_pairs(torch.zeros(64, 2, dtype=torch.int64), 4)
+        rows = Rows(empty(64, size, dtype=dtype), routed.pair_of_row, 2) if is_gathered else None
+        rows = rows or Rows(empty(128, size, dtype=dtype))
+        term = LowRankTerm(empty(128, rank, dtype=dtype), empty(4, size, rank, dtype=factors)) if rank else None
+        bias = None if rank else empty(4, size, dtype=factors)
+        tuned = GemmTiles(heights, 128, 64, 8, 4, weight_left=True, decode_first=False, specialized=True)
+        for for_input_gradient in (False, True):
+            tiles = cut_tiles(routed, heights)
+            grouped_gemm(rows, weight, for_input_gradient, routed.ends, tiles, tuned, term, bias)
+
+
 def run_everything(dtype: torch.dtype) -> None:
     """Runs each format, dtype and option with activations in one dtype."""
     # factor gradients in several runs and in one; generation
@@ -181,6 +205,10 @@ def run_everything(dtype: torch.dtype) -> None:
     for tokens, storage in product((1, 40, 4000), (None, NF4, Fp8Format(), Mxfp4Format())):
         if dtype == BF16:
             run_layer(dtype, storage, tokens=tokens)
+    if dtype != FP32:
+        run_specialized(dtype, NF4, (256, 128, 32), FP32)
+        for number, storage in enumerate(FORMATS[1:]):
+            run_specialized(dtype, storage, (32,), DTYPES[number % 3])
     # stacks and matrices that exceed the workspace for decoded weights
     for storage in (NF4, Fp8Format()):
         run_layer(dtype, storage, experts=8, hidden=4096, intermediate=4096)
@@ -211,7 +239,8 @@ def main(dtype: torch.dtype) -> None:
     for signature in signatures:
         name, types = signature.kernel.__name__, signature.types
         # a binary for each mix of types; those with decoders take longest, so only one for each decoder
-        found = dict(signature.constants).get("CODEC")
+        constants = dict(signature.constants)
+        found = constants["S"].codec if "S" in constants else constants.get("CODEC")
         way = (name, types if found is None else found.name)
         print(name, signature, file=sys.stderr, flush=True)  # if the compiler crashes, the last one caused it
         try:

@@ -27,7 +27,8 @@ from peft_moe_qlora.ops.kernels.codec import decoder_of
 from peft_moe_qlora.ops.kernels.combine import combine
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.ops.kernels.gate import apply_gate, gate_backward
-from peft_moe_qlora.ops.kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
+from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
+from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch_recorder import allocate, forget_recordings
 from peft_moe_qlora.ops.kernels.low_rank import PARTS_BYTES, factor_gradient, reduce_rows, rows_of_a_run
 from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs

@@ -19,12 +19,14 @@ import torch
 
 from .kernels.combine import combine
 from .kernels.gate import apply_gate, gate_backward
+from .kernels.gemm_operands import LowRankTerm, Rows
 from .kernels.gemv import combined_pairs, fits_gemv, gated_pairs, reduce_pairs
-from .kernels.grouped_gemm import LowRankTerm, Rows, grouped_gemm
+from .kernels.grouped_gemm import grouped_gemm
 from .kernels.launch import device_of
 from .kernels.launch_recorder import allocate
 from .kernels.low_rank import factor_gradient, reduce_rows, rows_of_a_run
 from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
+from .kernels.specialized_gemm import supports_specialized
 from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
 
@@ -34,7 +36,9 @@ def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype
     rows_per_expert = num_pairs / weight.num_experts
     codes = weight.storage.kernel_codes if weight.tile_block is not None else None
     n, k = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
-    return choose_tiles(weight.tensors[0].device, dtype, codes, along_columns, rows_per_expert, n, k)
+    device = weight.tensors[0].device
+    may_specialize = supports_specialized(device, dtype, codes, n, k)
+    return choose_tiles(device, dtype, codes, along_columns, rows_per_expert, n, k, may_specialize)
 
 
 class Plan(NamedTuple):

@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from triton.runtime.errors import OutOfResources
 
 from ..quantization import DenseStack, Format, QuantizedStack, Stack
-from .kernels.grouped_gemm import WORKSPACE_BYTES, LowRankTerm, Rows, grouped_gemm
+from .kernels.gemm_operands import LowRankTerm, Rows
+from .kernels.grouped_gemm import WORKSPACE_BYTES, grouped_gemm
 from .kernels.schedule import cut_tiles, sort_pairs
+from .kernels.specialized_gemm import supports_specialized
 from .kernels.tuning import GemmTiles
 from .layer_shape import LayerShape
 from .operands import packed_weight, why_not_read_as
@@ -71,12 +73,13 @@ def products_of(shape: LayerShape, storage: Format | None) -> list[Product]:
     return found
 
 
-def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles]:
+def candidates(rows_per_expert: float, thorough: bool = False, may_specialize: bool = False) -> list[GemmTiles]:
     """Candidate tiles, with decoding inside and before the product.
 
     Args:
         rows_per_expert: mean number of rows.
         thorough: return more candidates, for the tables of the package.
+        may_specialize: return candidates for the kernel with specialized warps, too.
     """
     shapes: Iterable[tuple]
     if rows_per_expert <= 2:
@@ -103,6 +106,9 @@ def candidates(rows_per_expert: float, thorough: bool = False) -> list[GemmTiles
             if not decode_first and tile_n == 256 and not thorough:
                 continue  # the decoded tile and the accumulator do not both fit into registers
             found.append(GemmTiles(heights, tile_n, tile_k, num_warps, num_stages, weight_left, decode_first))
+    if may_specialize and rows_per_expert >= 64:
+        for heights in ((256, 128, 32), (128, 64, 32)):
+            found.append(GemmTiles(heights, 128, 64, 8, 4, weight_left=True, decode_first=False, specialized=True))
     return found
 
 
@@ -275,8 +281,9 @@ def _fewest_experts(shape: LayerShape, product: Product) -> int:
     return min(measured_experts(shape, product), WORKSPACE_BYTES // (2 * product.n * product.k) + 1)
 
 
-def _tried(rows: float, kind: str, thorough: bool) -> list[GemmTiles]:
-    return [tiles for tiles in candidates(rows, thorough) if kind != "dense" or not tiles.decode_first]
+def _tried(rows: float, kind: str, thorough: bool, may_specialize: bool) -> list[GemmTiles]:
+    tried = candidates(rows, thorough, may_specialize)
+    return [tiles for tiles in tried if kind != "dense" or not tiles.decode_first]
 
 
 def measure_layer(
@@ -291,6 +298,9 @@ def measure_layer(
     device: torch.device | str = "cuda",
 ) -> list[dict[str, Any]]:
     """Measures a layer; returns JSON entries with the best tiles for each product and number of rows.
+
+    Where the kernel with specialized warps is best, another entry has the best of the other tiles, for products that
+    it does not support.
 
     Args:
         shape: sizes of the layer.
@@ -313,15 +323,21 @@ def measure_layer(
         reason = None if storage is None else why_not_read_as(storage, *stored)
         if reason is not None:
             raise ValueError(f"A product of {product.n} x {product.k} in {storage} cannot be measured: {reason}.")
+    device = torch.device(device)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
+
+    def tried(product: Product, number: float) -> list[GemmTiles]:
+        kind = kind_of(storage, product)
+        codes = None if kind == "dense" else kind
+        may_specialize = supports_specialized(device, dtype, codes, product.n, product.k)
+        return _tried(number, kind, thorough, may_specialize)
+
     if workers:
         # sorted by product, so that a process creates the inputs of a product once
         jobs = [
             Job(product, _fewest_experts(shape, product), shape.top_k, _stored_as(storage, product), rank, tiles)
             for product in wanted
-            for tiles in dict.fromkeys(
-                tiles for number in rows for tiles in _tried(number, kind_of(storage, product), thorough)
-            )
+            for tiles in dict.fromkeys(tiles for number in rows for tiles in tried(product, number))
         ]
         compile_all(jobs, workers)
     entries = []
@@ -330,22 +346,24 @@ def measure_layer(
         kind = kind_of(storage, product)
         experts = measured_experts(shape, product)
         problem = Problem(product, experts, shape.top_k, number, _stored_as(storage, product), rank, dtype, device)
-        timed = time_all(problem, _tried(number, kind, thorough), timer)
+        timed = time_all(problem, tried(product, number), timer)
         if not timed:
             raise ValueError(f"None of the candidates for {number:g} rows per expert fits on {device}.")
-        best, tiles = timed[0]
-        entries.append(
-            {
-                "weight": kind,
-                "along": product.along,
-                "n": product.n,
-                "k": product.k,
-                "rows_per_expert": number,
-                "tiles": asdict(tiles),
-                "milliseconds": round(best, 4),
-                "runner_up_milliseconds": round(timed[min(1, len(timed) - 1)][0], 4),
-            }
-        )
+        others = [pair for pair in timed if not pair[1].specialized]
+        for ranking in (timed, others) if timed[0][1].specialized else (timed,):
+            best, tiles = ranking[0]
+            entries.append(
+                {
+                    "weight": kind,
+                    "along": product.along,
+                    "n": product.n,
+                    "k": product.k,
+                    "rows_per_expert": number,
+                    "tiles": asdict(tiles),
+                    "milliseconds": round(best, 4),
+                    "runner_up_milliseconds": round(ranking[min(1, len(ranking) - 1)][0], 4),
+                }
+            )
         del problem
     return with_bounds(entries)
 
@@ -357,16 +375,25 @@ def _stored_as(storage: Format | None, product: Product) -> Format | None:
 def with_bounds(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replaces each measured number of rows by the range of rows to which the entry applies."""
     bounded = []
-    for before, entry, following in zip([None, *entries], entries, [*entries[1:], None]):
+    for entry in entries:
         number = entry["rows_per_expert"]
-        bound = math.sqrt(number * following["rows_per_expert"]) if _is_same(entry, following) else None
-        least = bounded[-1]["rows_per_expert"] if _is_same(entry, before) else number / HOLDS_BELOW
-        bounded.append({**entry, "measured_at": number, "from_rows_per_expert": least, "rows_per_expert": bound})
+        measured = sorted({other["rows_per_expert"] for other in entries if _is_same(entry, other)})
+        place = measured.index(number)
+        # the first one applies to some more rows, the last one to all
+        bounds = [measured[0] / HOLDS_BELOW, *(math.sqrt(a * b) for a, b in itertools.pairwise(measured)), None]
+        bounded.append(
+            {
+                **entry,
+                "measured_at": number,
+                "from_rows_per_expert": bounds[place],
+                "rows_per_expert": bounds[place + 1],
+            }
+        )
     return bounded
 
 
-def _is_same(entry: dict[str, Any], other: dict[str, Any] | None) -> bool:
-    return other is not None and all(entry.get(name) == other.get(name) for name in ("weight", "along", "n", "k"))
+def _is_same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(entry.get(name) == other.get(name) for name in ("weight", "along", "n", "k"))
 
 
 def today() -> str:

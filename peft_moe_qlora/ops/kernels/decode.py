@@ -38,7 +38,7 @@ def as_scale(bits, KIND: tl.constexpr):
 
 
 @triton.jit
-def _scale_row(row, CODEC: tl.constexpr):
+def scale_row(row, CODEC: tl.constexpr):
     """Rows of the scale grid for rows of a matrix."""
     # Triton compares an attribute at compile time only through a constexpr variable
     BLOCK: tl.constexpr = CODEC.block_rows
@@ -103,13 +103,13 @@ def weight_tile(
         GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
         BLOCK_ROWS: tl.constexpr = CODEC.block_rows
         PART_ROWS: tl.constexpr = CODEC.part_rows
-        place = SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC)
+        place = SCALES + expert.to(tl.int64) * grid_size(ROWS, COLUMNS, CODEC)
         if BLOCK_ROWS % TILE_ROWS == 0 and PART_ROWS % BLOCK_ROWS == 0 and TILE_COLUMNS <= BLOCK:
             # one scale for the whole tile
             place += row_tile // (BLOCK_ROWS // TILE_ROWS) * GRID_COLUMNS + column_tile // (BLOCK // TILE_COLUMNS)
             scale = tl.load(place + tl.zeros((1, 1), tl.int32))
         else:
-            place = place + _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
+            place = place + scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
             if MASK_ROWS or MASK_COLUMNS:
                 scale = tl.load(place, mask=is_row & (block < GRID_COLUMNS)[None, :], other=0)
             else:
@@ -123,7 +123,7 @@ def weight_tile(
 
 
 @triton.jit
-def _grid_size(ROWS: tl.constexpr, COLUMNS: tl.constexpr, CODEC: tl.constexpr):
+def grid_size(ROWS: tl.constexpr, COLUMNS: tl.constexpr, CODEC: tl.constexpr):
     """Number of scales of a matrix."""
     PART: tl.constexpr = CODEC.part_rows
     BLOCK_ROWS: tl.constexpr = CODEC.block_rows
@@ -153,8 +153,8 @@ def weight_block(
     place = W + expert.to(tl.int64) * (ROWS * PAIRS) + row[:, None] * PAIRS + pair[None, :]
     BLOCK: tl.constexpr = CODEC.block_columns
     GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
-    scale_place = SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC)
-    scale_place = scale_place + _scale_row(row, CODEC) * GRID_COLUMNS
+    scale_place = SCALES + expert.to(tl.int64) * grid_size(ROWS, COLUMNS, CODEC)
+    scale_place = scale_place + scale_row(row, CODEC) * GRID_COLUMNS
     scale_place += column_tile // (BLOCK // TILE_COLUMNS)
     is_row = row < ROWS
     scale = tl.load(scale_place, mask=is_row, other=0) if MASK_ROWS else tl.load(scale_place)
@@ -220,19 +220,19 @@ def block_scales(
     BLOCK: tl.constexpr = CODEC.block_columns
     GRID_COLUMNS: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
     is_block = (row < ROWS)[:, None] & (block < GRID_COLUMNS)[None, :]
-    place = _scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
+    place = scale_row(row, CODEC)[:, None] * GRID_COLUMNS + block[None, :]
     LEVEL: tl.constexpr = CODEC.second_level
     if LEVEL == "map":
         return load_scales(
-            SCALES, NESTED, OFFSET, MAP, expert, place, is_block, _grid_size(ROWS, COLUMNS, CODEC), IS_NESTED
+            SCALES, NESTED, OFFSET, MAP, expert, place, is_block, grid_size(ROWS, COLUMNS, CODEC), IS_NESTED
         )
     elif IS_NESTED:
         PART: tl.constexpr = CODEC.part_rows
-        bits = tl.load(SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
+        bits = tl.load(SCALES + expert.to(tl.int64) * grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
         whole = tl.load(NESTED + expert * (ROWS // PART) + row // PART, mask=row < ROWS, other=_ONE)
         return with_second_level(bits, whole[:, None], LEVEL)
     else:
-        bits = tl.load(SCALES + expert.to(tl.int64) * _grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
+        bits = tl.load(SCALES + expert.to(tl.int64) * grid_size(ROWS, COLUMNS, CODEC) + place, mask=is_block, other=0)
         KIND: tl.constexpr = CODEC.scale
         return as_scale(bits, KIND)
 

@@ -12,51 +12,15 @@ import triton.language as tl
 from ..operands import PackedWeight
 from .codec import DENSE, codec_of
 from .decode import PART_GRANULE, decode, decode_part, weight_block, weight_tile, with_plain_scales
-from .launch import cdiv, launch, next_power_of_2
+from .gemm_operands import LowRankTerm, Rows, padded_rank, row_places
+from .launch import cdiv, launch
 from .launch_recorder import allocate
 from .schedule import Tiles
+from .specialized_gemm import is_aligned, specialized_gemm
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20
 """Limit for the part of a stack decoded to 16 bits at a time: some experts, or some columns of one expert."""
-
-
-class Rows(NamedTuple):
-    """The left operand: rows in the order of the experts, or tokens to gather them from.
-
-    Args:
-        tensor: `(S, features)`, or `(T, features)` with `pair_of_row`; contiguous in the last dimension.
-        pair_of_row: `(S,)` int32, row -> token * K + choice; None if the rows are already sorted.
-        top_k: K; 1 if the rows are already sorted.
-    """
-
-    tensor: torch.Tensor
-    pair_of_row: torch.Tensor | None = None
-    top_k: int = 1
-
-    @property
-    def num_rows(self) -> int:
-        return (self.tensor if self.pair_of_row is None else self.pair_of_row).shape[0]
-
-
-class LowRankTerm(NamedTuple):
-    """`reduced (S, R)` times `factor[e] (N, R)` transposed, added to the product.
-
-    Args:
-        reduced: `(S, R)`, in the dtype of the rows, including the scaling.
-        factor: `(E, N, R)` view with any strides, in any floating-point dtype.
-    """
-
-    reduced: torch.Tensor
-    factor: torch.Tensor
-
-
-@triton.jit
-def row_places(rows, PAIR_OF_ROW, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Positions of the rows in the left operand."""
-    if GATHER:
-        return tl.load(PAIR_OF_ROW + rows) // TOP_K
-    return rows
 
 
 @triton.jit
@@ -304,11 +268,6 @@ def _grouped_gemm_kernel(
         )  # fmt: skip
 
 
-def padded_rank(rank: int) -> int:
-    """The rank padded for matrix instructions: a power of two, at least 16."""
-    return max(16, next_power_of_2(rank))
-
-
 def grouped_gemm(
     rows: Rows,
     weight: PackedWeight,
@@ -331,6 +290,8 @@ def grouped_gemm(
         low_rank: low-rank term to add.
         bias: `(E, N)`, bias to add.
     """
+    if tuned.specialized and is_aligned(rows, weight):
+        return specialized_gemm(rows, weight, for_input_gradient, ends, tiles, tuned, low_rank, bias)
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device

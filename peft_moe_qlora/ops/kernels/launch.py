@@ -41,6 +41,7 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 3,
     enable_fp_fusion: bool = True,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """Runs a Triton kernel on the current device and stream.
@@ -53,6 +54,7 @@ def launch(
         num_warps: number of warps of 32 threads.
         num_stages: number of loads in flight.
         enable_fp_fusion: round a product and a sum once; must be False for results that are bit-identical to torch's.
+        maxnreg: largest number of registers of a thread; None for no limit.
         constants: values of the `tl.constexpr` parameters, in the order of the kernel.
     """
     values = tuple(constants.values())
@@ -70,7 +72,13 @@ def launch(
     if list(constants) != names[len(tensors) + len(numbers) :]:
         raise TypeError(f"{kernel} takes {names}, found {len(tensors)} tensors, {len(numbers)} numbers, {constants}.")
     compiled = kernel[grid](
-        *tensors, *numbers, *values, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=enable_fp_fusion
+        *tensors,
+        *numbers,
+        *values,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        enable_fp_fusion=enable_fp_fusion,
+        maxnreg=maxnreg,
     )
     # a binary for unaligned pointers may not be valid for others; the interpreter returns None
     if addresses % 16 == 0:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_gemm import Rows, padded_rank, row_places
+from .gemm_operands import Rows, padded_rank, row_places
 from .launch import cdiv, has_much_shared_memory, launch, next_power_of_2
 from .launch_recorder import allocate
 from .schedule import Tiles, part_of_tile

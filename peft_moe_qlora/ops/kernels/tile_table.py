@@ -20,6 +20,8 @@ class GemmTiles:
         num_stages: number of loads in flight.
         weight_left: compute the transposed product, in which the weight is the left operand.
         decode_first: decode into a 16-bit workspace before the product, instead of inside the product.
+        specialized: use the kernel of `specialized_gemm`, of which only heights and stages vary; the others are for
+            unaligned operands, which it does not support.
     """
 
     heights: tuple[int, ...]
@@ -29,6 +31,7 @@ class GemmTiles:
     num_stages: int
     weight_left: bool
     decode_first: bool
+    specialized: bool = False
 
 
 class Entry(NamedTuple):
@@ -89,8 +92,11 @@ class TuningTable:
         rows_per_expert: float,
         n: int | None = None,
         k: int | None = None,
+        may_specialize: bool = False,
     ) -> GemmTiles | None:
         """The tiles for weights with these `kernel_codes`, or for 16-bit weights if `codes` is None.
+
+        Entries for the kernel with specialized warps are searched only with `may_specialize`.
 
         Searches entries for these codes, then for similar ones: the nearest measured shape, unless it is too far, else
         an entry for any shape, else the nearest shape at any distance. Returns None if there is no entry for this
@@ -103,7 +109,9 @@ class TuningTable:
             fitting = [
                 entry
                 for entry in self.entries
-                if (entry.weight, entry.along) == (kind, along) and entry.holds_for(rows_per_expert)
+                if (entry.weight, entry.along) == (kind, along)
+                and entry.holds_for(rows_per_expert)
+                and (may_specialize or not entry.tiles.specialized)
             ]
             shaped = [entry for entry in fitting if entry.n is not None]
             if n is not None and k is not None and shaped:

@@ -75,6 +75,7 @@ def choose_tiles(
     rows_per_expert: float,
     n: int | None = None,
     k: int | None = None,
+    may_specialize: bool = False,
 ) -> GemmTiles:
     """The tiles for one product.
 
@@ -86,9 +87,10 @@ def choose_tiles(
         rows_per_expert: mean number of rows, which is known without a copy to the host.
         n: columns of the result.
         k: length of the contraction.
+        may_specialize: whether the kernel with specialized warps supports the product.
     """
     table = _table_of(device, dtype)
-    tiles = None if table is None else table.choose(codes, along_columns, rows_per_expert, n, k)
+    tiles = None if table is None else table.choose(codes, along_columns, rows_per_expert, n, k, may_specialize)
     return SAFE_TILES if tiles is None else tiles
 
 

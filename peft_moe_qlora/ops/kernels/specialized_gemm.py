@@ -1,0 +1,330 @@
+"""The grouped product of `grouped_gemm` for compute capability 9.0, with specialized warps.
+
+A program has twelve warps. Four copy rows, codes and scales to a ring of stages in shared memory. Two groups of four
+multiply one half of a tile's 128 columns each, with the weight as the left operand, which they decode in registers:
+while one group decodes, the tensor cores work for the other. Programs are persistent, so that the copies for a tile
+start during the last products of the one before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..operands import PackedWeight
+from .codec import codec_of, runs_ptx
+from .decode import with_plain_scales
+from .gemm_operands import LowRankTerm, Rows
+from .launch import launch
+from .launch_recorder import allocate
+from .left_operand import GROUP_N, column_of, left_operand
+from .schedule import Tiles
+from .specialized_copy import copy_tiles
+from .specialized_shape import COPY_WARPS, TILE_N, GemmShape, allocate_reduced, allocate_ring, find_tile, stage_of
+from .tile_table import GemmTiles
+
+REGISTERS = 168
+"""Registers of a thread at the start; twelve warps share 65,536."""
+WORKER_REGISTERS = tl.constexpr((192, 112))
+"""Those of the second group of multiplying warps, and of the copying warps; the first group gets the rest."""
+
+
+@gluon.constexpr_function
+def _sum_layout(height):
+    """Accumulator of a group, `(64, height)`."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, height, 16])
+
+
+@gluon.constexpr_function
+def _out_layout(height):
+    """The same as rows and columns of the result: a thread has pairs of neighboring columns.
+
+    Rows are `(height / 8, 4, 2)`, of which threads have the second dimension, so that addresses of a thread differ by
+    constants.
+    """
+    registers = [[0, 0, 0, 1], [0, 0, 1, 0]] + [[row, 0, 0, 0] for row in (1, 2, 4, 8, 16) if 8 * row < height]
+    lanes = [[0, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 0, 16], [0, 0, 0, 32]], [], [height // 8, 4, 2, 64])
+
+
+@gluon.constexpr_function
+def _slice_of(layout, dim):
+    """Layout of one of four dimensions."""
+    for other in (3, 2, 1, 0):
+        if other != dim:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def _range(SIZE: tl.constexpr, DIM: tl.constexpr, LAYOUT: tl.constexpr):
+    """0, 1, ... along one of four dimensions."""
+    OWN: tl.constexpr = _slice_of(LAYOUT, DIM)
+    found = gl.arange(0, SIZE, OWN)
+    for other in gl.static_range(4):
+        if other != DIM:
+            found = gl.expand_dims(found, other)
+    return found
+
+
+@gluon.jit
+def _decode_stage(codes, parts, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
+    """The left operand of one group."""
+    CODEC: tl.constexpr = S.codec
+    if S.along_columns:
+        codes = codes.slice(HALF * GROUP_N, GROUP_N, 0)
+        parts = parts.slice(HALF * GROUP_N, GROUP_N, 0)
+    else:
+        WORDS: tl.constexpr = S.code_words // 2
+        codes = codes.slice(HALF * WORDS, WORDS, 1)
+        BLOCKS: tl.constexpr = S.blocks
+        if BLOCKS > 1:
+            parts = parts.slice(HALF * (BLOCKS // 2), BLOCKS // 2, 1)
+    return left_operand(codes, parts, S.along_columns, CODEC, LAYOUT, DTYPE)
+
+
+@gluon.jit
+def _add_product(left, right, acc, empty):
+    """Adds `left @ right.T`, and frees the place of the right operand."""
+    fence_async_shared()
+    acc = warpgroup_mma(left, right.permute([1, 0]), acc, is_async=True)
+    acc, left = warpgroup_mma_wait(0, deps=[acc, left])
+    mbarrier.arrive(empty)
+    return acc
+
+
+@gluon.jit
+def _load_factor(FACTOR, expert, first_n, first_r, WIDTH: tl.constexpr, LAYOUT: tl.constexpr, S: tl.constexpr):
+    """Some ranks of a factor as the left operand, `(64, WIDTH)`."""
+    STRIDE_E: tl.constexpr = S.factor_strides[0]
+    STRIDE_N: tl.constexpr = S.factor_strides[1]
+    STRIDE_R: tl.constexpr = S.factor_strides[2]
+    n = first_n + column_of(gl.arange(0, GROUP_N, gl.SliceLayout(1, LAYOUT)))
+    r = first_r + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    place = FACTOR + expert.to(tl.int64) * STRIDE_E
+    place = place + gl.expand_dims(n * STRIDE_N, 1) + gl.expand_dims(r * STRIDE_R, 0)
+    return gl.load(place, mask=gl.expand_dims(n < S.n, 1) & gl.expand_dims(r < S.rank, 0), other=0.0)
+
+
+@gluon.jit
+def _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT: tl.constexpr, S: tl.constexpr):
+    N: tl.constexpr = S.n
+    DTYPE: tl.constexpr = OUT.dtype.element_ty
+    LAYOUT: tl.constexpr = _out_layout(HEIGHT)
+    # from (w, neighbors, r; groups of rows, threads, neighbors), see `column_of`
+    out = acc.reshape([4, 2, 8, HEIGHT // 8, 4, 2]).permute([3, 4, 5, 0, 2, 1]).reshape([HEIGHT // 8, 4, 2, GROUP_N])
+    n = first_n + _range(GROUP_N, 3, LAYOUT)
+    if S.has_bias:
+        bias = gl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        out = (gl.convert_layout(out, LAYOUT) + bias).to(DTYPE)
+    else:
+        out = gl.convert_layout(out.to(DTYPE), LAYOUT)
+    fixed = _range(HEIGHT // 8, 0, LAYOUT) * 8 + _range(2, 2, LAYOUT)
+    own = start + _range(4, 1, LAYOUT) * 2
+    place = (OUT + own.to(tl.int64) * N + n) + fixed * N
+    if S.is_ragged_n:
+        gl.store(place, out, mask=(fixed < end - own) & (n < N))
+    else:
+        gl.store(place, out, mask=fixed < end - own)
+
+
+@gluon.jit
+def _multiply_tile(
+    FACTOR,
+    BIAS,
+    OUT,
+    expert,
+    tile_n,
+    start,
+    end,
+    count,
+    low_count,
+    ring,
+    low_rank,
+    HALF: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    S: tl.constexpr,
+):
+    """One half of a tile; returns the numbers of iterations and of low-rank products up to now."""
+    x_ring, codes_ring, parts_ring, full, empty = ring
+    reduced, low_full, low_empty = low_rank
+    DTYPE: tl.constexpr = OUT.dtype.element_ty
+    SUM: tl.constexpr = _sum_layout(HEIGHT)
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, SUM, 2)
+    first_n = tile_n * TILE_N + HALF * GROUP_N
+    acc = gl.zeros([GROUP_N, HEIGHT], tl.float32, SUM)
+    WIDTH: tl.constexpr = S.ranks_at_once
+    if S.loads_factor_early:
+        factor = _load_factor(FACTOR, expert, first_n, 0, WIDTH, LEFT, S)
+    STEPS: tl.constexpr = S.steps
+    AT_ONCE: tl.constexpr = S.steps_at_once
+    for _ in range(STEPS // AT_ONCE):
+        for inner in gl.static_range(AT_ONCE):
+            stage, phase = stage_of(count, inner, S)
+            mbarrier.wait(full.index(stage), phase)
+            weights = _decode_stage(codes_ring.index(stage), parts_ring.index(stage), HALF, LEFT, DTYPE, S)
+            acc = _add_product(weights, x_ring.index(stage).slice(0, HEIGHT, 0), acc, empty.index(stage))
+        count += 1
+    if S.has_low_rank:
+        RANKS: tl.constexpr = S.padded_rank
+        for first_r in gl.static_range(0, RANKS, WIDTH):
+            if not S.loads_factor_early:
+                factor = _load_factor(FACTOR, expert, first_n, first_r, WIDTH, LEFT, S)
+            mbarrier.wait(low_full, low_count & 1)
+            acc = _add_product(factor.to(DTYPE), reduced.slice(0, HEIGHT, 0), acc, low_empty)
+            low_count += 1
+    _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT, S)
+    return count, low_count
+
+
+@gluon.jit
+def _multiply_tiles(
+    FACTOR, BIAS, OUT, TILES, ENDS, bound, first, last, ring, low_rank, HALF: tl.constexpr, S: tl.constexpr
+):  # fmt: skip
+    """One group of multiplying warps, for one half of the columns of each tile."""
+    HEIGHTS: tl.constexpr = S.heights
+    count = 0
+    low_count = 0
+    following = find_tile(first, last, TILES, ENDS, bound, S)
+    for index in range(first, last, gl.num_programs(0)):
+        expert, start, end, height = following
+        following = find_tile(index + gl.num_programs(0), last, TILES, ENDS, bound, S)
+        tile_n = index % S.tiles_n
+        for choice in gl.static_range(len(HEIGHTS)):
+            if height == choice:
+                count, low_count = _multiply_tile(
+                    FACTOR, BIAS, OUT, expert, tile_n, start, end, count, low_count, ring, low_rank,
+                    HALF, HEIGHTS[choice], S,
+                )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["bound", "num_experts"])
+def specialized_gemm_kernel(
+    X,
+    PAIR_OF_ROW,
+    W,
+    SCALES,
+    REDUCED,
+    FACTOR,
+    BIAS,
+    OUT,
+    TILES,
+    TILE_ENDS,
+    ENDS,
+    bound,
+    num_experts,
+    S: tl.constexpr,
+):
+    """Grid: persistent programs.
+
+    X `(rows, K)`; PAIR_OF_ROW `(S,)`; W `(E, rows, words)` int32, pairs of codes as stored; SCALES `(E, rows of the
+    grid, columns of the grid)`; REDUCED `(S, reduced_stride)`; FACTOR `(E, N, R)` with any strides; BIAS `(E, N)`; OUT
+    `(S, N)`; TILES, TILE_ENDS and ENDS as in `Tiles`.
+    """
+    ring = allocate_ring(S, X.dtype.element_ty)
+    low_rank = allocate_reduced(S, X.dtype.element_ty)
+    TILES_N: tl.constexpr = S.tiles_n
+    first = gl.program_id(0)
+    last = gl.load(TILE_ENDS + num_experts - 1) * TILES_N
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, last, ring, low_rank, 0, S)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, last, ring, low_rank, 1, S)),
+            (copy_tiles, (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, last, ring, low_rank, S)),
+        ],
+        [4, COPY_WARPS],
+        [WORKER_REGISTERS[0], WORKER_REGISTERS[1]],
+    )
+
+
+def supports_specialized(device: torch.device, dtype: torch.dtype, codes: str | None, n: int, k: int) -> bool:
+    """Whether this kernel can compute a product, if its operands are aligned (`is_aligned`).
+
+    Args:
+        device: device of the product.
+        dtype: dtype of the rows.
+        codes: `kernel_codes` of the weight; None if it is not packed in whole blocks.
+        n: columns of the result; a multiple of 8.
+        k: length of the contraction; a multiple of 8.
+    """
+    return codes is not None and dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0 and _runs_on(device)
+
+
+def is_aligned(rows: Rows, weight: PackedWeight) -> bool:
+    """Whether the operands start at multiples of 16 bytes, which copies to shared memory require."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in (rows.tensor, weight.tensors[0]))
+
+
+def specialized_gemm(
+    rows: Rows,
+    weight: PackedWeight,
+    for_input_gradient: bool,
+    ends: torch.Tensor,
+    tiles: Tiles,
+    tuned: GemmTiles,
+    low_rank: LowRankTerm | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `grouped_gemm`, for products that `supports_specialized` and `is_aligned` admit."""
+    along_columns = weight.contracts_columns(for_input_gradient)
+    out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
+    dtype, device = rows.tensor.dtype, rows.tensor.device
+    out = allocate((rows.num_rows, out_features), dtype, device)
+    reduced, factor = (out, out[:, :, None]) if low_rank is None else low_rank
+    rank = 0 if low_rank is None else reduced.shape[1]
+    if rank % 2 == 1:
+        reduced = torch.nn.functional.pad(reduced, (0, 1))
+    codes, scales = with_plain_scales(weight).tensors
+    shape = GemmShape(
+        n=out_features,
+        k=in_features,
+        heights=tiles.heights,
+        stages=tuned.num_stages,
+        along_columns=along_columns,
+        codec=codec_of(weight, dtype),
+        top_k=0 if rows.pair_of_row is None else rows.top_k,
+        rank=rank,
+        factor_strides=factor.stride(),
+        has_bias=bias is not None,
+    )
+    launch(
+        specialized_gemm_kernel,
+        (min(tiles.bound * shape.tiles_n, _multiprocessors(device)),),
+        (
+            rows.tensor,
+            out if rows.pair_of_row is None else rows.pair_of_row,
+            codes.view(torch.int32),
+            scales,
+            reduced,
+            factor,
+            out if bias is None else bias,
+            out,
+            tiles.tiles,
+            tiles.tile_ends,
+            ends,
+        ),
+        (tiles.bound, weight.num_experts),
+        maxnreg=REGISTERS,
+        S=shape,
+    )
+    return out
+
+
+@cache
+def _runs_on(device: torch.device) -> bool:
+    return runs_ptx(device) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,199 @@
+"""What the copying and the multiplying warps of `specialized_gemm` share: sizes, places in shared memory, tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .codec import Codec
+from .left_operand import GROUP_N, PAIRS, STEP_K
+
+TILE_N = tl.constexpr(2 * GROUP_N.value)
+"""Columns of a tile, of which each group of multiplying warps has one half."""
+COPY_WARPS = tl.constexpr(4)
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """The product of rows and a packed weight, as one constexpr argument of a kernel.
+
+    Args:
+        n: columns of the result.
+        k: length of the contraction.
+        heights: heights of the tiles of rows.
+        stages: number of stages in shared memory.
+        along_columns: whether the contraction is along the stored columns.
+        codec: decoding of the weight.
+        top_k: experts per token if rows are gathered from tokens; 0 if they are sorted.
+        rank: rank of the low-rank term; 0 without one.
+        factor_strides: strides of its factor: expert, column of the result, rank.
+        has_bias: whether there is a bias.
+    """
+
+    n: int
+    k: int
+    heights: tuple[int, ...]
+    stages: int
+    along_columns: bool
+    codec: Codec
+    top_k: int
+    rank: int
+    factor_strides: tuple[int, int, int]
+    has_bias: bool
+
+    @property
+    def cache_key(self) -> str:
+        """Part of the key of compiled kernels in Triton's on-disk cache."""
+        return f"{self!r}-{self.codec.cache_key}"
+
+    @property
+    def tiles_n(self) -> int:
+        """Tiles along the columns of the result."""
+        return -(-self.n // TILE_N.value)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.k // STEP_K.value)
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether tiles consist of whole rings, so that the stages of an iteration are constants."""
+        return self.k % (STEP_K.value * self.stages) == 0
+
+    @property
+    def steps_at_once(self) -> int:
+        return self.stages if self.unrolls else 1
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the last step exceeds the contraction."""
+        return self.k % STEP_K.value != 0
+
+    @property
+    def is_ragged_n(self) -> bool:
+        return self.n % TILE_N.value != 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix as stored."""
+        return self.n if self.along_columns else self.k
+
+    @property
+    def columns(self) -> int:
+        return self.k if self.along_columns else self.n
+
+    @property
+    def words(self) -> int:
+        """32-bit words of codes in a row of a matrix."""
+        return self.columns // 2 * self.codec.pair_bytes // 4
+
+    @property
+    def code_rows(self) -> int:
+        """Rows of codes in a stage."""
+        return TILE_N.value if self.along_columns else STEP_K.value
+
+    @property
+    def code_words(self) -> int:
+        """32-bit words in a row of codes in a stage."""
+        pairs = PAIRS.value if self.along_columns else 2 * PAIRS.value
+        return pairs * self.codec.pair_bytes // 4
+
+    @property
+    def blocks(self) -> int:
+        """Blocks with a scale each in a row of codes in a stage."""
+        return max(1, (STEP_K if self.along_columns else TILE_N).value // self.codec.block_columns)
+
+    @property
+    def scale_lines(self) -> int:
+        """Lines of the `scale_parts` of a stage."""
+        return self.code_rows if self.along_columns else self.code_rows // 2
+
+    @property
+    def has_low_rank(self) -> bool:
+        return self.rank > 0
+
+    @property
+    def padded_rank(self) -> int:
+        """A power of two, at least the 16 of a matrix instruction."""
+        return max(16, 1 << (self.rank - 1).bit_length())
+
+    @property
+    def ranks_at_once(self) -> int:
+        return min(self.padded_rank, STEP_K.value)
+
+    @property
+    def loads_factor_early(self) -> bool:
+        """Whether the factor fits into registers during the main loop."""
+        return self.has_low_rank and self.padded_rank == 16
+
+    @property
+    def reduced_stride(self) -> int:
+        """Elements between rows of the low-rank term, which start at multiples of four bytes."""
+        return self.rank + self.rank % 2
+
+
+@gluon.constexpr_function
+def _codes_layout(words):
+    """Shared memory of codes, swizzled so that the reads of `left_operand` have no bank conflicts."""
+    return gl.SwizzledSharedLayout(4, max(1, 32 // words), min(8, words // 4), [1, 0])
+
+
+@gluon.constexpr_function
+def _right_layout(length):
+    """Shared memory of rows that are a right operand, `(rows, length)`."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * length, element_bitwidth=16)
+
+
+@gluon.jit
+def allocate_ring(S: tl.constexpr, DTYPE: tl.constexpr):
+    """Stages in shared memory: rows, codes and scales, and barriers for full and empty stages."""
+    STAGES: tl.constexpr = S.stages
+    HEIGHT: tl.constexpr = S.heights[0]
+    CODES_LAYOUT: tl.constexpr = _codes_layout(S.code_words)
+    PARTS_LAYOUT: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1])
+    x = gl.allocate_shared_memory(DTYPE, [STAGES, HEIGHT, STEP_K], _right_layout(STEP_K))
+    codes = gl.allocate_shared_memory(tl.int32, [STAGES, S.code_rows, S.code_words], CODES_LAYOUT)
+    parts = gl.allocate_shared_memory(tl.int32, [STAGES, S.scale_lines, S.blocks, 2], PARTS_LAYOUT)
+    full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        # an arrival of each copying thread when its copies are there, and one for the scales
+        mbarrier.init(full.index(stage), 32 * COPY_WARPS + 1)
+        mbarrier.init(empty.index(stage), 2)
+    return x, codes, parts, full, empty
+
+
+@gluon.jit
+def allocate_reduced(S: tl.constexpr, DTYPE: tl.constexpr):
+    """Shared memory of rows of the low-rank term, and barriers that say whether it is full or empty."""
+    HEIGHT: tl.constexpr = S.heights[0]
+    WIDTH: tl.constexpr = S.ranks_at_once
+    reduced = gl.allocate_shared_memory(DTYPE, [HEIGHT, WIDTH], _right_layout(WIDTH))
+    full = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, 32 * COPY_WARPS)
+    mbarrier.init(empty, 2)
+    return reduced, full, empty
+
+
+@gluon.jit
+def stage_of(count, inner: tl.constexpr, S: tl.constexpr):
+    """Stage and phase of a step; `count` is the number of iterations with `S.steps_at_once` steps each."""
+    if S.unrolls:
+        return inner, count & 1
+    else:
+        STAGES: tl.constexpr = S.stages
+        return count % STAGES, count // STAGES & 1
+
+
+@gluon.jit
+def find_tile(index, last, TILES, ENDS, bound, S: tl.constexpr):
+    """Expert, first row, end of the expert's rows and height of a tile; of some tile if there is none any more."""
+    TILES_N: tl.constexpr = S.tiles_n
+    tile = gl.minimum(index, gl.maximum(last - 1, 0)) // TILES_N
+    expert = gl.maximum(gl.load(TILES + tile), 0)
+    return expert, gl.load(TILES + bound + tile), gl.load(ENDS + expert), gl.load(TILES + 2 * bound + tile)
