@@ -43,12 +43,14 @@ def question(entry: dict[str, Any]) -> tuple:
     return entry["weight"], entry["along"], entry.get("n"), entry.get("k")
 
 
-def measure(shapes: list[str], weights: list[str], repeats: int, workers: int) -> list[dict[str, Any]]:
+def measure(
+    shapes: list[str], weights: list[str], tokens: list[int], repeats: int, workers: int
+) -> list[dict[str, Any]]:
     """Measures the entries of the table, with the times of the best and the second best tiles."""
     entries = []
     for name in shapes:
         shape = layer_shape(SHAPES[name])
-        rows = [tokens * shape.top_k / shape.experts for tokens in TOKENS]
+        rows = [number * shape.top_k / shape.experts for number in tokens]
         for weight in weights:
             found = measure_layer(
                 shape,
@@ -112,11 +114,12 @@ def main() -> None:
         default=list(WEIGHTS),
         help=("weights to measure; entries of the others are kept"),
     )
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="numbers of tokens to measure")
     parser.add_argument("--repeats", type=int, default=9, help="timed replays per candidate")
     parser.add_argument("--workers", type=int, default=12, help="number of compilation processes")
     arguments = parser.parse_args()
     before = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
-    entries = measure(arguments.shapes, arguments.weights, arguments.repeats, arguments.workers)
+    entries = measure(arguments.shapes, arguments.weights, arguments.tokens, arguments.repeats, arguments.workers)
     table = {
         **before,
         "device": torch.cuda.get_device_name(),

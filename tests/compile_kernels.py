@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from peft_moe_qlora.ops import Factors, Gate, packed_weight
 from peft_moe_qlora.ops.fused_experts import fused_experts
 from peft_moe_qlora.ops.fused_steps import frozen_product
-from peft_moe_qlora.ops.kernels import codec, low_rank, specialized_gemm, tuning
+from peft_moe_qlora.ops.kernels import codec, low_rank, specialized_gemm, specialized_support, tuning
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
@@ -35,6 +35,7 @@ from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, Quant
 from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 TARGET = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 * 2**10
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = (None, NF4, FourBitFormat("nf4", 64, True), FourBitFormat("fp4", 32), FourBitFormat("fp4", 32, True), *GRIDS)
 TYPES = {
@@ -85,6 +86,8 @@ class Signature(NamedTuple):
         first = next(iter(stages.values()))  # to Triton's IR or, from Gluon, to that for GPUs
         for stage in stages.values() if is_complete else [first]:
             module = stage(module, metadata)
+        if is_complete and metadata["shared"] > SHARED_BYTES:
+            raise ValueError(f"{metadata['shared']} bytes of shared memory exceed {SHARED_BYTES}")
 
     def __str__(self) -> str:
         values = (*self.types, *dict(self.constants).values())
@@ -111,7 +114,7 @@ def record_launches() -> dict[Signature, None]:
             module.launch = record
     table = tuning.tuning_table((9, 0))
     tuning._table_of = lambda device, dtype: table if dtype.itemsize == 2 else None
-    codec.runs_ptx = low_rank.has_much_shared_memory = specialized_gemm._runs_on = lambda device: True
+    codec.runs_ptx = low_rank.has_much_shared_memory = specialized_support._runs_on = lambda device: True
     specialized_gemm._multiprocessors = lambda device: 132
     return found
 
@@ -165,17 +168,23 @@ def run_layer(
         torch.autograd.grad(out, [*inputs, *[factor for term in terms if term for factor in term[:2]]], out)
 
 
-def run_specialized(dtype: torch.dtype, storage: Format, heights: tuple[int, ...], factors: torch.dtype) -> None:
+def run_specialized(
+    dtype: torch.dtype, storage: Format, heights: tuple[int, ...], factors: torch.dtype, rank: int = 16
+) -> None:
     """Launches the products with specialized warps, in both directions, also for ragged sizes."""
-    for size, rank, is_gathered in ((1024, 16, True), (544, 0, False)):
+    for size, own_rank, is_gathered in ((1024, rank, True), (544, 0, False)):
         weight = weight_of(4, size, size, storage, False, dtype, 1)
         if weight.tile_block is None:
             continue
         routed = sort_pairs(torch.zeros(64, 2, dtype=torch.int64), 4)
         rows = Rows(empty(64, size, dtype=dtype), routed.pair_of_row, 2) if is_gathered else None
         rows = rows or Rows(empty(128, size, dtype=dtype))
-        term = LowRankTerm(empty(128, rank, dtype=dtype), empty(4, size, rank, dtype=factors)) if rank else None
-        bias = None if rank else empty(4, size, dtype=factors)
+        term = (
+            LowRankTerm(empty(128, own_rank, dtype=dtype), empty(4, size, own_rank, dtype=factors))
+            if own_rank
+            else None
+        )
+        bias = None if own_rank else empty(4, size, dtype=factors)
         tuned = GemmTiles(heights, 128, 64, 8, 4, weight_left=True, decode_first=False, specialized=True)
         for for_input_gradient in (False, True):
             tiles = cut_tiles(routed, heights)
@@ -207,6 +216,9 @@ def run_everything(dtype: torch.dtype) -> None:
             run_layer(dtype, storage, tokens=tokens)
     if dtype != FP32:
         run_specialized(dtype, NF4, (256, 128, 32), FP32)
+        # the most shared memory, and tiles for operands that do not suit
+        run_specialized(dtype, Fp8Format((1, 16)), (256, 128, 32), FP32, rank=64)
+        run_specialized(dtype, NF4, (256, 128, 32), FP32, rank=255)
         for number, storage in enumerate(FORMATS[1:]):
             run_specialized(dtype, storage, (32,), DTYPES[number % 3])
     # stacks and matrices that exceed the workspace for decoded weights
@@ -238,10 +250,10 @@ def main(dtype: torch.dtype) -> None:
     completed = set()
     for signature in signatures:
         name, types = signature.kernel.__name__, signature.types
-        # a binary for each mix of types; those with decoders take longest, so only one for each decoder
+        # a binary for each mix of types; those with decoders take longest, so only one or two for each decoder
         constants = dict(signature.constants)
         found = constants["S"].codec if "S" in constants else constants.get("CODEC")
-        way = (name, types if found is None else found.name)
+        way = (name, types if found is None else found.name, constants.get("RANKS", 0) > 128)
         print(name, signature, file=sys.stderr, flush=True)  # if the compiler crashes, the last one caused it
         try:
             signature.compile(is_complete=way not in completed)

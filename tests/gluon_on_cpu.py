@@ -7,7 +7,8 @@ Besides values, this shows mistakes in the order of accesses:
 - The target of an asynchronous copy has arbitrary contents until the copy arrives, as has fresh shared memory.
 - A matrix product reads its operands when it is waited for.
 
-What the compiler checks is not checked here, for example whether the conversion of a layout is trivial.
+What the compiler checks is not checked here, for example whether the conversion of a layout is trivial. Nor are
+missing barriers within a group of warps noticed, since it runs as one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from peft_moe_qlora.ops.kernels.specialized_copy import copy_async
 
 
 class _Barrier:
@@ -122,12 +125,13 @@ class _Program:
             "warp_specialize": self._specialize,
         }
         barrier = {"init": self._init, "wait": self._wait, "arrive": self._arrive}
-        copy = {"async_copy_global_to_shared": self._copy, "mbarrier_arrive": self._arrive_after_copies}
+        copy = {"mbarrier_arrive": self._arrive_after_copies}
         self._replaced = {
             id(gl): _Operations(gl, **language),
             id(tl): _Operations(tl, **language),
             id(hopper.mbarrier): _Operations(hopper.mbarrier, **barrier),
             id(hopper.async_copy): _Operations(hopper.async_copy, **copy),
+            id(copy_async): self._copy,
             id(hopper.fence_async_shared): self._fence,
             id(hopper.warpgroup_mma): self._multiply,
             id(hopper.warpgroup_mma_wait): self._wait_for_products,

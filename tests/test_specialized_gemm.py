@@ -10,11 +10,11 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from kernel_cases import DEVICE, NF4, random_ids, random_stack, relative_error
 
 from peft_moe_qlora.ops import packed_weight
-from peft_moe_qlora.ops.kernels import grouped_gemm as grouped
+from peft_moe_qlora.ops.kernels import specialized_gemm, specialized_support
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
-from peft_moe_qlora.ops.kernels.specialized_gemm import is_aligned, supports_specialized
+from peft_moe_qlora.ops.kernels.specialized_support import can_specialize, supports_specialized
 from peft_moe_qlora.ops.kernels.tile_table import GemmTiles, TuningTable, parse_entries
 from peft_moe_qlora.quantization import Format, FourBitFormat
 from peft_moe_qlora.quantization.formats import Fp8Format, Int4Format, Int8Format, Mxfp4Format, Nvfp4Format
@@ -104,7 +104,7 @@ def test_formats(storage: Format, for_input_gradient: bool) -> None:
 @pytest.mark.gpu
 @is_for_this_device
 @pytest.mark.parametrize("for_input_gradient", [False, True])
-@pytest.mark.parametrize("rank", [0, 3, 4, 37, 64, 128])
+@pytest.mark.parametrize("rank", [0, 2, 4, 38, 64, 128])
 def test_ranks(rank: int, for_input_gradient: bool) -> None:
     assert error_of_product(NF4, for_input_gradient, rank=rank, is_gathered=False) <= LIMITS[torch.bfloat16]
 
@@ -130,44 +130,53 @@ def test_heights_and_stages(heights: tuple[int, ...], num_stages: int) -> None:
 
 
 @pytest.mark.gpu
-def test_unaligned_rows_are_multiplied_by_the_other_kernel() -> None:
-    assert error_of_product(NF4, False, offset=1) <= LIMITS[torch.bfloat16]
+@is_for_this_device
+@pytest.mark.parametrize(("offset", "rank"), [(1, 16), (0, 3), (0, 255), (1, 256)])
+def test_other_operands_are_multiplied_by_the_other_kernel(offset: int, rank: int) -> None:
+    assert error_of_product(NF4, False, offset=offset, rank=rank) <= LIMITS[torch.bfloat16]
 
 
-def test_alignment() -> None:
-    weight = packed_weight(random_stack((2, 64, 64), False, NF4))
-    x = torch.zeros(65 * 64, device=DEVICE)
-    assert is_aligned(Rows(x[: 64 * 64].view(64, 64)), weight)
-    assert not is_aligned(Rows(x[1 : 64 * 64 + 1].view(64, 64)), weight)
-
-
-def test_unaligned_rows_do_not_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("offset", "rank", "suits"), [(0, 0, True), (0, 4, True), (1, 0, False), (0, 3, False)])
+def test_operands_that_do_not_suit_the_kernel(
+    offset: int, rank: int, suits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another kernel multiplies them, with tiles of the same heights."""
     calls = []
-    monkeypatch.setattr(grouped, "specialized_gemm", lambda *operands: calls.append(operands))
+    monkeypatch.setattr(specialized_gemm, "specialized_gemm", lambda *operands: calls.append(operands))
     weight = packed_weight(random_stack((2, 32, 64), False, NF4))
     routed = sort_pairs(torch.zeros(8, 1, dtype=torch.long, device=DEVICE), 2)
     tuned = specialized((16,))
-    operands = (weight, False, routed.ends, cut_tiles(routed, tuned.heights), tuned)
-    x = torch.randn(9 * 64, device=DEVICE)
-    grouped_gemm(Rows(x[: 8 * 64].view(8, 64)), *operands)
-    assert len(calls) == 1
-    unaligned = x[1 : 8 * 64 + 1].view(8, 64)
-    found = grouped_gemm(Rows(unaligned), *operands)
-    assert len(calls) == 1
-    assert relative_error(found, unaligned @ weight.decode_expert(0, torch.float32).T) <= 1e-5
+    x = torch.randn(8 * 64 + offset, device=DEVICE)[offset:].view(8, 64)
+    term = LowRankTerm(torch.randn(8, rank, device=DEVICE), torch.randn(2, 32, rank, device=DEVICE)) if rank else None
+    assert can_specialize(Rows(x), weight, term) is suits
+    tiles = cut_tiles(routed, tuned.heights)
+    found = grouped_gemm(Rows(x), weight, False, routed.ends, tiles, tuned, term)
+    assert len(calls) == suits
+    if not suits:
+        expected = x @ weight.decode_expert(0, torch.float32).T
+        expected += 0 if term is None else term.reduced @ term.factor[0].T
+        assert relative_error(found, expected) <= 1e-5
 
 
 def test_only_supported_products_are_specialized(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_moe_qlora.ops.kernels import specialized_gemm
-
     assert not supports_specialized(torch.device("cpu"), torch.bfloat16, "nf4", 128, 128)
-    monkeypatch.setattr(specialized_gemm, "_runs_on", lambda device: True)
+    monkeypatch.setattr(specialized_support, "_runs_on", lambda device: True)
     product = (torch.device("cpu"), torch.bfloat16, "nf4", 128, 128)
     assert supports_specialized(*product)
     assert not supports_specialized(*product[:2], None, 128, 128), "16-bit weights, and blocks that are no grid"
     assert not supports_specialized(product[0], torch.float32, *product[2:])
     assert not supports_specialized(*product[:3], 132, 128)
     assert not supports_specialized(*product[:3], 128, 132)
+
+
+@pytest.mark.parametrize(("version", "is_known"), [("3.6.0", True), ("3.9.1", True), ("3.10.0.dev1", False)])
+def test_versions_of_triton(version: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specialized_support.triton, "__version__", version)
+    monkeypatch.setattr(specialized_support, "runs_ptx", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    specialized_support._runs_on.cache_clear()
+    assert supports_specialized(torch.device("cuda", 0), torch.float16, "nf4", 128, 128) is is_known
+    specialized_support._runs_on.cache_clear()
 
 
 def test_other_tiles_are_chosen_where_the_kernel_does_not_run() -> None:

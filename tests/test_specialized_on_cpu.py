@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from peft_moe_qlora.ops.kernels import codec, specialized_gemm
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
+from peft_moe_qlora.ops.kernels.specialized_copy import copy_async
 from peft_moe_qlora.ops.kernels.tuning import GemmTiles
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the CUDA device")
@@ -150,9 +151,12 @@ def test_rows(counts: tuple[int, ...], heights: tuple[int, ...], is_gathered: bo
 
 @pytest.mark.parametrize("is_gathered", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 4, 16, 37, 64, 128])
-def test_low_rank_term_and_bias(rank: int, dtype: torch.dtype, is_gathered: bool) -> None:
-    error = product_error(NF4, dtype, (200, 64), is_gathered, is_gathered, num_stages=2, rank=rank, has_bias=True)
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize("rank", [0, 2, 4, 16, 38, 64, 128])
+def test_low_rank_term_and_bias(rank: int, for_input_gradient: bool, dtype: torch.dtype, is_gathered: bool) -> None:
+    error = product_error(
+        NF4, dtype, (200, 64), for_input_gradient, is_gathered, num_stages=2, rank=rank, has_bias=True
+    )
     assert error <= LIMITS[dtype]
 
 
@@ -177,7 +181,7 @@ def _copy_steps(X, ring, full, empty, STEPS: gl.constexpr, MISTAKE: gl.constexpr
         stage = step % 2
         if MISTAKE != "copies early":
             mbarrier.wait(empty.index(stage), step // 2 % 2 ^ 1)
-        async_copy.async_copy_global_to_shared(ring.index(stage), place + step * 64 * 64)
+        copy_async(ring.index(stage), place + step * 64 * 64)
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         if MISTAKE == "arrives again":
             mbarrier.arrive(full.index(stage))

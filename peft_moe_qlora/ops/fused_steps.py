@@ -26,7 +26,7 @@ from .kernels.launch import device_of
 from .kernels.launch_recorder import allocate
 from .kernels.low_rank import factor_gradient, reduce_rows, rows_of_a_run
 from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
-from .kernels.specialized_gemm import supports_specialized
+from .kernels.specialized_support import supports_specialized
 from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
 

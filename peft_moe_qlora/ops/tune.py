@@ -26,7 +26,7 @@ from ..quantization import DenseStack, Format, QuantizedStack, Stack
 from .kernels.gemm_operands import LowRankTerm, Rows
 from .kernels.grouped_gemm import WORKSPACE_BYTES, grouped_gemm
 from .kernels.schedule import cut_tiles, sort_pairs
-from .kernels.specialized_gemm import supports_specialized
+from .kernels.specialized_support import supports_specialized
 from .kernels.tuning import GemmTiles
 from .layer_shape import LayerShape
 from .operands import packed_weight, why_not_read_as
@@ -350,7 +350,7 @@ def measure_layer(
         if not timed:
             raise ValueError(f"None of the candidates for {number:g} rows per expert fits on {device}.")
         others = [pair for pair in timed if not pair[1].specialized]
-        for ranking in (timed, others) if timed[0][1].specialized else (timed,):
+        for ranking in (timed, others) if timed[0][1].specialized and others else (timed,):
             best, tiles = ranking[0]
             entries.append(
                 {

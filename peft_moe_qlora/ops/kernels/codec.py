@@ -64,7 +64,7 @@ class Codec:
 
     @property
     def pair_bytes(self) -> int:
-        """Bytes of two codes."""
+        """Bytes of two codes; only codes of 4 bits have a table of values."""
         return 1 if self.values else 2
 
     def __repr__(self) -> str:

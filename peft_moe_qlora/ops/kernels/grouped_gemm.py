@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from .gemm_operands import LowRankTerm, Rows, padded_rank, row_places
 from .launch import cdiv, launch
 from .launch_recorder import allocate
 from .schedule import Tiles
-from .specialized_gemm import is_aligned, specialized_gemm
+from .specialized_support import can_specialize
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -290,8 +291,14 @@ def grouped_gemm(
         low_rank: low-rank term to add.
         bias: `(E, N)`, bias to add.
     """
-    if tuned.specialized and is_aligned(rows, weight):
+    if tuned.specialized and can_specialize(rows, weight, low_rank):
+        # not above: Gluon's interface differs between versions of Triton, and unknown ones do not come here
+        from .specialized_gemm import specialized_gemm
+
         return specialized_gemm(rows, weight, for_input_gradient, ends, tiles, tuned, low_rank, bias)
+    if tuned.specialized:
+        # tiles of the same heights that fit into shared memory
+        tuned = replace(tuned, tile_n=64, num_stages=3)
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device

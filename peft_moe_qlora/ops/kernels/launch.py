@@ -60,7 +60,7 @@ def launch(
     values = tuple(constants.values())
     addresses = reduce(or_, map(_address_of, tensors))
     dtypes = (*map(_dtype_of, tensors), *map(type, numbers))
-    key = (kernel, tensors[0].device, dtypes, addresses % 16 == 0, values, num_warps, num_stages)
+    key = (kernel, tensors[0].device, dtypes, addresses % 16 == 0, values, num_warps, num_stages, maxnreg)
     compiled = _compiled.get(key)
     recorder = active_recorder()
     if compiled is not None:

@@ -11,6 +11,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .codec import as_pairs, split_pairs
+
 GROUP_N = tl.constexpr(64)
 """Columns of the result that a warp group multiplies: the rows of its left operand."""
 STEP_K = tl.constexpr(64)
@@ -82,16 +84,15 @@ def scale_parts(scale, ALONG_COLUMNS: tl.constexpr, CODEC: tl.constexpr, DTYPE: 
     scale = scale * CODEC.power
     coarse = scale.to(DTYPE)
     fine = (scale - coarse.to(tl.float32)).to(DTYPE)
-    coarse = coarse.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    fine = fine.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     if ALONG_COLUMNS:
-        return gl.join(coarse | (coarse << 16), fine | (fine << 16))
+        return gl.join(as_pairs(coarse), as_pairs(fine))
     else:
         ROWS: tl.constexpr = scale.shape[0]
         BLOCKS: tl.constexpr = scale.shape[1]
-        coarse, next_coarse = gl.split(coarse.reshape([ROWS // 2, 2, BLOCKS]).permute([0, 2, 1]))
-        fine, next_fine = gl.split(fine.reshape([ROWS // 2, 2, BLOCKS]).permute([0, 2, 1]))
-        return gl.join(coarse | (next_coarse << 16), fine | (next_fine << 16))
+        coarse, next_coarse = gl.split(as_pairs(coarse).reshape([ROWS // 2, 2, BLOCKS]).permute([0, 2, 1]))
+        fine, next_fine = gl.split(as_pairs(fine).reshape([ROWS // 2, 2, BLOCKS]).permute([0, 2, 1]))
+        LOW: tl.constexpr = 0xFFFF
+        return gl.join((coarse & LOW) | (next_coarse << 16), (fine & LOW) | (next_fine << 16))
 
 
 @gluon.jit
@@ -148,8 +149,7 @@ def left_operand(
     pairs = gl.inline_asm_elementwise(
         ASSEMBLY, CONSTRAINTS, [codes, coarse, fine], dtype=tl.int32, is_pure=True, pack=RESULTS
     )
-    first = pairs.to(tl.int16).to(DTYPE, bitcast=True)
-    second = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    first, second = split_pairs(pairs, DTYPE)
     weights = gl.join(first, second)
     if ALONG_COLUMNS:
         weights = weights.reshape([64, 64])

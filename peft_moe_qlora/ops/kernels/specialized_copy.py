@@ -12,10 +12,13 @@ from .gemm_operands import row_places
 from .left_operand import STEP_K, column_of, scale_parts
 from .specialized_shape import COPY_WARPS, TILE_N, find_tile, stage_of
 
+# since Triton 3.8 it has another name
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
 
 @gluon.constexpr_function
 def _threads_of(columns, bytes_of_element):
-    """Threads for `(rows, columns)`, with 16 bytes each."""
+    """Layout of the copying threads for `(rows, columns)`, with 16 bytes each."""
     size = min(16 // bytes_of_element, columns)
     across = min(columns // size, 32)
     return gl.BlockedLayout([1, size], [32 // across, across], [COPY_WARPS.value, 1], [1, 0])
@@ -23,7 +26,7 @@ def _threads_of(columns, bytes_of_element):
 
 @gluon.jit
 def _load_scales(SCALES, expert, tile_n, step, S: tl.constexpr):
-    """Bits of the scales of a stage: one for each row of its codes and each block."""
+    """`(code_rows, blocks)`: the scales of a stage, as stored."""
     ROWS: tl.constexpr = S.rows
     COLUMNS: tl.constexpr = S.columns
     BLOCKS: tl.constexpr = S.blocks
@@ -48,20 +51,20 @@ def _load_scales(SCALES, expert, tile_n, step, S: tl.constexpr):
 
 
 @gluon.jit
-def _copy_reduced(REDUCED, start, end, count, low_rank, HEIGHT: tl.constexpr, S: tl.constexpr):
-    """Copies the rows of the low-rank term; returns the number of copies up to now."""
-    reduced, full, empty = low_rank
+def _copy_reduced(REDUCED, start, end, count, term, HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Copies the rows of the low-rank term, `ranks_at_once` at a time; returns the number of copies up to now."""
+    reduced, full, empty = term
     WIDTH: tl.constexpr = S.ranks_at_once
-    STRIDE: tl.constexpr = S.reduced_stride
+    RANK: tl.constexpr = S.rank
     LAYOUT: tl.constexpr = _threads_of(WIDTH, 2)
     row = start + gl.arange(0, HEIGHT, gl.SliceLayout(1, LAYOUT))
     row = gl.where(row < end, row, start)
     RANKS: tl.constexpr = S.padded_rank
     for first in gl.static_range(0, RANKS, WIDTH):
         r = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-        place = REDUCED + gl.expand_dims(row.to(tl.int64) * STRIDE, 1) + gl.expand_dims(r, 0)
+        place = REDUCED + gl.expand_dims(row.to(tl.int64) * RANK, 1) + gl.expand_dims(r, 0)
         mbarrier.wait(empty, (count & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(reduced.slice(0, HEIGHT, 0), place, gl.expand_dims(r < STRIDE, 0))
+        copy_async(reduced.slice(0, HEIGHT, 0), place, gl.expand_dims(r < RANK, 0))
         async_copy.mbarrier_arrive(full, increment_count=False)
         count += 1
     return count
@@ -124,18 +127,18 @@ def _copy_steps(
             stage, phase = stage_of(count, inner, S)
             mbarrier.wait(empty.index(stage), phase ^ 1)
             x_target = x_ring.index(stage).slice(0, HEIGHT, 0)
-            if S.is_ragged:
+            if S.is_ragged_k:
                 is_x = gl.expand_dims(step * STEP_K + k < K, 0)
-                async_copy.async_copy_global_to_shared(x_target, x_now + inner * STEP_K, is_x)
+                copy_async(x_target, x_now + inner * STEP_K, is_x)
             else:
-                async_copy.async_copy_global_to_shared(x_target, x_now + inner * STEP_K)
-            if S.is_ragged or S.is_ragged_n:
+                copy_async(x_target, x_now + inner * STEP_K)
+            if S.is_ragged_k or S.is_ragged_n:
                 is_line = line + step * LINE_STEP < ROWS
                 is_word = word + step * WORD_STEP < WORDS
                 is_code = gl.expand_dims(is_line, 1) & gl.expand_dims(is_word, 0)
-                async_copy.async_copy_global_to_shared(codes_ring.index(stage), w_now + inner * W_STEP, is_code)
+                copy_async(codes_ring.index(stage), w_now + inner * W_STEP, is_code)
             else:
-                async_copy.async_copy_global_to_shared(codes_ring.index(stage), w_now + inner * W_STEP)
+                copy_async(codes_ring.index(stage), w_now + inner * W_STEP)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             parts_ring.index(stage).store(
                 scale_parts(as_scale(bits, KIND) * (1 / UNIT), S.along_columns, CODEC, DTYPE)
@@ -149,16 +152,16 @@ def _copy_steps(
 
 @gluon.jit
 def copy_tiles(
-    X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, last, ring, low_rank, S: tl.constexpr
+    X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, S: tl.constexpr
 ):  # fmt: skip
     """Copies what the tiles of a program need, in the order in which it is multiplied."""
     HEIGHTS: tl.constexpr = S.heights
     count = 0
     low_count = 0
-    following = find_tile(first, last, TILES, ENDS, bound, S)
-    for index in range(first, last, gl.num_programs(0)):
+    following = find_tile(first, stop, TILES, ENDS, bound, S)
+    for index in range(first, stop, gl.num_programs(0)):
         expert, start, end, height = following
-        following = find_tile(index + gl.num_programs(0), last, TILES, ENDS, bound, S)
+        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, S)
         tile_n = index % S.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
@@ -166,4 +169,4 @@ def copy_tiles(
                     X, PAIR_OF_ROW, W, SCALES, expert, tile_n, start, end, count, ring, HEIGHTS[choice], S
                 )  # fmt: skip
                 if S.has_low_rank:
-                    low_count = _copy_reduced(REDUCED, start, end, low_count, low_rank, HEIGHTS[choice], S)
+                    low_count = _copy_reduced(REDUCED, start, end, low_count, term, HEIGHTS[choice], S)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..operands import PackedWeight
-from .codec import codec_of, runs_ptx
+from .codec import codec_of
 from .decode import with_plain_scales
 from .gemm_operands import LowRankTerm, Rows
 from .launch import launch
@@ -118,6 +118,7 @@ def _load_factor(FACTOR, expert, first_n, first_r, WIDTH: tl.constexpr, LAYOUT: 
 
 @gluon.jit
 def _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT: tl.constexpr, S: tl.constexpr):
+    """Adds the bias to `acc`, `(64, HEIGHT)` in fp32, and stores the rows before `end`."""
     N: tl.constexpr = S.n
     DTYPE: tl.constexpr = OUT.dtype.element_ty
     LAYOUT: tl.constexpr = _out_layout(HEIGHT)
@@ -150,14 +151,14 @@ def _multiply_tile(
     count,
     low_count,
     ring,
-    low_rank,
+    term,
     HALF: tl.constexpr,
     HEIGHT: tl.constexpr,
     S: tl.constexpr,
 ):
     """One half of a tile; returns the numbers of iterations and of low-rank products up to now."""
     x_ring, codes_ring, parts_ring, full, empty = ring
-    reduced, low_full, low_empty = low_rank
+    reduced, low_full, low_empty = term
     DTYPE: tl.constexpr = OUT.dtype.element_ty
     SUM: tl.constexpr = _sum_layout(HEIGHT)
     LEFT: tl.constexpr = gl.DotOperandLayout(0, SUM, 2)
@@ -189,21 +190,21 @@ def _multiply_tile(
 
 @gluon.jit
 def _multiply_tiles(
-    FACTOR, BIAS, OUT, TILES, ENDS, bound, first, last, ring, low_rank, HALF: tl.constexpr, S: tl.constexpr
+    FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, HALF: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
     """One group of multiplying warps, for one half of the columns of each tile."""
     HEIGHTS: tl.constexpr = S.heights
     count = 0
     low_count = 0
-    following = find_tile(first, last, TILES, ENDS, bound, S)
-    for index in range(first, last, gl.num_programs(0)):
+    following = find_tile(first, stop, TILES, ENDS, bound, S)
+    for index in range(first, stop, gl.num_programs(0)):
         expert, start, end, height = following
-        following = find_tile(index + gl.num_programs(0), last, TILES, ENDS, bound, S)
+        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, S)
         tile_n = index % S.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count, low_count = _multiply_tile(
-                    FACTOR, BIAS, OUT, expert, tile_n, start, end, count, low_count, ring, low_rank,
+                    FACTOR, BIAS, OUT, expert, tile_n, start, end, count, low_count, ring, term,
                     HALF, HEIGHTS[choice], S,
                 )  # fmt: skip
 
@@ -228,41 +229,26 @@ def specialized_gemm_kernel(
     """Grid: persistent programs.
 
     X `(rows, K)`; PAIR_OF_ROW `(S,)`; W `(E, rows, words)` int32, pairs of codes as stored; SCALES `(E, rows of the
-    grid, columns of the grid)`; REDUCED `(S, reduced_stride)`; FACTOR `(E, N, R)` with any strides; BIAS `(E, N)`; OUT
+    grid, columns of the grid)`; REDUCED `(S, R)`; FACTOR `(E, N, R)` with any strides; BIAS `(E, N)`; OUT
     `(S, N)`; TILES, TILE_ENDS and ENDS as in `Tiles`.
     """
     ring = allocate_ring(S, X.dtype.element_ty)
-    low_rank = allocate_reduced(S, X.dtype.element_ty)
+    term = allocate_reduced(S, X.dtype.element_ty)
     TILES_N: tl.constexpr = S.tiles_n
     first = gl.program_id(0)
-    last = gl.load(TILE_ENDS + num_experts - 1) * TILES_N
+    stop = gl.load(TILE_ENDS + num_experts - 1) * TILES_N
     gl.warp_specialize(
         [
-            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, last, ring, low_rank, 0, S)),
-            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, last, ring, low_rank, 1, S)),
-            (copy_tiles, (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, last, ring, low_rank, S)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 0, S)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 1, S)),
+            (
+                copy_tiles,
+                (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, S),
+            ),
         ],
         [4, COPY_WARPS],
         [WORKER_REGISTERS[0], WORKER_REGISTERS[1]],
     )
-
-
-def supports_specialized(device: torch.device, dtype: torch.dtype, codes: str | None, n: int, k: int) -> bool:
-    """Whether this kernel can compute a product, if its operands are aligned (`is_aligned`).
-
-    Args:
-        device: device of the product.
-        dtype: dtype of the rows.
-        codes: `kernel_codes` of the weight; None if it is not packed in whole blocks.
-        n: columns of the result; a multiple of 8.
-        k: length of the contraction; a multiple of 8.
-    """
-    return codes is not None and dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0 and _runs_on(device)
-
-
-def is_aligned(rows: Rows, weight: PackedWeight) -> bool:
-    """Whether the operands start at multiples of 16 bytes, which copies to shared memory require."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in (rows.tensor, weight.tensors[0]))
 
 
 def specialized_gemm(
@@ -275,15 +261,13 @@ def specialized_gemm(
     low_rank: LowRankTerm | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `grouped_gemm`, for products that `supports_specialized` and `is_aligned` admit."""
+    """As `grouped_gemm`, for products that `supports_specialized` and `can_specialize` admit."""
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device
     out = allocate((rows.num_rows, out_features), dtype, device)
     reduced, factor = (out, out[:, :, None]) if low_rank is None else low_rank
     rank = 0 if low_rank is None else reduced.shape[1]
-    if rank % 2 == 1:
-        reduced = torch.nn.functional.pad(reduced, (0, 1))
     codes, scales = with_plain_scales(weight).tensors
     shape = GemmShape(
         n=out_features,
@@ -318,11 +302,6 @@ def specialized_gemm(
         S=shape,
     )
     return out
-
-
-@cache
-def _runs_on(device: torch.device) -> bool:
-    return runs_ptx(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache

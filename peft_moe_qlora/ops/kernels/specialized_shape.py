@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .codec import Codec
+from .gemm_operands import padded_rank
 from .left_operand import GROUP_N, PAIRS, STEP_K
 
 TILE_N = tl.constexpr(2 * GROUP_N.value)
@@ -57,6 +58,7 @@ class GemmShape:
 
     @property
     def steps(self) -> int:
+        """Steps along the contraction."""
         return -(-self.k // STEP_K.value)
 
     @property
@@ -69,12 +71,13 @@ class GemmShape:
         return self.stages if self.unrolls else 1
 
     @property
-    def is_ragged(self) -> bool:
+    def is_ragged_k(self) -> bool:
         """Whether the last step exceeds the contraction."""
         return self.k % STEP_K.value != 0
 
     @property
     def is_ragged_n(self) -> bool:
+        """Whether the last tile exceeds the columns of the result."""
         return self.n % TILE_N.value != 0
 
     @property
@@ -84,6 +87,7 @@ class GemmShape:
 
     @property
     def columns(self) -> int:
+        """Columns of a matrix as stored."""
         return self.k if self.along_columns else self.n
 
     @property
@@ -118,11 +122,11 @@ class GemmShape:
 
     @property
     def padded_rank(self) -> int:
-        """A power of two, at least the 16 of a matrix instruction."""
-        return max(16, 1 << (self.rank - 1).bit_length())
+        return padded_rank(self.rank)
 
     @property
     def ranks_at_once(self) -> int:
+        """Ranks of the low-rank term in shared memory."""
         return min(self.padded_rank, STEP_K.value)
 
     @property
@@ -130,14 +134,9 @@ class GemmShape:
         """Whether the factor fits into registers during the main loop."""
         return self.has_low_rank and self.padded_rank == 16
 
-    @property
-    def reduced_stride(self) -> int:
-        """Elements between rows of the low-rank term, which start at multiples of four bytes."""
-        return self.rank + self.rank % 2
-
 
 @gluon.constexpr_function
-def _codes_layout(words):
+def _shared_codes_layout(words):
     """Shared memory of codes, swizzled so that the reads of `left_operand` have no bank conflicts."""
     return gl.SwizzledSharedLayout(4, max(1, 32 // words), min(8, words // 4), [1, 0])
 
@@ -150,10 +149,14 @@ def _right_layout(length):
 
 @gluon.jit
 def allocate_ring(S: tl.constexpr, DTYPE: tl.constexpr):
-    """Stages in shared memory: rows, codes and scales, and barriers for full and empty stages."""
+    """Stages in shared memory, and barriers for full and empty ones.
+
+    Returns rows `(stages, height, STEP_K)`, codes `(stages, code_rows, code_words)` int32, `scale_parts` `(stages,
+    scale_lines, blocks, 2)` int32, and the barriers `(stages, 1)`.
+    """
     STAGES: tl.constexpr = S.stages
     HEIGHT: tl.constexpr = S.heights[0]
-    CODES_LAYOUT: tl.constexpr = _codes_layout(S.code_words)
+    CODES_LAYOUT: tl.constexpr = _shared_codes_layout(S.code_words)
     PARTS_LAYOUT: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1])
     x = gl.allocate_shared_memory(DTYPE, [STAGES, HEIGHT, STEP_K], _right_layout(STEP_K))
     codes = gl.allocate_shared_memory(tl.int32, [STAGES, S.code_rows, S.code_words], CODES_LAYOUT)
@@ -169,7 +172,7 @@ def allocate_ring(S: tl.constexpr, DTYPE: tl.constexpr):
 
 @gluon.jit
 def allocate_reduced(S: tl.constexpr, DTYPE: tl.constexpr):
-    """Shared memory of rows of the low-rank term, and barriers that say whether it is full or empty."""
+    """Shared memory of rows of the low-rank term, `(height, ranks_at_once)`, and barriers for full and empty."""
     HEIGHT: tl.constexpr = S.heights[0]
     WIDTH: tl.constexpr = S.ranks_at_once
     reduced = gl.allocate_shared_memory(DTYPE, [HEIGHT, WIDTH], _right_layout(WIDTH))
@@ -191,9 +194,12 @@ def stage_of(count, inner: tl.constexpr, S: tl.constexpr):
 
 
 @gluon.jit
-def find_tile(index, last, TILES, ENDS, bound, S: tl.constexpr):
-    """Expert, first row, end of the expert's rows and height of a tile; of some tile if there is none any more."""
+def find_tile(index, end, TILES, ENDS, bound, S: tl.constexpr):
+    """Expert, first row, end of the expert's rows, and index of the height of a tile of the result.
+
+    Past the last tile, those of some valid one.
+    """
     TILES_N: tl.constexpr = S.tiles_n
-    tile = gl.minimum(index, gl.maximum(last - 1, 0)) // TILES_N
+    tile = gl.minimum(index, gl.maximum(end - 1, 0)) // TILES_N
     expert = gl.maximum(gl.load(TILES + tile), 0)
     return expert, gl.load(TILES + bound + tile), gl.load(ENDS + expert), gl.load(TILES + 2 * bound + tile)

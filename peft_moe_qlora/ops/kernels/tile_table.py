@@ -20,8 +20,7 @@ class GemmTiles:
         num_stages: number of loads in flight.
         weight_left: compute the transposed product, in which the weight is the left operand.
         decode_first: decode into a 16-bit workspace before the product, instead of inside the product.
-        specialized: use the kernel of `specialized_gemm`, of which only heights and stages vary; the others are for
-            unaligned operands, which it does not support.
+        specialized: use the kernel of `specialized_gemm`, of which only heights and stages vary.
     """
 
     heights: tuple[int, ...]
