@@ -7,12 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from experts_layer import run_layer
 from kernel_cases import DEVICE, NF4, random_ids, random_stack, relative_error
 
-from peft_moe_qlora.ops import packed_weight
+from peft_moe_qlora.ops import Gate, fused_steps, packed_weight
 from peft_moe_qlora.ops.kernels import specialized_gemm, specialized_support
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
+from peft_moe_qlora.ops.kernels.launch_recorder import forget_recordings
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
 from peft_moe_qlora.ops.kernels.specialized_support import can_specialize, supports_specialized
 from peft_moe_qlora.ops.kernels.tile_table import GemmTiles, TuningTable, parse_entries
@@ -134,6 +136,24 @@ def test_heights_and_stages(heights: tuple[int, ...], num_stages: int) -> None:
 @pytest.mark.parametrize(("offset", "rank"), [(1, 16), (0, 3), (0, 255), (1, 256)])
 def test_other_operands_are_multiplied_by_the_other_kernel(offset: int, rank: int) -> None:
     assert error_of_product(NF4, False, offset=offset, rank=rank) <= LIMITS[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@is_for_this_device
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [0, 3, 16])
+def test_layer_and_all_gradients(rank: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run replays the launches of the first, with other inputs and routing."""
+    forget_recordings()  # tests change tiles, which recordings do not check
+    monkeypatch.setattr(fused_steps, "choose_tiles", lambda *_: specialized())
+    shapes = ((256, 128), (128, 128))
+    up, down = (
+        random_stack((3, *(shape[::-1] if transposed else shape)), transposed, storage)
+        for shape, storage in zip(shapes, (NF4, Fp8Format()))
+    )
+    for _ in range(2):
+        for found, expected in run_layer(400, 2, (up, down), Gate("silu"), rank, True, torch.float16):
+            assert relative_error(found, expected) <= 1e-3
 
 
 @pytest.mark.parametrize(("offset", "rank", "suits"), [(0, 0, True), (0, 4, True), (1, 0, False), (0, 3, False)])

@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 
-from peft_moe_qlora.ops import packed_weight
+from peft_moe_qlora.ops import Gate, packed_weight
 from peft_moe_qlora.quantization import Format, FourBitFormat
 from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from experts_layer import run_layer
 from gluon_on_cpu import launch_on_cpu
 from kernel_cases import GRIDS, NF4, random_stack, relative_error
 from triton.experimental import gluon
@@ -28,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from peft_moe_qlora.ops import fused_steps
 from peft_moe_qlora.ops.kernels import codec, specialized_gemm
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
@@ -158,6 +160,21 @@ def test_low_rank_term_and_bias(rank: int, for_input_gradient: bool, dtype: torc
         NF4, dtype, (200, 64), for_input_gradient, is_gathered, num_stages=2, rank=rank, has_bias=True
     )
     assert error <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_layer_and_all_gradients(rank: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp16, since Triton's interpreter does not compute in bf16."""
+    tuned = GemmTiles((32,), 128, 64, 8, 2, weight_left=True, decode_first=False, specialized=True)
+    monkeypatch.setattr(fused_steps, "choose_tiles", lambda *_: tuned)
+    shapes = ((128, 64), (64, 64))
+    up, down = (
+        random_stack((3, *(shape[::-1] if transposed else shape)), transposed, storage)
+        for shape, storage in zip(shapes, (NF4, Fp8Format()))
+    )
+    for found, expected in run_layer(40, 2, (up, down), Gate("silu"), rank, True, torch.float16):
+        assert relative_error(found, expected) <= 1e-3
 
 
 @pytest.mark.parametrize("storage", [NF4, Fp8Format()], ids=str)
