@@ -252,7 +252,7 @@ def main(dtype: torch.dtype) -> None:
         name, types = signature.kernel.__name__, signature.types
         # a binary for each mix of types; those with decoders take longest, so only one or two for each decoder
         constants = dict(signature.constants)
-        found = constants["S"].codec if "S" in constants else constants.get("CODEC")
+        found = constants["SHAPE"].codec if "SHAPE" in constants else constants.get("CODEC")
         way = (name, types if found is None else found.name, constants.get("RANKS", 0) > 128)
         print(name, signature, file=sys.stderr, flush=True)  # if the compiler crashes, the last one caused it
         try:

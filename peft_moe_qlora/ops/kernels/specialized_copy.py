@@ -25,19 +25,19 @@ def _threads_of(columns, bytes_of_element):
 
 
 @gluon.jit
-def _load_scales(SCALES, expert, tile_n, step, S: tl.constexpr):
+def _load_scales(SCALES, expert, tile_n, step, SHAPE: tl.constexpr):
     """`(code_rows, blocks)`: the scales of a stage, as stored."""
-    ROWS: tl.constexpr = S.rows
-    COLUMNS: tl.constexpr = S.columns
-    BLOCKS: tl.constexpr = S.blocks
-    BLOCK: tl.constexpr = S.codec.block_columns
-    CODEC: tl.constexpr = S.codec
+    ROWS: tl.constexpr = SHAPE.rows
+    COLUMNS: tl.constexpr = SHAPE.columns
+    BLOCKS: tl.constexpr = SHAPE.blocks
+    BLOCK: tl.constexpr = SHAPE.codec.block_columns
+    CODEC: tl.constexpr = SHAPE.codec
     # two neighboring rows in a thread if `scale_parts` combines them
-    NEIGHBORS: tl.constexpr = 1 if S.along_columns else 2
+    NEIGHBORS: tl.constexpr = 1 if SHAPE.along_columns else 2
     LAYOUT: tl.constexpr = gl.BlockedLayout([NEIGHBORS, 1], [32 // BLOCKS, BLOCKS], [COPY_WARPS, 1], [1, 0])
-    index = gl.arange(0, S.code_rows, gl.SliceLayout(1, LAYOUT))
+    index = gl.arange(0, SHAPE.code_rows, gl.SliceLayout(1, LAYOUT))
     block = gl.arange(0, BLOCKS, gl.SliceLayout(0, LAYOUT))
-    if S.along_columns:
+    if SHAPE.along_columns:
         row = tile_n * TILE_N + column_of(index)
         block += step * STEP_K // BLOCK
     else:
@@ -51,15 +51,15 @@ def _load_scales(SCALES, expert, tile_n, step, S: tl.constexpr):
 
 
 @gluon.jit
-def _copy_reduced(REDUCED, start, end, count, term, HEIGHT: tl.constexpr, S: tl.constexpr):
+def _copy_reduced(REDUCED, start, end, count, term, HEIGHT: tl.constexpr, SHAPE: tl.constexpr):
     """Copies the rows of the low-rank term, `ranks_at_once` at a time; returns the number of copies up to now."""
     reduced, full, empty = term
-    WIDTH: tl.constexpr = S.ranks_at_once
-    RANK: tl.constexpr = S.rank
+    WIDTH: tl.constexpr = SHAPE.ranks_at_once
+    RANK: tl.constexpr = SHAPE.rank
     LAYOUT: tl.constexpr = _threads_of(WIDTH, 2)
     row = start + gl.arange(0, HEIGHT, gl.SliceLayout(1, LAYOUT))
     row = gl.where(row < end, row, start)
-    RANKS: tl.constexpr = S.padded_rank
+    RANKS: tl.constexpr = SHAPE.padded_rank
     for first in gl.static_range(0, RANKS, WIDTH):
         r = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
         place = REDUCED + gl.expand_dims(row.to(tl.int64) * RANK, 1) + gl.expand_dims(r, 0)
@@ -83,56 +83,56 @@ def _copy_steps(
     count,
     ring,
     HEIGHT: tl.constexpr,
-    S: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Copies rows, codes and scales of all steps of a tile; returns the number of iterations up to now."""
     x_ring, codes_ring, parts_ring, full, empty = ring
     DTYPE: tl.constexpr = X.dtype.element_ty
-    CODEC: tl.constexpr = S.codec
-    K: tl.constexpr = S.k
+    CODEC: tl.constexpr = SHAPE.codec
+    K: tl.constexpr = SHAPE.k
     LINES: tl.constexpr = _threads_of(STEP_K, 2)
     row = start + gl.arange(0, HEIGHT, gl.SliceLayout(1, LINES))
     # rows past the end are the first row, and are not stored
-    source = row_places(gl.where(row < end, row, start), PAIR_OF_ROW, S.top_k, S.top_k > 0)
+    source = row_places(gl.where(row < end, row, start), PAIR_OF_ROW, SHAPE.top_k, SHAPE.top_k > 0)
     k = gl.arange(0, STEP_K, gl.SliceLayout(0, LINES))
     x_place = X + gl.expand_dims(source.to(tl.int64) * K, 1) + gl.expand_dims(k, 0)
 
-    HIGH: tl.constexpr = S.code_rows
-    WIDE: tl.constexpr = S.code_words
-    WORDS: tl.constexpr = S.words
-    ROWS: tl.constexpr = S.rows
+    HIGH: tl.constexpr = SHAPE.code_rows
+    WIDE: tl.constexpr = SHAPE.code_words
+    WORDS: tl.constexpr = SHAPE.words
+    ROWS: tl.constexpr = SHAPE.rows
     CODES: tl.constexpr = _threads_of(WIDE, 4)
     line = gl.arange(0, HIGH, gl.SliceLayout(1, CODES))
     word = gl.arange(0, WIDE, gl.SliceLayout(0, CODES))
-    if S.along_columns:
+    if SHAPE.along_columns:
         line = tile_n * HIGH + column_of(line)
     else:
         word += tile_n * WIDE
     w_place = W + expert.to(tl.int64) * (ROWS * WORDS)
     w_place = w_place + gl.expand_dims(line * WORDS, 1) + gl.expand_dims(word, 0)
-    LINE_STEP: tl.constexpr = 0 if S.along_columns else STEP_K
-    WORD_STEP: tl.constexpr = WIDE if S.along_columns else 0
+    LINE_STEP: tl.constexpr = 0 if SHAPE.along_columns else STEP_K
+    WORD_STEP: tl.constexpr = WIDE if SHAPE.along_columns else 0
     W_STEP: tl.constexpr = LINE_STEP * WORDS + WORD_STEP
 
     KIND: tl.constexpr = CODEC.scale
     UNIT: tl.constexpr = CODEC.unit
-    STEPS: tl.constexpr = S.steps
-    AT_ONCE: tl.constexpr = S.steps_at_once
-    bits = _load_scales(SCALES, expert, tile_n, 0, S)
+    STEPS: tl.constexpr = SHAPE.steps
+    AT_ONCE: tl.constexpr = SHAPE.steps_at_once
+    bits = _load_scales(SCALES, expert, tile_n, 0, SHAPE)
     for outer in range(STEPS // AT_ONCE):
         x_now = x_place + outer * (AT_ONCE * STEP_K)
         w_now = w_place + outer * (AT_ONCE * W_STEP)
         for inner in gl.static_range(AT_ONCE):
             step = outer * AT_ONCE + inner
-            stage, phase = stage_of(count, inner, S)
+            stage, phase = stage_of(count, inner, SHAPE)
             mbarrier.wait(empty.index(stage), phase ^ 1)
             x_target = x_ring.index(stage).slice(0, HEIGHT, 0)
-            if S.is_ragged_k:
+            if SHAPE.is_ragged_k:
                 is_x = gl.expand_dims(step * STEP_K + k < K, 0)
                 copy_async(x_target, x_now + inner * STEP_K, is_x)
             else:
                 copy_async(x_target, x_now + inner * STEP_K)
-            if S.is_ragged_k or S.is_ragged_n:
+            if SHAPE.is_ragged_k or SHAPE.is_ragged_n:
                 is_line = line + step * LINE_STEP < ROWS
                 is_word = word + step * WORD_STEP < WORDS
                 is_code = gl.expand_dims(is_line, 1) & gl.expand_dims(is_word, 0)
@@ -141,32 +141,32 @@ def _copy_steps(
                 copy_async(codes_ring.index(stage), w_now + inner * W_STEP)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             parts_ring.index(stage).store(
-                scale_parts(as_scale(bits, KIND) * (1 / UNIT), S.along_columns, CODEC, DTYPE)
+                scale_parts(as_scale(bits, KIND) * (1 / UNIT), SHAPE.along_columns, CODEC, DTYPE)
             )
             mbarrier.arrive(full.index(stage))
             # those of the next step; past the last one, those of this one again
-            bits = _load_scales(SCALES, expert, tile_n, gl.minimum(step + 1, STEPS - 1), S)
+            bits = _load_scales(SCALES, expert, tile_n, gl.minimum(step + 1, STEPS - 1), SHAPE)
         count += 1
     return count
 
 
 @gluon.jit
 def copy_tiles(
-    X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, S: tl.constexpr
+    X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, SHAPE: tl.constexpr
 ):  # fmt: skip
     """Copies what the tiles of a program need, in the order in which it is multiplied."""
-    HEIGHTS: tl.constexpr = S.heights
+    HEIGHTS: tl.constexpr = SHAPE.heights
     count = 0
     low_count = 0
-    following = find_tile(first, stop, TILES, ENDS, bound, S)
+    following = find_tile(first, stop, TILES, ENDS, bound, SHAPE)
     for index in range(first, stop, gl.num_programs(0)):
         expert, start, end, height = following
-        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, S)
-        tile_n = index % S.tiles_n
+        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, SHAPE)
+        tile_n = index % SHAPE.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count = _copy_steps(
-                    X, PAIR_OF_ROW, W, SCALES, expert, tile_n, start, end, count, ring, HEIGHTS[choice], S
+                    X, PAIR_OF_ROW, W, SCALES, expert, tile_n, start, end, count, ring, HEIGHTS[choice], SHAPE
                 )  # fmt: skip
-                if S.has_low_rank:
-                    low_count = _copy_reduced(REDUCED, start, end, low_count, term, HEIGHTS[choice], S)
+                if SHAPE.has_low_rank:
+                    low_count = _copy_reduced(REDUCED, start, end, low_count, term, HEIGHTS[choice], SHAPE)

@@ -78,19 +78,19 @@ def _range(SIZE: tl.constexpr, DIM: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @gluon.jit
-def _decode_stage(codes, parts, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
+def _decode_stage(codes, parts, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr):
     """The left operand of one group."""
-    CODEC: tl.constexpr = S.codec
-    if S.along_columns:
+    CODEC: tl.constexpr = SHAPE.codec
+    if SHAPE.along_columns:
         codes = codes.slice(HALF * GROUP_N, GROUP_N, 0)
         parts = parts.slice(HALF * GROUP_N, GROUP_N, 0)
     else:
-        WORDS: tl.constexpr = S.code_words // 2
+        WORDS: tl.constexpr = SHAPE.code_words // 2
         codes = codes.slice(HALF * WORDS, WORDS, 1)
-        BLOCKS: tl.constexpr = S.blocks
+        BLOCKS: tl.constexpr = SHAPE.blocks
         if BLOCKS > 1:
             parts = parts.slice(HALF * (BLOCKS // 2), BLOCKS // 2, 1)
-    return left_operand(codes, parts, S.along_columns, CODEC, LAYOUT, DTYPE)
+    return left_operand(codes, parts, SHAPE.along_columns, CODEC, LAYOUT, DTYPE)
 
 
 @gluon.jit
@@ -104,28 +104,28 @@ def _add_product(left, right, acc, empty):
 
 
 @gluon.jit
-def _load_factor(FACTOR, expert, first_n, first_r, WIDTH: tl.constexpr, LAYOUT: tl.constexpr, S: tl.constexpr):
+def _load_factor(FACTOR, expert, first_n, first_r, WIDTH: tl.constexpr, LAYOUT: tl.constexpr, SHAPE: tl.constexpr):
     """Some ranks of a factor as the left operand, `(64, WIDTH)`."""
-    STRIDE_E: tl.constexpr = S.factor_strides[0]
-    STRIDE_N: tl.constexpr = S.factor_strides[1]
-    STRIDE_R: tl.constexpr = S.factor_strides[2]
+    STRIDE_E: tl.constexpr = SHAPE.factor_strides[0]
+    STRIDE_N: tl.constexpr = SHAPE.factor_strides[1]
+    STRIDE_R: tl.constexpr = SHAPE.factor_strides[2]
     n = first_n + column_of(gl.arange(0, GROUP_N, gl.SliceLayout(1, LAYOUT)))
     r = first_r + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     place = FACTOR + expert.to(tl.int64) * STRIDE_E
     place = place + gl.expand_dims(n * STRIDE_N, 1) + gl.expand_dims(r * STRIDE_R, 0)
-    return gl.load(place, mask=gl.expand_dims(n < S.n, 1) & gl.expand_dims(r < S.rank, 0), other=0.0)
+    return gl.load(place, mask=gl.expand_dims(n < SHAPE.n, 1) & gl.expand_dims(r < SHAPE.rank, 0), other=0.0)
 
 
 @gluon.jit
-def _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT: tl.constexpr, S: tl.constexpr):
+def _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT: tl.constexpr, SHAPE: tl.constexpr):
     """Adds the bias to `acc`, `(64, HEIGHT)` in fp32, and stores the rows before `end`."""
-    N: tl.constexpr = S.n
+    N: tl.constexpr = SHAPE.n
     DTYPE: tl.constexpr = OUT.dtype.element_ty
     LAYOUT: tl.constexpr = _out_layout(HEIGHT)
     # from (w, neighbors, r; groups of rows, threads, neighbors), see `column_of`
     out = acc.reshape([4, 2, 8, HEIGHT // 8, 4, 2]).permute([3, 4, 5, 0, 2, 1]).reshape([HEIGHT // 8, 4, 2, GROUP_N])
     n = first_n + _range(GROUP_N, 3, LAYOUT)
-    if S.has_bias:
+    if SHAPE.has_bias:
         bias = gl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
         out = (gl.convert_layout(out, LAYOUT) + bias).to(DTYPE)
     else:
@@ -133,7 +133,7 @@ def _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT: tl.constexp
     fixed = _range(HEIGHT // 8, 0, LAYOUT) * 8 + _range(2, 2, LAYOUT)
     own = start + _range(4, 1, LAYOUT) * 2
     place = (OUT + own.to(tl.int64) * N + n) + fixed * N
-    if S.is_ragged_n:
+    if SHAPE.is_ragged_n:
         gl.store(place, out, mask=(fixed < end - own) & (n < N))
     else:
         gl.store(place, out, mask=fixed < end - own)
@@ -154,7 +154,7 @@ def _multiply_tile(
     term,
     HALF: tl.constexpr,
     HEIGHT: tl.constexpr,
-    S: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """One half of a tile; returns the numbers of iterations and of low-rank products up to now."""
     x_ring, codes_ring, parts_ring, full, empty = ring
@@ -164,48 +164,48 @@ def _multiply_tile(
     LEFT: tl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     first_n = tile_n * TILE_N + HALF * GROUP_N
     acc = gl.zeros([GROUP_N, HEIGHT], tl.float32, SUM)
-    WIDTH: tl.constexpr = S.ranks_at_once
-    if S.loads_factor_early:
-        factor = _load_factor(FACTOR, expert, first_n, 0, WIDTH, LEFT, S)
-    STEPS: tl.constexpr = S.steps
-    AT_ONCE: tl.constexpr = S.steps_at_once
+    WIDTH: tl.constexpr = SHAPE.ranks_at_once
+    if SHAPE.loads_factor_early:
+        factor = _load_factor(FACTOR, expert, first_n, 0, WIDTH, LEFT, SHAPE)
+    STEPS: tl.constexpr = SHAPE.steps
+    AT_ONCE: tl.constexpr = SHAPE.steps_at_once
     for _ in range(STEPS // AT_ONCE):
         for inner in gl.static_range(AT_ONCE):
-            stage, phase = stage_of(count, inner, S)
+            stage, phase = stage_of(count, inner, SHAPE)
             mbarrier.wait(full.index(stage), phase)
-            weights = _decode_stage(codes_ring.index(stage), parts_ring.index(stage), HALF, LEFT, DTYPE, S)
+            weights = _decode_stage(codes_ring.index(stage), parts_ring.index(stage), HALF, LEFT, DTYPE, SHAPE)
             acc = _add_product(weights, x_ring.index(stage).slice(0, HEIGHT, 0), acc, empty.index(stage))
         count += 1
-    if S.has_low_rank:
-        RANKS: tl.constexpr = S.padded_rank
+    if SHAPE.has_low_rank:
+        RANKS: tl.constexpr = SHAPE.padded_rank
         for first_r in gl.static_range(0, RANKS, WIDTH):
-            if not S.loads_factor_early:
-                factor = _load_factor(FACTOR, expert, first_n, first_r, WIDTH, LEFT, S)
+            if not SHAPE.loads_factor_early:
+                factor = _load_factor(FACTOR, expert, first_n, first_r, WIDTH, LEFT, SHAPE)
             mbarrier.wait(low_full, low_count & 1)
             acc = _add_product(factor.to(DTYPE), reduced.slice(0, HEIGHT, 0), acc, low_empty)
             low_count += 1
-    _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT, S)
+    _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT, SHAPE)
     return count, low_count
 
 
 @gluon.jit
 def _multiply_tiles(
-    FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, HALF: tl.constexpr, S: tl.constexpr
+    FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, HALF: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
     """One group of multiplying warps, for one half of the columns of each tile."""
-    HEIGHTS: tl.constexpr = S.heights
+    HEIGHTS: tl.constexpr = SHAPE.heights
     count = 0
     low_count = 0
-    following = find_tile(first, stop, TILES, ENDS, bound, S)
+    following = find_tile(first, stop, TILES, ENDS, bound, SHAPE)
     for index in range(first, stop, gl.num_programs(0)):
         expert, start, end, height = following
-        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, S)
-        tile_n = index % S.tiles_n
+        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, SHAPE)
+        tile_n = index % SHAPE.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count, low_count = _multiply_tile(
                     FACTOR, BIAS, OUT, expert, tile_n, start, end, count, low_count, ring, term,
-                    HALF, HEIGHTS[choice], S,
+                    HALF, HEIGHTS[choice], SHAPE,
                 )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def specialized_gemm_kernel(
     ENDS,
     bound,
     num_experts,
-    S: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Grid: persistent programs.
 
@@ -232,18 +232,18 @@ def specialized_gemm_kernel(
     grid, columns of the grid)`; REDUCED `(S, R)`; FACTOR `(E, N, R)` with any strides; BIAS `(E, N)`; OUT
     `(S, N)`; TILES, TILE_ENDS and ENDS as in `Tiles`.
     """
-    ring = allocate_ring(S, X.dtype.element_ty)
-    term = allocate_reduced(S, X.dtype.element_ty)
-    TILES_N: tl.constexpr = S.tiles_n
+    ring = allocate_ring(SHAPE, X.dtype.element_ty)
+    term = allocate_reduced(SHAPE, X.dtype.element_ty)
+    TILES_N: tl.constexpr = SHAPE.tiles_n
     first = gl.program_id(0)
     stop = gl.load(TILE_ENDS + num_experts - 1) * TILES_N
     gl.warp_specialize(
         [
-            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 0, S)),
-            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 1, S)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 0, SHAPE)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 1, SHAPE)),
             (
                 copy_tiles,
-                (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, S),
+                (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, SHAPE),
             ),
         ],
         [4, COPY_WARPS],
@@ -299,7 +299,7 @@ def specialized_gemm(
         ),
         (tiles.bound, weight.num_experts),
         maxnreg=REGISTERS,
-        S=shape,
+        SHAPE=shape,
     )
     return out
 

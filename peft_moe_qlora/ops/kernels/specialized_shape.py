@@ -148,19 +148,19 @@ def _right_layout(length):
 
 
 @gluon.jit
-def allocate_ring(S: tl.constexpr, DTYPE: tl.constexpr):
+def allocate_ring(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """Stages in shared memory, and barriers for full and empty ones.
 
     Returns rows `(stages, height, STEP_K)`, codes `(stages, code_rows, code_words)` int32, `scale_parts` `(stages,
     scale_lines, blocks, 2)` int32, and the barriers `(stages, 1)`.
     """
-    STAGES: tl.constexpr = S.stages
-    HEIGHT: tl.constexpr = S.heights[0]
-    CODES_LAYOUT: tl.constexpr = _shared_codes_layout(S.code_words)
+    STAGES: tl.constexpr = SHAPE.stages
+    HEIGHT: tl.constexpr = SHAPE.heights[0]
+    CODES_LAYOUT: tl.constexpr = _shared_codes_layout(SHAPE.code_words)
     PARTS_LAYOUT: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1])
     x = gl.allocate_shared_memory(DTYPE, [STAGES, HEIGHT, STEP_K], _right_layout(STEP_K))
-    codes = gl.allocate_shared_memory(tl.int32, [STAGES, S.code_rows, S.code_words], CODES_LAYOUT)
-    parts = gl.allocate_shared_memory(tl.int32, [STAGES, S.scale_lines, S.blocks, 2], PARTS_LAYOUT)
+    codes = gl.allocate_shared_memory(tl.int32, [STAGES, SHAPE.code_rows, SHAPE.code_words], CODES_LAYOUT)
+    parts = gl.allocate_shared_memory(tl.int32, [STAGES, SHAPE.scale_lines, SHAPE.blocks, 2], PARTS_LAYOUT)
     full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -171,10 +171,10 @@ def allocate_ring(S: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @gluon.jit
-def allocate_reduced(S: tl.constexpr, DTYPE: tl.constexpr):
+def allocate_reduced(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """Shared memory of rows of the low-rank term, `(height, ranks_at_once)`, and barriers for full and empty."""
-    HEIGHT: tl.constexpr = S.heights[0]
-    WIDTH: tl.constexpr = S.ranks_at_once
+    HEIGHT: tl.constexpr = SHAPE.heights[0]
+    WIDTH: tl.constexpr = SHAPE.ranks_at_once
     reduced = gl.allocate_shared_memory(DTYPE, [HEIGHT, WIDTH], _right_layout(WIDTH))
     full = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
@@ -184,22 +184,22 @@ def allocate_reduced(S: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @gluon.jit
-def stage_of(count, inner: tl.constexpr, S: tl.constexpr):
-    """Stage and phase of a step; `count` is the number of iterations with `S.steps_at_once` steps each."""
-    if S.unrolls:
+def stage_of(count, inner: tl.constexpr, SHAPE: tl.constexpr):
+    """Stage and phase of a step; `count` is the number of iterations with `GemmShape.steps_at_once` steps each."""
+    if SHAPE.unrolls:
         return inner, count & 1
     else:
-        STAGES: tl.constexpr = S.stages
+        STAGES: tl.constexpr = SHAPE.stages
         return count % STAGES, count // STAGES & 1
 
 
 @gluon.jit
-def find_tile(index, end, TILES, ENDS, bound, S: tl.constexpr):
+def find_tile(index, end, TILES, ENDS, bound, SHAPE: tl.constexpr):
     """Expert, first row, end of the expert's rows, and index of the height of a tile of the result.
 
     Past the last tile, those of some valid one.
     """
-    TILES_N: tl.constexpr = S.tiles_n
+    TILES_N: tl.constexpr = SHAPE.tiles_n
     tile = gl.minimum(index, gl.maximum(end - 1, 0)) // TILES_N
     expert = gl.maximum(gl.load(TILES + tile), 0)
     return expert, gl.load(TILES + bound + tile), gl.load(ENDS + expert), gl.load(TILES + 2 * bound + tile)
