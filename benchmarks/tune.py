@@ -114,7 +114,13 @@ def main() -> None:
         default=list(WEIGHTS),
         help=("weights to measure; entries of the others are kept"),
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="numbers of tokens to measure")
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=TOKENS,
+        help="numbers of tokens to measure; entries of a measured product for others are replaced, too",
+    )
     parser.add_argument("--repeats", type=int, default=9, help="timed replays per candidate")
     parser.add_argument("--workers", type=int, default=12, help="number of compilation processes")
     arguments = parser.parse_args()

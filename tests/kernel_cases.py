@@ -76,3 +76,8 @@ TILES = [
     GemmTiles((32, 16), 32, 64, 4, 2, weight_left=True, decode_first=True),
     SAFE_TILES,
 ]
+
+
+def specialized_tiles(heights: tuple[int, ...], num_stages: int) -> GemmTiles:
+    """Tiles of the kernel with specialized warps."""
+    return GemmTiles(heights, 128, 64, 8, num_stages, weight_left=True, decode_first=False, specialized=True)

@@ -281,11 +281,6 @@ def _fewest_experts(shape: LayerShape, product: Product) -> int:
     return min(measured_experts(shape, product), WORKSPACE_BYTES // (2 * product.n * product.k) + 1)
 
 
-def _tried(rows: float, kind: str, thorough: bool, may_specialize: bool) -> list[GemmTiles]:
-    tried = candidates(rows, thorough, may_specialize)
-    return [tiles for tiles in tried if kind != "dense" or not tiles.decode_first]
-
-
 def measure_layer(
     shape: LayerShape,
     storage: Format | None,
@@ -328,9 +323,9 @@ def measure_layer(
 
     def tried(product: Product, number: float) -> list[GemmTiles]:
         kind = kind_of(storage, product)
-        codes = None if kind == "dense" else kind
-        may_specialize = supports_specialized(device, dtype, codes, product.n, product.k)
-        return _tried(number, kind, thorough, may_specialize)
+        if kind == "dense":
+            return [tiles for tiles in candidates(number, thorough) if not tiles.decode_first]
+        return candidates(number, thorough, supports_specialized(device, dtype, kind, product.n, product.k))
 
     if workers:
         # sorted by product, so that a process creates the inputs of a product once

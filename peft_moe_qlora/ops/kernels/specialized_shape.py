@@ -68,6 +68,7 @@ class GemmShape:
 
     @property
     def steps_at_once(self) -> int:
+        """Steps of one iteration of the main loop."""
         return self.stages if self.unrolls else 1
 
     @property
