@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -32,7 +33,7 @@ from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
 from peft_moe_qlora.ops.kernels.tile_table import GemmTiles
 from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack
-from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format, Nvfp4Format
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 2**10
@@ -81,13 +82,17 @@ class Signature(NamedTuple):
         functions = backend.get_codegen_implementation(options)
         module = source.make_ir(TARGET, options, functions, backend.get_module_map(), context)
         stages: dict[str, Callable] = {}
+        variables = 0
         backend.add_stages(stages, options, source.language)
         metadata = {"target": TARGET, **vars(options)}
         first = next(iter(stages.values()))  # to Triton's IR or, from Gluon, to that for GPUs
-        for stage in stages.values() if is_complete else [first]:
+        for name, stage in stages.items() if is_complete else [("first", first)]:
             module = stage(module, metadata)
-        if is_complete and metadata["shared"] > SHARED_BYTES:
-            raise ValueError(f"{metadata['shared']} bytes of shared memory exceed {SHARED_BYTES}")
+            if name == "ptx":
+                # of assembly in the kernel
+                variables = sum(map(int, re.findall(r"\.shared [^;]*\.b8 \w+\[(\d+)\]", module)))
+        if is_complete and metadata["shared"] + variables > SHARED_BYTES:
+            raise ValueError(f"{metadata['shared']} + {variables} bytes of shared memory exceed {SHARED_BYTES}")
 
     def __str__(self) -> str:
         values = (*self.types, *dict(self.constants).values())
@@ -169,7 +174,12 @@ def run_layer(
 
 
 def run_specialized(
-    dtype: torch.dtype, storage: Format, heights: tuple[int, ...], factors: torch.dtype, rank: int = 16
+    dtype: torch.dtype,
+    storage: Format,
+    heights: tuple[int, ...],
+    factors: torch.dtype,
+    rank: int = 16,
+    num_stages: int = 4,
 ) -> None:
     """Launches the products with specialized warps, in both directions, also for ragged sizes."""
     for size, own_rank, is_gathered in ((1024, rank, True), (544, 0, False)):
@@ -185,7 +195,7 @@ def run_specialized(
             else None
         )
         bias = None if own_rank else empty(4, size, dtype=factors)
-        tuned = GemmTiles(heights, 128, 64, 8, 4, weight_left=True, decode_first=False, specialized=True)
+        tuned = GemmTiles(heights, 128, 64, 8, num_stages, weight_left=True, decode_first=False, specialized=True)
         for for_input_gradient in (False, True):
             tiles = cut_tiles(routed, heights)
             grouped_gemm(rows, weight, for_input_gradient, routed.ends, tiles, tuned, term, bias)
@@ -217,7 +227,9 @@ def run_everything(dtype: torch.dtype) -> None:
     if dtype != FP32:
         run_specialized(dtype, NF4, (256, 128, 32), FP32)
         # the most shared memory, and tiles for operands that do not suit
-        run_specialized(dtype, Fp8Format((1, 16)), (256, 128, 32), FP32, rank=64)
+        for storage in (NF4, Fp8Format((1, 16)), Nvfp4Format()):
+            run_specialized(dtype, storage, (256, 128, 32), FP32, rank=64)
+            run_specialized(dtype, storage, (128, 32), FP32, rank=64, num_stages=8)
         run_specialized(dtype, NF4, (256, 128, 32), FP32, rank=255)
         for number, storage in enumerate(FORMATS[1:]):
             run_specialized(dtype, storage, (32,), DTYPES[number % 3])

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_values import LANGUAGE, TORCH_TYPES, Pointer, Shared, Tensor, load, number, poison
+from gluon_values import LANGUAGE, TORCH_TYPES, Pointer, Shared, Tensor, load, number, poison, run_assembly
+from ptx_in_numpy import SharedVariables
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.interpreter import InterpretedFunction
@@ -122,6 +123,7 @@ class _Program:
             "program_id": lambda axis: number(index),
             "num_programs": lambda axis: number(num_programs),
             "allocate_shared_memory": self._allocate,
+            "inline_asm_elementwise": partial(run_assembly, variables=SharedVariables()),
             "warp_specialize": self._specialize,
         }
         barrier = {"init": self._init, "wait": self._wait, "arrive": self._arrive}
@@ -207,8 +209,9 @@ class _Program:
         self._warps.pause(lambda: barrier.phases % 2 != parity)
         self._warps.is_fenced = False
 
-    def _arrive(self, place: Shared, count: int = 1) -> None:
-        self._barrier(place).arrive(count)
+    def _arrive(self, place: Shared, count: int = 1, pred: Any = True) -> None:
+        if pred:
+            self._barrier(place).arrive(count)
         self._warps.pause(lambda: True)
 
     def _copy(self, target: Shared, pointer: Pointer, mask: Tensor | None = None) -> None:

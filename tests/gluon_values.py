@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from ptx_in_numpy import run
+from ptx_in_numpy import SharedVariables, run
 from triton.experimental.gluon import language as gl
 
 _TYPES = {
@@ -220,8 +220,14 @@ def _elements(layout: Any) -> np.ndarray:
     return np.ravel_multi_index(tuple(found.T), layout.shape).reshape(-1, 1 << len(layout.reg_bases))
 
 
-def _assembly(
-    assembly: str, constraints: str, operands: Sequence[Tensor], dtype: tl.dtype, is_pure: bool, pack: int
+def run_assembly(
+    assembly: str,
+    constraints: str,
+    operands: Sequence[Tensor],
+    dtype: tl.dtype,
+    is_pure: bool,
+    pack: int,
+    variables: SharedVariables,
 ) -> Tensor:
     """Runs PTX for `pack` consecutive elements of a thread at a time, which smaller types share a register for."""
     shape, layout = _common(operands)
@@ -237,7 +243,7 @@ def _assembly(
     num_results = kinds.count("=r")
     if kinds != ["=r"] * num_results + ["r"] * len(registers):
         raise ValueError(f"{constraints} for {len(registers)} registers")
-    found = np.stack(run(assembly, dict(enumerate(registers, num_results)), num_results), axis=1)
+    found = np.stack(run(assembly, dict(enumerate(registers, num_results)), num_results, variables), axis=1)
     out = torch.empty(shape, dtype=TORCH_TYPES[dtype])
     bits = found.astype(np.uint32).view(np.dtype(f"i{out.dtype.itemsize}"))
     if bits.shape[1] != pack:
@@ -266,6 +272,5 @@ LANGUAGE: dict[str, Callable] = {
     "split": _split,
     "load": load,
     "store": _store,
-    "inline_asm_elementwise": _assembly,
 }
 """Operations that depend on nothing but their arguments."""

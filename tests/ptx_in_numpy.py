@@ -64,7 +64,36 @@ def _logic(a: Register, b: Register, c: Register, table: int) -> Register:
     return found
 
 
-def run(assembly: str, operands: dict[int, Register], num_results: int) -> list[Register]:
+class SharedVariables:
+    """Shared memory that PTX declares; it has arbitrary contents until something is stored."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[str, int] = {}
+        self._words = np.zeros(256, np.uint32)  # no variable starts at 0
+
+    def declare(self, declaration: str) -> None:
+        name, size = re.fullmatch(r"\.shared \.align 16 \.b8 (\w+)\[(\d+)\]", declaration).groups()
+        if name in self.addresses:
+            raise ValueError(f"{name} is declared twice.")
+        self.addresses[name] = 4 * len(self._words)
+        self._words = np.append(self._words, np.full(int(size) // 4, 0xFFFFFFFF, np.uint32))
+
+    def load(self, places: Register) -> Register:
+        return self._words[self._indices(places)]
+
+    def store(self, places: Register, values: list[Register]) -> None:
+        for number, value in enumerate(values):
+            self._words[self._indices(places + np.uint32(4 * number))] = value
+
+    def _indices(self, places: Register) -> np.ndarray:
+        if (places % 4).any() or (places < min(self.addresses.values())).any():
+            raise IndexError("an access that is not aligned, or outside of the variables")
+        return places // 4
+
+
+def run(
+    assembly: str, operands: dict[int, Register], num_results: int, variables: SharedVariables | None = None
+) -> list[Register]:
     """Results 0 and on, of operands by their numbers."""
     size = len(next(iter(operands.values())))
     registers = {f"${number}": bits.astype(np.uint32) for number, bits in operands.items()}
@@ -74,6 +103,8 @@ def run(assembly: str, operands: dict[int, Register], num_results: int) -> list[
     def read(text: str) -> Register:
         if text in registers:
             return registers[text]
+        if variables is not None and text in variables.addresses:
+            text = str(variables.addresses[text])
         number = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
         return np.full(size, number, np.uint32)
 
@@ -81,9 +112,16 @@ def run(assembly: str, operands: dict[int, Register], num_results: int) -> list[
         line = line.strip()
         if not line or line.startswith(".reg"):
             continue
+        if line.startswith(".shared"):
+            variables.declare(line)
+            continue
         name, rest = line.split(" ", 1)
+        if name == "st.shared.v4.b32":
+            place, *values = re.fullmatch(r"\[(\S+)\], {(\S+), (\S+), (\S+), (\S+)}", rest).groups()
+            variables.store(read(place), [read(value) for value in values])
+            continue
         to, *sources = re.split(r",\s*", rest)
-        values = [read(one) for one in sources]
+        values = [read(one.strip("[]")) for one in sources]
         operation, *kinds = name.split(".")
         if operation == "mov":
             found = values[0]
@@ -95,6 +133,13 @@ def run(assembly: str, operands: dict[int, Register], num_results: int) -> list[
             found = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[operation](*values)
         elif operation == "shr":
             found = values[0] >> values[1]
+        elif name == "shf.l.wrap.b32":
+            both = values[1].astype(np.uint64) << np.uint64(32) | values[0]
+            found = (both << (values[2] & 31).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+        elif name == "add.u32":
+            found = values[0] + values[1]
+        elif name == "ld.shared.b32":
+            found = variables.load(values[0])
         elif name == "mul.hi.u32":
             found = (values[0].astype(np.uint64) * values[1].astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
         elif operation in ("fma", "sub", "mul") and kinds[0] == "rn":

@@ -94,12 +94,11 @@ def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
     is_high_first = codes not in _LOW_FIRST
     exact = code_values(codes, torch.device("cpu")) if is_high_first else _LOW_FIRST[codes]
     values = (exact.double() * unit).to(dtype)
-    assembly = scaled = crossed = ""
+    assembly = scaled = ""
     if on_nvidia and dtype == torch.float32:
         assembly = _shuffle_assembly(values, is_high_first)
     elif on_nvidia:
         assembly, scaled = (_permute_assembly(values, is_scaled, is_high_first) for is_scaled in (False, True))
-        crossed = _permute_assembly(values, True, is_high_first, is_crossed=True)
     return Decoder(
         look_up_codes,
         decode_codes,
@@ -107,17 +106,15 @@ def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
         values=tuple(values.tolist()),
         assembly=assembly,
         scaled_assembly=scaled,
-        crossed_assembly=crossed,
         unit=unit,
     )
 
 
-def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool, is_crossed: bool = False) -> str:
+def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool) -> str:
     """PTX that looks up 8 codes in a table of 16 two-byte values, in registers.
 
-    Operand 4 contains four bytes; results 0 to 3 are the pairs of values of their first and second codes. If crossed,
-    results 0 and 1 are the first codes and the second codes of bytes 0 and 1, results 2 and 3 those of bytes 2 and 3.
-    If scaled, each pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`.
+    Operand 4 contains four bytes; results 0 to 3 are the pairs of values of their first and second codes. If
+    scaled, each pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`.
     Operands 5 to 8 are pairs of the coarse scale, 9 to 12 of the fine scale.
 
     `prmt.b32 d, a, b, s` selects each byte of d from the eight bytes of a and b by a nibble of s with a clear top bit.
@@ -179,8 +176,6 @@ def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool
             ]
         # the low half word, the value of the first code, is last in a selector
         selectors = ("0x4051", "0x6273") if is_high_first else ("0x5140", "0x7362")
-        if is_crossed:
-            selectors = ("0x7351", "0x6240") if is_high_first else ("0x6240", "0x7351")
         for result, selector in zip((2 * number, 2 * number + 1), selectors):
             lines.append(f"prmt.b32 pair, {half}0, {half}1, {selector};")
             if is_scaled:

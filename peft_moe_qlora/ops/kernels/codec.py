@@ -33,7 +33,8 @@ class Codec:
         values: values of the 16 codes, for the portable path, a chain of selects.
         assembly: PTX of `look_up`; "" for the portable path.
         scaled_assembly: PTX of `decode`.
-        crossed_assembly: the same for two pairs at a time: first the two first codes, then the two second codes.
+        crossed_assembly: the same for two pairs at a time, of two bytes each: first the two first codes, then the two
+            second codes.
         unit: factor by which the values were multiplied; scales must be divided by it.
         power: factor by which `decode` must multiply scales.
     """
@@ -63,9 +64,14 @@ class Codec:
         return self.block[1]
 
     @property
+    def has_byte_pairs(self) -> bool:
+        """Whether a byte has two codes; only codes of 4 bits have a table of values."""
+        return bool(self.values)
+
+    @property
     def pair_bytes(self) -> int:
-        """Bytes of two codes; only codes of 4 bits have a table of values."""
-        return 1 if self.values else 2
+        """Bytes of two codes."""
+        return 1 if self.has_byte_pairs else 2
 
     def __repr__(self) -> str:
         # part of the names of compiled functions

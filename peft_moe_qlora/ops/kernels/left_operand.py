@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .byte_table import look_up_bytes
 from .codec import as_pairs, split_pairs
 
 GROUP_N = tl.constexpr(64)
@@ -19,20 +20,17 @@ STEP_K = tl.constexpr(64)
 """Length of a step along the contraction."""
 PAIRS = tl.constexpr(32)
 """Pairs of codes in `GROUP_N` columns or in a step."""
-_PACK_PAIRS = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
-_PACK_BYTES = tl.constexpr(
-    "{ .reg .b32 low, high; prmt.b32 low, $1, $2, $5; prmt.b32 high, $3, $4, $5; prmt.b32 $0, low, high, 0x5410; }"
-)
+_PICK_PAIRS = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
 
 
 @gluon.jit
 def column_of(row):
     """Column of the result for a row of the left operand.
 
-    In each 16 rows, rows r and r + 8 are neighboring columns: a thread has both, so it can store two results at once,
-    and take both codes of a pair along the columns.
+    Rows r and r + 8 of 16 are neighboring columns, so a thread takes both codes of a pair along the columns. Two warps
+    alternate, so that a thread's pair is in the 16 bits with number r of the columns of both.
     """
-    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+    return row // 32 * 32 + row % 8 * 4 + row // 16 % 2 * 2 + row // 8 % 2
 
 
 @gluon.constexpr_function
@@ -40,14 +38,15 @@ def _bases(along_columns):
     """Bases of registers, lanes and warps for codes `(64, 32)` in the registers of the left operand.
 
     The first dimension is the row of the operand, 16 w + r or that + 8, and pair q + 4 j is in the contraction. For
-    pairs along the columns of the result, it is the contraction, 2 q + 8 j or that + 1, and the pair is 8 w + r.
+    pairs along the columns of the result, it is the contraction, 2 q + 8 j or that + 1, and the pair is 2 r for the
+    first warp, 1, 16 and 17 more for the next ones.
     """
     if along_columns:
         registers, lanes = [[8, 0], [0, 4], [0, 8], [0, 16]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
         warps = [[16, 0], [32, 0]]
     else:
-        registers, lanes = [[1, 0], [8, 0], [16, 0], [32, 0]], [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
-        warps = [[0, 8], [0, 16]]
+        registers, lanes = [[1, 0], [8, 0], [16, 0], [32, 0]], [[2, 0], [4, 0], [0, 2], [0, 4], [0, 8]]
+        warps = [[0, 1], [0, 16]]
     return registers, lanes, warps
 
 
@@ -69,8 +68,14 @@ def _parts_layout(along_columns, blocks):
 
 
 @gluon.constexpr_function
-def _constraints(results):
-    return ",".join(["=r"] * results + ["r"] * (1 + 2 * results))
+def _scale(dtype):
+    """PTX: a pair of values times `coarse + fine`, rounded once."""
+    kind = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+    # adding -0 does not change a product
+    return (
+        "{ .reg .b32 rest, minus_zero; mov.b32 minus_zero, 0x80008000; "
+        f"fma.rn.{kind} rest, $1, $3, minus_zero; fma.rn.{kind} $0, $1, $2, rest; }}"
+    )
 
 
 @gluon.jit
@@ -96,29 +101,60 @@ def scale_parts(scale, ALONG_COLUMNS: tl.constexpr, CODEC: tl.constexpr, DTYPE: 
 
 
 @gluon.jit
-def _load_codes(place, ALONG_COLUMNS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Pairs of codes `(64, BLOCKS, 32 / BLOCKS)`, of which each thread picks its own from words of 32 bits."""
-    WORDS: tl.constexpr = place.shape[1]
-    PICKED: tl.constexpr = _codes_layout(ALONG_COLUMNS, WORDS)
-    words = gl.expand_dims(place.load(gl.SliceLayout(2, PICKED)), 2)
-    part = gl.arange(0, PAIRS // WORDS, gl.SliceLayout(0, gl.SliceLayout(0, PICKED)))
-    part = gl.expand_dims(gl.expand_dims(part, 0), 0)
-    if WORDS == 8:
-        # byte `part` of two words
-        codes = gl.inline_asm_elementwise(
-            _PACK_BYTES, "=r,r,r,r,r,r,r,r,r", [words, part * 0x11 + 0x40], dtype=tl.int8, is_pure=True, pack=4
+def load_codes(place, ALONG_COLUMNS: tl.constexpr):
+    """Words with the codes that a thread needs for its part of `left_operand`.
+
+    Args:
+        place: shared memory of 32 pairs of codes in each of 64 rows, as `(64, words)` integers: rows of the operand
+            times pairs along the contraction or, for pairs along the columns, contraction times pairs. In the latter
+            case a word has two pairs: threads of even warps need the first one.
+    """
+    return place.load(gl.SliceLayout(2, _codes_layout(ALONG_COLUMNS, place.shape[1])))
+
+
+@gluon.jit
+def _along(dim: tl.constexpr, LAYOUT: tl.constexpr):
+    """0, 1, ... along one of three dimensions of a layout."""
+    if dim == 0:
+        return gl.expand_dims(
+            gl.expand_dims(gl.arange(0, LAYOUT.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))), 1), 2
+        )
+    elif dim == 1:
+        return gl.expand_dims(
+            gl.expand_dims(gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))), 0), 2
         )
     else:
-        codes = gl.inline_asm_elementwise(
-            _PACK_PAIRS, "=r,r,r,r,r", [words, part * 0x2222 + 0x5410], dtype=tl.int16, is_pure=True, pack=2
+        return gl.expand_dims(
+            gl.expand_dims(gl.arange(0, LAYOUT.shape[2], gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT))), 0), 0
         )
-    LAYOUT: tl.constexpr = _codes_layout(ALONG_COLUMNS, BLOCKS)
-    return gl.convert_layout(codes.reshape([64, BLOCKS, PAIRS // BLOCKS]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _pick_values(words, ALONG_COLUMNS: tl.constexpr):
+    """Pairs of values of one-byte pairs, `(64, words, pairs in a word)`, of which each thread picks its own."""
+    PICKED: tl.constexpr = _codes_layout(ALONG_COLUMNS, words.shape[1])
+    row, pair = _along(0, PICKED), _along(2, PICKED)
+    words = gl.expand_dims(words, 2)
+    if ALONG_COLUMNS:
+        return look_up_bytes(words, pair * 8, pair + row % 8 * 4, False)
+    else:
+        # two rows in a register
+        return look_up_bytes(words, pair * 8 + row % 2 * 16, row // 2 % 4 + _along(1, PICKED) % 8 * 4, True)
+
+
+@gluon.jit
+def _pick_codes(words, ALONG_COLUMNS: tl.constexpr):
+    """Two-byte pairs of codes, `(64, words, 2)`, of which each thread picks its own."""
+    part = _along(2, _codes_layout(ALONG_COLUMNS, words.shape[1]))
+    selector = part * 0x2222 + 0x5410
+    return gl.inline_asm_elementwise(
+        _PICK_PAIRS, "=r,r,r,r,r", [gl.expand_dims(words, 2), selector], dtype=tl.int16, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
 def left_operand(
-    codes_place,
+    words,
     parts_place,
     ALONG_COLUMNS: tl.constexpr,
     CODEC: tl.constexpr,
@@ -128,14 +164,12 @@ def left_operand(
     """`(64, 64)` weights, columns of the result times contraction, in the registers of the left operand.
 
     Args:
-        codes_place: shared memory of 32 pairs of codes in each of 64 rows, as `(64, words)` int32: rows of the operand
-            times pairs along the contraction or, for pairs along the columns, contraction times pairs.
+        words: codes, from `load_codes`.
         parts_place: shared memory of the `scale_parts`, `(lines, blocks, 2)`.
         LAYOUT: layout of the left operand.
     """
     BLOCKS: tl.constexpr = parts_place.shape[1]
     CODES: tl.constexpr = _codes_layout(ALONG_COLUMNS, BLOCKS)
-    codes = _load_codes(codes_place, ALONG_COLUMNS, BLOCKS)
     coarse, fine = gl.split(parts_place.load(_parts_layout(ALONG_COLUMNS, BLOCKS)))
     if not ALONG_COLUMNS:
         # the same scales for both results of two pairs
@@ -143,17 +177,25 @@ def left_operand(
         fine = gl.join(fine, fine).permute([0, 2, 1]).reshape([64, BLOCKS])
     coarse = gl.expand_dims(gl.convert_layout(coarse, gl.SliceLayout(2, CODES), assert_trivial=True), 2)
     fine = gl.expand_dims(gl.convert_layout(fine, gl.SliceLayout(2, CODES), assert_trivial=True), 2)
-    ASSEMBLY: tl.constexpr = CODEC.scaled_assembly if ALONG_COLUMNS else CODEC.crossed_assembly
-    RESULTS: tl.constexpr = 4 if codes.dtype.primitive_bitwidth == 8 else 2
-    CONSTRAINTS: tl.constexpr = _constraints(RESULTS)
-    pairs = gl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, [codes, coarse, fine], dtype=tl.int32, is_pure=True, pack=RESULTS
-    )
+    if CODEC.has_byte_pairs:
+        pairs = _pick_values(words, ALONG_COLUMNS)
+        pairs = gl.convert_layout(pairs.reshape([64, BLOCKS, PAIRS // BLOCKS]), CODES, assert_trivial=True)
+        SCALE: tl.constexpr = _scale(DTYPE)
+        pairs = gl.inline_asm_elementwise(
+            SCALE, "=r,r,r,r", [pairs, coarse, fine], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        codes = _pick_codes(words, ALONG_COLUMNS)
+        codes = gl.convert_layout(codes.reshape([64, BLOCKS, PAIRS // BLOCKS]), CODES, assert_trivial=True)
+        ASSEMBLY: tl.constexpr = CODEC.scaled_assembly if ALONG_COLUMNS else CODEC.crossed_assembly
+        pairs = gl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,r,r,r,r,r", [codes, coarse, fine], dtype=tl.int32, is_pure=True, pack=2
+        )
     first, second = split_pairs(pairs, DTYPE)
     weights = gl.join(first, second)
     if ALONG_COLUMNS:
         weights = weights.reshape([64, 64])
     else:
-        # (half of the contraction, first or second code, w, r, neighbors in the contraction)
-        weights = weights.reshape([32, 2, 4, 8, 2]).permute([2, 1, 3, 0, 4]).reshape([64, 64])
+        # half of the contraction, first or second code, (pair of warps, r, warp), neighbors in the contraction
+        weights = weights.reshape([32, 2, 2, 8, 2, 2]).permute([2, 4, 1, 3, 0, 5]).reshape([64, 64])
     return gl.convert_layout(weights, LAYOUT, assert_trivial=True)

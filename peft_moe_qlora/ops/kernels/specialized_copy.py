@@ -101,7 +101,7 @@ def _copy_steps(
     WIDE: tl.constexpr = SHAPE.code_words
     WORDS: tl.constexpr = SHAPE.words
     ROWS: tl.constexpr = SHAPE.rows
-    CODES: tl.constexpr = _threads_of(WIDE, 4)
+    CODES: tl.constexpr = _threads_of(WIDE, SHAPE.word_bytes)
     line = gl.arange(0, HIGH, gl.SliceLayout(1, CODES))
     word = gl.arange(0, WIDE, gl.SliceLayout(0, CODES))
     if SHAPE.along_columns:
@@ -118,7 +118,10 @@ def _copy_steps(
     UNIT: tl.constexpr = CODEC.unit
     STEPS: tl.constexpr = SHAPE.steps
     AT_ONCE: tl.constexpr = SHAPE.steps_at_once
-    bits = _load_scales(SCALES, expert, tile_n, 0, SHAPE)
+    # loaded a whole iteration ahead, since they may come from device memory
+    scales = ()
+    for inner in gl.static_range(AT_ONCE):
+        scales = scales + (_load_scales(SCALES, expert, tile_n, inner, SHAPE),)  # noqa: RUF005 - kernels cannot unpack
     for outer in range(STEPS // AT_ONCE):
         x_now = x_place + outer * (AT_ONCE * STEP_K)
         w_now = w_place + outer * (AT_ONCE * W_STEP)
@@ -141,11 +144,12 @@ def _copy_steps(
                 copy_async(codes_ring.index(stage), w_now + inner * W_STEP)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             parts_ring.index(stage).store(
-                scale_parts(as_scale(bits, KIND) * (1 / UNIT), SHAPE.along_columns, CODEC, DTYPE)
+                scale_parts(as_scale(scales[0], KIND) * (1 / UNIT), SHAPE.along_columns, CODEC, DTYPE)
             )
             mbarrier.arrive(full.index(stage))
-            # those of the next step; past the last one, those of this one again
-            bits = _load_scales(SCALES, expert, tile_n, gl.minimum(step + 1, STEPS - 1), SHAPE)
+            # past the last step, those of this one again
+            following = _load_scales(SCALES, expert, tile_n, gl.minimum(step + AT_ONCE, STEPS - 1), SHAPE)
+            scales = scales[1:] + (following,)  # noqa: RUF005
         count += 1
     return count
 

@@ -8,6 +8,7 @@ start during the last products of the one before.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -22,19 +23,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..operands import PackedWeight
+from .byte_table import store_byte_table
 from .codec import codec_of
 from .decode import with_plain_scales
 from .gemm_operands import LowRankTerm, Rows
 from .launch import launch
 from .launch_recorder import allocate
-from .left_operand import GROUP_N, column_of, left_operand
+from .left_operand import GROUP_N, column_of, left_operand, load_codes
 from .schedule import Tiles
 from .specialized_copy import copy_tiles
-from .specialized_shape import COPY_WARPS, TILE_N, GemmShape, allocate_reduced, allocate_ring, find_tile, stage_of
+from .specialized_shape import (
+    COPY_WARPS,
+    TILE_N,
+    GemmShape,
+    allocate_reduced,
+    allocate_ring,
+    find_tile,
+    stage_before,
+    stage_of,
+)
 from .tile_table import GemmTiles
 
+MOST_SHARED_BYTES = 215 * 1024
+"""Limit on `GemmShape.shared_bytes`: of 227 KiB, results take 8, and barriers and the driver 2."""
 REGISTERS = 168
 """Registers of a thread at the start; twelve warps share 65,536."""
+STORED_ROWS = tl.constexpr(64)
+"""Rows of a tile that are stored at once."""
+_LINES = tl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Layout of stored rows: 128 bytes of each."""
 WORKER_REGISTERS = tl.constexpr((192, 112))
 """Those of the second group of multiplying warps, and of the copying warps; the first group gets the rest."""
 
@@ -45,60 +62,40 @@ def _sum_layout(height):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, height, 16])
 
 
-@gluon.constexpr_function
-def _out_layout(height):
-    """The same as rows and columns of the result: a thread has pairs of neighboring columns.
-
-    Rows are `(height / 8, 4, 2)`, of which threads have the second dimension, so that addresses of a thread differ by
-    constants.
-    """
-    registers = [[0, 0, 0, 1], [0, 0, 1, 0]] + [[row, 0, 0, 0] for row in (1, 2, 4, 8, 16) if 8 * row < height]
-    lanes = [[0, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8]]
-    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 0, 16], [0, 0, 0, 32]], [], [height // 8, 4, 2, 64])
-
-
-@gluon.constexpr_function
-def _slice_of(layout, dim):
-    """Layout of one of four dimensions."""
-    for other in (3, 2, 1, 0):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout
-
-
 @gluon.jit
-def _range(SIZE: tl.constexpr, DIM: tl.constexpr, LAYOUT: tl.constexpr):
-    """0, 1, ... along one of four dimensions."""
-    OWN: tl.constexpr = _slice_of(LAYOUT, DIM)
-    found = gl.arange(0, SIZE, OWN)
-    for other in gl.static_range(4):
-        if other != DIM:
-            found = gl.expand_dims(found, other)
-    return found
-
-
-@gluon.jit
-def _decode_stage(codes, parts, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, SHAPE: tl.constexpr):
-    """The left operand of one group."""
-    CODEC: tl.constexpr = SHAPE.codec
+def _load_codes(ring, count, inner: tl.constexpr, HALF: tl.constexpr, SHAPE: tl.constexpr):
+    """Waits for a stage, and loads the codes of one group."""
+    codes_ring, full = ring[1], ring[3]
+    stage, phase = stage_of(count, inner, SHAPE)
+    mbarrier.wait(full.index(stage), phase)
+    fence_async_shared()
+    codes = codes_ring.index(stage)
     if SHAPE.along_columns:
         codes = codes.slice(HALF * GROUP_N, GROUP_N, 0)
-        parts = parts.slice(HALF * GROUP_N, GROUP_N, 0)
     else:
         WORDS: tl.constexpr = SHAPE.code_words // 2
         codes = codes.slice(HALF * WORDS, WORDS, 1)
-        BLOCKS: tl.constexpr = SHAPE.blocks
-        if BLOCKS > 1:
-            parts = parts.slice(HALF * (BLOCKS // 2), BLOCKS // 2, 1)
-    return left_operand(codes, parts, SHAPE.along_columns, CODEC, LAYOUT, DTYPE)
+    return load_codes(codes, SHAPE.along_columns)
 
 
 @gluon.jit
-def _add_product(left, right, acc, empty):
-    """Adds `left @ right.T`, and frees the place of the right operand."""
+def _parts_of(ring, stage, HALF: tl.constexpr, SHAPE: tl.constexpr):
+    """Scales of one group in a stage."""
+    parts = ring[2].index(stage)
+    BLOCKS: tl.constexpr = SHAPE.blocks
+    if SHAPE.along_columns:
+        parts = parts.slice(HALF * GROUP_N, GROUP_N, 0)
+    elif BLOCKS > 1:
+        parts = parts.slice(HALF * (BLOCKS // 2), BLOCKS // 2, 1)
+    return parts
+
+
+@gluon.jit
+def _add_low_rank(factor, reduced, acc, empty):
+    """Adds `factor @ reduced.T`, and frees the place of the right operand."""
     fence_async_shared()
-    acc = warpgroup_mma(left, right.permute([1, 0]), acc, is_async=True)
-    acc, left = warpgroup_mma_wait(0, deps=[acc, left])
+    acc = warpgroup_mma(factor, reduced.permute([1, 0]), acc, is_async=True)
+    acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
     mbarrier.arrive(empty)
     return acc
 
@@ -117,26 +114,32 @@ def _load_factor(FACTOR, expert, first_n, first_r, WIDTH: tl.constexpr, LAYOUT: 
 
 
 @gluon.jit
-def _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT: tl.constexpr, SHAPE: tl.constexpr):
-    """Adds the bias to `acc`, `(64, HEIGHT)` in fp32, and stores the rows before `end`."""
-    N: tl.constexpr = SHAPE.n
-    DTYPE: tl.constexpr = OUT.dtype.element_ty
-    LAYOUT: tl.constexpr = _out_layout(HEIGHT)
-    # from (w, neighbors, r; groups of rows, threads, neighbors), see `column_of`
-    out = acc.reshape([4, 2, 8, HEIGHT // 8, 4, 2]).permute([3, 4, 5, 0, 2, 1]).reshape([HEIGHT // 8, 4, 2, GROUP_N])
-    n = first_n + _range(GROUP_N, 3, LAYOUT)
-    if SHAPE.has_bias:
-        bias = gl.load(BIAS + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
-        out = (gl.convert_layout(out, LAYOUT) + bias).to(DTYPE)
+def _add_bias(acc, BIAS, expert, first_n, SHAPE: tl.constexpr):
+    n = first_n + column_of(gl.arange(0, GROUP_N, gl.SliceLayout(1, acc.type.layout)))
+    bias = gl.load(BIAS + expert.to(tl.int64) * SHAPE.n + n, mask=n < SHAPE.n, other=0.0)
+    return acc + gl.expand_dims(bias.to(tl.float32), 1)
+
+
+@gluon.jit
+def _store_tile(acc, OUT, first_n, start, end, HEIGHT: tl.constexpr, SHAPE: tl.constexpr):
+    """Stores the rows before `end` of `acc`, `(64, HEIGHT)` in fp32.
+
+    Each `STORED_ROWS` pass through shared memory, from which whole lines are stored.
+    """
+    if HEIGHT > STORED_ROWS:
+        HALF: tl.constexpr = HEIGHT // 2
+        first, second = gl.split(acc.reshape([GROUP_N, 2, HALF]).permute([0, 2, 1]))
+        _store_tile(first, OUT, first_n, start, end, HALF, SHAPE)
+        _store_tile(second, OUT, first_n, start + HALF, end, HALF, SHAPE)
     else:
-        out = gl.convert_layout(out.to(DTYPE), LAYOUT)
-    fixed = _range(HEIGHT // 8, 0, LAYOUT) * 8 + _range(2, 2, LAYOUT)
-    own = start + _range(4, 1, LAYOUT) * 2
-    place = (OUT + own.to(tl.int64) * N + n) + fixed * N
-    if SHAPE.is_ragged_n:
-        gl.store(place, out, mask=(fixed < end - own) & (n < N))
-    else:
-        gl.store(place, out, mask=fixed < end - own)
+        N: tl.constexpr = SHAPE.n
+        # from (pair of warps, warp, neighbors, r), see `column_of`
+        out = acc.reshape([2, 2, 2, 8, HEIGHT]).permute([4, 0, 3, 1, 2]).reshape([HEIGHT, GROUP_N])
+        out = gl.convert_layout(out.to(OUT.dtype.element_ty), _LINES)
+        row = start + gl.arange(0, HEIGHT, gl.SliceLayout(1, _LINES))
+        n = first_n + gl.arange(0, GROUP_N, gl.SliceLayout(0, _LINES))
+        place = OUT + gl.expand_dims(row.to(tl.int64) * N, 1) + gl.expand_dims(n, 0)
+        gl.store(place, out, mask=gl.expand_dims(row < end, 1) & gl.expand_dims(n < N, 0))
 
 
 @gluon.jit
@@ -157,34 +160,50 @@ def _multiply_tile(
     SHAPE: tl.constexpr,
 ):
     """One half of a tile; returns the numbers of iterations and of low-rank products up to now."""
-    x_ring, codes_ring, parts_ring, full, empty = ring
+    x_ring, empty = ring[0], ring[4]
     reduced, low_full, low_empty = term
     DTYPE: tl.constexpr = OUT.dtype.element_ty
     SUM: tl.constexpr = _sum_layout(HEIGHT)
     LEFT: tl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     first_n = tile_n * TILE_N + HALF * GROUP_N
     acc = gl.zeros([GROUP_N, HEIGHT], tl.float32, SUM)
+    CODEC: tl.constexpr = SHAPE.codec
+    COLUMNS: tl.constexpr = SHAPE.along_columns
     WIDTH: tl.constexpr = SHAPE.ranks_at_once
     if SHAPE.loads_factor_early:
         factor = _load_factor(FACTOR, expert, first_n, 0, WIDTH, LEFT, SHAPE)
     STEPS: tl.constexpr = SHAPE.steps
     AT_ONCE: tl.constexpr = SHAPE.steps_at_once
-    for _ in range(STEPS // AT_ONCE):
+    words = _load_codes(ring, count, 0, HALF, SHAPE)
+    for outer in range(STEPS // AT_ONCE):
         for inner in gl.static_range(AT_ONCE):
-            stage, phase = stage_of(count, inner, SHAPE)
-            mbarrier.wait(full.index(stage), phase)
-            weights = _decode_stage(codes_ring.index(stage), parts_ring.index(stage), HALF, LEFT, DTYPE, SHAPE)
-            acc = _add_product(weights, x_ring.index(stage).slice(0, HEIGHT, 0), acc, empty.index(stage))
+            stage, _ = stage_of(count, inner, SHAPE)
+            weights = left_operand(words, _parts_of(ring, stage, HALF, SHAPE), COLUMNS, CODEC, LEFT, DTYPE)
+            right = x_ring.index(stage).slice(0, HEIGHT, 0).permute([1, 0])
+            acc = warpgroup_mma(weights, right, acc, is_async=True)
+            # during the product, everything but decoding is done for the next step
+            if inner > 0:
+                mbarrier.arrive(empty.index(inner - 1))
+            else:
+                mbarrier.arrive(empty.index(stage_before(count, SHAPE)), pred=outer > 0)
+            if inner + 1 < AT_ONCE:
+                words = _load_codes(ring, count, inner + 1, HALF, SHAPE)
+            elif outer + 1 < STEPS // AT_ONCE:
+                words = _load_codes(ring, count + 1, 0, HALF, SHAPE)
+            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
         count += 1
+    mbarrier.arrive(empty.index(stage_before(count, SHAPE)))
     if SHAPE.has_low_rank:
         RANKS: tl.constexpr = SHAPE.padded_rank
         for first_r in gl.static_range(0, RANKS, WIDTH):
             if not SHAPE.loads_factor_early:
                 factor = _load_factor(FACTOR, expert, first_n, first_r, WIDTH, LEFT, SHAPE)
             mbarrier.wait(low_full, low_count & 1)
-            acc = _add_product(factor.to(DTYPE), reduced.slice(0, HEIGHT, 0), acc, low_empty)
+            acc = _add_low_rank(factor.to(DTYPE), reduced.slice(0, HEIGHT, 0), acc, low_empty)
             low_count += 1
-    _store_tile(acc, BIAS, OUT, expert, first_n, start, end, HEIGHT, SHAPE)
+    if SHAPE.has_bias:
+        acc = _add_bias(acc, BIAS, expert, first_n, SHAPE)
+    _store_tile(acc, OUT, first_n, start, end, HEIGHT, SHAPE)
     return count, low_count
 
 
@@ -232,6 +251,9 @@ def specialized_gemm_kernel(
     grid, columns of the grid)`; REDUCED `(S, R)`; FACTOR `(E, N, R)` with any strides; BIAS `(E, N)`; OUT
     `(S, N)`; TILES, TILE_ENDS and ENDS as in `Tiles`.
     """
+    CODEC: tl.constexpr = SHAPE.codec
+    if CODEC.has_byte_pairs:
+        store_byte_table(CODEC)
     ring = allocate_ring(SHAPE, X.dtype.element_ty)
     term = allocate_reduced(SHAPE, X.dtype.element_ty)
     TILES_N: tl.constexpr = SHAPE.tiles_n
@@ -281,13 +303,15 @@ def specialized_gemm(
         factor_strides=factor.stride(),
         has_bias=bias is not None,
     )
+    while shape.shared_bytes > MOST_SHARED_BYTES:
+        shape = replace(shape, stages=shape.stages // 2)
     launch(
         specialized_gemm_kernel,
         (min(tiles.bound * shape.tiles_n, _multiprocessors(device)),),
         (
             rows.tensor,
             out if rows.pair_of_row is None else rows.pair_of_row,
-            codes.view(torch.int32),
+            codes.view({2: torch.int16, 4: torch.int32}[shape.word_bytes]),
             scales,
             reduced,
             factor,

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from .byte_table import TABLE_BYTES
 from .codec import Codec
 from .gemm_operands import padded_rank
 from .left_operand import GROUP_N, PAIRS, STEP_K
@@ -92,9 +93,14 @@ class GemmShape:
         return self.k if self.along_columns else self.n
 
     @property
+    def word_bytes(self) -> int:
+        """Bytes of the integers in which codes are copied and loaded."""
+        return 4 if self.along_columns else 2 * self.codec.pair_bytes
+
+    @property
     def words(self) -> int:
-        """32-bit words of codes in a row of a matrix."""
-        return self.columns // 2 * self.codec.pair_bytes // 4
+        """Words of codes in a row of a matrix."""
+        return self.columns // 2 * self.codec.pair_bytes // self.word_bytes
 
     @property
     def code_rows(self) -> int:
@@ -103,9 +109,9 @@ class GemmShape:
 
     @property
     def code_words(self) -> int:
-        """32-bit words in a row of codes in a stage."""
+        """Words in a row of codes in a stage."""
         pairs = PAIRS.value if self.along_columns else 2 * PAIRS.value
-        return pairs * self.codec.pair_bytes // 4
+        return pairs * self.codec.pair_bytes // self.word_bytes
 
     @property
     def blocks(self) -> int:
@@ -118,6 +124,16 @@ class GemmShape:
         return self.code_rows if self.along_columns else self.code_rows // 2
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program, without that of its results and barriers."""
+        rows = self.heights[0] * STEP_K.value * 2
+        codes = self.code_rows * self.code_words * self.word_bytes
+        parts = self.scale_lines * self.blocks * 8
+        reduced = self.heights[0] * self.ranks_at_once * 2 if self.has_low_rank else 0
+        table = TABLE_BYTES if self.codec.has_byte_pairs else 0
+        return self.stages * (rows + codes + parts) + reduced + table
+
+    @property
     def has_low_rank(self) -> bool:
         return self.rank > 0
 
@@ -128,7 +144,7 @@ class GemmShape:
     @property
     def ranks_at_once(self) -> int:
         """Ranks of the low-rank term in shared memory."""
-        return min(self.padded_rank, STEP_K.value)
+        return min(self.padded_rank, 32)
 
     @property
     def loads_factor_early(self) -> bool:
@@ -137,9 +153,10 @@ class GemmShape:
 
 
 @gluon.constexpr_function
-def _shared_codes_layout(words):
-    """Shared memory of codes, swizzled so that the reads of `left_operand` have no bank conflicts."""
-    return gl.SwizzledSharedLayout(4, max(1, 32 // words), min(8, words // 4), [1, 0])
+def _shared_codes_layout(words, word_bytes):
+    """Shared memory of codes, swizzled so that the reads of `load_codes` have no bank conflicts."""
+    chunk, line = 16 // word_bytes, 128 // word_bytes
+    return gl.SwizzledSharedLayout(chunk, max(1, line // words), min(8, words // chunk), [1, 0])
 
 
 @gluon.constexpr_function
@@ -157,10 +174,11 @@ def allocate_ring(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """
     STAGES: tl.constexpr = SHAPE.stages
     HEIGHT: tl.constexpr = SHAPE.heights[0]
-    CODES_LAYOUT: tl.constexpr = _shared_codes_layout(SHAPE.code_words)
+    CODES_LAYOUT: tl.constexpr = _shared_codes_layout(SHAPE.code_words, SHAPE.word_bytes)
     PARTS_LAYOUT: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1])
     x = gl.allocate_shared_memory(DTYPE, [STAGES, HEIGHT, STEP_K], _right_layout(STEP_K))
-    codes = gl.allocate_shared_memory(tl.int32, [STAGES, SHAPE.code_rows, SHAPE.code_words], CODES_LAYOUT)
+    WORD: tl.constexpr = tl.int32 if SHAPE.word_bytes == 4 else tl.int16
+    codes = gl.allocate_shared_memory(WORD, [STAGES, SHAPE.code_rows, SHAPE.code_words], CODES_LAYOUT)
     parts = gl.allocate_shared_memory(tl.int32, [STAGES, SHAPE.scale_lines, SHAPE.blocks, 2], PARTS_LAYOUT)
     full = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(tl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -192,6 +210,16 @@ def stage_of(count, inner: tl.constexpr, SHAPE: tl.constexpr):
     else:
         STAGES: tl.constexpr = SHAPE.stages
         return count % STAGES, count // STAGES & 1
+
+
+@gluon.jit
+def stage_before(count, SHAPE: tl.constexpr):
+    """Stage of the last step before an iteration."""
+    if SHAPE.unrolls:
+        return SHAPE.stages - 1
+    else:
+        STAGES: tl.constexpr = SHAPE.stages
+        return (count + STAGES - 1) % STAGES
 
 
 @gluon.jit
