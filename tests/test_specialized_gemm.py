@@ -9,7 +9,7 @@ import torch
 
 from peft_moe_qlora.ops import Gate, packed_weight
 from peft_moe_qlora.quantization import Format, FourBitFormat
-from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
+from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format, Nvfp4Format
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -24,6 +24,7 @@ from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch_recorder import forget_recordings
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
+from peft_moe_qlora.ops.kernels.specialized_shape import GemmShape
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
@@ -141,8 +142,35 @@ def test_formats(storage: Format, dtype: torch.dtype, for_input_gradient: bool) 
 )
 def test_sizes(shape: tuple[int, int], storage: Format, num_stages: int, for_input_gradient: bool) -> None:
     dtype = DTYPES[num_stages % 2]
-    error = product_error(storage, dtype, shape, for_input_gradient, num_stages=num_stages)
+    error = product_error(storage, dtype, shape, for_input_gradient, heights=HEIGHTS[0], num_stages=num_stages)
     assert error <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("storage", [NF4, Nvfp4Format(), Fp8Format()], ids=str)
+@pytest.mark.parametrize(
+    ("heights", "rank", "wanted", "expected"),
+    [
+        # those in the table of compute capability 9.0
+        ((256, 128, 32), 16, 4, {}),
+        ((128, 32), 16, 8, {"nvfp4": 4}),
+        # as many as fit
+        ((256, 128, 32), 256, 4, {}),
+        ((256, 128, 32), 16, 8, {"nf4": 4, "nvfp4": 4, "e4m3": 4}),
+        # more than 48 KiB, or the limit of the driver is not raised
+        ((256, 128, 32), 0, 2, {}),
+        ((32,), 0, 2, {"nf4": 6, "nvfp4": 5}),
+        ((16,), 0, 4, {"nf4": 7, "nvfp4": 5}),
+    ],
+    ids=str,
+)
+def test_number_of_stages(
+    storage: Format, heights: tuple[int, ...], rank: int, wanted: int, expected: dict[str, int]
+) -> None:
+    weight = packed_weight(random_stack((1, 512, 512), False, storage))
+    own = codec.codec_of(weight, torch.bfloat16)
+    shape = GemmShape(512, 512, heights, wanted, True, own, 0, rank, (0, 0, 0), False)
+    found = specialized_gemm._stages_that_fit(shape)
+    assert found == expected.get("nvfp4" if isinstance(storage, Nvfp4Format) else storage.kernel_codes, wanted)
 
 
 @pytest.mark.parametrize("is_gathered", [False, True])

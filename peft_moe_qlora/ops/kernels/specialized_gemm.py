@@ -46,6 +46,8 @@ from .tile_table import GemmTiles
 
 MOST_SHARED_BYTES = 215 * 1024
 """Limit on `GemmShape.shared_bytes`: of 227 KiB, results take 8, and barriers and the driver 2."""
+LEAST_SHARED_BYTES = 48 * 1024
+"""Triton raises the limit of 48 KiB only for kernels with more, and does not count variables of PTX (`byte_table`)."""
 REGISTERS = 168
 """Registers of a thread at the start; twelve warps share 65,536."""
 STORED_ROWS = tl.constexpr(64)
@@ -303,8 +305,7 @@ def specialized_gemm(
         factor_strides=factor.stride(),
         has_bias=bias is not None,
     )
-    while shape.shared_bytes > MOST_SHARED_BYTES:
-        shape = replace(shape, stages=shape.stages // 2)
+    shape = replace(shape, stages=_stages_that_fit(shape))
     launch(
         specialized_gemm_kernel,
         (min(tiles.bound * shape.tiles_n, _multiprocessors(device)),),
@@ -326,6 +327,17 @@ def specialized_gemm(
         SHAPE=shape,
     )
     return out
+
+
+def _stages_that_fit(shape: GemmShape) -> int:
+    """The number of stages, or the nearest possible one."""
+    other = shape.shared_bytes - shape.stages * shape.stage_bytes
+    stages = shape.stages
+    while other + stages * shape.stage_bytes > MOST_SHARED_BYTES:
+        stages //= 2  # still divides the contraction if the whole number does
+    if shape.codec.has_byte_pairs:
+        stages = max(stages, LEAST_SHARED_BYTES // shape.stage_bytes + 1)
+    return stages
 
 
 @cache

@@ -124,14 +124,18 @@ class GemmShape:
         return self.code_rows if self.along_columns else self.code_rows // 2
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a program, without that of its results and barriers."""
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage, without barriers."""
         rows = self.heights[0] * STEP_K.value * 2
         codes = self.code_rows * self.code_words * self.word_bytes
-        parts = self.scale_lines * self.blocks * 8
+        return rows + codes + self.scale_lines * self.blocks * 8
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program, without that of its results and barriers."""
         reduced = self.heights[0] * self.ranks_at_once * 2 if self.has_low_rank else 0
         table = TABLE_BYTES if self.codec.has_byte_pairs else 0
-        return self.stages * (rows + codes + parts) + reduced + table
+        return self.stages * self.stage_bytes + reduced + table
 
     @property
     def has_low_rank(self) -> bool:
