@@ -262,10 +262,13 @@ def main(dtype: torch.dtype) -> None:
     completed = set()
     for signature in signatures:
         name, types = signature.kernel.__name__, signature.types
-        # a binary for each mix of types; those with decoders take longest, so only one or two for each decoder
+        # a binary for each mix of types; those with decoders take longest, so only a few for each decoder
         constants = dict(signature.constants)
-        found = constants["SHAPE"].codec if "SHAPE" in constants else constants.get("CODEC")
+        shape = constants.get("SHAPE")
+        found = constants.get("CODEC") if shape is None else shape.codec
         way = (name, types if found is None else found.name, constants.get("RANKS", 0) > 128)
+        if shape is not None and shape.heights[0] > 32:
+            way += (shape.along_columns, shape.heights[0], shape.stages)
         print(name, signature, file=sys.stderr, flush=True)  # if the compiler crashes, the last one caused it
         try:
             signature.compile(is_complete=way not in completed)

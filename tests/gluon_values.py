@@ -234,6 +234,7 @@ def run_assembly(
     elements = _elements(layout)
     if shape != list(layout.shape):
         raise ValueError(f"a tensor {shape} with {layout}")
+    variables.num_threads = len(elements)
     registers: list[np.ndarray] = []
     for one in operands:
         bits = one.data.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[one.data.dtype.itemsize])

@@ -65,9 +65,13 @@ def _logic(a: Register, b: Register, c: Register, table: int) -> Register:
 
 
 class SharedVariables:
-    """Shared memory that PTX declares; it has arbitrary contents until something is stored."""
+    """Shared memory that PTX declares; it has arbitrary contents until something is stored.
+
+    Loads must be without bank conflicts.
+    """
 
     def __init__(self) -> None:
+        self.num_threads = 1
         self.addresses: dict[str, int] = {}
         self._words = np.zeros(256, np.uint32)  # no variable starts at 0
 
@@ -79,7 +83,11 @@ class SharedVariables:
         self._words = np.append(self._words, np.full(int(size) // 4, 0xFFFFFFFF, np.uint32))
 
     def load(self, places: Register) -> Register:
-        return self._words[self._indices(places)]
+        indices = self._indices(places)
+        banks = np.sort(indices.reshape(self.num_threads // 32, 32, -1) % 32, axis=1)
+        if (banks != np.arange(32)[:, None]).any():
+            raise RuntimeError("threads of a warp load from the same bank")
+        return self._words[indices]
 
     def store(self, places: Register, values: list[Register]) -> None:
         for number, value in enumerate(values):

@@ -146,6 +146,13 @@ def test_sizes(shape: tuple[int, int], storage: Format, num_stages: int, for_inp
     assert error <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize("storage", [NF4, Fp8Format()], ids=str)
+def test_eight_stages(storage: Format, for_input_gradient: bool) -> None:
+    error = product_error(storage, DTYPES[0], (512, 512), for_input_gradient, heights=(128, 32), num_stages=8, rank=16)
+    assert error <= LIMITS[DTYPES[0]]
+
+
 @pytest.mark.parametrize("storage", [NF4, Nvfp4Format(), Fp8Format()], ids=str)
 @pytest.mark.parametrize(
     ("heights", "rank", "wanted", "expected"),
@@ -158,14 +165,17 @@ def test_sizes(shape: tuple[int, int], storage: Format, num_stages: int, for_inp
         ((256, 128, 32), 16, 8, {"nf4": 4, "nvfp4": 4, "e4m3": 4}),
         # more than 48 KiB, or the limit of the driver is not raised
         ((256, 128, 32), 0, 2, {}),
-        ((32,), 0, 2, {"nf4": 6, "nvfp4": 5}),
-        ((16,), 0, 4, {"nf4": 7, "nvfp4": 5}),
+        ((32,), 0, 2, {"nf4": 8, "nvfp4": 8}),
+        ((16,), 0, 4, {"nf4": 8, "nvfp4": 8}),
+        # a stage is released after the wait for the next one
+        ((256, 128, 32), 16, 1, {"nf4": 2, "nvfp4": 2, "e4m3": 2}),
     ],
     ids=str,
 )
 def test_number_of_stages(
     storage: Format, heights: tuple[int, ...], rank: int, wanted: int, expected: dict[str, int]
 ) -> None:
+    """With the contraction along the columns, for which scales need more."""
     weight = packed_weight(random_stack((1, 512, 512), False, storage))
     own = codec.codec_of(weight, torch.bfloat16)
     shape = GemmShape(512, 512, heights, wanted, True, own, 0, rank, (0, 0, 0), False)

@@ -82,6 +82,21 @@ def test_older_tables_choose_the_same_tiles() -> None:
                         assert table.choose(codes, along == "columns", rows, 28672, 4096) == found
 
 
+def test_measured_products_use_their_own_tiles() -> None:
+    """Also where another shape's tiles are near, for which others were the fastest."""
+    for path in TABLES.glob("*.json"):
+        data = json.loads(path.read_text())
+        table = TuningTable("", 0, parse_entries(data["entries"]), data.get("like", {}))
+        fastest: dict[tuple, dict] = {}
+        for one in data["entries"]:
+            if "n" in one:
+                question = (one["weight"], one["along"] == "columns", one["measured_at"], one["n"], one["k"])
+                fastest.setdefault(question, one["tiles"])
+        for (weight, *question), expected in fastest.items():
+            found = table.choose("nf4" if weight == "packed" else weight, *question, may_specialize=True)
+            assert found == GemmTiles(**{**expected, "heights": tuple(expected["heights"])}), (weight, *question)
+
+
 def test_nearest_shape_is_chosen() -> None:
     entries = parse_entries(
         [

@@ -3,7 +3,9 @@
 One load gives both values as a pair of 16-bit numbers, where look-ups in registers need four permutes and more. Each
 bank has its own copy, in which the threads of a warp that use different banks find any bytes without conflicts.
 
-The table is a variable of PTX: before Triton 3.7, Gluon has no indexed loads from shared memory.
+The table is a variable of PTX: before Triton 3.7, Gluon has no indexed loads from shared memory. Such variables lie
+before the memory that Triton allocates, in which operands of matrix instructions must start at multiples of 1,024
+bytes; so the size of the table must be one.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def store_byte_table(CODEC: tl.constexpr):
 
 
 def _look_up(to: str, word: int, rotation: int, bank: int) -> str:
-    """PTX that looks up the lowest byte of a rotated word, which then selects a row of the table."""
+    """PTX that looks up a byte. The rotation moves it to bits 7 to 14, where it is the offset of a row."""
     return (
         f"shf.l.wrap.b32 {to}, ${word}, ${word}, ${rotation}; "
         f"lop3.b32 {to}, {to}, {255 * ROW_BYTES.value:#x}, ${bank}, 0xea; "
@@ -71,7 +73,7 @@ def look_up_bytes(words, bit, lane, CROSSED: tl.constexpr):
         lane: a number below 32 that is different for all threads of a warp.
         CROSSED: return the two first values of each two neighboring bytes of a thread, and then the two second ones.
     """
-    # the lowest seven bits of an address are in the row
+    # the lowest seven bits of an offset are in the row
     rotation = (7 - bit) & 31
     bank = lane * 4
     if CROSSED:

@@ -1,7 +1,7 @@
 """A packed weight as the left operand of asynchronous matrix instructions: decoded in the registers that they read.
 
-A warp group multiplies 64 columns of the result, in the order of `column_of`. Its threads read from shared memory
-exactly the codes of the weights that they pass on to the instruction, so decoded weights never leave the registers.
+A warp group multiplies 64 columns of the result, in the order of `column_of`. Its threads read from shared memory the
+codes of the weights that they pass on to the instruction, so decoded weights never leave the registers.
 Names of layouts in comments: q is a thread of four, r one of eight such fours, w the warp.
 """
 
@@ -28,7 +28,7 @@ def column_of(row):
     """Column of the result for a row of the left operand.
 
     Rows r and r + 8 of 16 are neighboring columns, so a thread takes both codes of a pair along the columns. Two warps
-    alternate, so that a thread's pair is in the 16 bits with number r of the columns of both.
+    alternate, so that the pairs of threads r of both are in one word, with number r (16 bits for 4-bit codes).
     """
     return row // 32 * 32 + row % 8 * 4 + row // 16 % 2 * 2 + row // 8 % 2
 
@@ -113,20 +113,12 @@ def load_codes(place, ALONG_COLUMNS: tl.constexpr):
 
 
 @gluon.jit
-def _along(dim: tl.constexpr, LAYOUT: tl.constexpr):
+def _along(DIM: tl.constexpr, LAYOUT: tl.constexpr):
     """0, 1, ... along one of three dimensions of a layout."""
-    if dim == 0:
-        return gl.expand_dims(
-            gl.expand_dims(gl.arange(0, LAYOUT.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))), 1), 2
-        )
-    elif dim == 1:
-        return gl.expand_dims(
-            gl.expand_dims(gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))), 0), 2
-        )
-    else:
-        return gl.expand_dims(
-            gl.expand_dims(gl.arange(0, LAYOUT.shape[2], gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT))), 0), 0
-        )
+    FIRST: tl.constexpr = 1 if DIM == 0 else 0
+    SECOND: tl.constexpr = 1 if DIM == 2 else 2
+    index = gl.arange(0, LAYOUT.shape[DIM], gl.SliceLayout(FIRST, gl.SliceLayout(SECOND, LAYOUT)))
+    return gl.expand_dims(gl.expand_dims(index, FIRST), SECOND)
 
 
 @gluon.jit

@@ -2,7 +2,8 @@
 
 A program has twelve warps. Four copy rows, codes and scales to a ring of stages in shared memory. Two groups of four
 multiply one half of a tile's 128 columns each, with the weight as the left operand, which they decode in registers:
-while one group decodes, the tensor cores work for the other. Programs are persistent, so that the copies for a tile
+while one group decodes, the tensor cores work for the other. During its own product, a group waits for the next stage
+and loads codes. Programs are persistent, so that the copies for a tile
 start during the last products of the one before.
 """
 
@@ -27,7 +28,7 @@ from .byte_table import store_byte_table
 from .codec import codec_of
 from .decode import with_plain_scales
 from .gemm_operands import LowRankTerm, Rows
-from .launch import launch
+from .launch import launch, next_power_of_2
 from .launch_recorder import allocate
 from .left_operand import GROUP_N, column_of, left_operand, load_codes
 from .schedule import Tiles
@@ -45,12 +46,13 @@ from .specialized_shape import (
 from .tile_table import GemmTiles
 
 MOST_SHARED_BYTES = 215 * 1024
-"""Limit on `GemmShape.shared_bytes`: of 227 KiB, results take 8, and barriers and the driver 2."""
-LEAST_SHARED_BYTES = 48 * 1024
-"""Triton raises the limit of 48 KiB only for kernels with more, and does not count variables of PTX (`byte_table`)."""
+"""Limit on `GemmShape.shared_bytes`: of 227 KiB, results take 8, and barriers less than 1."""
+LEAST_RING_BYTES = 48 * 1024
+"""The ring must be larger with a table of bytes: Triton raises the driver's limit of 48 KiB only for kernels with more
+dynamic shared memory, to which variables of PTX do not belong."""
 REGISTERS = 168
 """Registers of a thread at the start; twelve warps share 65,536."""
-STORED_ROWS = tl.constexpr(64)
+_STORED_ROWS = tl.constexpr(64)
 """Rows of a tile that are stored at once."""
 _LINES = tl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Layout of stored rows: 128 bytes of each."""
@@ -126,9 +128,9 @@ def _add_bias(acc, BIAS, expert, first_n, SHAPE: tl.constexpr):
 def _store_tile(acc, OUT, first_n, start, end, HEIGHT: tl.constexpr, SHAPE: tl.constexpr):
     """Stores the rows before `end` of `acc`, `(64, HEIGHT)` in fp32.
 
-    Each `STORED_ROWS` pass through shared memory, from which whole lines are stored.
+    Each `_STORED_ROWS` pass through shared memory, from which whole lines are stored.
     """
-    if HEIGHT > STORED_ROWS:
+    if HEIGHT > _STORED_ROWS:
         HALF: tl.constexpr = HEIGHT // 2
         first, second = gl.split(acc.reshape([GROUP_N, 2, HALF]).permute([0, 2, 1]))
         _store_tile(first, OUT, first_n, start, end, HALF, SHAPE)
@@ -249,9 +251,9 @@ def specialized_gemm_kernel(
 ):
     """Grid: persistent programs.
 
-    X `(rows, K)`; PAIR_OF_ROW `(S,)`; W `(E, rows, words)` int32, pairs of codes as stored; SCALES `(E, rows of the
-    grid, columns of the grid)`; REDUCED `(S, R)`; FACTOR `(E, N, R)` with any strides; BIAS `(E, N)`; OUT
-    `(S, N)`; TILES, TILE_ENDS and ENDS as in `Tiles`.
+    X `(rows, K)`; PAIR_OF_ROW `(S,)`; W `(E, rows, words)`, pairs of codes as stored, in integers of `word_bytes`;
+    SCALES `(E, rows of the grid, columns of the grid)`; REDUCED `(S, R)`; FACTOR `(E, N, R)` with any strides; BIAS
+    `(E, N)`; OUT `(S, N)`; TILES, TILE_ENDS and ENDS as in `Tiles`.
     """
     CODEC: tl.constexpr = SHAPE.codec
     if CODEC.has_byte_pairs:
@@ -330,14 +332,17 @@ def specialized_gemm(
 
 
 def _stages_that_fit(shape: GemmShape) -> int:
-    """The number of stages, or the nearest possible one."""
+    """The number of stages, halved until it fits, but at least the number that is needed.
+
+    Powers of two, since they divide the usual number of steps. Two stages, since one is released only after the wait
+    for the next one.
+    """
     other = shape.shared_bytes - shape.stages * shape.stage_bytes
     stages = shape.stages
     while other + stages * shape.stage_bytes > MOST_SHARED_BYTES:
-        stages //= 2  # still divides the contraction if the whole number does
-    if shape.codec.has_byte_pairs:
-        stages = max(stages, LEAST_SHARED_BYTES // shape.stage_bytes + 1)
-    return stages
+        stages //= 2
+    least = LEAST_RING_BYTES // shape.stage_bytes + 1 if shape.codec.has_byte_pairs else 2
+    return max(stages, next_power_of_2(least))
 
 
 @cache

@@ -173,8 +173,8 @@ def _right_layout(length):
 def allocate_ring(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """Stages in shared memory, and barriers for full and empty ones.
 
-    Returns rows `(stages, height, STEP_K)`, codes `(stages, code_rows, code_words)` int32, `scale_parts` `(stages,
-    scale_lines, blocks, 2)` int32, and the barriers `(stages, 1)`.
+    Returns rows `(stages, height, STEP_K)`, codes `(stages, code_rows, code_words)` in integers of `word_bytes`,
+    `scale_parts` `(stages, scale_lines, blocks, 2)` int32, and the barriers `(stages, 1)`.
     """
     STAGES: tl.constexpr = SHAPE.stages
     HEIGHT: tl.constexpr = SHAPE.heights[0]
