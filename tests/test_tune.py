@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
-from kernel_cases import DEVICE, NF4
+from kernel_cases import DEVICE, NF4, specialized_tiles
 
 from peft_moe_qlora import cli
 from peft_moe_qlora.ops import tiles_origin
@@ -95,6 +96,20 @@ def test_measured_products_use_their_own_tiles() -> None:
         for (weight, *question), expected in fastest.items():
             found = table.choose("nf4" if weight == "packed" else weight, *question, may_specialize=True)
             assert found == GemmTiles(**{**expected, "heights": tuple(expected["heights"])}), (weight, *question)
+
+
+def test_specialized_tiles_of_near_shapes_need_whole_rings_of_stages() -> None:
+    own = {**entry(16, weight="packed", n=2048, k=768), "tiles": asdict(specialized_tiles((128, 32), 8))}
+    entries = parse_entries([own, entry(32, weight="packed")])
+    table = TuningTable("", 0, entries, {})
+
+    def is_specialized(n: int, k: int, may_specialize: bool = True) -> bool:
+        return table.choose("nf4", True, 50, n, k, may_specialize).specialized
+
+    assert is_specialized(2048, 768), "as measured"
+    assert not is_specialized(2048, 768, may_specialize=False)
+    assert is_specialized(2880, 1024)
+    assert not is_specialized(2880, 960)
 
 
 def test_nearest_shape_is_chosen() -> None:

@@ -57,6 +57,16 @@ class Entry(NamedTuple):
     def holds_for(self, rows_per_expert: float) -> bool:
         return self.least_rows <= rows_per_expert <= self.most_rows
 
+    def suits(self, n: int | None, k: int | None) -> bool:
+        """Whether the tiles may be used for a shape.
+
+        With specialized warps, only as measured or if the contraction consists of whole rings of stages; the code for
+        others differs from what was measured.
+        """
+        if not self.tiles.specialized or (self.n, self.k) == (n, k):
+            return True
+        return k is not None and k % (self.tiles.tile_k * self.tiles.num_stages) == 0
+
     def distance(self, n: int, k: int) -> float:
         """Distance of another shape from the measured one: sum of the absolute logarithms of both ratios."""
         return abs(math.log(n / self.n)) + abs(math.log(k / self.k))
@@ -111,6 +121,7 @@ class TuningTable:
                 if (entry.weight, entry.along) == (kind, along)
                 and entry.holds_for(rows_per_expert)
                 and (may_specialize or not entry.tiles.specialized)
+                and entry.suits(n, k)
             ]
             shaped = [entry for entry in fitting if entry.n is not None]
             if n is not None and k is not None and shaped:
