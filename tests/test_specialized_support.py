@@ -72,6 +72,6 @@ def test_other_tiles_are_chosen_where_the_kernel_does_not_run() -> None:
         for tuned in (specialized_tiles((64, 16), 4), GemmTiles((64, 16), 64, 64, 4, 3, False, False))
     ]
     table = TuningTable("", 0, parse_entries(entries), {})
-    question = ("nf4", True, 256.0, 128, 128)
+    question = ("nf4", True, 256.0, 512, 512)
     assert table.choose(*question, may_specialize=True).specialized
     assert not table.choose(*question).specialized
