@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from kernel_cases import GATES, GRIDS, NF4
+from kernel_cases import GATES, GRIDS, NF4, specialized_tiles
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -30,7 +30,6 @@ from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch import launch
 from peft_moe_qlora.ops.kernels.schedule import cut_tiles, sort_pairs
-from peft_moe_qlora.ops.kernels.tile_table import GemmTiles
 from peft_moe_qlora.ops.operands import PackedWeight
 from peft_moe_qlora.quantization import DenseStack, Format, FourBitFormat, QuantizedStack
 from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format, Nvfp4Format
@@ -195,7 +194,7 @@ def run_specialized(
             else None
         )
         bias = None if own_rank else empty(4, size, dtype=factors)
-        tuned = GemmTiles(heights, 128, 64, 8, num_stages, weight_left=True, decode_first=False, specialized=True)
+        tuned = specialized_tiles(heights, num_stages)
         for for_input_gradient in (False, True):
             tiles = cut_tiles(routed, heights)
             grouped_gemm(rows, weight, for_input_gradient, routed.ends, tiles, tuned, term, bias)

@@ -113,9 +113,9 @@ def _table_decoder(codes: str, dtype: torch.dtype, on_nvidia: bool) -> Decoder:
 def _permute_assembly(values: torch.Tensor, is_scaled: bool, is_high_first: bool) -> str:
     """PTX that looks up 8 codes in a table of 16 two-byte values, in registers.
 
-    Operand 4 contains four bytes; results 0 to 3 are the pairs of values of their first and second codes. If
-    scaled, each pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`.
-    Operands 5 to 8 are pairs of the coarse scale, 9 to 12 of the fine scale.
+    Operand 4 contains four bytes; results 0 to 3 are the pairs of values of their first and second codes. If scaled,
+    each pair is multiplied by `coarse + fine` with one rounding, as `fma(value, coarse, value * fine)`. Operands 5 to
+    8 are pairs of the coarse scale, 9 to 12 of the fine scale.
 
     `prmt.b32 d, a, b, s` selects each byte of d from the eight bytes of a and b by a nibble of s with a clear top bit.
     The packed codes, masked to three bits each, are such selectors: one permute looks up four codes in the first eight

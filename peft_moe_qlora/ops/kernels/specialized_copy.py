@@ -149,7 +149,7 @@ def _copy_steps(
             mbarrier.arrive(full.index(stage))
             # past the last step, those of this one again
             following = _load_scales(SCALES, expert, tile_n, gl.minimum(step + AT_ONCE, STEPS - 1), SHAPE)
-            scales = scales[1:] + (following,)  # noqa: RUF005
+            scales = scales[1:] + (following,)  # noqa: RUF005 - as above
         count += 1
     return count
 

@@ -334,8 +334,8 @@ def specialized_gemm(
 def _stages_that_fit(shape: GemmShape) -> int:
     """The number of stages, halved until it fits, but at least the number that is needed.
 
-    Powers of two, since they divide the usual number of steps. Two stages, since one is released only after the wait
-    for the next one.
+    The latter is rounded up to a power of two, which divides the usual numbers of steps. It is at least two, since a
+    stage is released only after the wait for the next one.
     """
     other = shape.shared_bytes - shape.stages * shape.stage_bytes
     stages = shape.stages
