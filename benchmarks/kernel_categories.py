@@ -44,11 +44,17 @@ _PATTERNS = (
     (LINEAR, r"^triton_tem_.*mm"),
     (ATTENTION, r"^triton_tem_"),
     # kernels of this package, and PyTorch's grouped products, which have GroupProblemShape in their name
-    (PRODUCTS, r"^_grouped_gemm_kernel|^_(gated|combined)_pairs_kernel|GroupProblemShape|grouped_(mm|gemm)"),
+    (
+        PRODUCTS,
+        r"^_grouped_gemm_kernel|^specialized_gemm_kernel|^_(gated|combined)_pairs_kernel|GroupProblemShape|grouped_(mm|gemm)",
+    ),
     (REDUCTIONS, r"^_reduce_kernel|^_reduce_pairs_kernel"),
     (GRADIENTS, r"^_factor_gradient|^_sum_of_runs"),
     (DECODING, r"^_decode_|^_plain_scales|kDequantize|dequantize_4bit|kgemm_4bit"),
-    (ROUTING, r"^_gate_(backward_)?kernel|^_combine_kernel|^_(count|scan|place|tiles|route_few)_kernel"),
+    (
+        ROUTING,
+        r"^_gate_(backward_|factors_)?kernel|^_sum_of_parts|^_combine_kernel|^_(count|scan|place|tiles|route_few)_kernel",
+    ),
     (ROUTING, r"[Tt]op[Kk]|softmax_warp|[Ss]ort|bincount|[Hh]istogram|searchsorted|cumsum|kernel_scan_|DeviceScan"),
     (OPTIMIZER, r"kOptimizer|FusedAdam|fused_adam"),
     (HEAD, r"cross_entropy|nll_loss|LogSoftMax|log_softmax|^element_mul_kernel"),

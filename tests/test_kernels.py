@@ -27,10 +27,12 @@ from peft_moe_qlora.ops.kernels.codec import decoder_of
 from peft_moe_qlora.ops.kernels.combine import combine
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.ops.kernels.gate import apply_gate, gate_backward
+from peft_moe_qlora.ops.kernels.gate_low_rank import fits_one_pass, gate_backward_with_factors
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch_recorder import allocate, forget_recordings
-from peft_moe_qlora.ops.kernels.low_rank import PARTS_BYTES, factor_gradient, reduce_rows, rows_of_a_run
+from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
+from peft_moe_qlora.ops.kernels.runs import PARTS_BYTES, rows_of_a_run
 from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
 
@@ -326,8 +328,14 @@ def test_layer_sums_factor_gradients_in_runs_of_rows(monkeypatch: pytest.MonkeyP
     stacks = random_stack((5, 64, 64), False, NF4), random_stack((5, 64, 32), False, NF4)
     for found, expected in run_layer(90, 4, stacks, Gate("silu"), 4, False, torch.float32):
         assert_close(found, expected)
-    # rows, experts, features, rank: B and A of down, then of up
-    assert asked == [(360, 5, columns, 4) for columns in (64, 32, 64, 64)]
+    # rows, experts, features, rank: A of down and B of up together, B of down, A of up
+    assert asked == [(360, 5, 32, 12), (360, 5, 64, 4), (360, 5, 64, 4)]
+    asked.clear()
+    forget_recordings()
+    for found, expected in run_layer(90, 4, stacks, Gate("silu"), 20, False, torch.float32):
+        assert_close(found, expected)
+    # A of down, B of up, B of down, A of up
+    assert asked == [(360, 5, columns, 20) for columns in (32, 64, 64, 64)]
     forget_recordings()
 
 
@@ -371,6 +379,54 @@ def test_gates_and_their_gradients(gate: Gate, columns: int) -> None:
     assert_close(found, expected_grad)
     assert_close(found_weights.flatten(), expected_weights)
     assert_close(overwritten, expected)
+
+
+@pytest.mark.parametrize("length", [None, 32])
+@pytest.mark.parametrize("columns", [24, 130, 300])
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_gradients_of_gate_and_factors_in_one_pass(gate: Gate, columns: int, length: int | None) -> None:
+    """Equal those of separate kernels."""
+    num_experts, down_rank, up_rank = 4, 5, 16
+    # an expert with several runs, one with several steps, one without rows, and pairs of no expert
+    ids = torch.tensor([0] * 70 + [1] * 33 + [3] + [-1] * 4, device=DEVICE)[torch.randperm(108, device=DEVICE)]
+    rows = sort_pairs(ids.view(54, 2), num_experts)
+    num_rows = int(rows.ends[-1])
+    runs = None if length is None else cut_tiles(rows, (length,))
+    x, grad = torch.randn(108, 2 * columns, device=DEVICE), torch.randn(108, columns, device=DEVICE)
+    weights, row_term = torch.rand(54, 2, device=DEVICE), torch.randn(108, device=DEVICE)
+    down_reduced, up_reduced = (torch.randn(108, rank, device=DEVICE) for rank in (down_rank, up_rank))
+    for tensor in (x, grad, row_term, down_reduced, up_reduced):
+        tensor[num_rows:] = float("nan")
+    up_B = torch.randn(num_experts, up_rank, 2 * columns, device=DEVICE).transpose(1, 2)
+
+    def outputs() -> list[torch.Tensor]:
+        shapes = (down_rank, columns), (up_rank, 2 * columns)
+        return [torch.full((num_experts, *shape), float("nan"), device=DEVICE).transpose(1, 2) for shape in shapes]
+
+    for term in (None, row_term):
+        expected_A, expected_B = outputs()
+        gated = grad.clone()
+        expected_grad, expected_weights = gate_backward(x, gated, weights, gate, rows, term, keeps_value=True)
+        factor_gradient(Rows(gated), down_reduced, rows.ends, expected_A, weights, rows.pair_of_row, runs)
+        factor_gradient(Rows(expected_grad), up_reduced, rows.ends, expected_B, runs=runs)
+        expected_reduced = reduce_rows(Rows(expected_grad), up_B, 0.5, rows.ends, cut_tiles(rows, (32, 16)))
+
+        found_A, found_B = outputs()
+        factors = (down_reduced, up_reduced, up_B, 0.5, found_A, found_B)
+        found_grad, found_weights, found_reduced = gate_backward_with_factors(
+            x, grad, weights, gate, rows, term, *factors, runs
+        )
+        assert_close(found_grad[:num_rows], expected_grad[:num_rows])
+        assert_close(found_weights, expected_weights)
+        assert_close(found_reduced[:num_rows], expected_reduced[:num_rows])
+        assert_close(found_A, expected_A)
+        assert_close(found_B, expected_B)
+
+
+def test_ranks_of_one_pass() -> None:
+    assert fits_one_pass(16, 1)
+    assert not fits_one_pass(16, 17)
+    assert not fits_one_pass(17, 16)
 
 
 @pytest.mark.parametrize("columns", [3, 70, 1500])

@@ -17,6 +17,7 @@ FOLDER = ROOT / "benchmarks"
 
 KERNELS = {
     "_grouped_gemm_kernel": "products of experts",
+    "specialized_gemm_kernel": "products of experts",
     "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel::GemmUniversal<"
     "cutlass::gemm::GroupProblemShape<cute::tuple<int, int, int> >": "products of experts",
     "_reduce_kernel": "reductions to the rank",
@@ -25,6 +26,8 @@ KERNELS = {
     "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*)": "decoding",
     "_decode_flat_kernel": "decoding",
     "_gate_backward_kernel": "routing, gate, combining",
+    "_gate_factors_kernel": "routing, gate, combining",
+    "_sum_of_parts_kernel": "routing, gate, combining",
     "void (anonymous namespace)::softmax_warp_forward<float, float, float, 7, false>": "routing, gate, combining",
     "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>": "routing, gate, combining",
     "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, cutlass::bfloat16_t>": "attention",

@@ -19,12 +19,14 @@ import torch
 
 from .kernels.combine import combine
 from .kernels.gate import apply_gate, gate_backward
+from .kernels.gate_low_rank import fits_one_pass, gate_backward_with_factors
 from .kernels.gemm_operands import LowRankTerm, Rows
 from .kernels.gemv import combined_pairs, fits_gemv, gated_pairs, reduce_pairs
 from .kernels.grouped_gemm import grouped_gemm
 from .kernels.launch import device_of
 from .kernels.launch_recorder import allocate
-from .kernels.low_rank import factor_gradient, reduce_rows, rows_of_a_run
+from .kernels.low_rank import factor_gradient, reduce_rows
+from .kernels.runs import rows_of_a_run
 from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
 from .kernels.specialized_support import supports_specialized
 from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
@@ -236,6 +238,84 @@ class Gradients(NamedTuple):
     down_B: torch.Tensor | None
 
 
+class GateGradients(NamedTuple):
+    """Gradients of the gate's input and of the routing weights, and low-rank products of the former and of gated rows.
+
+    Args:
+        gate_input: `(S, 2I)`.
+        top_k_weights: `(T, K)`.
+        up_reduced: `(S, R)`, the gradient of the gate's input times the factor B of the first projection, scaled.
+        down_A: gradient of the factor A of the second projection.
+        up_B: gradient of the factor B of the first projection.
+    """
+
+    gate_input: torch.Tensor
+    top_k_weights: torch.Tensor
+    up_reduced: torch.Tensor | None
+    down_A: torch.Tensor | None
+    up_B: torch.Tensor | None
+
+
+def _through_gate(
+    saved: Saved,
+    grad_gated: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate: Gate,
+    bias_term: torch.Tensor | None,
+    up: PackedWeight,
+    up_factors: Factors | None,
+    down_factors: Factors | None,
+    down_reduced: torch.Tensor | None,
+    needs_factors: bool,
+) -> GateGradients:
+    """Overwrites `grad_gated (S, I)`, the gradient of the gated rows for routing weights of 1."""
+    planner = saved.planner
+    rows = planner.rows
+    needs_down, needs_up = (factors is not None and needs_factors for factors in (down_factors, up_factors))
+    if needs_down and needs_up and fits_one_pass(down_factors.A.shape[1], up_factors.A.shape[1]):
+        down_A, up_B = _like(down_factors.A), _like(up_factors.B)
+        runs = planner.runs(down_A.shape[2], down_A.shape[1] + 2 * up_B.shape[2])
+        grad, grad_weights, up_reduced = gate_backward_with_factors(
+            saved.gate_input,
+            grad_gated,
+            top_k_weights,
+            gate,
+            rows,
+            bias_term,
+            down_reduced,
+            saved.up_reduced,
+            up_factors.B,
+            up_factors.scaling,
+            down_A.transpose(1, 2),
+            up_B,
+            runs,
+        )
+        return GateGradients(grad, grad_weights, up_reduced, down_A, up_B)
+    grad, grad_weights = gate_backward(
+        saved.gate_input, grad_gated, top_k_weights, gate, rows, bias_term, keeps_value=needs_down
+    )
+    gated = grad_gated  # with `keeps_value`, overwritten in place by the gated rows
+    up_reduced = down_A = up_B = None
+    if needs_down:
+        down_A = _like(down_factors.A)
+        factor_gradient(
+            Rows(gated),
+            down_reduced,
+            rows.ends,
+            down_A.transpose(1, 2),
+            weights=top_k_weights,
+            pair_of_row=rows.pair_of_row,
+            runs=planner.runs(*down_A.shape[:0:-1]),
+        )
+    if up_factors is not None:
+        tiles = planner.plan(up, True).tiles
+        up_reduced = reduce_rows(Rows(grad), up_factors.B, up_factors.scaling, rows.ends, tiles)
+    if needs_up:
+        up_B = _like(up_factors.B)
+        factor_gradient(Rows(grad), saved.up_reduced, rows.ends, up_B, runs=planner.runs(*up_B.shape[1:]))
+    return GateGradients(grad, grad_weights, up_reduced, down_A, up_B)
+
+
 def experts_backward(
     grad_out: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -265,45 +345,33 @@ def experts_backward(
     bias_term = None
     if down_bias is not None:
         bias_term = reduce_rows(grad_tokens, down_bias[:, :, None], 1.0, rows.ends, planner.plan(down, True).tiles)
-    grad_gate_input, grad_weights = gate_backward(
-        saved.gate_input,
+    grad_gate_input, grad_weights, up_reduced, down_A, up_B = _through_gate(
+        saved,
         grad_gated,
         top_k_weights,
         gate,
-        rows,
         bias_term,
-        keeps_value=down_factors is not None and needs_factors,
+        up,
+        up_factors,
+        down_factors,
+        _reduced(term),
+        needs_factors,
     )
-    gated = grad_gated  # with `keeps_value`, overwritten in place by the gated rows
     del grad_gated
 
-    up_A = up_B = down_A = down_B = None
+    up_A = down_B = None
     if down_factors is not None and needs_factors:
-        down_A, down_B = _like(A), _like(B)
+        down_B = _like(down_factors.B)
         runs = planner.runs(*down_B.shape[1:])
         factor_gradient(grad_tokens, saved.down_reduced, rows.ends, down_B, weights=top_k_weights, runs=runs)
-        factor_gradient(
-            Rows(gated),
-            term.reduced,
-            rows.ends,
-            down_A.transpose(1, 2),
-            weights=top_k_weights,
-            pair_of_row=rows.pair_of_row,
-            runs=planner.runs(*down_A.shape[:0:-1]),
-        )
-    del gated
     up_term = None
     if up_factors is not None:
-        up_A_factor, up_B_factor, scaling = up_factors
-        reduced = reduce_rows(Rows(grad_gate_input), up_B_factor, scaling, rows.ends, planner.plan(up, True).tiles)
-        up_term = LowRankTerm(reduced, up_A_factor.transpose(1, 2))
+        up_term = LowRankTerm(up_reduced, up_factors.A.transpose(1, 2))
         if needs_factors:
-            up_A, up_B = _like(up_A_factor), _like(up_B_factor)
-            runs = planner.runs(*up_B.shape[1:])
-            factor_gradient(Rows(grad_gate_input), saved.up_reduced, rows.ends, up_B, runs=runs)
+            up_A = _like(up_factors.A)
             tokens = Rows(hidden_states, rows.pair_of_row, top_k)
             runs = planner.runs(*up_A.shape[:0:-1])
-            factor_gradient(tokens, reduced, rows.ends, up_A.transpose(1, 2), runs=runs)
+            factor_gradient(tokens, up_reduced, rows.ends, up_A.transpose(1, 2), runs=runs)
     if not needs_hidden_states:
         return Gradients(None, grad_weights, up_A, up_B, down_A, down_B)
     grad_rows = _product(planner, Rows(grad_gate_input), up, True, up_term)

@@ -67,19 +67,26 @@ def gate_derivatives(gate, up, limit, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def load_gate_inputs(
-    X, row, first_column, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr
+    X,
+    row,
+    is_row,
+    first_column,
+    COLUMNS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; zero after the last column."""
+    """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; zero outside of rows and columns."""
     base = X + row[:, None].to(tl.int64) * (2 * COLUMNS)
     if INTERLEAVED:
         column = 2 * first_column + tl.arange(0, 2 * WIDTH)
-        both = tl.load(base + column[None, :], mask=(column < 2 * COLUMNS)[None, :], other=0.0)
+        both = tl.load(base + column[None, :], mask=is_row[:, None] & (column < 2 * COLUMNS)[None, :], other=0.0)
         gate, up = tl.split(tl.reshape(both, (HEIGHT, WIDTH, 2)))
     else:
         column = first_column + tl.arange(0, WIDTH)
-        is_column = (column < COLUMNS)[None, :]
-        gate = tl.load(base + column[None, :], mask=is_column, other=0.0)
-        up = tl.load(base + COLUMNS + column[None, :], mask=is_column, other=0.0)
+        is_there = is_row[:, None] & (column < COLUMNS)[None, :]
+        gate = tl.load(base + column[None, :], mask=is_there, other=0.0)
+        up = tl.load(base + COLUMNS + column[None, :], mask=is_there, other=0.0)
     return gate.to(tl.float32), up.to(tl.float32)
 
 
@@ -100,7 +107,7 @@ def _gate_kernel(
     first = tl.program_id(1) * WIDTH
     column = first + tl.arange(0, WIDTH)
     is_row = row < num_rows
-    gate, up = load_gate_inputs(X, tl.where(is_row, row, 0), first, COLUMNS, HEIGHT, WIDTH, INTERLEAVED)
+    gate, up = load_gate_inputs(X, row, is_row, first, COLUMNS, HEIGHT, WIDTH, INTERLEAVED)
     value = gate_value(gate, up, limit, alpha, KIND)
     place = OUT + row[:, None].to(tl.int64) * COLUMNS + column[None, :]
     tl.store(place, value.to(OUT.dtype.element_ty), mask=is_row[:, None] & (column < COLUMNS)[None, :])
@@ -159,7 +166,7 @@ def _gate_backward_kernel(
     for first in range(0, COLUMNS, WIDTH):
         column = first + tl.arange(0, WIDTH)
         is_column = column < COLUMNS
-        gate, up = load_gate_inputs(X, source, first, COLUMNS, HEIGHT, WIDTH, INTERLEAVED)
+        gate, up = load_gate_inputs(X, row, is_row, first, COLUMNS, HEIGHT, WIDTH, INTERLEAVED)
         place = GRAD + source[:, None].to(tl.int64) * COLUMNS + column[None, :]
         grad = tl.load(place, mask=is_column[None, :], other=0.0).to(tl.float32)
         value, by_gate, by_up = gate_derivatives(gate, up, limit, alpha, KIND)

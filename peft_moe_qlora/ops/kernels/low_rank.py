@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from .gemm_operands import Rows, padded_rank, row_places
-from .launch import cdiv, has_much_shared_memory, launch, next_power_of_2
+from .launch import cdiv, has_much_shared_memory, launch
 from .launch_recorder import allocate
+from .runs import COLUMNS_OF_A_PROGRAM, ROWS_OF_A_STEP, parts_of_runs, run_of_expert, store_gradient, sum_runs
 from .schedule import Tiles, part_of_tile
 
 
@@ -97,58 +98,6 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
     return out
 
 
-ROWS_OF_A_STEP = 32
-COLUMNS_OF_A_PROGRAM = 128
-SERIAL_ROWS = 512
-"""Number of rows of an expert above which they are summed in several runs, with another launch for the total."""
-ENOUGH_PROGRAMS = 1024
-"""Number of programs that occupies all multiprocessors of a large GPU."""
-
-
-PARTS_BYTES = 32 * 2**20
-"""Limit on the memory for sums of runs of rows."""
-
-
-def rows_of_a_run(num_rows: int, num_experts: int, columns: int, rank: int) -> int | None:
-    """Largest number of rows of an expert that one program sums in a factor gradient; None for all rows.
-
-    Chosen from the mean, since row counts are known only on the device. Rows are split if there are many, since
-    routing may concentrate them on a few experts, and if there are too few experts to occupy the GPU.
-
-    Args:
-        num_rows: number of rows, S.
-        num_experts: number of experts, E.
-        columns: features of the rows.
-        rank: rank of the factors.
-    """
-    mean = cdiv(num_rows, num_experts)
-    programs = num_experts * cdiv(columns, COLUMNS_OF_A_PROGRAM)
-    # enough programs for even routing
-    length = max(next_power_of_2(mean * programs // ENOUGH_PROGRAMS), 4 * ROWS_OF_A_STEP)
-    if mean < 2 * length:
-        # with few rows in total, no expert has many
-        if num_rows < 16 * SERIAL_ROWS:
-            return None
-        # twice the mean: with even routing, no expert is split
-        length = max(next_power_of_2(2 * mean), SERIAL_ROWS)
-    while _num_parts(num_rows, length) * columns * rank * 4 > PARTS_BYTES and length < num_rows:
-        length *= 2
-    return length if length < num_rows else None
-
-
-def _num_parts(num_rows: int, length: int) -> int:
-    return 2 * (num_rows // length + 1)
-
-
-@triton.jit
-def _place_of_part(start, rows, half, LENGTH: tl.constexpr):
-    """Slot for the sum of a run of an expert with several runs; there are `2 * half` slots.
-
-    Full runs start at least `LENGTH` apart. A shorter run follows a full one and uses the same slot in the other half.
-    """
-    return tl.where(rows == LENGTH, start // LENGTH, half + start // LENGTH - 1)
-
-
 @triton.jit(do_not_specialize=["bound", "half"])
 def _factor_gradient_kernel(
     X,
@@ -176,21 +125,10 @@ def _factor_gradient_kernel(
 ):
     """Grid: blocks of columns; experts, or runs of up to `LENGTH` rows of one expert.
 
-    The gradient of an expert with one run is written to `OUT`, others to `PARTS (2 * half, COLUMNS, RANK)`.
+    X `(S, COLUMNS)`, or tokens; REDUCED `(S, RANK)`; OUT `(E, COLUMNS, RANK)`; PARTS as in `store_gradient`.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    if LENGTH == 0:
-        expert = tl.program_id(1)
-        start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ENDS + expert)
-        is_whole = True
-    else:
-        expert = tl.load(RUNS + tl.program_id(1))
-        start = tl.load(RUNS + bound + tl.program_id(1))
-        first_of_expert = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ENDS + expert, mask=expert >= 0, other=0)
-        is_whole = end - first_of_expert <= LENGTH
-        end = tl.minimum(end, start + LENGTH)
+    expert, start, end, is_whole = run_of_expert(ENDS, RUNS, bound, LENGTH)
     if expert >= 0:
         r = tl.arange(0, RANKS)
         acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
@@ -209,47 +147,9 @@ def _factor_gradient_kernel(
                 weight = tl.load(WEIGHTS + pair, mask=is_row, other=0.0).to(tl.float32)
                 reduced = (reduced.to(tl.float32) * weight[:, None]).to(X.dtype.element_ty)
             acc = tl.dot(tl.trans(x), reduced, acc, input_precision="ieee")
-        is_out = (column < COLUMNS)[:, None] & (r < RANK)[None, :]
-        if is_whole:
-            place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
-            tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
-        else:
-            # pointers of two dtypes need separate names in the two branches
-            part = _place_of_part(start, end - start, half, LENGTH)
-            place_of_part = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
-            tl.store(place_of_part, acc, mask=is_out)
-
-
-@triton.jit(do_not_specialize=["half"])
-def _sum_of_runs_kernel(
-    PARTS,
-    ENDS,
-    OUT,
-    half,
-    STRIDE_OE: tl.constexpr,
-    STRIDE_OC: tl.constexpr,
-    STRIDE_OR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
-    """Sums the runs of each expert in order; skips experts with one run, writes zeros for experts without rows."""
-    expert = tl.program_id(1)
-    start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ENDS + expert)
-    if (end == start) | (end - start > LENGTH):
-        column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        r = tl.arange(0, RANKS)
-        is_out = (column < COLUMNS)[:, None] & (r < RANK)[None, :]
-        acc = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
-        for first in range(start, end, LENGTH):
-            part = _place_of_part(first, tl.minimum(end - first, LENGTH), half, LENGTH)
-            place_of_part = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
-            acc += tl.load(place_of_part, mask=is_out, other=0.0)
-        place = OUT + expert.to(tl.int64) * STRIDE_OE + column[:, None] * STRIDE_OC + r[None, :] * STRIDE_OR
-        tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
+        run = (expert, start, end - start, half, is_whole)
+        shape: tl.constexpr = (COLUMNS, RANK, (STRIDE_OE, STRIDE_OC, STRIDE_OR), LENGTH)
+        store_gradient(acc, OUT, PARTS, run, column, column < COLUMNS, shape)
 
 
 def factor_gradient(
@@ -273,16 +173,12 @@ def factor_gradient(
         runs: tiles of one height (`rows_of_a_run`), which are summed separately and then added in fp32 in a fixed
             order; None to sum each expert in one pass.
     """
-    num_experts, columns, rank = out.shape
+    _, columns, rank = out.shape
     pairs = rows.pair_of_row if rows.pair_of_row is not None else pair_of_row
     strides = out.stride()
     blocks = cdiv(columns, COLUMNS_OF_A_PROGRAM)
-    if runs is None:
-        parts, tiles, bound, length, half = out, ends, num_experts, 0, 0
-    else:
-        tiles, bound, (length,) = runs.tiles, runs.bound, runs.heights
-        half = _num_parts(rows.num_rows, length) // 2
-        parts = allocate((2 * half, columns, rank), torch.float32, out.device)
+    tiles, bound, length, half = parts_of_runs(runs, ends, rows.num_rows)
+    parts = out if runs is None else allocate((2 * half, columns, rank), torch.float32, out.device)
     places = {"STRIDE_OE": strides[0], "STRIDE_OC": strides[1], "STRIDE_OR": strides[2], "COLUMNS": columns}
     ranks = {"RANK": rank, "RANKS": padded_rank(rank)}
     launch(
@@ -310,13 +206,4 @@ def factor_gradient(
         LENGTH=length,
     )
     if runs is not None:
-        launch(
-            _sum_of_runs_kernel,
-            (blocks, num_experts),
-            (parts, ends, out),
-            (half,),
-            **places,
-            **ranks,
-            BLOCK_COLUMNS=COLUMNS_OF_A_PROGRAM,
-            LENGTH=length,
-        )
+        sum_runs(parts, ends, out, length)
