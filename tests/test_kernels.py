@@ -33,7 +33,7 @@ from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch_recorder import allocate, forget_recordings
 from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
 from peft_moe_qlora.ops.kernels.runs import PARTS_BYTES, rows_of_a_run
-from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs
+from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs, tile_step
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
 
 
@@ -52,7 +52,7 @@ def test_pairs_are_sorted_stably(num_tokens: int, num_experts: int, top_k: int) 
     assert torch.equal(rows.ends, counts.cumsum(0).int())
 
 
-@pytest.mark.parametrize("heights", [(16,), (32, 16), (128, 64, 16)])
+@pytest.mark.parametrize("heights", [(16,), (32, 16), (128, 64, 16), (48, 32, 16), (160, 128, 32)])
 @pytest.mark.parametrize("num_tokens", [1, 60, 200])
 def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -> None:
     ids = random_ids(num_tokens, 3, 7)
@@ -69,7 +69,7 @@ def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -
     entries = tiles.tiles.T.tolist()
     assert all(expert == -1 for expert, _, _ in entries[num_tiles:])
     for expert, start, choice in entries[:num_tiles]:
-        end = min(start + heights[0], ends[expert])
+        end = ends[expert] if ends[expert] - start <= heights[0] else start + tile_step(heights)
         assert (ends[expert - 1] if expert else 0) <= start < end <= start + heights[choice]
         assert all(end - start > height for height in heights[choice + 1 :]), "a lower tile would suffice"
         seen[start:end] += 1

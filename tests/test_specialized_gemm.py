@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.bfloat16, torch.float16]
 LIMITS = {torch.bfloat16: 2.8e-3, torch.float16: 3.3e-4}
 """Relative errors of rounding weights and results, of 2.4e-3 and 2.9e-4, and of the rounded table of NF4."""
-HEIGHTS = [(256, 128, 32), (128, 64, 32), (32,)]
+HEIGHTS = [(256, 128, 32), (128, 64, 32), (32,), (288, 256, 128, 32), (160, 128, 32)]
 COUNTS = (0, 37, 140, 3)
 """Rows of each expert; there are some without an expert, too."""
 
@@ -185,7 +185,7 @@ def test_number_of_stages(
 
 @pytest.mark.parametrize("is_gathered", [False, True])
 @pytest.mark.parametrize("heights", [*HEIGHTS, (16,)], ids=str)
-@pytest.mark.parametrize("counts", [(300, 0, 129), (0, 0, 1, 0), (32, 64, 128), (0, 0)], ids=str)
+@pytest.mark.parametrize("counts", [(300, 0, 129), (0, 0, 1, 0), (32, 64, 128), (0, 0), (161, 273, 545, 288, 160)], ids=str)
 def test_rows(counts: tuple[int, ...], heights: tuple[int, ...], is_gathered: bool) -> None:
     error = product_error(NF4, torch.float16, (136, 128), heights=heights, is_gathered=is_gathered, counts=counts)
     assert error <= LIMITS[torch.float16]

@@ -16,7 +16,7 @@ from .decode import PART_GRANULE, decode, decode_part, weight_block, weight_tile
 from .gemm_operands import LowRankTerm, Rows, padded_rank, row_places
 from .launch import cdiv, launch
 from .launch_recorder import allocate
-from .schedule import Tiles
+from .schedule import Tiles, cut_rows, tile_step
 from .specialized_support import can_specialize
 from .tuning import GemmTiles
 
@@ -297,8 +297,10 @@ def grouped_gemm(
 
         return specialized_gemm(rows, weight, for_input_gradient, ends, tiles, tuned, low_rank, bias)
     if tuned.specialized:
-        # tiles of the same heights that fit into shared memory
+        # tiles that fit into shared memory, with powers of two as heights
         tuned = replace(tuned, tile_n=64, num_stages=3)
+        if tiles.heights[0] > tile_step(tiles.heights):
+            tiles = cut_rows(ends, rows.num_rows, tiles.heights[1:])
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device

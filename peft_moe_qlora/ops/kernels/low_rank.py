@@ -10,7 +10,7 @@ from .gemm_operands import Rows, padded_rank, row_places
 from .launch import cdiv, has_much_shared_memory, launch
 from .launch_recorder import allocate
 from .runs import COLUMNS_OF_A_PROGRAM, ROWS_OF_A_STEP, parts_of_runs, run_of_expert, store_gradient, sum_runs
-from .schedule import Tiles, part_of_tile
+from .schedule import Tiles, part_of_tile, tile_step
 
 
 @triton.jit(do_not_specialize=["bound", "scaling"])
@@ -32,10 +32,11 @@ def _reduce_kernel(
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     HEIGHT: tl.constexpr,
+    STEP: tl.constexpr,
     PART: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    expert, start, row, is_row, is_there = part_of_tile(TILES, ENDS, bound, PART, HEIGHT)
+    expert, start, row, is_row, is_there = part_of_tile(TILES, ENDS, bound, PART, HEIGHT, STEP)
     if is_there:
         DTYPE: tl.constexpr = X.dtype.element_ty
         source = row_places(tl.where(is_row, row, start), PAIR_OF_ROW, TOP_K, GATHER)
@@ -65,17 +66,17 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
     """
     _, in_features, rank = factor.shape
     out = allocate((rows.num_rows, rank), rows.tensor.dtype, rows.tensor.device)
-    height = tiles.heights[0]
+    height, step = tiles.heights[0], tile_step(tiles.heights)
     # rows and features per step, and loads in flight, as measured on an H200
-    if height <= 16:
-        part, num_stages = height, 3
+    if step <= 16:
+        part, num_stages = step, 3
         tile_k = 256 if rank <= 16 or has_much_shared_memory(out.device) else 128
-    elif height == 128:
-        part, tile_k, num_stages = height, 64, 3
+    elif step == 128:
+        part, tile_k, num_stages = step, 64, 3
     elif rows.tensor.dtype.itemsize == 2 and rank <= 32 and has_much_shared_memory(out.device):
-        part, tile_k, num_stages = min(height, 64), 256, 4
+        part, tile_k, num_stages = min(step, 64), 256, 4
     else:
-        part, tile_k, num_stages = min(height, 64), 128, 2
+        part, tile_k, num_stages = min(step, 64), 128, 2
     strides = factor.stride()
     launch(
         _reduce_kernel,
@@ -92,6 +93,7 @@ def reduce_rows(rows: Rows, factor: torch.Tensor, scaling: float, ends: torch.Te
         RANK=rank,
         RANKS=padded_rank(rank),
         HEIGHT=height,
+        STEP=step,
         PART=part,
         TILE_K=tile_k if rank <= 32 else 32,
     )

@@ -36,8 +36,8 @@ class Tiles(NamedTuple):
     Args:
         tiles: `(3, bound)` int32: expert, first row, and index of the height. After the last tile the expert is -1.
         tile_ends: `(E,)` int32, the exclusive end of each expert's tiles.
-        heights: heights of tiles in descending order. Tiles have the first height; the remainder of an expert has the
-            smallest that fits.
+        heights: heights of tiles in descending order. Tiles have the height `tile_step`; the remainder of an expert has
+            the smallest that fits.
         whole: the tensor of which the two are views.
     """
 
@@ -51,13 +51,31 @@ class Tiles(NamedTuple):
         return self.tiles.shape[1]
 
 
+def tile_step(heights: tuple[int, ...]) -> int:
+    """Rows of a tile that is followed by another one: the largest power of two up to the first height.
+
+    If the first height is no power of two, a tile with that height takes the place of one of `tile_step` rows and a low
+    one, which would take much more time than its share of rows.
+    """
+    return 1 << (heights[0].bit_length() - 1)
+
+
 @triton.jit
-def _height_index(rows_left, HEIGHTS: tl.constexpr):
-    """Index of the height of a tile: the smallest that fits the remaining rows of its expert."""
+def _height_index(rows_left, HEIGHTS: tl.constexpr, STEP: tl.constexpr):
+    """Index of the height of a tile: the smallest that fits the remaining rows of its expert, or that of `STEP`."""
     height = tl.zeros(rows_left.shape, tl.int32)
     for index in tl.static_range(1, len(HEIGHTS)):
         height = tl.where(rows_left <= HEIGHTS[index], index, height)
+    if HEIGHTS[0] > STEP:
+        height = tl.where(rows_left > HEIGHTS[0], 1, height)
     return height
+
+
+@triton.jit
+def _num_tiles(num_rows, HEIGHTS: tl.constexpr, STEP: tl.constexpr):
+    """Number of tiles of an expert."""
+    tiles = (num_rows - HEIGHTS[0] + 2 * STEP - 1) // STEP
+    return tl.where(num_rows > 0, tl.maximum(tiles, 1), 0)
 
 
 @triton.jit
@@ -133,6 +151,7 @@ def _route_few_kernel(
     BUCKETS: tl.constexpr,
     BLOCK: tl.constexpr,
     HEIGHTS: tl.constexpr,
+    STEP: tl.constexpr,
     BOUND: tl.constexpr,
 ):
     """Routing in a single launch with one program for all pairs."""
@@ -147,16 +166,16 @@ def _route_few_kernel(
     counts = tl.histogram(ids, BUCKETS)
     end = tl.cumsum(counts, 0)
     tl.store(ENDS + expert, end, mask=is_expert)
-    num_tiles = tl.where(is_expert, (counts + HEIGHTS[0] - 1) // HEIGHTS[0], 0)
+    num_tiles = _num_tiles(tl.where(is_expert, counts, 0), HEIGHTS, STEP)
     tile_end = tl.cumsum(num_tiles, 0)
     tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
     for number in range(tl.max(num_tiles, 0)):
         tile = tile_end - num_tiles + number
-        first = end - counts + number * HEIGHTS[0]
+        first = end - counts + number * STEP
         is_tile = number < num_tiles
         tl.store(TILES + tile, expert, mask=is_tile)
         tl.store(TILES + bound + tile, first, mask=is_tile)
-        tl.store(TILES + 2 * bound + tile, _height_index(end - first, HEIGHTS), mask=is_tile)
+        tl.store(TILES + 2 * bound + tile, _height_index(end - first, HEIGHTS, STEP), mask=is_tile)
     tile = tl.arange(0, BOUND)
     tl.store(TILES + tile, tl.full((BOUND,), -1, tl.int32), mask=(tile >= tl.sum(num_tiles, 0)) & (tile < bound))
 
@@ -183,7 +202,7 @@ def _empty_routing(num_experts: int, num_pairs: int, device: torch.device) -> Ro
 
 
 def _empty_tiles(num_experts: int, num_pairs: int, heights: tuple[int, ...], device: torch.device) -> Tiles:
-    bound = num_pairs // heights[0] + min(num_experts, num_pairs)
+    bound = num_pairs // tile_step(heights) + min(num_experts, num_pairs)
     return split_tiles(allocate((_aligned(num_experts) + 3 * bound,), torch.int32, device), num_experts, heights)
 
 
@@ -209,6 +228,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...])
         BUCKETS=next_power_of_2(num_experts + 2),
         BLOCK=max(16, next_power_of_2(num_pairs)),
         HEIGHTS=heights,
+        STEP=tile_step(heights),
         BOUND=next_power_of_2(tiles.bound),
     )
     return rows, tiles
@@ -246,13 +266,14 @@ def _tiles_kernel(
     NUM_EXPERTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     HEIGHTS: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     expert = tl.arange(0, EXPERTS)
     is_expert = expert < NUM_EXPERTS
     end = tl.load(ENDS + expert, mask=is_expert, other=0)
     start = tl.load(ENDS + expert - 1, mask=is_expert & (expert > 0), other=0)
-    num_tiles = tl.where(is_expert, (end - start + HEIGHTS[0] - 1) // HEIGHTS[0], 0)
+    num_tiles = _num_tiles(end - start, HEIGHTS, STEP)
     tile_end = tl.cumsum(num_tiles, 0)
     if tl.program_id(0) == 0:
         tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
@@ -260,40 +281,50 @@ def _tiles_kernel(
     is_mine = (tile[:, None] >= (tile_end - num_tiles)[None, :]) & (tile[:, None] < tile_end[None, :])
     # one-hot over experts, all False after the last tile: a sum selects the value of the expert
     my_expert = tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1) - 1
-    first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * HEIGHTS[0])[None, :], 0), 1) + tile * HEIGHTS[0]
+    first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * STEP)[None, :], 0), 1) + tile * STEP
     left = tl.sum(tl.where(is_mine, end[None, :], 0), 1) - first
     is_tile = tile < bound
     tl.store(TILES + tile, my_expert, mask=is_tile)
     tl.store(TILES + bound + tile, first, mask=is_tile)
-    tl.store(TILES + 2 * bound + tile, _height_index(left, HEIGHTS), mask=is_tile)
+    tl.store(TILES + 2 * bound + tile, _height_index(left, HEIGHTS, STEP), mask=is_tile)
 
 
 def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
-    """Divides the rows of each expert into tiles of the given heights, powers of two in descending order."""
-    num_experts, num_pairs = rows.ends.shape[0], rows.pair_of_row.shape[0]
-    tiles = _empty_tiles(num_experts, num_pairs, heights, rows.ends.device)
+    """Divides the rows of each expert into tiles; see `Tiles` for the heights."""
+    return cut_rows(rows.ends, rows.pair_of_row.shape[0], heights)
+
+
+def cut_rows(ends: torch.Tensor, num_rows: int, heights: tuple[int, ...]) -> Tiles:
+    """`cut_tiles`, from the ends of the experts' rows."""
+    num_experts = ends.shape[0]
+    tiles = _empty_tiles(num_experts, num_rows, heights, ends.device)
     block = 32
     launch(
         _tiles_kernel,
         (cdiv(tiles.bound, block),),
-        (rows.ends, tiles.tiles, tiles.tile_ends),
+        (ends, tiles.tiles, tiles.tile_ends),
         (tiles.bound,),
         NUM_EXPERTS=num_experts,
         EXPERTS=next_power_of_2(num_experts),
         HEIGHTS=heights,
+        STEP=tile_step(heights),
         BLOCK=block,
     )
     return tiles
 
 
 @triton.jit
-def part_of_tile(TILES, ENDS, bound, PART: tl.constexpr, HEIGHT: tl.constexpr):
-    """Expert, first row, rows, a mask of valid rows, and whether any is valid, for `PART` rows of a tile."""
+def part_of_tile(TILES, ENDS, bound, PART: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr):
+    """Expert, first row, rows, a mask of valid rows, and whether any is valid, for `PART` rows of a tile.
+
+    `HEIGHT` is that of the highest tile, `STEP` their `tile_step`.
+    """
     PARTS: tl.constexpr = (HEIGHT + PART - 1) // PART
     tile = tl.program_id(0) // PARTS
     expert = tl.load(TILES + tile)
     start = tl.load(TILES + bound + tile)
-    end = tl.minimum(tl.load(ENDS + expert, mask=expert >= 0, other=0), start + HEIGHT)
+    end = tl.load(ENDS + expert, mask=expert >= 0, other=0)
+    end = tl.where(end - start > HEIGHT, start + STEP, end)
     start += (tl.program_id(0) % PARTS) * PART
     row = start + tl.arange(0, PART)
     return expert, start, row, row < end, (expert >= 0) & (start < end)

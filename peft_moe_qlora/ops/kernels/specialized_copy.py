@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from .decode import as_scale, grid_size, scale_row
 from .gemm_operands import row_places
 from .left_operand import STEP_K, column_of, scale_parts
-from .specialized_shape import COPY_WARPS, TILE_N, find_tile, stage_of
+from .specialized_shape import COPY_WARPS, TILE_N, find_tile, parts_of, stage_of
 
 # since Triton 3.8 it has another name
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -51,20 +51,28 @@ def _load_scales(SCALES, expert, tile_n, step, SHAPE: tl.constexpr):
 
 
 @gluon.jit
+def _rows_of_part(start, first, end, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Rows of one part of a tile. Past the end they are the first row of the tile, and are not stored."""
+    row = start + first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    return gl.where(row < end, row, start)
+
+
+@gluon.jit
 def _copy_reduced(REDUCED, start, end, count, term, HEIGHT: tl.constexpr, SHAPE: tl.constexpr):
     """Copies the rows of the low-rank term, `ranks_at_once` at a time; returns the number of copies up to now."""
     reduced, full, empty = term
     WIDTH: tl.constexpr = SHAPE.ranks_at_once
     RANK: tl.constexpr = SHAPE.rank
     LAYOUT: tl.constexpr = _threads_of(WIDTH, 2)
-    row = start + gl.arange(0, HEIGHT, gl.SliceLayout(1, LAYOUT))
-    row = gl.where(row < end, row, start)
     RANKS: tl.constexpr = SHAPE.padded_rank
+    PARTS: tl.constexpr = parts_of(HEIGHT)
     for first in gl.static_range(0, RANKS, WIDTH):
         r = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-        place = REDUCED + gl.expand_dims(row.to(tl.int64) * RANK, 1) + gl.expand_dims(r, 0)
         mbarrier.wait(empty, (count & 1) ^ 1)
-        copy_async(reduced.slice(0, HEIGHT, 0), place, gl.expand_dims(r < RANK, 0))
+        for part in gl.static_range(len(PARTS)):
+            row = _rows_of_part(start, part * PARTS[0], end, PARTS[part], LAYOUT)
+            place = REDUCED + gl.expand_dims(row.to(tl.int64) * RANK, 1) + gl.expand_dims(r, 0)
+            copy_async(reduced[part].slice(0, PARTS[part], 0), place, gl.expand_dims(r < RANK, 0))
         async_copy.mbarrier_arrive(full, increment_count=False)
         count += 1
     return count
@@ -91,11 +99,14 @@ def _copy_steps(
     CODEC: tl.constexpr = SHAPE.codec
     K: tl.constexpr = SHAPE.k
     LINES: tl.constexpr = _threads_of(STEP_K, 2)
-    row = start + gl.arange(0, HEIGHT, gl.SliceLayout(1, LINES))
-    # rows past the end are the first row, and are not stored
-    source = row_places(gl.where(row < end, row, start), PAIR_OF_ROW, SHAPE.top_k, SHAPE.top_k > 0)
     k = gl.arange(0, STEP_K, gl.SliceLayout(0, LINES))
-    x_place = X + gl.expand_dims(source.to(tl.int64) * K, 1) + gl.expand_dims(k, 0)
+    PARTS: tl.constexpr = parts_of(HEIGHT)
+    x_places = ()
+    for part in gl.static_range(len(PARTS)):
+        row = _rows_of_part(start, part * PARTS[0], end, PARTS[part], LINES)
+        source = row_places(row, PAIR_OF_ROW, SHAPE.top_k, SHAPE.top_k > 0)
+        x_place = X + gl.expand_dims(source.to(tl.int64) * K, 1) + gl.expand_dims(k, 0)
+        x_places = x_places + (x_place,)  # noqa: RUF005 - kernels cannot unpack
 
     HIGH: tl.constexpr = SHAPE.code_rows
     WIDE: tl.constexpr = SHAPE.code_words
@@ -121,20 +132,20 @@ def _copy_steps(
     # loaded a whole iteration ahead, since they may come from device memory
     scales = ()
     for inner in gl.static_range(AT_ONCE):
-        scales = scales + (_load_scales(SCALES, expert, tile_n, inner, SHAPE),)  # noqa: RUF005 - kernels cannot unpack
+        scales = scales + (_load_scales(SCALES, expert, tile_n, inner, SHAPE),)  # noqa: RUF005 - as above
     for outer in range(STEPS // AT_ONCE):
-        x_now = x_place + outer * (AT_ONCE * STEP_K)
         w_now = w_place + outer * (AT_ONCE * W_STEP)
         for inner in gl.static_range(AT_ONCE):
             step = outer * AT_ONCE + inner
             stage, phase = stage_of(count, inner, SHAPE)
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            x_target = x_ring.index(stage).slice(0, HEIGHT, 0)
-            if SHAPE.is_ragged_k:
-                is_x = gl.expand_dims(step * STEP_K + k < K, 0)
-                copy_async(x_target, x_now + inner * STEP_K, is_x)
-            else:
-                copy_async(x_target, x_now + inner * STEP_K)
+            for part in gl.static_range(len(PARTS)):
+                x_target = x_ring[part].index(stage).slice(0, PARTS[part], 0)
+                x_now = x_places[part] + outer * (AT_ONCE * STEP_K) + inner * STEP_K
+                if SHAPE.is_ragged_k:
+                    copy_async(x_target, x_now, gl.expand_dims(step * STEP_K + k < K, 0))
+                else:
+                    copy_async(x_target, x_now)
             if SHAPE.is_ragged_k or SHAPE.is_ragged_n:
                 is_line = line + step * LINE_STEP < ROWS
                 is_word = word + step * WORD_STEP < WORDS

@@ -40,6 +40,7 @@ from .specialized_shape import (
     allocate_reduced,
     allocate_ring,
     find_tile,
+    parts_of,
     stage_before,
     stage_of,
 )
@@ -95,13 +96,47 @@ def _parts_of(ring, stage, HALF: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @gluon.jit
-def _add_low_rank(factor, reduced, acc, empty):
-    """Adds `factor @ reduced.T`, and frees the place of the right operand."""
-    fence_async_shared()
-    acc = warpgroup_mma(factor, reduced.permute([1, 0]), acc, is_async=True)
-    acc, factor = warpgroup_mma_wait(0, deps=[acc, factor])
-    mbarrier.arrive(empty)
-    return acc
+def _zeros(ROWS: tl.constexpr):
+    return gl.zeros([GROUP_N, ROWS], tl.float32, _sum_layout(ROWS))
+
+
+@gluon.jit
+def _start_products(left, rights, sums, PARTS: tl.constexpr):
+    """Starts to add `left @ right.T` for each part of a tile; `left` has the layout for the first part.
+
+    Args:
+        left: left operand, `(64, length)`.
+        rights: rows in shared memory, `(at least the rows of the part, length)` each.
+        sums: accumulators, `(64, rows of the part)` each.
+    """
+    acc = warpgroup_mma(left, rights[0].slice(0, PARTS[0], 0).permute([1, 0]), sums[0], is_async=True)
+    if len(PARTS) == 1:
+        return (acc,)
+    else:
+        LAYOUT: tl.constexpr = gl.DotOperandLayout(0, _sum_layout(PARTS[1]), 2)
+        left = gl.convert_layout(left, LAYOUT, assert_trivial=True)
+        extra = warpgroup_mma(left, rights[1].slice(0, PARTS[1], 0).permute([1, 0]), sums[1], is_async=True)
+        return (acc, extra)
+
+
+@gluon.jit
+def _wait_for_products(left, sums, PARTS: tl.constexpr):
+    """Waits for started products; their operands must not change before."""
+    if len(PARTS) == 1:
+        acc, _ = warpgroup_mma_wait(0, deps=[sums[0], left])
+        return (acc,)
+    else:
+        acc, extra, _ = warpgroup_mma_wait(0, deps=[sums[0], sums[1], left])
+        return (acc, extra)
+
+
+@gluon.jit
+def _at_stage(ring, stage, PARTS: tl.constexpr):
+    """Rows of a stage, for each part of a tile."""
+    if len(PARTS) == 1:
+        return (ring[0].index(stage),)
+    else:
+        return (ring[0].index(stage), ring[1].index(stage))
 
 
 @gluon.jit
@@ -167,10 +202,12 @@ def _multiply_tile(
     x_ring, empty = ring[0], ring[4]
     reduced, low_full, low_empty = term
     DTYPE: tl.constexpr = OUT.dtype.element_ty
-    SUM: tl.constexpr = _sum_layout(HEIGHT)
-    LEFT: tl.constexpr = gl.DotOperandLayout(0, SUM, 2)
+    PARTS: tl.constexpr = parts_of(HEIGHT)
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, _sum_layout(PARTS[0]), 2)
     first_n = tile_n * TILE_N + HALF * GROUP_N
-    acc = gl.zeros([GROUP_N, HEIGHT], tl.float32, SUM)
+    sums = ()
+    for part in gl.static_range(len(PARTS)):
+        sums = sums + (_zeros(PARTS[part]),)  # noqa: RUF005 - kernels cannot unpack
     CODEC: tl.constexpr = SHAPE.codec
     COLUMNS: tl.constexpr = SHAPE.along_columns
     WIDTH: tl.constexpr = SHAPE.ranks_at_once
@@ -183,8 +220,7 @@ def _multiply_tile(
         for inner in gl.static_range(AT_ONCE):
             stage, _ = stage_of(count, inner, SHAPE)
             weights = left_operand(words, _parts_of(ring, stage, HALF, SHAPE), COLUMNS, CODEC, LEFT, DTYPE)
-            right = x_ring.index(stage).slice(0, HEIGHT, 0).permute([1, 0])
-            acc = warpgroup_mma(weights, right, acc, is_async=True)
+            sums = _start_products(weights, _at_stage(x_ring, stage, PARTS), sums, PARTS)
             # during the product, everything but decoding is done for the next step
             if inner > 0:
                 mbarrier.arrive(empty.index(inner - 1))
@@ -194,7 +230,7 @@ def _multiply_tile(
                 words = _load_codes(ring, count, inner + 1, HALF, SHAPE)
             elif outer + 1 < STEPS // AT_ONCE:
                 words = _load_codes(ring, count + 1, 0, HALF, SHAPE)
-            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            sums = _wait_for_products(weights, sums, PARTS)
         count += 1
     mbarrier.arrive(empty.index(stage_before(count, SHAPE)))
     if SHAPE.has_low_rank:
@@ -203,11 +239,17 @@ def _multiply_tile(
             if not SHAPE.loads_factor_early:
                 factor = _load_factor(FACTOR, expert, first_n, first_r, WIDTH, LEFT, SHAPE)
             mbarrier.wait(low_full, low_count & 1)
-            acc = _add_low_rank(factor.to(DTYPE), reduced.slice(0, HEIGHT, 0), acc, low_empty)
+            fence_async_shared()
+            left = factor.to(DTYPE)
+            sums = _start_products(left, reduced, sums, PARTS)
+            sums = _wait_for_products(left, sums, PARTS)
+            mbarrier.arrive(low_empty)
             low_count += 1
-    if SHAPE.has_bias:
-        acc = _add_bias(acc, BIAS, expert, first_n, SHAPE)
-    _store_tile(acc, OUT, first_n, start, end, HEIGHT, SHAPE)
+    for part in gl.static_range(len(PARTS)):
+        acc = sums[part]
+        if SHAPE.has_bias:
+            acc = _add_bias(acc, BIAS, expert, first_n, SHAPE)
+        _store_tile(acc, OUT, first_n, start + part * PARTS[0], end, PARTS[part], SHAPE)
     return count, low_count
 
 

@@ -13,6 +13,7 @@ from .byte_table import TABLE_BYTES
 from .codec import Codec
 from .gemm_operands import padded_rank
 from .left_operand import GROUP_N, PAIRS, STEP_K
+from .schedule import tile_step
 
 TILE_N = tl.constexpr(2 * GROUP_N.value)
 """Columns of a tile, of which each group of multiplying warps has one half."""
@@ -26,7 +27,8 @@ class GemmShape:
     Args:
         n: columns of the result.
         k: length of the contraction.
-        heights: heights of the tiles of rows.
+        heights: heights of the tiles of rows, see `Tiles`. If the first is no power of two, tiles of that height are
+            computed in two parts, of `step_rows` and `extra_rows`, which share the decoded weights.
         stages: number of stages in shared memory.
         along_columns: whether the contraction is along the stored columns.
         codec: decoding of the weight.
@@ -61,6 +63,16 @@ class GemmShape:
     def steps(self) -> int:
         """Steps along the contraction."""
         return -(-self.k // STEP_K.value)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a tile in the main part of a stage."""
+        return tile_step(self.heights)
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows in the second part of a stage; 0 without one."""
+        return self.heights[0] - self.step_rows
 
     @property
     def unrolls(self) -> bool:
@@ -173,14 +185,17 @@ def _right_layout(length):
 def allocate_ring(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """Stages in shared memory, and barriers for full and empty ones.
 
-    Returns rows `(stages, height, STEP_K)`, codes `(stages, code_rows, code_words)` in integers of `word_bytes`,
-    `scale_parts` `(stages, scale_lines, blocks, 2)` int32, and the barriers `(stages, 1)`.
+    Returns rows, a tuple of `(stages, height, STEP_K)` for each part of the tiles, codes `(stages, code_rows,
+    code_words)` in integers of `word_bytes`, `scale_parts` `(stages, scale_lines, blocks, 2)` int32, and the barriers
+    `(stages, 1)`.
     """
     STAGES: tl.constexpr = SHAPE.stages
-    HEIGHT: tl.constexpr = SHAPE.heights[0]
     CODES_LAYOUT: tl.constexpr = _shared_codes_layout(SHAPE.code_words, SHAPE.word_bytes)
     PARTS_LAYOUT: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1])
-    x = gl.allocate_shared_memory(DTYPE, [STAGES, HEIGHT, STEP_K], _right_layout(STEP_K))
+    x = (gl.allocate_shared_memory(DTYPE, [STAGES, SHAPE.step_rows, STEP_K], _right_layout(STEP_K)),)
+    if SHAPE.extra_rows > 0:
+        extra = gl.allocate_shared_memory(DTYPE, [STAGES, SHAPE.extra_rows, STEP_K], _right_layout(STEP_K))
+        x = x + (extra,)  # noqa: RUF005 - kernels cannot unpack
     WORD: tl.constexpr = tl.int32 if SHAPE.word_bytes == 4 else tl.int16
     codes = gl.allocate_shared_memory(WORD, [STAGES, SHAPE.code_rows, SHAPE.code_words], CODES_LAYOUT)
     parts = gl.allocate_shared_memory(tl.int32, [STAGES, SHAPE.scale_lines, SHAPE.blocks, 2], PARTS_LAYOUT)
@@ -195,15 +210,27 @@ def allocate_ring(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
 
 @gluon.jit
 def allocate_reduced(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
-    """Shared memory of rows of the low-rank term, `(height, ranks_at_once)`, and barriers for full and empty."""
-    HEIGHT: tl.constexpr = SHAPE.heights[0]
+    """Shared memory of rows of the low-rank term, and barriers for full and empty.
+
+    The rows are a tuple of `(height, ranks_at_once)` for each part of the tiles.
+    """
     WIDTH: tl.constexpr = SHAPE.ranks_at_once
-    reduced = gl.allocate_shared_memory(DTYPE, [HEIGHT, WIDTH], _right_layout(WIDTH))
+    reduced = (gl.allocate_shared_memory(DTYPE, [SHAPE.step_rows, WIDTH], _right_layout(WIDTH)),)
+    if SHAPE.extra_rows > 0:
+        extra = gl.allocate_shared_memory(DTYPE, [SHAPE.extra_rows, WIDTH], _right_layout(WIDTH))
+        reduced = reduced + (extra,)  # noqa: RUF005 - as above
     full = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(tl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(full, 32 * COPY_WARPS)
     mbarrier.init(empty, 2)
     return reduced, full, empty
+
+
+@gluon.constexpr_function
+def parts_of(height):
+    """Numbers of rows that are multiplied at once: the height, or the largest power of two in it and the rest."""
+    step = 1 << (height.bit_length() - 1)  # `tile_step`
+    return (step, height - step) if height > step else (step,)
 
 
 @gluon.jit
