@@ -228,7 +228,9 @@ def run_everything(dtype: torch.dtype) -> None:
         # the most shared memory, and tiles for operands that do not suit
         for storage in (NF4, Fp8Format((1, 16)), Nvfp4Format()):
             run_specialized(dtype, storage, (256, 128, 32), FP32, rank=64)
-            run_specialized(dtype, storage, (128, 32), FP32, rank=64, num_stages=8)
+        run_specialized(dtype, NF4, (128, 32), FP32, rank=64, num_stages=8)
+        for storage in (NF4, Nvfp4Format()):
+            run_specialized(dtype, storage, (160, 128, 32), FP32)
         run_specialized(dtype, NF4, (256, 128, 32), FP32, rank=255)
         for number, storage in enumerate(FORMATS[1:]):
             run_specialized(dtype, storage, (32,), DTYPES[number % 3])

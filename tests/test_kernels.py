@@ -33,7 +33,8 @@ from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
 from peft_moe_qlora.ops.kernels.launch_recorder import allocate, forget_recordings
 from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
 from peft_moe_qlora.ops.kernels.runs import PARTS_BYTES, rows_of_a_run
-from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs, tile_step
+from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs
+from peft_moe_qlora.ops.kernels.tile_table import tile_step
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
 
 

@@ -107,7 +107,7 @@ def candidates(rows_per_expert: float, thorough: bool = False, may_specialize: b
                 continue  # the decoded tile and the accumulator do not both fit into registers
             found.append(GemmTiles(heights, tile_n, tile_k, num_warps, num_stages, weight_left, decode_first))
     if may_specialize and rows_per_expert >= 64:
-        for heights, stages in (((256, 128, 32), 4), ((128, 32), 8)):
+        for heights, stages in (((256, 128, 32), 4), ((160, 128, 32), 4), ((128, 32), 8)):
             found.append(
                 GemmTiles(heights, 128, 64, 8, stages, weight_left=True, decode_first=False, specialized=True)
             )

@@ -16,8 +16,9 @@ from .decode import PART_GRANULE, decode, decode_part, weight_block, weight_tile
 from .gemm_operands import LowRankTerm, Rows, padded_rank, row_places
 from .launch import cdiv, launch
 from .launch_recorder import allocate
-from .schedule import Tiles, cut_rows, tile_step
+from .schedule import Tiles, cut_rows
 from .specialized_support import can_specialize
+from .tile_table import tile_step
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20

@@ -10,7 +10,8 @@ from .gemm_operands import Rows, padded_rank, row_places
 from .launch import cdiv, has_much_shared_memory, launch
 from .launch_recorder import allocate
 from .runs import COLUMNS_OF_A_PROGRAM, ROWS_OF_A_STEP, parts_of_runs, run_of_expert, store_gradient, sum_runs
-from .schedule import Tiles, part_of_tile, tile_step
+from .schedule import Tiles, part_of_tile
+from .tile_table import tile_step
 
 
 @triton.jit(do_not_specialize=["bound", "scaling"])

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
+from .tile_table import tile_step
 
 MOST_PAIRS_OF_ONE_PROGRAM = 256
 
@@ -36,7 +37,7 @@ class Tiles(NamedTuple):
     Args:
         tiles: `(3, bound)` int32: expert, first row, and index of the height. After the last tile the expert is -1.
         tile_ends: `(E,)` int32, the exclusive end of each expert's tiles.
-        heights: heights of tiles in descending order. Tiles have the height `tile_step`; the remainder of an expert has
+        heights: heights of tiles in descending order. Tiles have the height `tile_step`; the last one of an expert has
             the smallest that fits.
         whole: the tensor of which the two are views.
     """
@@ -49,15 +50,6 @@ class Tiles(NamedTuple):
     @property
     def bound(self) -> int:
         return self.tiles.shape[1]
-
-
-def tile_step(heights: tuple[int, ...]) -> int:
-    """Rows of a tile that is followed by another one: the largest power of two up to the first height.
-
-    If the first height is no power of two, a tile with that height takes the place of one of `tile_step` rows and a low
-    one, which would take much more time than its share of rows.
-    """
-    return 1 << (heights[0].bit_length() - 1)
 
 
 @triton.jit

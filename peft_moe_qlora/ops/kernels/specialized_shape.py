@@ -13,7 +13,7 @@ from .byte_table import TABLE_BYTES
 from .codec import Codec
 from .gemm_operands import padded_rank
 from .left_operand import GROUP_N, PAIRS, STEP_K
-from .schedule import tile_step
+from .tile_table import tile_step
 
 TILE_N = tl.constexpr(2 * GROUP_N.value)
 """Columns of a tile, of which each group of multiplying warps has one half."""

@@ -13,7 +13,8 @@ class GemmTiles:
     """Shape of the tiles of a grouped product, and its way of decoding a packed weight.
 
     Args:
-        heights: numbers of rows, powers of two in descending order (`cut_tiles`).
+        heights: numbers of rows, powers of two in descending order (`cut_tiles`). With specialized warps, the first
+            may be the sum of the second and another power of two.
         tile_n: number of columns of the result.
         tile_k: step size along the contraction.
         num_warps: number of warps of 32 threads.
@@ -31,6 +32,15 @@ class GemmTiles:
     weight_left: bool
     decode_first: bool
     specialized: bool = False
+
+
+def tile_step(heights: tuple[int, ...]) -> int:
+    """Rows of a tile that is followed by another one: the largest power of two up to the first height.
+
+    If the first height is no power of two, a tile with that height takes the place of one of `tile_step` rows and a
+    low one, which would take more time than its share of rows.
+    """
+    return 1 << (heights[0].bit_length() - 1)
 
 
 class Entry(NamedTuple):
@@ -174,7 +184,10 @@ def _parse_entry(entry: dict[str, Any]) -> Entry:
 
 def _parse_tiles(values: dict[str, Any]) -> GemmTiles:
     tiles = GemmTiles(**{**values, "heights": tuple(values["heights"])})
-    sizes = (*tiles.heights, tiles.tile_n, tiles.tile_k)
+    heights = tiles.heights
+    if tiles.specialized is True and all(map(_is_count, heights)) and heights[1:2] == (tile_step(heights),):
+        heights = (*heights[1:], heights[0] - heights[1])
+    sizes = (*heights, tiles.tile_n, tiles.tile_k)
     if not tiles.heights or not all(_is_count(size) and size >= 16 and size & (size - 1) == 0 for size in sizes):
         raise ValueError(f"sizes {sizes} are not all powers of two of at least 16")
     if list(tiles.heights) != sorted(set(tiles.heights), reverse=True):
