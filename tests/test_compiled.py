@@ -27,7 +27,8 @@ from peft_moe_qlora.quantization.formats import Fp8Format, Mxfp4Format
 
 formats = {"packed": FourBitFormat(), "e4m3": Fp8Format(), "e2m1": Mxfp4Format()}
 entries = tuning_table((9, 0)).entries
-tried = dict.fromkeys((entry.weight, entry.along, entry.tiles) for entry in entries if entry.weight in formats)
+used = [(one, one.tiles.for_the_other_kernel if one.tiles.specialized else one.tiles) for one in entries]
+tried = dict.fromkeys((one.weight, one.along, tiles) for one, tiles in used if one.weight in formats)
 for weight, along, tiles in tried:
     if tiles.decode_first or not tiles.weight_left:
         continue

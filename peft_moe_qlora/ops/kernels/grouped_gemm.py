@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ from .launch import cdiv, launch
 from .launch_recorder import allocate
 from .schedule import Tiles, cut_rows
 from .specialized_support import can_specialize
-from .tile_table import tile_step
 from .tuning import GemmTiles
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -298,10 +296,9 @@ def grouped_gemm(
 
         return specialized_gemm(rows, weight, for_input_gradient, ends, tiles, tuned, low_rank, bias)
     if tuned.specialized:
-        # tiles that fit into shared memory, with powers of two as heights
-        tuned = replace(tuned, tile_n=64, num_stages=3)
-        if tiles.heights[0] > tile_step(tiles.heights):
-            tiles = cut_rows(ends, rows.num_rows, tiles.heights[1:])
+        tuned = tuned.for_the_other_kernel
+        if tiles.heights != tuned.heights:
+            tiles = cut_rows(ends, rows.num_rows, tuned.heights)
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device

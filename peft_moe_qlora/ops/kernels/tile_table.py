@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 
@@ -32,6 +32,12 @@ class GemmTiles:
     weight_left: bool
     decode_first: bool
     specialized: bool = False
+
+    @property
+    def for_the_other_kernel(self) -> GemmTiles:
+        """Tiles for a product that the kernel with specialized warps cannot compute; they fit into shared memory."""
+        heights = self.heights[1:] if self.heights[0] > tile_step(self.heights) else self.heights
+        return replace(self, heights=heights, tile_n=64, num_stages=3, specialized=False)
 
 
 def tile_step(heights: tuple[int, ...]) -> int:
