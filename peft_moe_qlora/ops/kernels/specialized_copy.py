@@ -167,16 +167,17 @@ def _copy_steps(
 
 @gluon.jit
 def copy_tiles(
-    X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, TILE_ENDS, ENDS, bound, first, stop, ring, term, SHAPE: tl.constexpr
+    X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, SHAPE: tl.constexpr
 ):  # fmt: skip
     """Copies what the tiles of a program need, in the order in which it is multiplied."""
     HEIGHTS: tl.constexpr = SHAPE.heights
     count = 0
     low_count = 0
-    following = find_tile(first, stop, TILES, TILE_ENDS, ENDS, bound, SHAPE)
+    following = find_tile(first, stop, TILES, ENDS, bound, SHAPE)
     for index in range(first, stop, gl.num_programs(0)):
-        expert, start, end, height, tile_n = following
-        following = find_tile(index + gl.num_programs(0), stop, TILES, TILE_ENDS, ENDS, bound, SHAPE)
+        expert, start, end, height = following
+        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, SHAPE)
+        tile_n = index % SHAPE.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count = _copy_steps(

@@ -255,16 +255,17 @@ def _multiply_tile(
 
 @gluon.jit
 def _multiply_tiles(
-    FACTOR, BIAS, OUT, TILES, TILE_ENDS, ENDS, bound, first, stop, ring, term, HALF: tl.constexpr, SHAPE: tl.constexpr
+    FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, HALF: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
     """One group of multiplying warps, for one half of the columns of each tile."""
     HEIGHTS: tl.constexpr = SHAPE.heights
     count = 0
     low_count = 0
-    following = find_tile(first, stop, TILES, TILE_ENDS, ENDS, bound, SHAPE)
+    following = find_tile(first, stop, TILES, ENDS, bound, SHAPE)
     for index in range(first, stop, gl.num_programs(0)):
-        expert, start, end, height, tile_n = following
-        following = find_tile(index + gl.num_programs(0), stop, TILES, TILE_ENDS, ENDS, bound, SHAPE)
+        expert, start, end, height = following
+        following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, SHAPE)
+        tile_n = index % SHAPE.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count, low_count = _multiply_tile(
@@ -306,11 +307,11 @@ def specialized_gemm_kernel(
     stop = gl.load(TILE_ENDS + num_experts - 1) * TILES_N
     gl.warp_specialize(
         [
-            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, TILE_ENDS, ENDS, bound, first, stop, ring, term, 0, SHAPE)),
-            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, TILE_ENDS, ENDS, bound, first, stop, ring, term, 1, SHAPE)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 0, SHAPE)),
+            (_multiply_tiles, (FACTOR, BIAS, OUT, TILES, ENDS, bound, first, stop, ring, term, 1, SHAPE)),
             (
                 copy_tiles,
-                (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, TILE_ENDS, ENDS, bound, first, stop, ring, term, SHAPE),
+                (X, PAIR_OF_ROW, W, SCALES, REDUCED, TILES, ENDS, bound, first, stop, ring, term, SHAPE),
             ),
         ],
         [4, COPY_WARPS],

@@ -254,18 +254,12 @@ def stage_before(count, SHAPE: tl.constexpr):
 
 
 @gluon.jit
-def find_tile(index, end, TILES, TILE_ENDS, ENDS, bound, SHAPE: tl.constexpr):
-    """Expert, first row, end of the expert's rows, index of the height, and number along the columns of a tile.
+def find_tile(index, end, TILES, ENDS, bound, SHAPE: tl.constexpr):
+    """Expert, first row, end of the expert's rows, and index of the height of a tile of the result.
 
-    The tiles of an expert with the same columns follow each other, so that their weights are in the L2 cache. Past the
-    last tile, those of some valid one.
+    Past the last tile, those of some valid one.
     """
     TILES_N: tl.constexpr = SHAPE.tiles_n
-    index = gl.minimum(index, gl.maximum(end - 1, 0))
-    expert = gl.maximum(gl.load(TILES + index // TILES_N), 0)
-    first = gl.load(TILE_ENDS + expert - 1, mask=expert > 0, other=0)
-    count = gl.maximum(gl.load(TILE_ENDS + expert) - first, 1)
-    number = index - first * TILES_N
-    tile = first + number % count
-    start, height = gl.load(TILES + bound + tile), gl.load(TILES + 2 * bound + tile)
-    return expert, start, gl.load(ENDS + expert), height, number // count
+    tile = gl.minimum(index, gl.maximum(end - 1, 0)) // TILES_N
+    expert = gl.maximum(gl.load(TILES + tile), 0)
+    return expert, gl.load(TILES + bound + tile), gl.load(ENDS + expert), gl.load(TILES + 2 * bound + tile)
