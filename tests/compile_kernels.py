@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from peft_moe_qlora.ops import Factors, Gate, packed_weight
 from peft_moe_qlora.ops.fused_experts import fused_experts
 from peft_moe_qlora.ops.fused_steps import frozen_product
-from peft_moe_qlora.ops.kernels import codec, low_rank, specialized_gemm, specialized_support, tuning
+from peft_moe_qlora.ops.kernels import codec, gate_low_rank, low_rank, specialized_gemm, specialized_support, tuning
 from peft_moe_qlora.ops.kernels.decode import decode
 from peft_moe_qlora.ops.kernels.gemm_operands import LowRankTerm, Rows
 from peft_moe_qlora.ops.kernels.grouped_gemm import grouped_gemm
@@ -118,7 +118,8 @@ def record_launches() -> dict[Signature, None]:
             module.launch = record
     table = tuning.tuning_table((9, 0))
     tuning._table_of = lambda device, dtype: table if dtype.itemsize == 2 else None
-    codec.runs_ptx = low_rank.has_much_shared_memory = specialized_support._runs_on = lambda device: True
+    codec.runs_ptx = specialized_support._runs_on = lambda device: True
+    low_rank.has_much_shared_memory = gate_low_rank.has_much_shared_memory = lambda device: True
     specialized_gemm._multiprocessors = lambda device: 132
     return found
 
@@ -229,7 +230,7 @@ def run_everything(dtype: torch.dtype) -> None:
         for storage in (NF4, Fp8Format((1, 16)), Nvfp4Format()):
             run_specialized(dtype, storage, (256, 128, 32), FP32, rank=64)
         run_specialized(dtype, NF4, (128, 32), FP32, rank=64, num_stages=8)
-        for storage in (NF4, Nvfp4Format()):
+        for storage in (NF4, Nvfp4Format(), Fp8Format()):
             run_specialized(dtype, storage, (160, 128, 32), FP32)
         run_specialized(dtype, NF4, (256, 128, 32), FP32, rank=255)
         for number, storage in enumerate(FORMATS[1:]):

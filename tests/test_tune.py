@@ -150,6 +150,7 @@ def test_nearest_shape_is_chosen() -> None:
         ({"tiles": {**entry(32)["tiles"], "tile_n": 48}}, "powers of two"),
         ({"tiles": {**entry(32)["tiles"], "heights": [16, 64]}}, "not in descending order"),
         ({"tiles": {**entry(32)["tiles"], "heights": [96, 64]}}, "powers of two"),
+        ({"tiles": {**entry(32)["tiles"], "heights": [], "specialized": True}}, "powers of two"),
         ({"tiles": {**entry(32)["tiles"], "heights": [96, 32], "specialized": True}}, "powers of two"),
         ({"tiles": {**entry(32)["tiles"], "heights": [112, 64], "specialized": True}}, "powers of two"),
         ({"tiles": {**entry(32)["tiles"], "heights": [72, 64], "specialized": True}}, "powers of two"),

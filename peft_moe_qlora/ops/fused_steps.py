@@ -268,12 +268,13 @@ def _through_gate(
     down_reduced: torch.Tensor | None,
     needs_factors: bool,
 ) -> GateGradients:
-    """Overwrites `grad_gated (S, I)`, the gradient of the gated rows for routing weights of 1."""
+    """May overwrite `grad_gated (S, I)`, the gradient of the gated rows for routing weights of 1."""
     planner = saved.planner
     rows = planner.rows
     needs_down, needs_up = (factors is not None and needs_factors for factors in (down_factors, up_factors))
-    if needs_down and needs_up and fits_one_pass(down_factors.A.shape[1], up_factors.A.shape[1]):
+    if needs_down and needs_up and fits_one_pass(saved.gate_input, down_factors.A.shape[1], up_factors.A.shape[1]):
         down_A, up_B = _like(down_factors.A), _like(up_factors.B)
+        # up_B has two features for each column of down_A
         runs = planner.runs(down_A.shape[2], down_A.shape[1] + 2 * up_B.shape[2])
         grad, grad_weights, up_reduced = gate_backward_with_factors(
             saved.gate_input,

@@ -151,13 +151,15 @@ def _gate_factors_kernel(
         index = tl.arange(0, ROWS)
         up_r = tl.arange(0, UP_RANKS)
         # loaded one and two steps ahead, since an address depends on another load
-        next_weight = tl.load(WEIGHTS + tl.load(PAIR_OF_ROW + start + index, mask=start + index < end, other=0))
+        is_row = start + index < end
+        next_pair = tl.load(PAIR_OF_ROW + start + index, mask=is_row, other=0)
+        next_weight = tl.load(WEIGHTS + next_pair, mask=is_row, other=0.0)
         next_pair = tl.load(PAIR_OF_ROW + start + ROWS + index, mask=start + ROWS + index < end, other=0)
         for first in range(start, end, ROWS):
             row = first + index
             is_row = row < end
             weight = next_weight.to(tl.float32)
-            next_weight = tl.load(WEIGHTS + next_pair)
+            next_weight = tl.load(WEIGHTS + next_pair, mask=row + ROWS < end, other=0.0)
             next_pair = tl.load(PAIR_OF_ROW + row + 2 * ROWS, mask=row + 2 * ROWS < end, other=0)
             first = tl.cast(first, tl.int64)
             down_reduced = _load_reduced(DOWN_REDUCED + first * DOWN_RANK, index, is_row, DOWN_RANK, DOWN_RANKS)
@@ -245,9 +247,22 @@ MOST_RANKS = 16
 """Limit on the padded ranks, whose sums are kept in registers."""
 
 
-def fits_one_pass(down_rank: int, up_rank: int) -> bool:
-    """Whether `gate_backward_with_factors` supports these ranks."""
-    return max(padded_rank(down_rank), padded_rank(up_rank)) <= MOST_RANKS
+MOST_BYTES = 256 * 2**20
+"""Limit on the parts of one program each, as on decoded weights."""
+
+
+def fits_one_pass(gate_input: torch.Tensor, down_rank: int, up_rank: int) -> bool:
+    """Whether `gate_backward_with_factors` is fast and needs little memory; in fp32, registers spill.
+
+    Args:
+        gate_input: `(S, 2I)`.
+        down_rank: rank of the second projection's factors.
+        up_rank: rank of the first projection's factors.
+    """
+    num_rows, columns = gate_input.shape[0], gate_input.shape[1] // 2
+    nbytes = 4 * num_rows * cdiv(columns, 2 * WIDTH) * (up_rank + 1)
+    has_few_ranks = max(padded_rank(down_rank), padded_rank(up_rank)) <= MOST_RANKS
+    return gate_input.dtype.itemsize == 2 and has_few_ranks and nbytes <= MOST_BYTES
 
 
 def gate_backward_with_factors(
@@ -269,18 +284,17 @@ def gate_backward_with_factors(
 
     Args:
         x: as in `gate_backward`; so are `grad`, `weights`, `gate`, `rows` and `row_term`.
-        down_reduced: `(S, R)`, the rows that are multiplied by the weighted gated rows for the gradient of A of the
-            second projection.
-        up_reduced: `(S, R')`, the same for the gradient of B of the first projection.
+        down_reduced: `(S, R)`, multiplied by the weighted gated rows for the gradient of A of the second projection.
+        up_reduced: `(S, R')`, multiplied by the gradient of x for the gradient of B of the first projection.
         up_B: `(E, 2I, R')` view with any strides, in any floating-point dtype.
-        up_scaling: factor of the product of the gradient with `up_B`.
+        up_scaling: factor of the product of the gradient of x with `up_B`.
         grad_down_A: `(E, I, R)` output view with any strides, in any floating-point dtype.
         grad_up_B: `(E, 2I, R')` output view, likewise.
         runs: as in `factor_gradient`.
 
     Returns:
-        `(S, 2I)` gradient of x, `(T, K)` gradient of the weights, and `(S, R')` product of the former with `up_B`.
-        Rows without an expert are not written.
+        `(S, 2I)` gradient of x, `(T, K)` gradient of the weights, and `(S, R')` scaled product of the gradient of x
+        with `up_B`. Rows without an expert are not written.
     """
     num_rows, columns = x.shape[0], x.shape[1] // 2
     num_experts, _, down_rank = grad_down_A.shape

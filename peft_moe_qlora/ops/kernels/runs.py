@@ -80,7 +80,7 @@ def run_of_expert(ENDS, RUNS, bound, LENGTH: tl.constexpr):
         expert = tl.program_id(1)
         start = tl.load(ENDS + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ENDS + expert)
-        is_whole = end >= start
+        is_whole = end >= start  # always: both branches return a tensor
     else:
         expert = tl.load(RUNS + tl.program_id(1))
         start = tl.load(RUNS + bound + tl.program_id(1))
@@ -110,6 +110,7 @@ def store_gradient(acc, OUT, PARTS, run, column, is_column, SHAPE: tl.constexpr)
         tl.store(place, acc.to(OUT.dtype.element_ty), mask=is_out)
     else:
         part = _place_of_part(start, num_rows, half, LENGTH)
+        # pointers of two dtypes need separate names in the two branches
         place_of_sum = PARTS + part.to(tl.int64) * (COLUMNS * RANK) + column[:, None] * RANK + r[None, :]
         tl.store(place_of_sum, acc, mask=is_out)
 

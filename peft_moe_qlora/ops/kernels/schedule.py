@@ -194,7 +194,10 @@ def _empty_routing(num_experts: int, num_pairs: int, device: torch.device) -> Ro
 
 
 def _empty_tiles(num_experts: int, num_pairs: int, heights: tuple[int, ...], device: torch.device) -> Tiles:
-    bound = num_pairs // tile_step(heights) + min(num_experts, num_pairs)
+    step = tile_step(heights)
+    if step not in heights[:2]:
+        raise ValueError(f"Found tile heights {heights}. Expected {step} as the first or second one.")
+    bound = num_pairs // step + min(num_experts, num_pairs)
     return split_tiles(allocate((_aligned(num_experts) + 3 * bound,), torch.int32, device), num_experts, heights)
 
 

@@ -14,7 +14,7 @@ class GemmTiles:
 
     Args:
         heights: numbers of rows, powers of two in descending order (`cut_tiles`). With specialized warps, the first
-            may be the sum of the second and another power of two.
+            may be the sum of the second and a smaller power of two.
         tile_n: number of columns of the result.
         tile_k: step size along the contraction.
         num_warps: number of warps of 32 threads.
@@ -191,7 +191,7 @@ def _parse_entry(entry: dict[str, Any]) -> Entry:
 def _parse_tiles(values: dict[str, Any]) -> GemmTiles:
     tiles = GemmTiles(**{**values, "heights": tuple(values["heights"])})
     heights = tiles.heights
-    if tiles.specialized is True and all(map(_is_count, heights)) and heights[1:2] == (tile_step(heights),):
+    if tiles.specialized is True and heights[1:] and all(map(_is_count, heights)) and heights[1] == tile_step(heights):
         heights = (*heights[1:], heights[0] - heights[1])
     sizes = (*heights, tiles.tile_n, tiles.tile_k)
     if not tiles.heights or not all(_is_count(size) and size >= 16 and size & (size - 1) == 0 for size in sizes):
