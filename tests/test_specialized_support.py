@@ -22,12 +22,12 @@ from peft_moe_qlora.ops.kernels.tile_table import GemmTiles, TuningTable, parse_
 def test_operands_that_do_not_suit_the_kernel(
     offset: int, rank: int, suits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another kernel multiplies them, with tiles of the same heights."""
+    """Another kernel multiplies them, with heights that are powers of two."""
     calls = []
     monkeypatch.setattr(specialized_gemm, "specialized_gemm", lambda *operands: calls.append(operands))
     weight = packed_weight(random_stack((2, 32, 64), False, NF4))
     routed = sort_pairs(torch.zeros(8, 1, dtype=torch.long, device=DEVICE), 2)
-    tuned = specialized_tiles((16,), 2)
+    tuned = specialized_tiles((48, 32, 16), 2)
     x = torch.randn(8 * 64 + offset, device=DEVICE)[offset:].view(8, 64)
     term = LowRankTerm(torch.randn(8, rank, device=DEVICE), torch.randn(2, 32, rank, device=DEVICE)) if rank else None
     assert can_specialize(Rows(x), weight, term) is suits
