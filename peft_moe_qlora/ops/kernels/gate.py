@@ -90,6 +90,32 @@ def load_gate_inputs(
     return gate.to(tl.float32), up.to(tl.float32)
 
 
+@triton.jit
+def store_gate_inputs(
+    X,
+    row,
+    is_row,
+    first_column,
+    gate,
+    up,
+    COLUMNS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Stores `(HEIGHT, WIDTH)` gate and up where `load_gate_inputs` loads them."""
+    base = X + row[:, None].to(tl.int64) * (2 * COLUMNS)
+    if INTERLEAVED:
+        column = 2 * first_column + tl.arange(0, 2 * WIDTH)
+        both = tl.reshape(tl.join(gate, up), (HEIGHT, 2 * WIDTH))
+        tl.store(base + column[None, :], both, mask=is_row[:, None] & (column < 2 * COLUMNS)[None, :])
+    else:
+        column = first_column + tl.arange(0, WIDTH)
+        is_there = is_row[:, None] & (column < COLUMNS)[None, :]
+        tl.store(base + column[None, :], gate, mask=is_there)
+        tl.store(base + COLUMNS + column[None, :], up, mask=is_there)
+
+
 @triton.jit(do_not_specialize=["num_rows", "limit", "alpha"])
 def _gate_kernel(
     X,
@@ -176,15 +202,7 @@ def _gate_backward_kernel(
         grad *= weight[:, None]
         by_gate = (by_gate * grad).to(DTYPE)
         by_up = (by_up * grad).to(DTYPE)
-        base = OUT + row[:, None].to(tl.int64) * (2 * COLUMNS)
-        if INTERLEAVED:
-            both_columns = 2 * first + tl.arange(0, 2 * WIDTH)
-            both = tl.reshape(tl.join(by_gate, by_up), (HEIGHT, 2 * WIDTH))
-            is_both = is_row[:, None] & (both_columns < 2 * COLUMNS)[None, :]
-            tl.store(base + both_columns[None, :], both, mask=is_both)
-        else:
-            tl.store(base + column[None, :], by_gate, mask=is_row[:, None] & is_column[None, :])
-            tl.store(base + COLUMNS + column[None, :], by_up, mask=is_row[:, None] & is_column[None, :])
+        store_gate_inputs(OUT, row, is_row, first, by_gate, by_up, COLUMNS, HEIGHT, WIDTH, INTERLEAVED)
     if HAS_ROW_TERM:
         grad_weight += tl.load(ROW_TERM + source).to(tl.float32)
     # rows without an expert are uninitialized

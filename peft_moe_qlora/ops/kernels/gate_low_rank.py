@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..operands import Gate
-from .gate import gate_derivatives, load_gate_inputs
+from .gate import gate_derivatives, load_gate_inputs, store_gate_inputs
 from .gemm_operands import padded_rank
 from .launch import cdiv, has_much_shared_memory, launch
 from .launch_recorder import allocate
@@ -72,14 +72,7 @@ def _gradients_of_block(
     grads *= weight[:, None]
     by_gate = (by_gate * grads).to(DTYPE)
     by_up = (by_up * grads).to(DTYPE)
-    place = out + index[:, None] * (2 * COLUMNS)
-    if INTERLEAVED:
-        both_columns = 2 * first_column + tl.arange(0, 2 * WIDTH)
-        both = tl.reshape(tl.join(by_gate, by_up), (index.shape[0], 2 * WIDTH))
-        tl.store(place + both_columns[None, :], both, mask=is_row[:, None] & (both_columns < 2 * COLUMNS)[None, :])
-    else:
-        tl.store(place + column[None, :], by_gate, mask=is_there)
-        tl.store(place + COLUMNS + column[None, :], by_up, mask=is_there)
+    store_gate_inputs(out, index, is_row, first_column, by_gate, by_up, COLUMNS, index.shape[0], WIDTH, INTERLEAVED)
     # with the weights on the other operand of its product, Triton would compute the value twice, in two layouts
     return (value * weight[:, None]).to(DTYPE), by_gate, by_up, dots
 
@@ -294,7 +287,7 @@ def gate_backward_with_factors(
 
     Returns:
         `(S, 2I)` gradient of x, `(T, K)` gradient of the weights, and `(S, R')` scaled product of the gradient of x
-        with `up_B`. Rows without an expert are not written.
+        with `up_B`. Rows without an expert are not written; the gradients of their weights are 0.
     """
     num_rows, columns = x.shape[0], x.shape[1] // 2
     num_experts, _, down_rank = grad_down_A.shape

@@ -84,7 +84,7 @@ def _load_codes(ring, count, inner: tl.constexpr, HALF: tl.constexpr, SHAPE: tl.
 
 
 @gluon.jit
-def _parts_of(ring, stage, HALF: tl.constexpr, SHAPE: tl.constexpr):
+def _scales_of(ring, stage, HALF: tl.constexpr, SHAPE: tl.constexpr):
     """Scales of one group in a stage."""
     parts = ring[2].index(stage)
     BLOCKS: tl.constexpr = SHAPE.blocks
@@ -219,7 +219,7 @@ def _multiply_tile(
     for outer in range(STEPS // AT_ONCE):
         for inner in gl.static_range(AT_ONCE):
             stage, _ = stage_of(count, inner, SHAPE)
-            weights = left_operand(words, _parts_of(ring, stage, HALF, SHAPE), COLUMNS, CODEC, LEFT, DTYPE)
+            weights = left_operand(words, _scales_of(ring, stage, HALF, SHAPE), COLUMNS, CODEC, LEFT, DTYPE)
             sums = _start_products(weights, _at_stage(x_ring, stage, PARTS), sums, PARTS)
             # during the product, everything but decoding is done for the next step
             if inner > 0:
