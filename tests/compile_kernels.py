@@ -220,21 +220,21 @@ def run_everything(dtype: torch.dtype) -> None:
     for storage, size in product(FORMATS[DTYPES.index(dtype) :: 3], sizes[1:]):
         if storage is None or storage.flat_blocksize or storage.tile_block(80, 96, 2):
             run_layer(dtype, storage, hidden=96, intermediate=40, **size)
-    # other tiles
-    for tokens, storage in product((1, 40, 4000), (None, NF4, Fp8Format(), Mxfp4Format())):
-        if dtype == BF16:
-            run_layer(dtype, storage, tokens=tokens)
     if dtype != FP32:
-        run_specialized(dtype, NF4, (256, 128, 32), FP32)
-        # the most shared memory, and tiles for operands that do not suit
-        for storage in (NF4, Fp8Format((1, 16)), Nvfp4Format()):
-            run_specialized(dtype, storage, (256, 128, 32), FP32, rank=64)
-        run_specialized(dtype, NF4, (128, 32), FP32, rank=64, num_stages=8)
-        for storage in (NF4, Nvfp4Format(), Fp8Format()):
-            run_specialized(dtype, storage, (160, 128, 32), FP32)
-        run_specialized(dtype, NF4, (256, 128, 32), FP32, rank=255)
         for number, storage in enumerate(FORMATS[1:]):
             run_specialized(dtype, storage, (32,), DTYPES[number % 3])
+    # other tiles; of products with specialized warps, the largest ones, the most shared memory, and tiles for operands
+    # that do not suit
+    if dtype == BF16:
+        for tokens, storage in product((1, 40, 4000), (None, NF4, Fp8Format(), Mxfp4Format())):
+            run_layer(dtype, storage, tokens=tokens)
+        for storage in (NF4, Fp8Format((1, 16)), Nvfp4Format()):
+            run_specialized(dtype, storage, (256, 128, 32), FP32, rank=64)
+        for storage in (NF4, Nvfp4Format(), Fp8Format()):
+            run_specialized(dtype, storage, (160, 128, 32), FP32)
+        run_specialized(dtype, NF4, (256, 128, 32), FP32)
+        run_specialized(dtype, NF4, (256, 128, 32), FP32, rank=255)
+        run_specialized(dtype, NF4, (128, 32), FP32, rank=64, num_stages=8)
     # stacks and matrices that exceed the workspace for decoded weights
     for storage in (NF4, Fp8Format()):
         run_layer(dtype, storage, experts=8, hidden=4096, intermediate=4096)

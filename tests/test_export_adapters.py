@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,19 +50,29 @@ LOADED_BY_STOCK_PEFT = """
     sys.modules["peft_moe_qlora"] = None  # can't be imported
     import torch, transformers
     from peft import PeftModel
-    directory = sys.argv[1]
-    base = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/base", dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, f"{directory}/converted").eval()
-    with torch.no_grad():
-        torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
+    for line in sys.stdin:
+        directory = line.strip()
+        base = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/base", dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, f"{directory}/converted").eval()
+        with torch.no_grad():
+            torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
+        print("saved", flush=True)
 """
 
 
-def stock_peft_logits(directory) -> torch.Tensor:
-    torch.save(token_ids(), directory / "ids.pt")
-    script = textwrap.dedent(LOADED_BY_STOCK_PEFT)
-    subprocess.run([sys.executable, "-c", script, str(directory)], check=True, capture_output=True)
-    return torch.load(directory / "logits.pt")
+@pytest.fixture(scope="module")
+def stock_peft_logits() -> Iterator[Callable[[Path], torch.Tensor]]:
+    """Function from a directory to its converted adapter's logits; one process without this package serves all."""
+    command = [sys.executable, "-c", textwrap.dedent(LOADED_BY_STOCK_PEFT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def logits_of(directory: Path) -> torch.Tensor:
+            torch.save(token_ids(), directory / "ids.pt")
+            print(directory, file=process.stdin, flush=True)
+            assert process.stdout.readline() == "saved\n"
+            return torch.load(directory / "logits.pt")
+
+        yield logits_of
 
 
 OPTIONS = {
@@ -87,7 +99,7 @@ OPTIONS = {
     [("deepseek_v3", name) for name in OPTIONS]
     + [(model_type, name) for model_type in ("qwen3_moe", "mixtral", "gpt_oss") for name in ("one rank", "patterns")],
 )
-def test_stock_peft_gives_the_same_logits(model_type, options, tmp_path):
+def test_stock_peft_gives_the_same_logits(model_type, options, tmp_path, stock_peft_logits):
     live = save_adapter(tmp_path, model_type, **OPTIONS[options])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["peft_type"] == "LORA"
@@ -106,14 +118,14 @@ def assert_base_is_required(directory, match: str) -> None:
         convert_adapter(directory / "adapter", directory / "again", "peft-lora", base=directory / "nowhere")
 
 
-def test_llama_4_layout_matches_peft(tmp_path):
+def test_llama_4_layout_matches_peft(tmp_path, stock_peft_logits):
     live = save_adapter(tmp_path, "llama4_text")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
     assert_base_is_required(tmp_path, "may belong to Llama 4")
 
 
-def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
+def test_shared_experts_of_laguna_reach_stock_peft(tmp_path, stock_peft_logits):
     """PEFT renames their keys by a pattern that does not fit the model's names."""
     live = save_adapter(tmp_path, "laguna")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
@@ -125,7 +137,7 @@ def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
     assert_base_is_required(tmp_path, "may belong to Laguna")
 
 
-def test_layers_that_stock_peft_rejects_are_not_adapted(tmp_path):
+def test_layers_that_stock_peft_rejects_are_not_adapted(tmp_path, stock_peft_logits):
     """PEFT rejects LoRA on NemotronH's out_proj, which a kernel bypasses; "all-linear" excludes it here too."""
     live = save_adapter(tmp_path, "nemotron_h", target_modules="all-linear")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
@@ -215,7 +227,7 @@ def test_linear_layers_have_checkpoint_names(tmp_path):
     assert names <= read_tensors(tmp_path / "base").keys()
 
 
-def test_embeddings_and_modules_trained_in_full(tmp_path):
+def test_embeddings_and_modules_trained_in_full(tmp_path, stock_peft_logits):
     live = save_adapter(tmp_path, target_modules=["experts", "embed_tokens"], modules_to_save=["norm"])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())

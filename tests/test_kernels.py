@@ -383,10 +383,12 @@ def test_gates_and_their_gradients(gate: Gate, columns: int) -> None:
     assert_close(overwritten, expected)
 
 
-@pytest.mark.parametrize("length", [None, 32])
+@pytest.mark.parametrize(("length", "has_row_term"), [(None, False), (32, True)])
 @pytest.mark.parametrize("columns", [24, 130, 300])
 @pytest.mark.parametrize("gate", GATES, ids=str)
-def test_gradients_of_gate_and_factors_in_one_pass(gate: Gate, columns: int, length: int | None) -> None:
+def test_gradients_of_gate_and_factors_in_one_pass(
+    gate: Gate, columns: int, length: int | None, has_row_term: bool
+) -> None:
     """Equal those of separate kernels."""
     num_experts, down_rank, up_rank = 4, 5, 16
     # an expert with several runs, one with several steps, one without rows, and pairs of no expert
@@ -409,24 +411,24 @@ def test_gradients_of_gate_and_factors_in_one_pass(gate: Gate, columns: int, len
         shapes = (down_rank, columns), (up_rank, 2 * columns)
         return [torch.full((num_experts, *shape), float("nan"), device=DEVICE).transpose(1, 2) for shape in shapes]
 
-    for term in (None, row_term):
-        expected_A, expected_B = outputs()
-        gated = grad.clone()
-        expected_grad, expected_weights = gate_backward(x, gated, weights, gate, rows, term, keeps_value=True)
-        factor_gradient(Rows(gated), down_reduced, rows.ends, expected_A, weights, rows.pair_of_row, runs)
-        factor_gradient(Rows(expected_grad), up_reduced, rows.ends, expected_B, runs=runs)
-        expected_reduced = reduce_rows(Rows(expected_grad), up_B, 0.5, rows.ends, cut_tiles(rows, (32, 16)))
+    term = row_term if has_row_term else None
+    expected_A, expected_B = outputs()
+    gated = grad.clone()
+    expected_grad, expected_weights = gate_backward(x, gated, weights, gate, rows, term, keeps_value=True)
+    factor_gradient(Rows(gated), down_reduced, rows.ends, expected_A, weights, rows.pair_of_row, runs)
+    factor_gradient(Rows(expected_grad), up_reduced, rows.ends, expected_B, runs=runs)
+    expected_reduced = reduce_rows(Rows(expected_grad), up_B, 0.5, rows.ends, cut_tiles(rows, (32, 16)))
 
-        found_A, found_B = outputs()
-        factors = (down_reduced, up_reduced, up_B, 0.5, found_A, found_B)
-        found_grad, found_weights, found_reduced = gate_backward_with_factors(
-            x, grad, weights, gate, rows, term, *factors, runs
-        )
-        assert_close(found_grad[:num_rows], expected_grad[:num_rows])
-        assert_close(found_weights, expected_weights)
-        assert_close(found_reduced[:num_rows], expected_reduced[:num_rows])
-        assert_close(found_A, expected_A)
-        assert_close(found_B, expected_B)
+    found_A, found_B = outputs()
+    factors = (down_reduced, up_reduced, up_B, 0.5, found_A, found_B)
+    found_grad, found_weights, found_reduced = gate_backward_with_factors(
+        x, grad, weights, gate, rows, term, *factors, runs
+    )
+    assert_close(found_grad[:num_rows], expected_grad[:num_rows])
+    assert_close(found_weights, expected_weights)
+    assert_close(found_reduced[:num_rows], expected_reduced[:num_rows])
+    assert_close(found_A, expected_A)
+    assert_close(found_B, expected_B)
 
 
 def test_sizes_of_one_pass() -> None:
