@@ -1,10 +1,6 @@
-"""Bases and adapters on disk, merges of them, and the logits of the result in stock transformers."""
+"""Bases and adapters on disk, and merges of them."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-import textwrap
 
 import torch
 import transformers
@@ -14,24 +10,6 @@ from tiny_models import randomize_adapter, tiny_model
 
 from peft_moe_qlora import MoeQLoraConfig
 from peft_moe_qlora.merge import merge_checkpoint
-
-STOCK = """
-    import sys
-    sys.modules["peft_moe_qlora"] = None  # can't be imported
-    import torch, transformers
-    directory, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-    model = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/merged", dtype=dtype).eval()
-    with torch.no_grad():
-        torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
-"""
-
-
-def stock_logits(directory, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits of the merged model, in a process that imports transformers only."""
-    torch.save(ids, directory / "ids.pt")
-    command = [sys.executable, "-c", textwrap.dedent(STOCK), str(directory), str(dtype).removeprefix("torch.")]
-    subprocess.run(command, check=True, capture_output=True)
-    return torch.load(directory / "logits.pt")
 
 
 def base_model(model_type: str, dtype: torch.dtype = torch.float32):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from checkpoint_writers import read_tensors
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from shrunken_models import shrunken_config, shrunken_model
+from stock_peft import stock_logits
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig
@@ -45,34 +42,9 @@ def llama4():
     return transformers.Llama4ForCausalLM(shrunken_config("llama4_text")).eval()
 
 
-LOADED_BY_STOCK_PEFT = """
-    import sys
-    sys.modules["peft_moe_qlora"] = None  # can't be imported
-    import torch, transformers
-    from peft import PeftModel
-    for line in sys.stdin:
-        directory = line.strip()
-        base = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/base", dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, f"{directory}/converted").eval()
-        with torch.no_grad():
-            torch.save(model(input_ids=torch.load(f"{directory}/ids.pt")).logits, f"{directory}/logits.pt")
-        print("saved", flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def stock_peft_logits() -> Iterator[Callable[[Path], torch.Tensor]]:
-    """Function from a directory to its converted adapter's logits; one process without this package serves all."""
-    command = [sys.executable, "-c", textwrap.dedent(LOADED_BY_STOCK_PEFT)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def logits_of(directory: Path) -> torch.Tensor:
-            torch.save(token_ids(), directory / "ids.pt")
-            print(directory, file=process.stdin, flush=True)
-            assert process.stdout.readline() == "saved\n"
-            return torch.load(directory / "logits.pt")
-
-        yield logits_of
+def assert_stock_peft_gives(live: torch.Tensor, directory: Path) -> None:
+    found = stock_logits(directory / "base", token_ids(), directory / "converted")
+    torch.testing.assert_close(found, live, rtol=0, atol=1e-5 * live.abs().max().item())
 
 
 OPTIONS = {
@@ -99,11 +71,11 @@ OPTIONS = {
     [("deepseek_v3", name) for name in OPTIONS]
     + [(model_type, name) for model_type in ("qwen3_moe", "mixtral", "gpt_oss") for name in ("one rank", "patterns")],
 )
-def test_stock_peft_gives_the_same_logits(model_type, options, tmp_path, stock_peft_logits):
+def test_stock_peft_gives_the_same_logits(model_type, options, tmp_path):
     live = save_adapter(tmp_path, model_type, **OPTIONS[options])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
     assert json.loads((tmp_path / "converted" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert_stock_peft_gives(live, tmp_path)
 
 
 def assert_base_is_required(directory, match: str) -> None:
@@ -118,18 +90,18 @@ def assert_base_is_required(directory, match: str) -> None:
         convert_adapter(directory / "adapter", directory / "again", "peft-lora", base=directory / "nowhere")
 
 
-def test_llama_4_layout_matches_peft(tmp_path, stock_peft_logits):
+def test_llama_4_layout_matches_peft(tmp_path):
     live = save_adapter(tmp_path, "llama4_text")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
-    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert_stock_peft_gives(live, tmp_path)
     assert_base_is_required(tmp_path, "may belong to Llama 4")
 
 
-def test_shared_experts_of_laguna_reach_stock_peft(tmp_path, stock_peft_logits):
+def test_shared_experts_of_laguna_reach_stock_peft(tmp_path):
     """PEFT renames their keys by a pattern that does not fit the model's names."""
     live = save_adapter(tmp_path, "laguna")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
-    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert_stock_peft_gives(live, tmp_path)
     found = read_adapter(tmp_path / "converted", tmp_path / "base")
     own = read_adapter(tmp_path / "adapter", tmp_path / "base").non_expert
     assert found.non_expert.keys() == own.keys()
@@ -137,11 +109,11 @@ def test_shared_experts_of_laguna_reach_stock_peft(tmp_path, stock_peft_logits):
     assert_base_is_required(tmp_path, "may belong to Laguna")
 
 
-def test_layers_that_stock_peft_rejects_are_not_adapted(tmp_path, stock_peft_logits):
+def test_layers_that_stock_peft_rejects_are_not_adapted(tmp_path):
     """PEFT rejects LoRA on NemotronH's out_proj, which a kernel bypasses; "all-linear" excludes it here too."""
     live = save_adapter(tmp_path, "nemotron_h", target_modules="all-linear")
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
-    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert_stock_peft_gives(live, tmp_path)
 
 
 @pytest.mark.parametrize("target", ["peft-lora", "per-expert"])
@@ -227,10 +199,10 @@ def test_linear_layers_have_checkpoint_names(tmp_path):
     assert names <= read_tensors(tmp_path / "base").keys()
 
 
-def test_embeddings_and_modules_trained_in_full(tmp_path, stock_peft_logits):
+def test_embeddings_and_modules_trained_in_full(tmp_path):
     live = save_adapter(tmp_path, target_modules=["experts", "embed_tokens"], modules_to_save=["norm"])
     convert_adapter(tmp_path / "adapter", tmp_path / "converted", "peft-lora")
-    torch.testing.assert_close(stock_peft_logits(tmp_path), live, rtol=0, atol=1e-5 * live.abs().max().item())
+    assert_stock_peft_gives(live, tmp_path)
     with pytest.raises(ValueError, match="readers of this layout do not support"):
         convert_adapter(tmp_path / "adapter", tmp_path / "again", "per-expert")
 

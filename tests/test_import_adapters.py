@@ -70,7 +70,7 @@ def of_stock_peft(request, tmp_path_factory):
         save_base(directory / "base", model_type, **sizes)
         jobs.append(job(directory, options))
         found[name] = directory
-    run_stock_peft(jobs, root, request.param)
+    run_stock_peft(jobs, request.param)
     for directory in found.values():
         assert torch.load(directory / "logits.pt")[0] == request.param
         assert json.loads((directory / "adapter/adapter_config.json").read_text())["peft_version"] == request.param
@@ -91,7 +91,7 @@ def stock(directory: Path, **options) -> Path:
     """An adapter of the installed PEFT with its logits."""
     directory.mkdir(exist_ok=True)
     save_base(directory / "base", "qwen3_moe")
-    run_stock_peft([job(directory, {**PLAIN, **options})], directory)
+    run_stock_peft([job(directory, {**PLAIN, **options})])
     return directory
 
 
@@ -212,7 +212,7 @@ def test_per_expert_factors_match_stock_peft(model_type, old, tmp_path):
     save_base(tmp_path / "base", model_type)
     experts, linear = random_factors(num_experts=4 if old else 8)
     write_per_expert(tmp_path / "adapter", tmp_path / "base", experts, linear, old)
-    run_stock_peft([{**job(tmp_path), "resaved": str(tmp_path / "resaved")}], tmp_path)
+    run_stock_peft([{**job(tmp_path), "resaved": str(tmp_path / "resaved")}])
     expected = torch.load(tmp_path / "logits.pt")[1]
     assert_same_logits(logits_here(tmp_path), expected)
     found = read_adapter(tmp_path / "adapter")

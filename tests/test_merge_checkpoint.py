@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 from checkpoint_writers import read_tensors, write_tensors
-from merged_checkpoints import base_model, merge, save_adapter, stock_logits
+from merged_checkpoints import base_model, merge, save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shrunken_models import MODEL_TYPES, shrunken_model_or_skip
+from stock_peft import stock_logits
 from tiny_models import logits, randomize_adapter, tiny_model, token_ids
 
 from peft_moe_qlora import MoeQLoraConfig, MoeQuantizationConfig, load_quantized
@@ -46,7 +47,7 @@ def test_stock_transformers_matches_the_unmerged_adapter(model_type, tmp_path):
     with model.disable_adapter():
         assert kl_divergence(live, logits(model, ids)) >= 0.5
     report = merge(tmp_path)
-    assert kl_divergence(live, stock_logits(tmp_path, ids, torch.float32)) <= 1e-8
+    assert kl_divergence(live, stock_logits(tmp_path / "merged", ids)) <= 1e-8
     before, after = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "merged")
     assert after.keys() == before.keys()
     assert expert_keys(after)
@@ -72,9 +73,9 @@ def test_trained_adapter(trained, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         out = tmp_path / str(dtype) / "merged"
         merge_checkpoint(directory / "base", directory / "adapter", out, dtype=dtype, progressbar=False)
-    assert abs(kl_divergence(exact, stock_logits(tmp_path / "torch.float32", ids, torch.float32))) <= 1e-8
-    assert kl_divergence(exact, stock_logits(tmp_path / "torch.bfloat16", ids, torch.float32)) <= 1e-4
-    of_bf16 = kl_divergence(rounded, stock_logits(tmp_path / "torch.bfloat16", ids, torch.bfloat16))
+    assert abs(kl_divergence(exact, stock_logits(tmp_path / "torch.float32" / "merged", ids))) <= 1e-8
+    assert kl_divergence(exact, stock_logits(tmp_path / "torch.bfloat16" / "merged", ids)) <= 1e-4
+    of_bf16 = kl_divergence(rounded, stock_logits(tmp_path / "torch.bfloat16" / "merged", ids, dtype=torch.bfloat16))
     assert of_bf16 <= 2 * kl_divergence(exact, rounded)
 
 
@@ -113,7 +114,7 @@ def test_linear_layers_are_merged_as_trained(onto, double_quant, tmp_path):
     # in evaluation mode on a CPU, bitsandbytes computes linear layers in bf16
     live = logits(model.train(), token_ids())
     report = merge(tmp_path, onto=onto)
-    difference = kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32))
+    difference = kl_divergence(live, stock_logits(tmp_path / "merged", token_ids()))
     assert difference <= 1e-8 if onto == "quantized" else difference > 1e-5
     assert {row.name for row in report.others} >= {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"}
     if onto == "base":
@@ -147,7 +148,7 @@ def test_other_contents_of_an_adapter(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     live = logits(model, token_ids())
     report = merge(tmp_path)
-    assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
+    assert kl_divergence(live, stock_logits(tmp_path / "merged", token_ids())) <= 1e-8
     changed = {row.name for row in report.others}
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.router.weight"} <= changed
     assert "model.layers.0.mlp.experts.gate_up_proj_bias" in changed
@@ -390,7 +391,7 @@ def test_adapter_of_another_tool(tmp_path):
     live = logits(model, token_ids())
     model.save_pretrained(tmp_path / "adapter")
     report = merge(tmp_path)
-    assert kl_divergence(live, stock_logits(tmp_path, token_ids(), torch.float32)) <= 1e-8
+    assert kl_divergence(live, stock_logits(tmp_path / "merged", token_ids())) <= 1e-8
     assert "does not record the storage of its base" in report.notes[0]
     assert report.notes[0] in str(report)
     with pytest.raises(ValueError, match="Convert it first"):
