@@ -269,6 +269,7 @@ def main(dtype: torch.dtype) -> None:
         shape = constants.get("SHAPE")
         found = constants.get("CODEC") if shape is None else shape.codec
         way = (name, types if found is None else found.name, constants.get("RANKS", 0) > 128)
+        way += (constants.get("KIND"), constants.get("INTERLEAVED"))  # of gates
         if shape is not None and shape.heights[0] > 32:
             way += (shape.along_columns, shape.heights[0], shape.stages)
         print(name, signature, file=sys.stderr, flush=True)  # if the compiler crashes, the last one caused it

@@ -121,6 +121,19 @@ def test_losses_and_gradients_match_plain_layers(model_type):
     assert_same(step(model, token_ids()), expected)
 
 
+def test_router_logits_after_a_step_without():
+    """transformers records them by hooks, which it adds when they are first asked for; also in another model."""
+    backend = Backend("aot_eager")
+    for first in (False, True):
+        model = adapted()
+        asked = [first, not first, first]
+        expected = [step(model, token_ids(), output_router_logits=asks) for asks in asked]
+        model = adapted()
+        compile_layers(model, backend)
+        for one, asks in zip(expected, asked):
+            assert_same(step(model, token_ids(), output_router_logits=asks), one)
+
+
 def test_fused_experts_are_one_operator(fused):
     model, ids = adapted().to(DEVICE), token_ids(DEVICE, length=5)
     expected = step(model, ids)

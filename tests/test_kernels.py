@@ -264,16 +264,18 @@ def test_workspace_for_part_of_an_expert_gives_the_same_results(
     assert max(sizes[1:]) <= bound, "the first is the result"
 
 
+@pytest.mark.parametrize("heights", [(32, 16), (48, 32, 16)], ids=str)  # also tiles of two parts
 @pytest.mark.parametrize("rank", [1, 16, 37])
-def test_products_with_lora_factors(rank: int) -> None:
+def test_products_with_lora_factors(rank: int, heights: tuple[int, ...]) -> None:
     num_experts, features = 5, 150
-    ids = random_ids(60, 2, num_experts)
+    ids = random_ids(80, 2, num_experts)
     rows = sort_pairs(ids, num_experts)
-    tokens = torch.randn(60, features, device=DEVICE)
-    weights = torch.rand(60, 2, device=DEVICE)
+    assert any(32 < count <= 48 for count in rows.ends.diff())
+    tokens = torch.randn(80, features, device=DEVICE)
+    weights = torch.rand(80, 2, device=DEVICE)
     A = torch.randn(num_experts, rank, features, device=DEVICE)
     gathered = Rows(tokens, rows.pair_of_row, 2)
-    reduced = reduce_rows(gathered, A.transpose(1, 2), 0.5, rows.ends, cut_tiles(rows, (32, 16)))
+    reduced = reduce_rows(gathered, A.transpose(1, 2), 0.5, rows.ends, cut_tiles(rows, heights))
     num_rows = rows.ends[-1]
     pair = rows.pair_of_row[:num_rows].long()
     expert, x = ids.flatten()[pair], tokens[pair // 2]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from calling_backend import CallingBackend
 from peft import get_peft_model, get_peft_model_state_dict
+from shrunken_models import shrunken_model_or_skip
 from tiny_models import randomize_adapter, tiny_model, token_ids
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -364,6 +365,83 @@ def test_enabling_checkpointing_again_has_no_effect(device, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("change", ["gradient_checkpointing_enable", "gradient_checkpointing_disable"])
+def test_kept_experts_do_not_depend_on_the_trainer(device, change, monkeypatch):
+    """Trainer enables checkpointing with its own arguments; TRL disables it around passes of the reference."""
+    calls = []
+    keep_experts = layer_runner.keep_experts
+    monkeypatch.setattr(layer_runner, "keep_experts", lambda: calls.append(1) or keep_experts())
+    model = trained_model(device, use_gradient_checkpointing="keep-experts")
+    getattr(model, change)()
+    model(**batch(device, 12)).loss.backward()
+    assert len(calls) == 2, "one for each layer"
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("options", [{"cuda_graphs": True}, {"use_gradient_checkpointing": "keep-experts"}], ids=str)
+def test_layers_that_read_the_cache_of_others_get_it(options):
+    """The decoder of DiffusionGemma reads the keys and values of its encoder."""
+    ids = token_ids(length=8)
+    results = []
+    for prepares in (False, True):
+        model = shrunken_model_or_skip("diffusion_gemma", dtype=torch.float32)
+        if prepares:
+            prepare_model_for_training(model, **options)
+        model = get_peft_model(model, MoeQLoraConfig(r=4))
+        randomize_adapter(model)
+        model.train()
+        for _ in range(3):
+            model.zero_grad()
+            out = model(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+            out.square().mean().backward()
+        results.append([out.detach(), *[parameter.grad for parameter in model.parameters()]])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_direct_calls_of_the_stack_of_layers(device):
+    """As in trainers with their own heads: the layers are checkpointed once, and router logits are recorded."""
+    grads = []
+    for is_captured in (False, True):
+        model = trained_model(device, cuda_graphs=is_captured)
+        model.gradient_checkpointing_enable()
+        for asks in (False, True, False, False):
+            model.zero_grad()
+            out = model.get_base_model().model(batch(device, 12)["input_ids"], output_router_logits=asks)
+            assert (getattr(out, "router_logits", None) is not None) is asks
+            loss = out.last_hidden_state.square().mean()
+            (loss + sum(one.square().mean() for one in out.router_logits) if asks else loss).backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    assert "without a graph, 2 times: output_router_logits=True records" in graphs_report(model)
+    assert "2 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("keep", POLICIES)
+def test_whole_model_compiled(device, keep):
+    """Its layers are traced as any other function, without graphs."""
+    expected = train(trained_model(device, use_gradient_checkpointing=keep), [batch(device, 12)] * 3)
+    model = trained_model(device, use_gradient_checkpointing=keep, cuda_graphs=True)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(train(compiled, [batch(device, 12)] * 3), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_prepared_model_is_pickled(device):
+    model = trained_model(device, use_gradient_checkpointing=False, cuda_graphs=True)
+    expected = train(model, [batch(device, 12)] * 2)
+    twin = pickle.loads(pickle.dumps(trained_model(device, use_gradient_checkpointing=False, cuda_graphs=True)))
+    torch.testing.assert_close(train(twin, [batch(device, 12)] * 2), expected, rtol=0, atol=0)
+
+
+def test_checkpointing_is_switched_off():
+    model = tiny_model()
+    prepare_model_for_training(model)
+    prepare_model_for_training(model, use_gradient_checkpointing=False)
+    assert not model.is_gradient_checkpointing
+
+
 @pytest.mark.usefixtures("graphs_by_calls")
 def test_copies_have_their_own_captures(device):
     model = trained_model(device, cuda_graphs=True)
@@ -393,12 +471,28 @@ def test_cuda_graphs_need_a_gpu(monkeypatch):
 def test_invalid_options_are_rejected():
     with pytest.raises(ValueError, match="use_gradient_checkpointing='experts' is not valid"):
         trained_model("cpu", use_gradient_checkpointing="experts")
-    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs apply to torch's"):
-        trained_model("cpu", gradient_checkpointing_kwargs={}, cuda_graphs=True)
+    for options in ({"cuda_graphs": True}, {"use_gradient_checkpointing": "keep-experts"}):
+        with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs=.* apply to torch's"):
+            trained_model("cpu", gradient_checkpointing_kwargs={}, **options)
+    with pytest.raises(ValueError, match=r"contain \['selective'\].*keep-experts"):
+        trained_model("cpu", gradient_checkpointing_kwargs={"selective": True})
     model = tiny_model()
     prepare_model_for_training(model, cuda_graphs=True)
-    with pytest.raises(ValueError, match="are already prepared"):
-        prepare_model_for_training(model, compile_layers=True)
+    for options in ({}, {"compile_layers": True}, {"use_gradient_checkpointing": "keep-experts"}):
+        with pytest.raises(ValueError, match="are already prepared"):
+            prepare_model_for_training(model, **options)
+
+
+def test_rejected_models_are_unchanged():
+    for model in ("Qwen/Qwen3-30B-A3B", nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=f"Found a {type(model).__name__}. Expected a transformers model"):
+            prepare_model_for_training(model)
+    model = tiny_model()
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="has no GradientCheckpointingLayer"):
+        prepare_model_for_training(model, cuda_graphs=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.is_gradient_checkpointing
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

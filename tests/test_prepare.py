@@ -148,7 +148,8 @@ def test_casting_and_moving_after_quantizing(device):
     assert logits(model, token_ids(device)).dtype == torch.bfloat16
 
 
-def test_only_trainable_parameters_are_cast_to_fp32():
+def test_only_trainable_factors_are_cast_to_fp32():
+    """A head trained in full keeps its dtype, since it does not cast its inputs."""
     config = MoeQLoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
     model = get_peft_model(tiny_model(dtype=torch.bfloat16), config)
     randomize_adapter(model)
@@ -160,14 +161,27 @@ def test_only_trainable_parameters_are_cast_to_fp32():
     assert any("lm_head.modules_to_save" in name for name in trained)
     cast_trainable_to_fp32(model)
     for name, parameter in model.named_parameters():
-        expected = before[name].float() if name in trained else before[name]
+        expected = before[name].float() if name in trained and "lora_" in name else before[name]
         assert parameter.dtype == expected.dtype
         assert torch.equal(parameter, expected)
+    assert torch.isfinite(logits(model, token_ids())).all()
+    assert torch.isfinite(logits(model.merge_and_unload(), token_ids())).all()
 
 
-def test_sharded_parameters_are_not_cast():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).bfloat16()
-    model[1].weight.ds_status = SimpleNamespace(name="NOT_AVAILABLE")  # as DeepSpeed marks them
-    with pytest.raises(ValueError, match=r"1\.weight is sharded over processes by ZeRO-3.* before train\(\)"):
+@pytest.mark.parametrize(
+    ("is_sharded", "message"),
+    [
+        (True, r"is sharded over processes by ZeRO-3.* before train\(\)"),
+        (False, r"has a gradient .* before train\(\)"),
+    ],
+)
+def test_factors_that_are_not_cast(is_sharded, message):
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), MoeQLoraConfig(r=2), autocast_adapter_dtype=False)
+    factor = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if is_sharded:
+        factor.ds_status = SimpleNamespace(name="NOT_AVAILABLE")  # as DeepSpeed marks them
+    else:
+        factor.grad = torch.zeros_like(factor)
+    with pytest.raises(ValueError, match=message):
         cast_trainable_to_fp32(model)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}

@@ -205,6 +205,22 @@ def test_low_rank_term_and_bias(rank: int, for_input_gradient: bool, dtype: torc
     assert error <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize("rank", [4, 64])
+@pytest.mark.parametrize(
+    ("heights", "counts"), [((48, 32, 16), (33, 48, 49, 81)), ((160, 128, 32), (161, 140, 288))], ids=str
+)
+def test_low_rank_term_and_bias_of_a_second_part(
+    heights: tuple[int, ...], counts: tuple[int, ...], rank: int, for_input_gradient: bool
+) -> None:
+    """A tile whose height is no power of two is multiplied in two parts."""
+    dtype = DTYPES[for_input_gradient]
+    error = product_error(
+        NF4, dtype, (200, 64), for_input_gradient, heights=heights, counts=counts, rank=rank, has_bias=True
+    )
+    assert error <= LIMITS[dtype]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("offset", "rank"), [(1, 16), (0, 3), (0, 255), (1, 256)])
 @pytest.mark.parametrize("heights", [(256, 128, 32), (160, 128, 32)], ids=str)
@@ -214,10 +230,13 @@ def test_operands_of_the_other_kernel(offset: int, rank: int, heights: tuple[int
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.gpu), 4])
-def test_layer_and_all_gradients(rank: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heights", [(32,), (48, 32, 16)], ids=str)
+def test_layer_and_all_gradients(
+    heights: tuple[int, ...], rank: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In fp16, since Triton's interpreter does not compute in bf16. An odd rank takes the other kernel."""
     forget_recordings()  # tests change tiles, which recordings do not check
-    monkeypatch.setattr(fused_steps, "choose_tiles", lambda *_: specialized_tiles((32,), 2))
+    monkeypatch.setattr(fused_steps, "choose_tiles", lambda *_: specialized_tiles(heights, 2))
     shapes = ((128, 64), (64, 64))
     up, down = (
         random_stack((3, *(shape[::-1] if transposed else shape)), transposed, storage)

@@ -154,6 +154,7 @@ def test_nearest_shape_is_chosen() -> None:
         ({"tiles": {**entry(32)["tiles"], "heights": [96, 32], "specialized": True}}, "powers of two"),
         ({"tiles": {**entry(32)["tiles"], "heights": [112, 64], "specialized": True}}, "powers of two"),
         ({"tiles": {**entry(32)["tiles"], "heights": [72, 64], "specialized": True}}, "powers of two"),
+        ({"tiles": {**entry(32)["tiles"], "heights": [512, 256], "specialized": True}}, "more than 256 rows"),
         ({"tiles": {**entry(32)["tiles"], "num_warps": 3}}, "num_warps=3"),
         ({"tiles": {**entry(32)["tiles"], "weight_left": 1}}, "weight_left=1"),
         ({"tiles": {"heights": [16]}}, "TypeError"),

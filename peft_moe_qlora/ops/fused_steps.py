@@ -33,13 +33,13 @@ from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
 
 
-def _tuned(weight: PackedWeight, for_input_gradient: bool, num_pairs: int, dtype: torch.dtype) -> GemmTiles:
+def _tuned(weight: PackedWeight, for_input_gradient: bool, rank: int, num_pairs: int, dtype: torch.dtype) -> GemmTiles:
     along_columns = weight.contracts_columns(for_input_gradient)
     rows_per_expert = num_pairs / weight.num_experts
     codes = weight.storage.kernel_codes if weight.tile_block is not None else None
     n, k = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     device = weight.tensors[0].device
-    may_specialize = supports_specialized(device, dtype, codes, n, k)
+    may_specialize = supports_specialized(device, dtype, codes, n, k, rank)
     return choose_tiles(device, dtype, codes, along_columns, rows_per_expert, n, k, may_specialize)
 
 
@@ -58,8 +58,9 @@ class Planner:
         self.dtype = dtype
         self.cut = {tiles.heights: tiles for tiles in cut}
 
-    def plan(self, weight: PackedWeight, for_input_gradient: bool) -> Plan:
-        tuned = _tuned(weight, for_input_gradient, self.rows.pair_of_row.shape[0], self.dtype)
+    def plan(self, weight: PackedWeight, for_input_gradient: bool, rank: int) -> Plan:
+        """Tiles of a product with a low-rank term of a rank, or without one, of rank 0."""
+        tuned = _tuned(weight, for_input_gradient, rank, self.rows.pair_of_row.shape[0], self.dtype)
         if tuned.heights not in self.cut:
             self.cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
         return Plan(tuned, self.cut[tuned.heights])
@@ -82,7 +83,7 @@ def _product(
     low_rank: LowRankTerm | None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    plan = planner.plan(weight, for_input_gradient)
+    plan = planner.plan(weight, for_input_gradient, 0 if low_rank is None else low_rank.reduced.shape[1])
     return grouped_gemm(
         rows, weight, for_input_gradient, planner.rows.ends, plan.tiles, plan.tuned, low_rank=low_rank, bias=bias
     )
@@ -153,7 +154,7 @@ def experts_forward(
     """
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
-    heights = _tuned(up, False, top_k_index.numel(), hidden_states.dtype).heights
+    heights = _tuned(up, False, _rank(up_factors), top_k_index.numel(), hidden_states.dtype).heights
     rows, tiles = route(top_k_index, up.num_experts, heights)
     planner = Planner(rows, hidden_states.dtype, [tiles])
     tokens = Rows(hidden_states, rows.pair_of_row, top_k)
@@ -161,7 +162,7 @@ def experts_forward(
     term = None
     if up_factors is not None:
         A, B, scaling = up_factors
-        lora_x = reduce_rows(tokens, A.transpose(1, 2), scaling, rows.ends, planner.plan(up, False).tiles)
+        lora_x = reduce_rows(tokens, A.transpose(1, 2), scaling, rows.ends, planner.plan(up, False, A.shape[1]).tiles)
         term = LowRankTerm(lora_x, B)
     gate_input = _product(planner, tokens, up, False, term, up_bias)
 
@@ -169,7 +170,9 @@ def experts_forward(
     down_term = None
     if down_factors is not None:
         A, B, scaling = down_factors
-        lora_x = reduce_rows(Rows(gated), A.transpose(1, 2), scaling, rows.ends, planner.plan(down, False).tiles)
+        lora_x = reduce_rows(
+            Rows(gated), A.transpose(1, 2), scaling, rows.ends, planner.plan(down, False, A.shape[1]).tiles
+        )
         down_term = LowRankTerm(lora_x, B)
     if not needs_output:
         return _like(hidden_states), Saved(gate_input, _reduced(term), _reduced(down_term), planner)
@@ -219,6 +222,10 @@ def experts_forward_gemv(
         A, B, scaling = down_factors
         lora_x = reduce_pairs(gated, top_k_index, A, scaling, 1)
     return combined_pairs(gated, top_k_index, top_k_weights, down, lora_x, B, down_bias)
+
+
+def _rank(factors: Factors | None) -> int:
+    return 0 if factors is None else factors.A.shape[1]
 
 
 def _reduced(term: LowRankTerm | None) -> torch.Tensor | None:
@@ -309,7 +316,7 @@ def _through_gate(
             runs=planner.runs(*down_A.shape[:0:-1]),
         )
     if up_factors is not None:
-        tiles = planner.plan(up, True).tiles
+        tiles = planner.plan(up, True, _rank(up_factors)).tiles
         up_reduced = reduce_rows(Rows(grad), up_factors.B, up_factors.scaling, rows.ends, tiles)
     if needs_up:
         up_B = _like(up_factors.B)
@@ -340,12 +347,14 @@ def experts_backward(
     term = None
     if down_factors is not None:
         A, B, scaling = down_factors
-        reduced = reduce_rows(grad_tokens, B, scaling, rows.ends, planner.plan(down, True).tiles)
+        reduced = reduce_rows(grad_tokens, B, scaling, rows.ends, planner.plan(down, True, _rank(down_factors)).tiles)
         term = LowRankTerm(reduced, A.transpose(1, 2))
     grad_gated = _product(planner, grad_tokens, down, True, term)
     bias_term = None
     if down_bias is not None:
-        bias_term = reduce_rows(grad_tokens, down_bias[:, :, None], 1.0, rows.ends, planner.plan(down, True).tiles)
+        bias_term = reduce_rows(
+            grad_tokens, down_bias[:, :, None], 1.0, rows.ends, planner.plan(down, True, _rank(down_factors)).tiles
+        )
     grad_gate_input, grad_weights, up_reduced, down_A, up_B = _through_gate(
         saved,
         grad_gated,

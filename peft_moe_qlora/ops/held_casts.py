@@ -21,6 +21,9 @@ class HeldCasts:
     def __init__(self) -> None:
         self._copies = WeakTensorKeyDictionary()
 
+    def __reduce__(self) -> tuple:
+        return type(self), ()  # copies have none, since they belong to the parameters of one model
+
     @contextmanager
     def active(self) -> Iterator[None]:
         token = _ACTIVE.set(self)

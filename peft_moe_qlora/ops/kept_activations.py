@@ -44,9 +44,8 @@ class _Run(AbstractContextManager):
 def keep_experts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Returns the `context_fn` pair of selective checkpointing that saves the activations of experts.
 
-    Pass it as `context_fn` of `torch.utils.checkpoint.checkpoint`, or in TrainingArguments as
-    `gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": keep_experts}`. Only the fused kernels save
-    activations; other paths are recomputed.
+    Pass it as `context_fn` of `torch.utils.checkpoint.checkpoint`; `prepare_model_for_training` does it for all layers
+    of a model. Only the fused kernels save activations; other paths are recomputed.
     """
     region = _Region()
     return _Run(region, is_recomputation=False), _Run(region, is_recomputation=True)

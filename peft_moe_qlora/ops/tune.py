@@ -327,7 +327,7 @@ def measure_layer(
         kind = kind_of(storage, product)
         if kind == "dense":
             return [tiles for tiles in candidates(number, thorough) if not tiles.decode_first]
-        return candidates(number, thorough, supports_specialized(device, dtype, kind, product.n, product.k))
+        return candidates(number, thorough, supports_specialized(device, dtype, kind, product.n, product.k, rank))
 
     if workers:
         # sorted by product, so that a process creates the inputs of a product once

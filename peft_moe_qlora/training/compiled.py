@@ -26,8 +26,8 @@ class compiled_forward:
 
     The first call compiles it for one sequence length; the first call with another length compiles it for all lengths.
     All layers with the same class and structure share the compiled code, in all models. There are separate variants
-    with and without gradients, in training and evaluation, for another dtype under autocast, and for other active
-    adapters.
+    with and without gradients, in training and evaluation, for another dtype under autocast, for other active
+    adapters, and with forward hooks.
 
     A call with a KV cache is not compiled, since caches differ by layer and by step. A call inside of another
     compilation is not compiled separately, for example when transformers compiles decoding with a static cache.
@@ -50,7 +50,9 @@ class compiled_forward:
         if not torch.is_grad_enabled():
             hidden_states = hidden_states.detach()  # `requires_grad` would cause an unnecessary recompilation
         has_mask = kwargs.get("attention_mask") is not None
-        way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask)
+        # torch does not check whether hooks, with which transformers records router logits, were added since
+        has_hooks = any(module._forward_hooks for module in self.layer.modules())
+        way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask, has_hooks)
         return _compiled(self._plain, self._structure, self._backend, way)(self.layer, hidden_states, *args, **kwargs)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops import keep_experts
@@ -63,9 +63,9 @@ class LayerRunner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.layer.training and torch.is_grad_enabled()):
             return self.plain_function(*args, **kwargs)
-        # recomputation would write to the cache again
-        kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-        if self.graphs is None:
+        if not self.layer._can_checkpoint_with_cache:  # recomputation would write to the cache again
+            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        if self.graphs is None or torch.compiler.is_compiling():
             return self.without_graphs(*args, **kwargs)
         return self.graphs.run(self.layer, self.function, self.without_graphs, args, kwargs)
 
@@ -84,8 +84,9 @@ class LayerRunner:
         """Runs the layer with checkpointing as set."""
         if self.settings.keep == "everything":
             return self.function(*args, **kwargs)
-        context_fn = keep_experts if self.settings.keep == "experts" else noop_context_fn
-        return checkpoint(self.function, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+        # in a compiled model, checkpointing does not support any context_fn
+        options = {"context_fn": keep_experts} if self.settings.keep == "experts" else {}
+        return checkpoint(self.function, *args, use_reentrant=False, **options, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -96,14 +97,16 @@ class LayerRunner:
         return {**self.__dict__, "_function": None}
 
 
-class _BeforeForward:
-    """A forward pre-hook of the model that reads arguments which its layers do not get."""
+class _ForwardHooks:
+    """Hooks around the forward of a model or of its stack of layers, which read arguments that layers do not get."""
 
     def __init__(self, layers: Sequence[nn.Module], graphs: LayerGraphs | None) -> None:
         self.layers = layers
         self.graphs = graphs
+        self.outer: list[str | None] = []
+        """Reasons of the forwards that this one is part of."""
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self.layers:
             if layer.gradient_checkpointing:
                 # with gradient_checkpointing=True, Trainer would checkpoint these layers twice
@@ -111,7 +114,11 @@ class _BeforeForward:
         if self.graphs is not None:
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
-            self.graphs.is_paused = why_recorded or why_sequences_are_split(model.config)
+            self.outer.append(self.graphs.is_paused)
+            self.graphs.is_paused = self.graphs.is_paused or why_recorded or why_sequences_are_split(model.config)
+
+    def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self.graphs.is_paused = self.outer.pop()
 
 
 def _is_asked(model: nn.Module, name: str, kwargs: dict[str, Any]) -> bool:
@@ -124,33 +131,44 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
-def run_layers(model: nn.Module, settings: RunSettings) -> None:
-    """Applies the settings to all decoder layers of a transformers model.
-
-    Args:
-        model: the model, with or without adapters.
-        settings: the settings.
+def check_layers(model: nn.Module, settings: RunSettings | None) -> None:
+    """Checks that `run_layers` can apply the settings; None if it is not to be called.
 
     Raises:
-        ValueError: the model has no `GradientCheckpointingLayer`, or its layers are already prepared.
+        ValueError: the layers of the model are already prepared, or it has no `GradientCheckpointingLayer`.
     """
     layers = list(decoder_layers(model))
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no GradientCheckpointingLayer, so its decoder layers cannot be compiled, "
-            "captured or checkpointed. Remove compile_layers and cuda_graphs."
-        )
     if any(isinstance(layer.__dict__.get("forward"), LayerRunner) for layer in layers):
         raise ValueError(
             f"The layers of {type(model).__name__} are already prepared. Call prepare_model_for_training once."
         )
+    if not layers and settings is not None:
+        raise ValueError(
+            f"{type(model).__name__} has no GradientCheckpointingLayer, so its decoder layers cannot be compiled, "
+            "captured or checkpointed except for their experts. Remove compile_layers and cuda_graphs, and set "
+            "use_gradient_checkpointing to True or False."
+        )
+
+
+def run_layers(model: nn.Module, settings: RunSettings) -> None:
+    """Applies the settings to all decoder layers of a transformers model for which `check_layers` passes.
+
+    Args:
+        model: the model, with or without adapters.
+        settings: the settings.
+    """
+    layers = list(decoder_layers(model))
     graphs = LayerGraphs(settings.keep, GRAPHS_BACKEND) if settings.cuda_graphs else None
     for layer in layers:
         layer.forward = LayerRunner(layer, settings, graphs)
     if graphs is not None:
         decoder = model.get_decoder()
         decoder.forward = DecodeRunner(decoder, GRAPHS_BACKEND)
-    model.register_forward_pre_hook(_BeforeForward(layers, graphs), with_kwargs=True)
+    hooks = _ForwardHooks(layers, graphs)
+    for module in {model, model.get_decoder()}:  # some trainers call the stack of layers directly
+        module.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        if graphs is not None:
+            module.register_forward_hook(hooks.after, always_call=True)
 
 
 def graphs_of(model: nn.Module) -> list[LayerGraphs | DecodeRunner]:

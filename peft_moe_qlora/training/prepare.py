@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ..loading import store_experts
-from ..ops import keep_experts
 from ..quantization import format_of
 from ..report import ExpertsReport, experts_report
-from .layer_runner import RunSettings, run_layers
+from .layer_runner import RunSettings, check_layers, run_layers
 
 
 def quantize_experts(
@@ -59,15 +62,15 @@ def prepare_model_for_training(
     Unlike `peft.prepare_model_for_kbit_training`, it does not cast parameters. PEFT's function casts all unquantized
     16-bit parameters to fp32, including experts.
 
-    With `compile_layers` or `cuda_graphs`, this package checkpoints the layers, and `gradient_checkpointing=True` in
-    TrainingArguments has no effect.
+    With `"keep-experts"`, `compile_layers` or `cuda_graphs`, this package checkpoints the layers, and
+    `gradient_checkpointing` in TrainingArguments has no effect.
 
     Args:
         model: a transformers model with quantized or unquantized experts.
         use_gradient_checkpointing: True recomputes each decoder layer in the backward. `"keep-experts"` recomputes all
             of a layer except its experts, whose products take most of the time; the fused kernels save `(T * K, 2I)`
             activations per layer for that. False saves all activations.
-        gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`. Default:
+        gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; default:
             `{"use_reentrant": False}`.
         compile_layers: compile each decoder layer with `torch.compile`, for training.
         cuda_graphs: capture forward and backward of each decoder layer in CUDA graphs, for training. An input shape is
@@ -78,36 +81,60 @@ def prepare_model_for_training(
         The model, changed in place.
 
     Raises:
-        ValueError: the model already has an adapter, which would be frozen too; its layers are already prepared; or
-            `gradient_checkpointing_kwargs` are given for layers that this package checkpoints.
+        TypeError: the model is not a transformers model.
+        ValueError: the model already has an adapter, which would be frozen too; its layers are already prepared or
+            cannot be; or `gradient_checkpointing_kwargs` are unknown, or given for layers that this package
+            checkpoints. The model is unchanged.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model already has an adapter, which would be frozen too. Call prepare_model_for_training before "
-            "get_peft_model."
-        )
+    _check_model(model)
     if use_gradient_checkpointing not in (True, False, "keep-experts"):
         raise ValueError(
             f"use_gradient_checkpointing={use_gradient_checkpointing!r} is not valid. Expected True, False or "
             '"keep-experts".'
         )
-    is_run = compile_layers or cuda_graphs
-    if is_run and gradient_checkpointing_kwargs is not None:
-        raise ValueError(
-            "gradient_checkpointing_kwargs apply to torch's checkpointing, which compile_layers and cuda_graphs "
-            'replace. Remove them, or set use_gradient_checkpointing="keep-experts".'
-        )
+    settings = None
+    if compile_layers or cuda_graphs or use_gradient_checkpointing == "keep-experts":
+        keep = {True: "nothing", False: "everything"}.get(use_gradient_checkpointing, "experts")
+        settings = RunSettings(keep, compile_layers, cuda_graphs)
+    check_layers(model, settings)
+    if gradient_checkpointing_kwargs is not None:
+        _check_checkpointing(gradient_checkpointing_kwargs, settings)
     model.requires_grad_(False)
+    # the name in newer versions of transformers, or the older name
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        if use_gradient_checkpointing == "keep-experts":
-            kwargs = {**kwargs, "context_fn": keep_experts}
-        # the name in newer versions of transformers, or the older name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(kwargs)
+        getattr(model, f"{prefix}_checkpointing_enable")(kwargs)
         # reentrant checkpointing computes gradients only if its input requires them
         model.enable_input_require_grads()
-    if is_run:
-        keep = {True: "nothing", False: "everything"}.get(use_gradient_checkpointing, "experts")
-        run_layers(model, RunSettings(keep, compile_layers, cuda_graphs))
+    elif model.is_gradient_checkpointing:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+    if settings is not None:
+        run_layers(model, settings)
     return model
+
+
+def _check_model(model: nn.Module) -> None:
+    is_adapted = isinstance(model, nn.Module) and any(isinstance(one, BaseTunerLayer) for one in model.modules())
+    if is_adapted or isinstance(model, PeftModel):
+        raise ValueError(
+            "The model already has an adapter, which would be frozen too. Call prepare_model_for_training before "
+            "get_peft_model."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Found a {type(model).__name__}. Expected a transformers model, loaded by from_pretrained.")
+
+
+def _check_checkpointing(kwargs: dict[str, Any], settings: RunSettings | None) -> None:
+    if settings is not None:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs={kwargs} apply to torch's checkpointing of whole layers, which "
+            'use_gradient_checkpointing="keep-experts", compile_layers and cuda_graphs replace. Remove them.'
+        )
+    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs contain {unknown}, which torch.utils.checkpoint.checkpoint does not have; "
+            f'it has {sorted(known)}. To save some activations, set use_gradient_checkpointing="keep-experts".'
+        )

@@ -381,7 +381,7 @@ def _stages_that_fit(shape: GemmShape) -> int:
     """
     other = shape.shared_bytes - shape.stages * shape.stage_bytes
     stages = shape.stages
-    while other + stages * shape.stage_bytes > MOST_SHARED_BYTES:
+    while stages > 1 and other + stages * shape.stage_bytes > MOST_SHARED_BYTES:
         stages //= 2
     least = LEAST_RING_BYTES // shape.stage_bytes + 1 if shape.codec.has_byte_pairs else 2
     return max(stages, next_power_of_2(least))

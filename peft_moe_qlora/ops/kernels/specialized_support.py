@@ -16,7 +16,9 @@ FIRST_UNKNOWN_TRITON = (3, 10)
 """The kernel was compiled with earlier versions; the interface of Gluon, in which it is written, is experimental."""
 
 
-def supports_specialized(device: torch.device, dtype: torch.dtype, codes: str | None, n: int, k: int) -> bool:
+def supports_specialized(
+    device: torch.device, dtype: torch.dtype, codes: str | None, n: int, k: int, rank: int
+) -> bool:
     """Whether this kernel can compute a product, if its operands suit it (`can_specialize`).
 
     Args:
@@ -25,8 +27,10 @@ def supports_specialized(device: torch.device, dtype: torch.dtype, codes: str | 
         codes: `kernel_codes` of the weight; None if it is not packed in whole blocks.
         n: columns of the result; a multiple of 8.
         k: length of the contraction; a multiple of 8.
+        rank: rank of the low-rank term; even, see `can_specialize`.
     """
-    return codes is not None and dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0 and _runs_on(device)
+    has_sizes = n % 8 == 0 and k % 8 == 0 and rank % 2 == 0
+    return codes is not None and dtype.itemsize == 2 and has_sizes and _runs_on(device)
 
 
 def can_specialize(rows: Rows, weight: PackedWeight, low_rank: LowRankTerm | None) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+MOST_SPECIALIZED_ROWS = 256
+"""Most rows of one product of specialized warps, whose accumulators fill the registers."""
+
 
 @dataclass(frozen=True)
 class GemmTiles:
@@ -196,6 +199,8 @@ def _parse_tiles(values: dict[str, Any]) -> GemmTiles:
     sizes = (*heights, tiles.tile_n, tiles.tile_k)
     if not tiles.heights or not all(_is_count(size) and size >= 16 and size & (size - 1) == 0 for size in sizes):
         raise ValueError(f"sizes {sizes} are not all powers of two of at least 16")
+    if tiles.specialized and heights[0] > MOST_SPECIALIZED_ROWS:
+        raise ValueError(f"heights {tiles.heights} have more than {MOST_SPECIALIZED_ROWS} rows for specialized warps")
     if list(tiles.heights) != sorted(set(tiles.heights), reverse=True):
         raise ValueError(f"heights {tiles.heights} are not in descending order")
     if tiles.num_warps not in (1, 2, 4, 8, 16) or not _is_count(tiles.num_stages):
