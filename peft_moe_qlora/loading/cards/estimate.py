@@ -18,7 +18,8 @@ from .sizes import DTYPE, ModelSizes, factors_of
 
 GIB = 2**30
 MOST_WORKSPACE = 256 * 2**20
-"""Workspace of grouped products that dequantize matrices first (`ops/kernels/grouped_gemm.py`)."""
+"""Workspace of grouped products that dequantize matrices first (`ops/kernels/grouped_gemm.py`), or of the gate's
+backward in one pass (`ops/kernels/gate_low_rank.py`); they are not alive together."""
 LIBRARIES = 2**26
 """Workspace of cuBLAS, per stream, and tables."""
 FRAGMENTATION = 0.01

@@ -238,10 +238,8 @@ ROWS = 32
 WIDTH = 64
 MOST_RANKS = 16
 """Limit on the padded ranks, whose sums are kept in registers."""
-
-
 MOST_BYTES = 256 * 2**20
-"""Limit on the parts of one program each, as on decoded weights."""
+"""Limit on the memory of all programs' parts of sums; the workspace of decoded weights has the same."""
 
 
 def fits_one_pass(gate_input: torch.Tensor, down_rank: int, up_rank: int) -> bool:
