@@ -23,6 +23,7 @@ NOT_IN_FP32 = {"_plain_scales_kernel", "specialized_gemm_kernel", "_gate_factors
 backward in one pass is for 16 bits, with the sum of its parts."""
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_kernel_compiles(dtype: str) -> None:
     """With activations in a dtype; `run_everything` in compile_kernels.py must launch each kernel."""

@@ -148,10 +148,11 @@ def test_casting_and_moving_after_quantizing(device):
     assert logits(model, token_ids(device)).dtype == torch.bfloat16
 
 
-def test_only_trainable_factors_are_cast_to_fp32():
-    """A head trained in full keeps its dtype, since it does not cast its inputs."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_trainable_factors_are_cast_to_fp32(dtype):
+    """A head trained in full gets the dtype of the base, since it does not cast its inputs."""
     config = MoeQLoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
-    model = get_peft_model(tiny_model(dtype=torch.bfloat16), config)
+    model = get_peft_model(tiny_model(dtype=dtype), config)
     randomize_adapter(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -161,7 +162,8 @@ def test_only_trainable_factors_are_cast_to_fp32():
     assert any("lm_head.modules_to_save" in name for name in trained)
     cast_trainable_to_fp32(model)
     for name, parameter in model.named_parameters():
-        expected = before[name].float() if name in trained and "lora_" in name else before[name]
+        is_cast = name in trained and ("lora_" in name or dtype == torch.float32)
+        expected = before[name].float() if is_cast else before[name]
         assert parameter.dtype == expected.dtype
         assert torch.equal(parameter, expected)
     assert torch.isfinite(logits(model, token_ids())).all()

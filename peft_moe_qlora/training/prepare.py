@@ -107,7 +107,7 @@ def prepare_model_for_training(
         getattr(model, f"{prefix}_checkpointing_enable")(kwargs)
         # reentrant checkpointing computes gradients only if its input requires them
         model.enable_input_require_grads()
-    elif model.is_gradient_checkpointing:
+    elif getattr(model, f"is_{prefix}_checkpointing"):
         getattr(model, f"{prefix}_checkpointing_disable")()
     if settings is not None:
         run_layers(model, settings)

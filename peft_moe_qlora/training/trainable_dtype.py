@@ -1,23 +1,25 @@
-"""The dtype of trainable factors, which trainers may have cast to 16 bits."""
+"""The dtype of trainable parameters, which trainers may have cast to 16 bits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..sharded import sharded_by
 
 
 def cast_trainable_to_fp32(model: nn.Module) -> None:
-    """Casts trainable factors in 16 bits back to fp32; call it between the construction of a trainer and `train()`.
+    """Casts trained factors in 16 bits back to fp32; call it between the construction of a trainer and `train()`.
 
     TRL's trainers cast the trainable parameters of a 4-bit model to bf16, in which updates below 1/256 of a value are
     lost. The cast restores the dtype, not digits that were rounded.
 
-    Only parameters of adapter layers are cast, which cast their inputs. Modules trained in full, such as a head in
-    `modules_to_save`, keep their dtype, as in PEFT: in fp32 they would not take the activations of a 16-bit base.
-    Frozen parameters do not change.
+    Modules trained in full, such as a head in `modules_to_save`, get the dtype of the module that they replace: unlike
+    adapter layers, they do not cast their inputs, which have that dtype. Frozen parameters do not change.
 
     Args:
         model: a model with an adapter; changed in place.
@@ -26,13 +28,7 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
         ValueError: a parameter is sharded over processes, or already has a gradient, so that training has begun. No
             parameter is changed then.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    found = {
-        f"{prefix}.{name}": parameter
-        for prefix, layer in layers
-        for name, parameter in layer.named_parameters()
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16)
-    }
+    found = {name: parameter for name, parameter, dtype in _trained(model) if _is_rounded(parameter, dtype)}
     for name, parameter in found.items():
         engine = sharded_by(parameter)
         if engine is not None:
@@ -47,3 +43,22 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
             )
     for parameter in found.values():
         parameter.data = parameter.data.float()
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
+    """Trainable parameters, and the dtype that they should have."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, parameter in module.named_parameters(prefix):
+                yield name, parameter, torch.float32
+        elif isinstance(module, ModulesToSaveWrapper):
+            originals = dict(module.original_module.named_parameters())
+            for adapter, copy in module.modules_to_save.items():
+                for name, parameter in copy.named_parameters():
+                    dtype = originals[name].dtype if name in originals else parameter.dtype
+                    yield f"{prefix}.modules_to_save.{adapter}.{name}", parameter, dtype
+
+
+def _is_rounded(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    is_16_bit = parameter.dtype in (torch.float16, torch.bfloat16)
+    return parameter.requires_grad and is_16_bit and dtype == torch.float32
