@@ -161,11 +161,11 @@ def run_layers(model: nn.Module, settings: RunSettings) -> None:
     graphs = LayerGraphs(settings.keep, GRAPHS_BACKEND) if settings.cuda_graphs else None
     for layer in layers:
         layer.forward = LayerRunner(layer, settings, graphs)
+    decoder = model.get_decoder()
     if graphs is not None:
-        decoder = model.get_decoder()
         decoder.forward = DecodeRunner(decoder, GRAPHS_BACKEND)
     hooks = _ForwardHooks(layers, graphs)
-    for module in {model, model.get_decoder()}:  # some trainers call the stack of layers directly
+    for module in {model, decoder}:  # some trainers call the stack of layers directly
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
         if graphs is not None:
             module.register_forward_hook(hooks.after, always_call=True)

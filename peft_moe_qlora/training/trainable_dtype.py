@@ -46,7 +46,7 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Trainable parameters, and the dtype that they should have."""
+    """Parameters of adapter layers and of modules trained in full, and the dtype that they should be trained in."""
     for prefix, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             for name, parameter in module.named_parameters(prefix):

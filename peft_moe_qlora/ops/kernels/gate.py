@@ -66,6 +66,15 @@ def gate_derivatives(gate, up, limit, alpha, KIND: tl.constexpr):
 
 
 @triton.jit
+def _gate_places(X, row, is_row, first_column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Pointers to gate, and to up if interleaved, in rows of `2 * COLUMNS`, and their mask."""
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    column = STEP * first_column + tl.arange(0, STEP * WIDTH)
+    place = X + row[:, None].to(tl.int64) * (2 * COLUMNS) + column[None, :]
+    return place, is_row[:, None] & (column < STEP * COLUMNS)[None, :]
+
+
+@triton.jit
 def load_gate_inputs(
     X,
     row,
@@ -77,16 +86,13 @@ def load_gate_inputs(
     INTERLEAVED: tl.constexpr,
 ):
     """`(HEIGHT, WIDTH)` gate and up in fp32, from rows of `2 * COLUMNS`; zero outside of rows and columns."""
-    base = X + row[:, None].to(tl.int64) * (2 * COLUMNS)
+    place, is_there = _gate_places(X, row, is_row, first_column, COLUMNS, WIDTH, INTERLEAVED)
     if INTERLEAVED:
-        column = 2 * first_column + tl.arange(0, 2 * WIDTH)
-        both = tl.load(base + column[None, :], mask=is_row[:, None] & (column < 2 * COLUMNS)[None, :], other=0.0)
+        both = tl.load(place, mask=is_there, other=0.0)
         gate, up = tl.split(tl.reshape(both, (HEIGHT, WIDTH, 2)))
     else:
-        column = first_column + tl.arange(0, WIDTH)
-        is_there = is_row[:, None] & (column < COLUMNS)[None, :]
-        gate = tl.load(base + column[None, :], mask=is_there, other=0.0)
-        up = tl.load(base + COLUMNS + column[None, :], mask=is_there, other=0.0)
+        gate = tl.load(place, mask=is_there, other=0.0)
+        up = tl.load(place + COLUMNS, mask=is_there, other=0.0)
     return gate.to(tl.float32), up.to(tl.float32)
 
 
@@ -104,16 +110,12 @@ def store_gate_inputs(
     INTERLEAVED: tl.constexpr,
 ):
     """Stores `(HEIGHT, WIDTH)` gate and up where `load_gate_inputs` loads them."""
-    base = X + row[:, None].to(tl.int64) * (2 * COLUMNS)
+    place, is_there = _gate_places(X, row, is_row, first_column, COLUMNS, WIDTH, INTERLEAVED)
     if INTERLEAVED:
-        column = 2 * first_column + tl.arange(0, 2 * WIDTH)
-        both = tl.reshape(tl.join(gate, up), (HEIGHT, 2 * WIDTH))
-        tl.store(base + column[None, :], both, mask=is_row[:, None] & (column < 2 * COLUMNS)[None, :])
+        tl.store(place, tl.reshape(tl.join(gate, up), (HEIGHT, 2 * WIDTH)), mask=is_there)
     else:
-        column = first_column + tl.arange(0, WIDTH)
-        is_there = is_row[:, None] & (column < COLUMNS)[None, :]
-        tl.store(base + column[None, :], gate, mask=is_there)
-        tl.store(base + COLUMNS + column[None, :], up, mask=is_there)
+        tl.store(place, gate, mask=is_there)
+        tl.store(place + COLUMNS, up, mask=is_there)
 
 
 @triton.jit(do_not_specialize=["num_rows", "limit", "alpha"])
