@@ -121,6 +121,7 @@ def record_launches() -> dict[Signature, None]:
     codec.runs_ptx = specialized_support._runs_on = lambda device: True
     low_rank.has_much_shared_memory = gate_low_rank.has_much_shared_memory = lambda device: True
     specialized_gemm._multiprocessors = lambda device: 132
+    specialized_gemm.WIDE_COLUMNS = 544
     return found
 
 
@@ -197,7 +198,7 @@ def run_specialized(
         bias = None if own_rank else empty(4, size, dtype=factors)
         tuned = specialized_tiles(heights, num_stages)
         for for_input_gradient in (False, True):
-            tiles = cut_tiles(routed, heights)
+            tiles = cut_tiles(routed, tuned.cut)
             grouped_gemm(rows, weight, for_input_gradient, routed.ends, tiles, tuned, term, bias)
 
 

@@ -34,7 +34,7 @@ from peft_moe_qlora.ops.kernels.launch_recorder import allocate, forget_recordin
 from peft_moe_qlora.ops.kernels.low_rank import factor_gradient, reduce_rows
 from peft_moe_qlora.ops.kernels.runs import PARTS_BYTES, rows_of_a_run
 from peft_moe_qlora.ops.kernels.schedule import Tiles, cut_tiles, route, sort_pairs
-from peft_moe_qlora.ops.kernels.tile_table import tile_step
+from peft_moe_qlora.ops.kernels.tile_table import Cut, tile_step
 from peft_moe_qlora.ops.kernels.tuning import SAFE_TILES, GemmTiles, choose_tiles, tuning_table
 
 
@@ -58,10 +58,10 @@ def test_pairs_are_sorted_stably(num_tokens: int, num_experts: int, top_k: int) 
 def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -> None:
     ids = random_ids(num_tokens, 3, 7)
     ids[: num_tokens * 3 // 4, 0] = 2
-    rows, tiles = route(ids, 7, heights)
+    rows, tiles = route(ids, 7, Cut(heights))
     in_two_steps = sort_pairs(ids, 7)
     assert all(torch.equal(*parts) for parts in zip(rows[:3], in_two_steps[:3]))
-    others = cut_tiles(in_two_steps, heights)
+    others = cut_tiles(in_two_steps, Cut(heights))
     num_tiles = others.tile_ends[-1].item()
     assert torch.equal(tiles.tile_ends, others.tile_ends)
     assert torch.equal(tiles.tiles[:, :num_tiles], others.tiles[:, :num_tiles])
@@ -75,6 +75,11 @@ def test_tiles_cover_every_row_once(heights: tuple[int, ...], num_tokens: int) -
         assert all(end - start > height for height in heights[choice + 1 :]), "a lower tile would suffice"
         seen[start:end] += 1
     assert torch.equal(seen, (torch.arange(ids.numel()) < ends[-1]).int())
+    for highest_first in (route(ids, 7, Cut(heights, True))[1], cut_tiles(rows, Cut(heights, True))):
+        assert torch.equal(highest_first.tile_ends, tiles.tile_ends)
+        by_height = sorted(entries[:num_tiles], key=lambda tile: tile[2])  # stable: then by expert and row
+        assert highest_first.tiles.T.tolist()[:num_tiles] == by_height
+        assert (highest_first.tiles[0, num_tiles:] == -1).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 7, 5), (1, 6, 100), (5, 9, 40)], ids=str)
@@ -125,7 +130,7 @@ def test_every_8_bit_code(dtype: torch.dtype, storage: Format) -> None:
     rows = sort_pairs(torch.zeros(256, 1, dtype=torch.long, device=DEVICE), 1)
     for height in (16, 64):
         tuned = GemmTiles((height,), 16, 64, 4, 2, False, False)
-        out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, (height,)), tuned)
+        out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, Cut((height,))), tuned)
         assert torch.equal(out[:, 0].float(), expected[0, 0])
 
 
@@ -143,7 +148,7 @@ def test_assembly_uses_the_same_table_as_selects(storage: FourBitFormat, dtype: 
     ids = torch.zeros(64, 1, dtype=torch.long, device=DEVICE)
     rows = sort_pairs(ids, 1)
     tuned = GemmTiles((height,), 16, 64, 4, 2, False, False)
-    out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, (height,)), tuned)
+    out = grouped_gemm(Rows(eye), packed_weight(stack), False, rows.ends, cut_tiles(rows, Cut((height,))), tuned)
     assert_close(out.T, stack.decode(torch.float32)[0], 4 * torch.finfo(dtype).eps)
 
 
@@ -194,7 +199,7 @@ def test_grouped_product(
     num_experts = shape[0]
     ids = random_ids(37, 2, num_experts)
     rows = sort_pairs(ids, num_experts)
-    tiles = cut_tiles(rows, tuned.heights)
+    tiles = cut_tiles(rows, tuned.cut)
     matrices = stack.decode(torch.float32)
     if stack.is_transposed == for_input_gradient:
         matrices = matrices.transpose(1, 2)  # now (E, K, N)
@@ -219,7 +224,7 @@ def test_workspace_for_some_experts_gives_the_same_results(monkeypatch: pytest.M
     rows = sort_pairs(random_ids(40, 3, 7), 7)
     x = torch.randn(120, 64, device=DEVICE)
     tuned = GemmTiles((32, 16), 32, 32, 4, 2, weight_left=False, decode_first=True)
-    arguments = (Rows(x), packed_weight(stack), False, rows.ends, cut_tiles(rows, tuned.heights), tuned)
+    arguments = (Rows(x), packed_weight(stack), False, rows.ends, cut_tiles(rows, tuned.cut), tuned)
     at_once = grouped_gemm(*arguments)
     monkeypatch.setattr("peft_moe_qlora.ops.kernels.grouped_gemm.WORKSPACE_BYTES", 3 * 32 * 64 * 4)
     in_groups = grouped_gemm(*arguments)
@@ -248,7 +253,7 @@ def test_workspace_for_part_of_an_expert_gives_the_same_results(
     tuned = GemmTiles((32, 16), 64, 32, 4, 2, weight_left=False, decode_first=True)
     term = LowRankTerm(torch.randn(40, 3, device=DEVICE), torch.randn(shape[0], n, 3, device=DEVICE))
     arguments = (Rows(torch.randn(40, k, device=DEVICE)), weight, for_input_gradient, rows.ends)
-    arguments += (cut_tiles(rows, tuned.heights), tuned, term, torch.randn(shape[0], n, device=DEVICE))
+    arguments += (cut_tiles(rows, tuned.cut), tuned, term, torch.randn(shape[0], n, device=DEVICE))
     at_once = grouped_gemm(*arguments)
     bound = (256 if n > 256 else 64) * k * 4
     sizes = []
@@ -275,7 +280,7 @@ def test_products_with_lora_factors(rank: int, heights: tuple[int, ...]) -> None
     weights = torch.rand(80, 2, device=DEVICE)
     A = torch.randn(num_experts, rank, features, device=DEVICE)
     gathered = Rows(tokens, rows.pair_of_row, 2)
-    reduced = reduce_rows(gathered, A.transpose(1, 2), 0.5, rows.ends, cut_tiles(rows, heights))
+    reduced = reduce_rows(gathered, A.transpose(1, 2), 0.5, rows.ends, cut_tiles(rows, Cut(heights)))
     num_rows = rows.ends[-1]
     pair = rows.pair_of_row[:num_rows].long()
     expert, x = ids.flatten()[pair], tokens[pair // 2]
@@ -317,9 +322,9 @@ def test_factor_gradients_in_runs_of_rows(counts: tuple[int, ...], is_gathered: 
     in_one_go = gradient(None)
     assert_close(in_one_go, expected)
     for length in (32, 64):
-        in_runs = gradient(cut_tiles(rows, (length,)))
+        in_runs = gradient(cut_tiles(rows, Cut((length,))))
         assert_close(in_runs, expected)
-        assert torch.equal(in_runs, gradient(cut_tiles(rows, (length,))))
+        assert torch.equal(in_runs, gradient(cut_tiles(rows, Cut((length,)))))
         is_one_run = torch.tensor(counts, device=DEVICE) <= length
         assert torch.equal(in_runs[is_one_run], in_one_go[is_one_run])
 
@@ -400,7 +405,7 @@ def test_gradients_of_gate_and_factors_in_one_pass(
     ids[[0, first]] = ids[[first, 0]]
     rows = sort_pairs(ids.view(54, 2), num_experts)
     num_rows = int(rows.ends[-1])
-    runs = None if length is None else cut_tiles(rows, (length,))
+    runs = None if length is None else cut_tiles(rows, Cut((length,)))
     x, grad = torch.randn(108, 2 * columns, device=DEVICE), torch.randn(108, columns, device=DEVICE)
     weights, row_term = torch.rand(54, 2, device=DEVICE), torch.randn(108, device=DEVICE)
     down_reduced, up_reduced = (torch.randn(108, rank, device=DEVICE) for rank in (down_rank, up_rank))
@@ -419,7 +424,7 @@ def test_gradients_of_gate_and_factors_in_one_pass(
     expected_grad, expected_weights = gate_backward(x, gated, weights, gate, rows, term, keeps_value=True)
     factor_gradient(Rows(gated), down_reduced, rows.ends, expected_A, weights, rows.pair_of_row, runs)
     factor_gradient(Rows(expected_grad), up_reduced, rows.ends, expected_B, runs=runs)
-    expected_reduced = reduce_rows(Rows(expected_grad), up_B, 0.5, rows.ends, cut_tiles(rows, (32, 16)))
+    expected_reduced = reduce_rows(Rows(expected_grad), up_B, 0.5, rows.ends, cut_tiles(rows, Cut((32, 16))))
 
     found_A, found_B = outputs()
     factors = (down_reduced, up_reduced, up_B, 0.5, found_A, found_B)

@@ -88,13 +88,14 @@ def product_error(
         reduced[num_rows:] = torch.nan
         term = LowRankTerm(reduced, factor.transpose(1, 2))
     bias = torch.randn(num_experts, n, device=DEVICE) if has_bias else None
+    tuned = specialized_tiles(heights, num_stages)
     operands = (
         Rows(tokens, rows.pair_of_row, 2) if is_gathered else Rows(x),
         weight,
         for_input_gradient,
         rows.ends,
-        cut_tiles(rows, heights),
-        specialized_tiles(heights, num_stages),
+        cut_tiles(rows, tuned.cut),
+        tuned,
         term,
         bias,
     )
@@ -179,7 +180,7 @@ def test_number_of_stages(
     """With the contraction along the columns, for which scales need more."""
     weight = packed_weight(random_stack((1, 512, 512), False, storage))
     own = codec.codec_of(weight, torch.bfloat16)
-    shape = GemmShape(512, 512, heights, wanted, True, own, 0, rank, (0, 0, 0), False)
+    shape = GemmShape(512, 512, heights, wanted, True, own, 0, 1, rank, (0, 0, 0), False)
     found = specialized_gemm._stages_that_fit(shape)
     assert found == expected.get("nvfp4" if isinstance(storage, Nvfp4Format) else storage.kernel_codes, wanted)
 
@@ -191,6 +192,15 @@ def test_number_of_stages(
 )
 def test_rows(counts: tuple[int, ...], heights: tuple[int, ...], is_gathered: bool) -> None:
     error = product_error(NF4, torch.float16, (136, 128), heights=heights, is_gathered=is_gathered, counts=counts)
+    assert error <= LIMITS[torch.float16]
+
+
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize("counts", [(700, 0, 30, 90), (290, 40), (0, 0)], ids=str)
+def test_rows_together(counts: tuple[int, ...], for_input_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More, as many and fewer tiles of rows than go through the columns together."""
+    monkeypatch.setattr(specialized_gemm, "WIDE_COLUMNS", 128)
+    error = product_error(NF4, torch.float16, (320, 320), for_input_gradient, heights=(128, 64, 32), counts=counts)
     assert error <= LIMITS[torch.float16]
 
 

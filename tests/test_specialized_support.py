@@ -38,7 +38,7 @@ def test_operands_that_do_not_suit_the_kernel(
     x = torch.randn(70 * 64 + offset, device=DEVICE)[offset:].view(70, 64)
     term = LowRankTerm(torch.randn(70, rank, device=DEVICE), torch.randn(2, 32, rank, device=DEVICE)) if rank else None
     assert can_specialize(Rows(x), weight, term) is suits
-    tiles = cut_tiles(routed, tuned.heights)
+    tiles = cut_tiles(routed, tuned.cut)
     found = grouped_gemm(Rows(x), weight, False, routed.ends, tiles, tuned, term)
     assert len(calls) == suits
     assert heights == ([] if suits else [(32, 16)])

@@ -66,22 +66,22 @@ class _FusedExperts(torch.autograd.Function):
                 needs_output=unused is None,
             )
             planner = kept.planner
-            cut = [tiles.whole for tiles in planner.cut.values()]
-            return [out, *kept[:3], planner.rows.whole, *cut], list(planner.cut)
+            tiles = [tiles.whole for tiles in planner.tiles.values()]
+            return [out, *kept[:3], planner.rows.whole, *tiles], list(planner.tiles)
 
         given = (*tensors, *factors, *biases)
         key = (*_signatures(given), up.signature, down.signature, *static[2:])
         taken = take_kept()
         if taken is None:
             inputs = (*given, *frozen_tensors(up, down))
-            (out, *kept), heights = recorded(("forward", unused is None, *key), inputs, run)
-            keep((out.detach(), kept, heights))  # detached: autograd changes the returned tensor
+            (out, *kept), cuts = recorded(("forward", unused is None, *key), inputs, run)
+            keep((out.detach(), kept, cuts))  # detached: autograd changes the returned tensor
         else:
-            kept_out, kept, heights = taken
+            kept_out, kept, cuts = taken
             out = kept_out.detach()
         if unused == "nan":
             out = torch.full_like(out, float("nan"))
-        ctx.static, ctx.key, ctx.heights = static, key, heights
+        ctx.static, ctx.key, ctx.cuts = static, key, cuts
         ctx.save_for_backward(hidden_states, top_k_weights, *factors, down_bias, *kept)
         return out
 
@@ -91,13 +91,13 @@ class _FusedExperts(torch.autograd.Function):
         up, down, gate, up_scaling, down_scaling = ctx.static
         saved = ctx.saved_tensors  # read once: checkpointing unpacks them only once
         hidden_states, top_k_weights, *factors, down_bias, gate_input, up_reduced, down_reduced, whole = saved[:11]
-        cut = saved[11:]
+        whole_tiles = saved[11:]
         grad_out = grad_out.contiguous()
         needs = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:7]))
 
         def run() -> tuple[list[Tensor | None], None]:
             rows = split_routing(whole, up.num_experts, gate_input.shape[0])
-            tiles = [split_tiles(ints, up.num_experts, heights) for ints, heights in zip(cut, ctx.heights)]
+            tiles = [split_tiles(ints, up.num_experts, cut) for ints, cut in zip(whole_tiles, ctx.cuts)]
             planner = Planner(rows, hidden_states.dtype, tiles)
             grads = experts_backward(
                 grad_out,

@@ -27,7 +27,7 @@ from .kernels.launch import device_of
 from .kernels.launch_recorder import allocate
 from .kernels.low_rank import factor_gradient, reduce_rows
 from .kernels.runs import rows_of_a_run
-from .kernels.schedule import RoutedRows, Tiles, cut_tiles, route
+from .kernels.schedule import Cut, RoutedRows, Tiles, cut_tiles, route
 from .kernels.specialized_support import supports_specialized
 from .kernels.tuning import GemmTiles, choose_tiles, most_pairs_without_sorting
 from .operands import Factors, Gate, PackedWeight
@@ -51,28 +51,29 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Chooses the tiles of each product, and divides the rows into tiles once per set of tile heights."""
+    """Chooses the tiles of each product, and divides the rows into tiles once per `Cut`."""
 
-    def __init__(self, rows: RoutedRows, dtype: torch.dtype, cut: Sequence[Tiles] = ()) -> None:
+    def __init__(self, rows: RoutedRows, dtype: torch.dtype, tiles: Sequence[Tiles] = ()) -> None:
         self.rows = rows
         self.dtype = dtype
-        self.cut = {tiles.heights: tiles for tiles in cut}
+        self.tiles = {one.cut: one for one in tiles}
 
     def plan(self, weight: PackedWeight, for_input_gradient: bool, rank: int) -> Plan:
         """Tiles of a product with a low-rank term of a rank, or without one, of rank 0."""
         tuned = _tuned(weight, for_input_gradient, rank, self.rows.pair_of_row.shape[0], self.dtype)
-        if tuned.heights not in self.cut:
-            self.cut[tuned.heights] = cut_tiles(self.rows, tuned.heights)
-        return Plan(tuned, self.cut[tuned.heights])
+        return Plan(tuned, self._cut(tuned.cut))
 
     def runs(self, columns: int, rank: int) -> Tiles | None:
         """Runs of rows for split factor gradients; None if each expert is summed in one pass."""
         length = rows_of_a_run(self.rows.pair_of_row.shape[0], self.rows.ends.shape[0], columns, rank)
         if length is None:
             return None
-        if (length,) not in self.cut:
-            self.cut[(length,)] = cut_tiles(self.rows, (length,))
-        return self.cut[(length,)]
+        return self._cut(Cut((length,)))
+
+    def _cut(self, cut: Cut) -> Tiles:
+        if cut not in self.tiles:
+            self.tiles[cut] = cut_tiles(self.rows, cut)
+        return self.tiles[cut]
 
 
 def _product(
@@ -154,8 +155,8 @@ def experts_forward(
     """
     _check(hidden_states, top_k_index, top_k_weights, (up, up_factors, up_bias), (down, down_factors, down_bias))
     num_tokens, top_k = top_k_index.shape
-    heights = _tuned(up, False, _rank(up_factors), top_k_index.numel(), hidden_states.dtype).heights
-    rows, tiles = route(top_k_index, up.num_experts, heights)
+    cut = _tuned(up, False, _rank(up_factors), top_k_index.numel(), hidden_states.dtype).cut
+    rows, tiles = route(top_k_index, up.num_experts, cut)
     planner = Planner(rows, hidden_states.dtype, [tiles])
     tokens = Rows(hidden_states, rows.pair_of_row, top_k)
 

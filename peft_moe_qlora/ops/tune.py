@@ -170,7 +170,7 @@ class Problem:
             self.term = LowRankTerm(reduced, factor)
 
     def run(self, tuned: GemmTiles) -> torch.Tensor:
-        tiles = cut_tiles(self.rows, tuned.heights)
+        tiles = cut_tiles(self.rows, tuned.cut)
         return grouped_gemm(self.left, self.weight, self.for_input_gradient, self.rows.ends, tiles, tuned, self.term)
 
 

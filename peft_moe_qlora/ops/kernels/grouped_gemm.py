@@ -297,8 +297,8 @@ def grouped_gemm(
         return specialized_gemm(rows, weight, for_input_gradient, ends, tiles, tuned, low_rank, bias)
     if tuned.specialized:
         tuned = tuned.for_the_other_kernel
-        if tiles.heights != tuned.heights:
-            tiles = cut_rows(ends, rows.num_rows, tuned.heights)
+        if tiles.cut != tuned.cut:
+            tiles = cut_rows(ends, rows.num_rows, tuned.cut)
     along_columns = weight.contracts_columns(for_input_gradient)
     out_features, in_features = (weight.rows, weight.columns) if along_columns else (weight.columns, weight.rows)
     dtype, device = rows.tensor.dtype, rows.tensor.device

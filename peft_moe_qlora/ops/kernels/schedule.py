@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .launch import cdiv, launch, next_power_of_2
 from .launch_recorder import allocate
-from .tile_table import tile_step
+from .tile_table import Cut, tile_step
 
 MOST_PAIRS_OF_ONE_PROGRAM = 256
 
@@ -36,20 +36,24 @@ class Tiles(NamedTuple):
 
     Args:
         tiles: `(3, bound)` int32: expert, first row, and index of the height. After the last tile the expert is -1.
-        tile_ends: `(E,)` int32, the exclusive end of each expert's tiles.
-        heights: heights of tiles in descending order. Tiles have the height `tile_step`; the last one of an expert has
-            the smallest that fits.
+        tile_ends: `(E,)` int32, the sums of the numbers of tiles of the experts; in the order of experts the exclusive
+            end of each expert's tiles.
+        cut: heights and order.
         whole: the tensor of which the two are views.
     """
 
     tiles: torch.Tensor
     tile_ends: torch.Tensor
-    heights: tuple[int, ...]
+    cut: Cut
     whole: torch.Tensor
 
     @property
     def bound(self) -> int:
         return self.tiles.shape[1]
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        return self.cut.heights
 
 
 @triton.jit
@@ -193,27 +197,27 @@ def _empty_routing(num_experts: int, num_pairs: int, device: torch.device) -> Ro
     return split_routing(ints, num_experts, num_pairs)
 
 
-def _empty_tiles(num_experts: int, num_pairs: int, heights: tuple[int, ...], device: torch.device) -> Tiles:
-    step = tile_step(heights)
-    if step not in heights[:2]:
-        raise ValueError(f"Found tile heights {heights}. Expected {step} as the first or second one.")
+def _empty_tiles(num_experts: int, num_pairs: int, cut: Cut, device: torch.device) -> Tiles:
+    step = tile_step(cut.heights)
+    if step not in cut.heights[:2]:
+        raise ValueError(f"Found tile heights {cut.heights}. Expected {step} as the first or second one.")
     bound = num_pairs // step + min(num_experts, num_pairs)
-    return split_tiles(allocate((_aligned(num_experts) + 3 * bound,), torch.int32, device), num_experts, heights)
+    return split_tiles(allocate((_aligned(num_experts) + 3 * bound,), torch.int32, device), num_experts, cut)
 
 
-def split_tiles(ints: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> Tiles:
+def split_tiles(ints: torch.Tensor, num_experts: int, cut: Cut) -> Tiles:
     """Views of the parts of the tensor that contains tiles."""
-    return Tiles(ints[_aligned(num_experts) :].view(3, -1), ints[:num_experts], heights, ints)
+    return Tiles(ints[_aligned(num_experts) :].view(3, -1), ints[:num_experts], cut, ints)
 
 
-def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...]) -> tuple[RoutedRows, Tiles]:
-    """`sort_pairs` and `cut_tiles`, in one launch for few pairs."""
+def route(top_k_index: torch.Tensor, num_experts: int, cut: Cut) -> tuple[RoutedRows, Tiles]:
+    """`sort_pairs` and `cut_tiles`, in one launch for few pairs in the order of experts."""
     num_pairs, device = top_k_index.numel(), top_k_index.device
-    if num_pairs > MOST_PAIRS_OF_ONE_PROGRAM:
+    if num_pairs > MOST_PAIRS_OF_ONE_PROGRAM or cut.highest_first:
         rows = sort_pairs(top_k_index, num_experts)
-        return rows, cut_tiles(rows, heights)
+        return rows, cut_tiles(rows, cut)
     rows = _empty_routing(num_experts, num_pairs, device)
-    tiles = _empty_tiles(num_experts, num_pairs, heights, device)
+    tiles = _empty_tiles(num_experts, num_pairs, cut, device)
     launch(
         _route_few_kernel,
         (1,),
@@ -222,8 +226,8 @@ def route(top_k_index: torch.Tensor, num_experts: int, heights: tuple[int, ...])
         NUM_EXPERTS=num_experts,
         BUCKETS=next_power_of_2(num_experts + 2),
         BLOCK=max(16, next_power_of_2(num_pairs)),
-        HEIGHTS=heights,
-        STEP=tile_step(heights),
+        HEIGHTS=cut.heights,
+        STEP=tile_step(cut.heights),
         BOUND=next_power_of_2(tiles.bound),
     )
     return rows, tiles
@@ -262,6 +266,7 @@ def _tiles_kernel(
     EXPERTS: tl.constexpr,
     HEIGHTS: tl.constexpr,
     STEP: tl.constexpr,
+    HIGHEST_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     expert = tl.arange(0, EXPERTS)
@@ -269,30 +274,47 @@ def _tiles_kernel(
     end = tl.load(ENDS + expert, mask=is_expert, other=0)
     start = tl.load(ENDS + expert - 1, mask=is_expert & (expert > 0), other=0)
     num_tiles = _num_tiles(end - start, HEIGHTS, STEP)
-    tile_end = tl.cumsum(num_tiles, 0)
     if tl.program_id(0) == 0:
-        tl.store(TILE_ENDS + expert, tile_end, mask=is_expert)
+        tl.store(TILE_ENDS + expert, tl.cumsum(num_tiles, 0), mask=is_expert)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_mine = (tile[:, None] >= (tile_end - num_tiles)[None, :]) & (tile[:, None] < tile_end[None, :])
-    # one-hot over experts, all False after the last tile: a sum selects the value of the expert
-    my_expert = tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1) - 1
-    first = tl.sum(tl.where(is_mine, (start - (tile_end - num_tiles) * STEP)[None, :], 0), 1) + tile * STEP
-    left = tl.sum(tl.where(is_mine, end[None, :], 0), 1) - first
+    height_of_last = _height_index(end - start - (num_tiles - 1) * STEP, HEIGHTS, STEP)
+    my_expert = tl.full((BLOCK,), -1, tl.int32)
+    first = tile * STEP
+    my_end = tl.zeros((BLOCK,), tl.int32)
+    num_before = 0
+    for choice in tl.static_range(len(HEIGHTS) if HIGHEST_FIRST else 1):
+        # tiles of this height, or of all: `count` tiles of each expert, from its tile `skipped` on
+        count = num_tiles
+        skipped = tl.zeros((EXPERTS,), tl.int32)
+        if HIGHEST_FIRST:
+            count = ((num_tiles > 0) & (height_of_last == choice)).to(tl.int32)
+            if HEIGHTS[choice] == STEP:
+                count += tl.maximum(num_tiles - 1, 0)
+            else:
+                skipped = num_tiles - 1
+        tile_start = num_before + tl.cumsum(count, 0) - count
+        num_before += tl.sum(count, 0)
+        is_mine = (tile[:, None] >= tile_start[None, :]) & (tile[:, None] < (tile_start + count)[None, :])
+        # one-hot over experts, all False for other tiles: a sum selects the value of the expert
+        my_expert += tl.sum(tl.where(is_mine, expert[None, :] + 1, 0), 1)
+        first += tl.sum(tl.where(is_mine, (start + (skipped - tile_start) * STEP)[None, :], 0), 1)
+        my_end += tl.sum(tl.where(is_mine, end[None, :], 0), 1)
+    left = my_end - first
     is_tile = tile < bound
     tl.store(TILES + tile, my_expert, mask=is_tile)
     tl.store(TILES + bound + tile, first, mask=is_tile)
     tl.store(TILES + 2 * bound + tile, _height_index(left, HEIGHTS, STEP), mask=is_tile)
 
 
-def cut_tiles(rows: RoutedRows, heights: tuple[int, ...]) -> Tiles:
-    """Divides the rows of each expert into tiles; see `Tiles` for the heights."""
-    return cut_rows(rows.ends, rows.pair_of_row.shape[0], heights)
+def cut_tiles(rows: RoutedRows, cut: Cut) -> Tiles:
+    """Divides the rows of each expert into tiles."""
+    return cut_rows(rows.ends, rows.pair_of_row.shape[0], cut)
 
 
-def cut_rows(ends: torch.Tensor, num_rows: int, heights: tuple[int, ...]) -> Tiles:
+def cut_rows(ends: torch.Tensor, num_rows: int, cut: Cut) -> Tiles:
     """`cut_tiles`, from the ends of the experts' rows."""
     num_experts = ends.shape[0]
-    tiles = _empty_tiles(num_experts, num_rows, heights, ends.device)
+    tiles = _empty_tiles(num_experts, num_rows, cut, ends.device)
     block = 32
     launch(
         _tiles_kernel,
@@ -301,8 +323,9 @@ def cut_rows(ends: torch.Tensor, num_rows: int, heights: tuple[int, ...]) -> Til
         (tiles.bound,),
         NUM_EXPERTS=num_experts,
         EXPERTS=next_power_of_2(num_experts),
-        HEIGHTS=heights,
-        STEP=tile_step(heights),
+        HEIGHTS=cut.heights,
+        STEP=tile_step(cut.heights),
+        HIGHEST_FIRST=cut.highest_first,
         BLOCK=block,
     )
     return tiles

@@ -175,9 +175,8 @@ def copy_tiles(
     low_count = 0
     following = find_tile(first, stop, TILES, ENDS, bound, SHAPE)
     for index in range(first, stop, gl.num_programs(0)):
-        expert, start, end, height = following
+        expert, start, end, height, tile_n = following
         following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, SHAPE)
-        tile_n = index % SHAPE.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count = _copy_steps(

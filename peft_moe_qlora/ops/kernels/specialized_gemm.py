@@ -51,6 +51,10 @@ MOST_SHARED_BYTES = 215 * 1024
 LEAST_RING_BYTES = 48 * 1024
 """The ring must be larger with a table of bytes: Triton raises the driver's limit of 48 KiB only for kernels with more
 dynamic shared memory, to which variables of PTX do not belong."""
+WIDE_COLUMNS = 8192
+"""Above this number of columns, tiles of rows go through them `ROWS_TOGETHER` at a time: else, weights that leave the
+cache before an expert's next rows are read again. With fewer, the programs cover several tiles of rows anyway."""
+ROWS_TOGETHER = 4
 REGISTERS = 168
 """Registers of a thread at the start; twelve warps share 65,536."""
 _STORED_ROWS = tl.constexpr(64)
@@ -263,9 +267,8 @@ def _multiply_tiles(
     low_count = 0
     following = find_tile(first, stop, TILES, ENDS, bound, SHAPE)
     for index in range(first, stop, gl.num_programs(0)):
-        expert, start, end, height = following
+        expert, start, end, height, tile_n = following
         following = find_tile(index + gl.num_programs(0), stop, TILES, ENDS, bound, SHAPE)
-        tile_n = index % SHAPE.tiles_n
         for choice in gl.static_range(len(HEIGHTS)):
             if height == choice:
                 count, low_count = _multiply_tile(
@@ -345,6 +348,7 @@ def specialized_gemm(
         along_columns=along_columns,
         codec=codec_of(weight, dtype),
         top_k=0 if rows.pair_of_row is None else rows.top_k,
+        rows_together=ROWS_TOGETHER if out_features > WIDE_COLUMNS else 1,
         rank=rank,
         factor_strides=factor.stride(),
         has_bias=bias is not None,

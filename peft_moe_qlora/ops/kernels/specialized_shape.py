@@ -33,6 +33,7 @@ class GemmShape:
         along_columns: whether the contraction is along the stored columns.
         codec: decoding of the weight.
         top_k: experts per token if rows are gathered from tokens; 0 if they are sorted.
+        rows_together: number of tiles of rows that go through the columns together.
         rank: rank of the low-rank term; 0 without one.
         factor_strides: strides of its factor: expert, column of the result, rank.
         has_bias: whether there is a bias.
@@ -45,6 +46,7 @@ class GemmShape:
     along_columns: bool
     codec: Codec
     top_k: int
+    rows_together: int
     rank: int
     factor_strides: tuple[int, int, int]
     has_bias: bool
@@ -255,11 +257,20 @@ def stage_before(count, SHAPE: tl.constexpr):
 
 @gluon.jit
 def find_tile(index, end, TILES, ENDS, bound, SHAPE: tl.constexpr):
-    """Expert, first row, end of the expert's rows, and index of the height of a tile of the result.
+    """Expert, first row, end of the expert's rows, index of the height, and place among the columns of a tile.
 
     Past the last tile, those of some valid one.
     """
     TILES_N: tl.constexpr = SHAPE.tiles_n
-    tile = gl.minimum(index, gl.maximum(end - 1, 0)) // TILES_N
+    TOGETHER: tl.constexpr = SHAPE.rows_together
+    index = gl.minimum(index, gl.maximum(end - 1, 0))
+    first = index // (TOGETHER * TILES_N) * TOGETHER
+    place = index % (TOGETHER * TILES_N)
+    if TOGETHER == 1:
+        tile, tile_n = first, place
+    else:
+        count = gl.maximum(gl.minimum(end // TILES_N - first, TOGETHER), 1)
+        tile, tile_n = first + place % count, place // count
     expert = gl.maximum(gl.load(TILES + tile), 0)
-    return expert, gl.load(TILES + bound + tile), gl.load(ENDS + expert), gl.load(TILES + 2 * bound + tile)
+    start, height = gl.load(TILES + bound + tile), gl.load(TILES + 2 * bound + tile)
+    return expert, start, gl.load(ENDS + expert), height, tile_n

@@ -11,6 +11,20 @@ MOST_SPECIALIZED_ROWS = 256
 """Most rows of one product of specialized warps, whose accumulators fill the registers."""
 
 
+class Cut(NamedTuple):
+    """How rows are divided into tiles.
+
+    Args:
+        heights: heights of tiles in descending order. Tiles have the height `tile_step`; the last one of an expert has
+            the smallest that fits.
+        highest_first: order tiles by height, then by expert, instead of by expert alone. If each of P programs
+            computes every P-th tile, programs then finish at about the same time.
+    """
+
+    heights: tuple[int, ...]
+    highest_first: bool = False
+
+
 @dataclass(frozen=True)
 class GemmTiles:
     """Shape of the tiles of a grouped product, and its way of decoding a packed weight.
@@ -35,6 +49,11 @@ class GemmTiles:
     weight_left: bool
     decode_first: bool
     specialized: bool = False
+
+    @property
+    def cut(self) -> Cut:
+        """How rows are divided into these tiles."""
+        return Cut(self.heights, highest_first=self.specialized)
 
     @property
     def for_the_other_kernel(self) -> GemmTiles:
