@@ -52,8 +52,9 @@ LEAST_RING_BYTES = 48 * 1024
 """The ring must be larger with a table of bytes: Triton raises the driver's limit of 48 KiB only for kernels with more
 dynamic shared memory, to which variables of PTX do not belong."""
 WIDE_COLUMNS = 8192
-"""Above this number of columns, tiles of rows go through them `ROWS_TOGETHER` at a time: else, weights that leave the
-cache before an expert's next rows are read again. With fewer, the programs cover several tiles of rows anyway."""
+"""With more columns than this, `ROWS_TOGETHER` tiles of rows go through them together. One by one, an expert's weights
+would leave the cache before its next rows need them. With fewer columns, the programs that run at the same time cover
+several tiles of rows anyway."""
 ROWS_TOGETHER = 4
 REGISTERS = 168
 """Registers of a thread at the start; twelve warps share 65,536."""
