@@ -119,6 +119,23 @@ def test_reused_cache_is_captured_once(device, inference_mode, monkeypatch):
     assert len(captures) == 3
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_beam_search_runs_without_a_graph(device, reused):
+    """It replaces the tensors of the cache after each step, of which a graph has the addresses."""
+    model = model_with_adapters(device)
+    ids = token_ids(device, 2)
+    expected = tokens(model, ids, num_beams=3)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for _ in range(3):
+        cache.reset()
+        options = {"past_key_values": cache} if reused else {"cache_implementation": "static"}
+        assert torch.equal(tokens(model, ids, num_beams=3, disable_compile=True, **options), expected)
+    assert decode_graphs.REPLACED in graphs_report(model)
+    # of the seven steps of a prompt, one is captured, after the very first as a warm-up
+    assert f"{3 * (NEW - 2) - 1} steps" in graphs_report(model)
+    assert torch.equal(captured(model, ids), tokens(model, ids))
+
+
 def test_disabling_graphs_during_generation(device):
     """A manual decoding loop with one cache."""
     model = model_with_adapters(device)

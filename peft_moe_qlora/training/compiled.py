@@ -40,7 +40,8 @@ class compiled_forward:
 
     def __init__(self, layer: nn.Module, backend: str | Callable = "inductor") -> None:
         self.layer = layer
-        self._modules = tuple(layer.modules())  # walking through them takes ten times as long as reading their hooks
+        # not the modules, which would outlive their removal; walking through them takes ten times as long
+        self._hooks = [module._forward_hooks for module in layer.modules()]
         self._plain = type(layer).forward
         self._backend = backend
         self._structure = f"{type(layer).__qualname__}_{zlib.crc32(repr(layer).encode()):x}"
@@ -52,7 +53,7 @@ class compiled_forward:
             hidden_states = hidden_states.detach()  # `requires_grad` would cause an unnecessary recompilation
         has_mask = kwargs.get("attention_mask") is not None
         # torch does not check whether hooks, with which transformers records router logits, were added since
-        has_hooks = any(module._forward_hooks for module in self._modules)
+        has_hooks = any(self._hooks)
         way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask, has_hooks)
         return _compiled(self._plain, self._structure, self._backend, way)(self.layer, hidden_states, *args, **kwargs)
 

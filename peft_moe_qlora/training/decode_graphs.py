@@ -33,6 +33,9 @@ MOST_WARM = 8
 """Limit on the remembered warm-up steps, one for each batch size, cache length and state of the adapters."""
 
 
+REPLACED = "the tensors of the cache are replaced between steps, as in beam search"
+
+
 class DecodeRunner:
     """Replaces the `forward` of a model's stack of decoder layers.
 
@@ -71,6 +74,8 @@ class DecodeRunner:
         key = (spec, *_signature(leaves), *autocast_state().items())
         is_after_prompt, self._is_after_prompt = self._is_after_prompt, False
         if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
+            if not is_after_prompt and self._step.has_other_tensors(cache):
+                self._reason = REPLACED  # they would be in the next step, too
             self._step = None
         has_new_factors = self._step is not None and self._step.has_new_factors()
         if is_after_prompt or has_new_factors:
@@ -171,6 +176,7 @@ class CapturedStep:
         self._cache = weakref.ref(cache)
         self._cache_name = cache_name
         self._decoder = decoder
+        self._addresses = _addresses(cache)
         self._state = layer_state(decoder)
         self._adapters = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
         self._adapter_states = _states(self._adapters)
@@ -203,9 +209,14 @@ class CapturedStep:
         return (
             self._key == key
             and self._cache() is cache
+            and not self.has_other_tensors(cache)
             and self._adapter_states == _states(self._adapters)
             and (not is_after_prompt or self._state == layer_state(self._decoder))
         )
+
+    def has_other_tensors(self, cache: StaticCache) -> bool:
+        """Whether the captured cache has other tensors than those in the graph."""
+        return self._cache() is cache and self._addresses != _addresses(cache)
 
     def __call__(self, leaves: list[Any], cache: StaticCache) -> Any:
         self._load(leaves)
@@ -222,6 +233,11 @@ class CapturedStep:
 
 def _signature(leaves: list[Any]) -> list[Any]:
     return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _addresses(cache: StaticCache) -> list[int]:
+    values = (value for layer in cache.layers for value in vars(layer).values())
+    return [value.data_ptr() for value in values if isinstance(value, Tensor)]
 
 
 def _states(adapters: list[LoraLayer]) -> list[tuple]:

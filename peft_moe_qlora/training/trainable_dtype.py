@@ -19,7 +19,8 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     lost. The cast restores the dtype, not digits that were rounded.
 
     Modules trained in full, such as a head in `modules_to_save`, get the dtype of the module that they replace: unlike
-    adapter layers, they do not cast their inputs, which have that dtype. Frozen parameters do not change.
+    adapter layers, they do not cast their inputs, which have that dtype. Frozen parameters and the biases of the base
+    model do not change.
 
     Args:
         model: a model with an adapter; changed in place.
@@ -49,8 +50,9 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]
     """Parameters of adapter layers and of modules trained in full, and the dtype that they should be trained in."""
     for prefix, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            for name, parameter in module.named_parameters(prefix):
-                yield name, parameter, torch.float32
+            for name, parameter in module.named_parameters():
+                if not name.startswith("base_layer."):
+                    yield f"{prefix}.{name}", parameter, torch.float32
         elif isinstance(module, ModulesToSaveWrapper):
             originals = dict(module.original_module.named_parameters())
             for adapter, copy in module.modules_to_save.items():
