@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -218,6 +220,26 @@ def test_masks_are_inputs():
     backend.taken()
     assert_same(step(model, ids, attention_mask=masks[1]), expected[1])
     assert backend.taken() == 0
+
+
+@pytest.mark.parametrize("ends", ["merge_and_unload", "unload", "delete_adapter"])
+def test_removed_modules_are_freed(ends):
+    """The compiled code keeps neither factors nor quantized experts."""
+    model = adapted()
+    compile_layers(model, "aot_eager")
+    step(model, token_ids())
+    names = (".lora_", "experts") if ends == "merge_and_unload" else (".lora_",)
+    removed = [weakref.ref(one) for name, one in model.named_parameters() if any(part in name for part in names)]
+    if ends == "delete_adapter":
+        model.add_adapter("other", MoeQLoraConfig(r=2, target_modules="all-linear"))
+        model.delete_adapter("default")
+    elif ends == "unload":
+        model = model.unload()
+    else:
+        model = model.merge_and_unload(dtype=torch.float32, progressbar=False)
+    gc.collect()
+    assert removed
+    assert not any(one() is not None for one in removed)
 
 
 def test_call_with_a_cache_is_not_compiled():

@@ -252,6 +252,7 @@ def test_adapters_take_turns(device):
 
 @pytest.mark.usefixtures("graphs_by_calls")
 def test_moved_parameters_are_captured_again(device):
+    """Graphs that read the old addresses are freed."""
     model, plain = (trained_model(device, cuda_graphs=is_captured) for is_captured in (True, False))
     for one in (model, plain):
         for _ in range(2):
@@ -265,6 +266,21 @@ def test_moved_parameters_are_captured_again(device):
         [parameter.grad for parameter in one.parameters() if parameter.requires_grad] for one in (model, plain)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert "2 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_numbers_that_change_in_each_call(device):
+    model = trained_model(device, cuda_graphs=True)
+    inputs = batch(device, 12)
+    for number in range(layer_graphs.MOST_SHAPES + 2):
+        model(**inputs, num_items_in_batch=number + 3).loss.backward()
+    assert "4 times: arguments that are numbers or strings have had 8 values" in graphs_report(model)
+    (graphs,) = graphs_of(model)[:1]
+    assert len(graphs._captures) == 2 * layer_graphs.MOST_SHAPES
+    for _ in range(2):
+        model(**inputs, num_items_in_batch=torch.tensor(20, device=device)).loss.backward()
+    assert "2 graphs of layers" in graphs_report(model)
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
@@ -337,6 +353,75 @@ def test_layers_with_hooks_are_not_captured(device):
     assert len(seen) == 3  # a recomputation stops before the hook
     assert "2 times: mlp has a forward hook" in graphs_report(model)
     assert "1 graphs of layers" in graphs_report(model)
+    layer = model.get_submodule("base_model.model.model.layers.0")
+    handle = layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(2))  # after the capture
+    model(**batch(device, 12)).loss.backward()
+    assert seen.count(2) == 2, "in the forward and in the recomputation"
+    assert "1 times: self_attn has a forward hook" in graphs_report(model)
+    handle.remove()
+    before = graphs_report(model)
+    model(**batch(device, 12)).loss.backward()
+    assert seen.count(2) == 2
+    assert graphs_report(model).splitlines()[0] == before.splitlines()[0]
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_graphs_after_an_interrupted_forward(device):
+    """torch does not call hooks after Ctrl-C."""
+    model = trained_model(device, cuda_graphs=True)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch(device, 12), output_router_logits=True)
+    handle.remove()
+    for _ in range(2):
+        model(**batch(device, 12)).loss.backward()
+    assert "2 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"compile_layers": True}], ids=str)
+def test_filled_caches_are_read_in_training(device, options):
+    """Without checkpointing; an empty cache, as transformers creates by default, does not prevent graphs."""
+    model = trained_model(device, use_gradient_checkpointing=False, **options)
+    ids = batch(device, 12)["input_ids"]
+    expected = model(input_ids=ids).logits[:, 8:]
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids[:, :8], use_cache=True).past_key_values
+    found = model.train()(input_ids=ids[:, 8:], past_key_values=cache)
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-5)
+    found.logits.sum().backward()
+    if "cuda_graphs" in options:
+        for _ in range(2):
+            model(input_ids=ids).logits.sum().backward()
+        assert "2 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("options", [{"use_gradient_checkpointing": "keep-experts"}, {"cuda_graphs": True}], ids=str)
+def test_layers_on_several_devices(device, options):
+    """accelerate moves tensors between layers by forwards of its own; here, the second layer is on the meta device."""
+    accelerate = pytest.importorskip("accelerate.hooks")
+    model = tiny_model(device=device, mlp_only_layers=[1]).model
+    for module in (model.layers[1], model.norm):
+        module.to("meta")
+    devices = {"": device, "layers.1": "meta", "norm": "meta"}
+    places = {name: devices.get(name, device) for name in ("embed_tokens", "rotary_emb", "layers.0", *devices) if name}
+    accelerate.attach_align_device_hook_on_blocks(model, execution_device=places, offload=dict.fromkeys(places, False))
+    accelerate.remove_hook_from_module(model)  # which moves results to the first device
+    with pytest.raises(ValueError, match="forwards of their own, by which accelerate moves"):
+        prepare_model_for_training(model, compile_layers=True)
+    prepare_model_for_training(model, **options)
+    ids = batch(device, 12)["input_ids"]
+    for is_training in (True, False):
+        with torch.set_grad_enabled(is_training):
+            out = model.train(is_training)(input_ids=ids, use_cache=False).last_hidden_state
+        assert out.device.type == "meta"
+    if "cuda_graphs" in options:
+        assert "accelerate moves its weights" in graphs_report(model) or device == "cpu"
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
@@ -476,6 +561,8 @@ def test_invalid_options_are_rejected():
             trained_model("cpu", gradient_checkpointing_kwargs={}, **options)
     with pytest.raises(ValueError, match=r"contain \['selective'\].*keep-experts"):
         trained_model("cpu", gradient_checkpointing_kwargs={"selective": True})
+    with pytest.raises(ValueError, match="have no effect with use_gradient_checkpointing=False"):
+        trained_model("cpu", gradient_checkpointing_kwargs={"use_reentrant": False}, use_gradient_checkpointing=False)
     model = tiny_model()
     prepare_model_for_training(model, cuda_graphs=True)
     for options in ({}, {"compile_layers": True}, {"use_gradient_checkpointing": "keep-experts"}):

@@ -170,6 +170,25 @@ def test_only_trainable_factors_are_cast_to_fp32(dtype):
     assert torch.isfinite(logits(model.merge_and_unload(), token_ids())).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_get_the_dtype_of_the_base(bias, dtype):
+    """gpt-oss's attention has biases, which are added without a cast."""
+    config = MoeQLoraConfig(r=2, target_modules=["q_proj", "v_proj", "experts"], bias=bias)
+    model = get_peft_model(tiny_model("gpt_oss", dtype=dtype), config)
+    biases = [one for name, one in model.named_parameters() if name.endswith("_proj.base_layer.bias")]
+    assert biases
+    assert all(one.requires_grad for one in biases)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    cast_trainable_to_fp32(model)
+    assert {one.dtype for one in biases} == {dtype}
+    assert all(one.dtype == torch.float32 for name, one in model.named_parameters() if "lora_" in name)
+    with model.disable_adapter():
+        assert torch.isfinite(logits(model, token_ids())).all()
+
+
 @pytest.mark.parametrize(
     ("is_sharded", "message"),
     [

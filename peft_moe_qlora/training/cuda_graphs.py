@@ -135,8 +135,12 @@ class Call(NamedTuple):
     @property
     def signature(self) -> tuple:
         """All properties except the values of the tensors."""
-        shapes = [(tensor.shape, tensor.dtype) for tensor in (self.hidden_states, *self.tensors)]
-        return (*shapes, *self.rest, self.spec)
+        return (*self.shapes, *self.rest, self.spec)
+
+    @property
+    def shapes(self) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shapes and dtypes of the hidden states and the other tensors."""
+        return [(tensor.shape, tensor.dtype) for tensor in (self.hidden_states, *self.tensors)]
 
 
 class _Tensor(NamedTuple):

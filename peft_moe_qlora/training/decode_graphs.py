@@ -22,8 +22,8 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from ..ops import HeldCasts
-from .compiled import CACHES
-from .cuda_graphs import Backend, CudaBackend, autocast_state, flatten, why_not_constant
+from .compiled import CACHES, own_forward
+from .cuda_graphs import Backend, CudaBackend, Function, autocast_state, flatten, why_not_constant
 from .layer_graphs import layer_state, why_not_captured
 from .static_tensors import StaticTensors
 
@@ -51,6 +51,7 @@ class DecodeRunner:
         self.decoder = decoder
         self.reasons: Counter[str] = Counter()
         self._make_backend = make_backend
+        self._own_forward = own_forward(decoder)
         self.forget()
 
     def forget(self) -> None:
@@ -64,7 +65,7 @@ class DecodeRunner:
         self._backends: dict[torch.device, Backend] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = MethodType(type(self.decoder).forward, self.decoder)
+        plain = self._plain
         cache_name = next((name for name in CACHES if kwargs.get(name) is not None), None)
         cache = kwargs.get(cache_name)
         if not self._is_step(args, kwargs, cache):
@@ -92,6 +93,10 @@ class DecodeRunner:
             return plain(*args, **kwargs)
         return self._step(leaves, cache)
 
+    @property
+    def _plain(self) -> Function:
+        return self._own_forward or MethodType(type(self.decoder).forward, self.decoder)
+
     def _is_warm(self, key: tuple, cache: StaticCache) -> bool:
         """Whether such a step has run before; the first one loads and compiles kernels, which a capture cannot do."""
         lengths = {getattr(layer, "max_cache_len", None) for layer in cache.layers}
@@ -101,7 +106,7 @@ class DecodeRunner:
             self._warm.append(step)
         return is_warm
 
-    def _capture(self, plain: MethodType, key: tuple, leaves: list[Any], name: str, cache: StaticCache) -> None:
+    def _capture(self, plain: Function, key: tuple, leaves: list[Any], name: str, cache: StaticCache) -> None:
         """Captures a step, or records the reason why not; a failed capture is not retried before the next prompt."""
         if self._reason is not None:
             return
@@ -134,7 +139,7 @@ class DecodeRunner:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(type(self.decoder).forward, self.decoder))
+        return inspect.signature(self._plain)
 
     def report(self) -> list[str]:
         """Lists the captured step, and the reasons for steps without a graph."""
@@ -162,7 +167,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        plain: MethodType,
+        plain: Function,
         decoder: nn.Module,
         key: tuple,
         leaves: list[Any],

@@ -67,6 +67,7 @@ class LayerGraphs:
         self._backend: Backend | None = None
         self._captured: dict[tuple, CapturedLayer | str] = {}
         self._captures: dict[tuple, int] = {}
+        self._constants: dict[tuple, set[tuple]] = {}
         self._shapes: set[tuple] = set()
 
     def run(self, layer: nn.Module, function: Function, plain: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -106,10 +107,16 @@ class LayerGraphs:
             return self._no_room
         inputs = (call.signature, *autocast_state().items())
         of_layer = (id(layer), inputs)
-        key = (*of_layer, layer_state(layer))
+        key = (*of_layer, *layer_state(layer))
         if key in self._captured:
             return self._captured[key]
+        # graphs that read parameters at other addresses would never be replayed again
+        self._captured = {one: found for one, found in self._captured.items() if one[0] != key[0] or one[2] == key[2]}
         if of_layer not in self._captures:
+            constants = self._constants.setdefault((id(layer), call.spec, *call.shapes), set())
+            if len(constants) == MOST_SHAPES:
+                return f"arguments that are numbers or strings have had {MOST_SHAPES} values; pass them as tensors"
+            constants.add(tuple(call.rest))
             self._captures[of_layer] = 0
             return None
         if inputs not in self._shapes and len(self._shapes) == MOST_SHAPES:
@@ -185,15 +192,22 @@ def why_not_captured(layer: nn.Module) -> str | None:
     for path, module in layer.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves its weights ({path or 'the layer itself'})"
-        hooks = [hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()]
-        # transformers' hooks make inputs require gradients, or record outputs, for which graphs are paused
-        if path and any(not hook.__module__.startswith("transformers.") for hook in hooks):
+        if path and _has_hooks(module):
             return f"{path} has a forward hook, which a graph does not call"
         if isinstance(module, QuantizedExperts):
             reason = _why_experts_copy(module)
             if reason is not None:
                 return f"its experts are computed one at a time: {reason}"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks, except those of transformers.
+
+    These make inputs require gradients, or record outputs, for which graphs are paused.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not hook.__module__.startswith("transformers.") for hook in hooks)
 
 
 def _why_experts_copy(experts: QuantizedExperts) -> str | None:
@@ -206,17 +220,21 @@ def _why_experts_copy(experts: QuantizedExperts) -> str | None:
     return next((one.reason for one in paths if one.name == "loop"), None)
 
 
-def layer_state(layer: nn.Module) -> tuple:
-    """State on which a graph depends: addresses of parameters, which of them are trained, and state of adapters."""
+def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
+    """State on which a graph depends: addresses of parameters; which are trained, state of adapters, forward hooks."""
+    addresses: list[int] = []
     state: list[Any] = []
     left = [layer]
     while left:  # `parameters()` and `modules()` take longer than a replay
         module = left.pop()
         for parameter in module._parameters.values():
             if parameter is not None:
-                state += (parameter.data_ptr(), parameter.requires_grad)
+                addresses.append(parameter.data_ptr())
+                state.append(parameter.requires_grad)
+        if (module._forward_hooks or module._forward_pre_hooks) and module is not layer and _has_hooks(module):
+            state.append("hooks")
         if isinstance(module, LoraLayer):
             state += (*module.active_adapters, *module.merged_adapters, module.disable_adapters)
             state += module.scaling.values()
         left += [child for child in module._modules.values() if child is not None]
-    return tuple(state)
+    return tuple(addresses), tuple(state)

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops import keep_experts
-from .compiled import CACHES, compiled_forward
+from .compiled import CACHES, compiled_forward, own_forward
 from .cuda_graphs import CudaBackend
 from .decode_graphs import DecodeRunner
 from .layer_graphs import LayerGraphs, why_sequences_are_split
@@ -58,20 +59,26 @@ class LayerRunner:
         self.layer = layer
         self.settings = settings
         self.graphs = graphs
+        self._own_forward = own_forward(layer)
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.layer.training and torch.is_grad_enabled()):
             return self.plain_function(*args, **kwargs)
-        if not self.layer._can_checkpoint_with_cache:  # recomputation would write to the cache again
-            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        if not self.layer._can_checkpoint_with_cache:
+            dropped = {name: None for name in CACHES if name in kwargs and not self._reads(kwargs[name])}
+            kwargs = {**kwargs, **dropped}
         if self.graphs is None or torch.compiler.is_compiling():
             return self.without_graphs(*args, **kwargs)
         return self.graphs.run(self.layer, self.function, self.without_graphs, args, kwargs)
 
+    def _reads(self, cache: Any) -> bool:
+        """Whether the layer reads a KV cache: not if recomputation would write to it again, nor if it is empty."""
+        return self.settings.keep == "everything" and isinstance(cache, Cache) and cache.get_seq_length() > 0
+
     @property
     def plain_function(self) -> Callable[..., Any]:
-        return MethodType(type(self.layer).forward, self.layer)
+        return self._own_forward or MethodType(type(self.layer).forward, self.layer)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -100,7 +107,8 @@ class LayerRunner:
 class _ForwardHooks:
     """Hooks around the forward of a model or of its stack of layers, which read arguments that layers do not get."""
 
-    def __init__(self, layers: Sequence[nn.Module], graphs: LayerGraphs | None) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], graphs: LayerGraphs | None) -> None:
+        self.model = model
         self.layers = layers
         self.graphs = graphs
         self.outer: list[str | None] = []
@@ -112,6 +120,9 @@ class _ForwardHooks:
                 # with gradient_checkpointing=True, Trainer would checkpoint these layers twice
                 layer.gradient_checkpointing = False
         if self.graphs is not None:
+            if model is self.model:  # torch does not call `after` if the last forward was interrupted by Ctrl-C
+                self.outer.clear()
+                self.graphs.is_paused = None
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
             self.outer.append(self.graphs.is_paused)
@@ -135,7 +146,8 @@ def check_layers(model: nn.Module, settings: RunSettings | None) -> None:
     """Checks that `run_layers` can apply the settings; None if it is not to be called.
 
     Raises:
-        ValueError: the layers of the model are already prepared, or it has no `GradientCheckpointingLayer`.
+        ValueError: the layers of the model are already prepared, or it has no `GradientCheckpointingLayer`; or layers
+            that are to be compiled have forwards of their own.
     """
     layers = list(decoder_layers(model))
     if any(isinstance(layer.__dict__.get("forward"), LayerRunner) for layer in layers):
@@ -147,6 +159,12 @@ def check_layers(model: nn.Module, settings: RunSettings | None) -> None:
             f"{type(model).__name__} has no GradientCheckpointingLayer, so its decoder layers cannot be compiled, "
             "captured or checkpointed except for their experts. Remove compile_layers and cuda_graphs, and set "
             "use_gradient_checkpointing to True or False."
+        )
+    if settings is not None and settings.compile_layers and any(own_forward(layer) for layer in layers):
+        raise ValueError(
+            f"Layers of {type(model).__name__} have forwards of their own, by which accelerate moves tensors between "
+            "devices (a device_map over several devices), and which torch.compile would leave out. Remove "
+            "compile_layers, or load the model onto one device."
         )
 
 
@@ -164,7 +182,7 @@ def run_layers(model: nn.Module, settings: RunSettings) -> None:
     decoder = model.get_decoder()
     if graphs is not None:
         decoder.forward = DecodeRunner(decoder, GRAPHS_BACKEND)
-    hooks = _ForwardHooks(layers, graphs)
+    hooks = _ForwardHooks(model, layers, graphs)
     for module in {model, decoder}:  # some trainers call the stack of layers directly
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
         if graphs is not None:

@@ -18,9 +18,9 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     TRL's trainers cast the trainable parameters of a 4-bit model to bf16, in which updates below 1/256 of a value are
     lost. The cast restores the dtype, not digits that were rounded.
 
-    Modules trained in full, such as a head in `modules_to_save`, get the dtype of the module that they replace: unlike
-    adapter layers, they do not cast their inputs, which have that dtype. Frozen parameters and the biases of the base
-    model do not change.
+    Modules trained in full, such as a head in `modules_to_save`, get the dtype of the module that they replace, and
+    trained biases of the base model that of its weights: unlike adapter layers, they do not cast their inputs, which
+    have that dtype. Frozen parameters do not change.
 
     Args:
         model: a model with an adapter; changed in place.
@@ -47,7 +47,7 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Parameters of adapter layers and of modules trained in full, and the dtype that they should be trained in."""
+    """Parameters of adapter layers, of modules trained in full, and biases; and the dtype to train them in."""
     for prefix, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             for name, parameter in module.named_parameters():
@@ -59,6 +59,8 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]
                 for name, parameter in copy.named_parameters():
                     dtype = originals[name].dtype if name in originals else parameter.dtype
                     yield f"{prefix}.modules_to_save.{adapter}.{name}", parameter, dtype
+        elif isinstance(module._parameters.get("bias"), nn.Parameter) and "weight" in module._parameters:
+            yield f"{prefix}.bias", module.bias, module.weight.dtype
 
 
 def _is_rounded(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
