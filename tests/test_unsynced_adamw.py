@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import bitsandbytes
+import pytest
 import torch
 from torch import nn
 
-from peft_moe_qlora.training import UnsyncedAdamW8bit
+from peft_moe_qlora.training import UnsyncedAdamW8bit, unsynced_adamw
 
 
 def parameters(device: str) -> list[nn.Parameter]:
@@ -45,6 +46,18 @@ def test_steps_and_state(device):
         assert all(torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])) for name in ours)
     assert states[0][0]["state1"].dtype == torch.uint8
     assert not states[0][-1]
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_waits_once_per_step_if_states_are_paged(device, is_paged, monkeypatch):
+    """And prefetches them; these are too small to be paged without a GPU."""
+    trained, waits, prefetched = parameters(device), [], []
+    optimizer = UnsyncedAdamW8bit(trained, lr=1e-2, is_paged=is_paged)
+    monkeypatch.setattr(unsynced_adamw, "sync_gpu", waits.append)
+    monkeypatch.setattr(optimizer, "prefetch_state", prefetched.append)
+    steps(optimizer, trained, 0, 2)
+    assert [id(one) for one in waits] == [id(trained[-2])] * 2 * is_paged
+    assert [id(one) for one in prefetched] == 2 * [id(one) for one in trained[:-1]]
 
 
 def test_closure():

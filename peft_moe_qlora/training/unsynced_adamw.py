@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 from bitsandbytes.optim import AdamW8bit
+from bitsandbytes.utils import sync_gpu
 from torch.distributed.tensor import DTensor
 
 
 class UnsyncedAdamW8bit(AdamW8bit):
-    """bitsandbytes' AdamW8bit without its GPU synchronization after each parameter.
+    """bitsandbytes' AdamW8bit without its GPU synchronization after each parameter; paged, it waits once per step.
 
     States and updates are bit-identical to the parent's; arguments are the same. Pass it to Trainer as
     `optimizer_cls_and_kwargs=(UnsyncedAdamW8bit, {"lr": 1e-4})`.
@@ -30,13 +31,19 @@ class UnsyncedAdamW8bit(AdamW8bit):
         if not self.initialized:
             self.check_overrides()
             self._refuse_sharded()
+            self.to_gpu()
             self.initialized = True
+        updated = None
         for group_number, group in enumerate(self.param_groups):
             for number, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     if not self.state[parameter]:
                         self.init_state(group, parameter, group_number, number)
+                    self.prefetch_state(parameter)
                     self.update_step(group, parameter, group_number, number)
+                    updated = parameter
+        if self.is_paged and updated is not None:
+            sync_gpu(updated)  # the host may read paged states next
         return loss
 
     def _refuse_sharded(self) -> None:
