@@ -6,6 +6,7 @@ Plain calls replace captures on machines without a GPU; buffers, keys and fallba
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,9 +20,12 @@ from shrunken_models import shrunken_model_or_skip
 from tiny_models import randomize_adapter, tiny_model, token_ids
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainingArguments, set_seed
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
+from peft_moe_qlora.ops import keep_experts, kept_activations
 from peft_moe_qlora.training import graphs_report, layer_graphs, layer_runner, release_graphs
 from peft_moe_qlora.training.cuda_graphs import CapturedLayer, CudaBackend
 from peft_moe_qlora.training.layer_runner import LayerRunner, graphs_of
@@ -380,6 +384,42 @@ def test_graphs_after_an_interrupted_forward(device):
     for _ in range(2):
         model(**batch(device, 12)).loss.backward()
     assert "2 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_other_implementation_of_attention(device):
+    """Also if arguments of layers are the same for it."""
+    AttentionInterface.register("own", sdpa_attention_forward)
+    AttentionMaskInterface.register("own", sdpa_mask)
+    model = trained_model(device, cuda_graphs=True)
+    for attention, count in (("sdpa", 2), ("own", 4), ("sdpa", 4)):
+        model.get_base_model().set_attn_implementation(attention)
+        for _ in range(2):
+            model(**batch(device, 12)).loss.backward()
+        assert f"{count} graphs of layers" in graphs_report(model)
+
+
+def test_activations_after_a_failed_forward():
+    """torch 2.11 leaves the region of a checkpoint only when the exception is freed."""
+    model = trained_model("cpu", use_gradient_checkpointing="keep-experts")
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    layer = model.get_submodule("base_model.model.model.layers.0")
+    handle = layer.mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        model(**batch("cpu", 12))
+    handle.remove()
+    with torch.no_grad():
+        model.eval()(**batch("cpu", 12))
+    assert kept_activations._local.run is None
+    forward, _ = keep_experts()
+    with forward:
+        del raised  # its region ends now, in the other one
+        gc.collect()
+        assert kept_activations._local.run is forward
+    assert kept_activations._local.run is None
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

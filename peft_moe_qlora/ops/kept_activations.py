@@ -38,7 +38,16 @@ class _Run(AbstractContextManager):
         _local.run = self
 
     def __exit__(self, *exception: Any) -> None:
-        _local.run = self.outer
+        if _local.run is self:  # not if it was left by `leave_regions`
+            _local.run = self.outer
+
+
+def leave_regions() -> None:
+    """Leaves the regions in which this thread is.
+
+    If a forward fails, torch 2.11 leaves its region only when the exception is freed, and later ones would be kept.
+    """
+    _local.run = None
 
 
 def keep_experts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -72,7 +72,8 @@ class DecodeRunner:
             self._is_after_prompt, self._last, self._reason = True, None, None
             return plain(*args, **kwargs)
         leaves, spec = flatten({name: value for name, value in kwargs.items() if name not in CACHES})
-        key = (spec, *_signature(leaves), *autocast_state().items())
+        attention = self.decoder.config._attn_implementation
+        key = (spec, *_signature(leaves), attention, *autocast_state().items())
         is_after_prompt, self._is_after_prompt = self._is_after_prompt, False
         if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
             if not is_after_prompt and self._step.has_other_tensors(cache):

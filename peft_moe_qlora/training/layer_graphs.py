@@ -56,6 +56,8 @@ class LayerGraphs:
         self.keep = keep
         self.is_paused: str | None = None
         """The reason why no graphs are used in this forward; None if they are."""
+        self.attention: str | None = None
+        """The implementation of attention in this forward."""
         self._make_backend = make_backend
         self.forget()
 
@@ -105,7 +107,7 @@ class LayerGraphs:
         """A captured layer, the reason why there is none, or None if this call is the warm-up."""
         if self._no_room is not None:
             return self._no_room
-        inputs = (call.signature, *autocast_state().items())
+        inputs = (call.signature, self.attention, *autocast_state().items())
         of_layer = (id(layer), inputs)
         key = (*of_layer, *layer_state(layer))
         if key in self._captured:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..ops import keep_experts
+from ..ops import keep_experts, leave_regions
 from .compiled import CACHES, compiled_forward, own_forward
 from .cuda_graphs import CudaBackend
 from .decode_graphs import DecodeRunner
@@ -119,12 +119,15 @@ class _ForwardHooks:
             if layer.gradient_checkpointing:
                 # with gradient_checkpointing=True, Trainer would checkpoint these layers twice
                 layer.gradient_checkpointing = False
+        if model is self.model and not torch.compiler.is_compiling():
+            leave_regions()
         if self.graphs is not None:
             if model is self.model:  # torch does not call `after` if the last forward was interrupted by Ctrl-C
                 self.outer.clear()
                 self.graphs.is_paused = None
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
+            self.graphs.attention = model.config.get_text_config()._attn_implementation
             self.outer.append(self.graphs.is_paused)
             self.graphs.is_paused = self.graphs.is_paused or why_recorded or why_sequences_are_split(model.config)
 
