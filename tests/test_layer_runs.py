@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
 from calling_backend import CallingBackend
 from peft import get_peft_model, get_peft_model_state_dict
 from shrunken_models import shrunken_model_or_skip
@@ -271,6 +272,22 @@ def test_moved_parameters_are_captured_again(device):
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert "2 graphs of layers" in graphs_report(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_moved_scales_and_buffers_are_noticed(nested):
+    """They may move alone: after a model was on the CPU, large tensors often get their old addresses."""
+    linear = Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=nested).to("cpu")
+    layer = nn.ModuleList([linear, nn.BatchNorm1d(4)])
+    scales = linear.weight.quant_state
+    assert scales.nested is nested
+    moved = [(scales, "absmax"), (layer[1], "running_mean")] + [(scales.state2, "absmax")] * nested
+    for owner, name in moved:
+        before = layer_graphs.layer_state(layer)
+        assert layer_graphs.layer_state(layer) == before
+        old = getattr(owner, name)
+        setattr(owner, name, old.clone())
+        assert layer_graphs.layer_state(layer) != before
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

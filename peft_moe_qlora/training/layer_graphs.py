@@ -223,7 +223,12 @@ def _why_experts_copy(experts: QuantizedExperts) -> str | None:
 
 
 def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
-    """State on which a graph depends: addresses of parameters; which are trained, state of adapters, forward hooks."""
+    """State on which a graph depends.
+
+    Returns:
+        Addresses of parameters, buffers and scales of bitsandbytes; which parameters are trained, state of adapters,
+        and whether there are forward hooks.
+    """
     addresses: list[int] = []
     state: list[Any] = []
     left = [layer]
@@ -233,6 +238,12 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
             if parameter is not None:
                 addresses.append(parameter.data_ptr())
                 state.append(parameter.requires_grad)
+                scales = parameter.__dict__.get("quant_state")
+                while scales is not None:  # nested scales have scales of their own
+                    addresses.append(scales.absmax.data_ptr())
+                    scales = scales.state2
+        if module._buffers:
+            addresses += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
         if (module._forward_hooks or module._forward_pre_hooks) and module is not layer and _has_hooks(module):
             state.append("hooks")
         if isinstance(module, LoraLayer):
