@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from peft_moe_qlora.ops import Factors, Gate, keep_experts, kept_nbytes, packed_weight
+from peft_moe_qlora.ops import Factors, Gate, keep_experts, kept_nbytes, packed_weight, with_backward
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from calling_backend import CallingBackend
 from kernel_cases import DEVICE, NF4, random_ids, random_stack
 
+from peft_moe_qlora.ops import fused_experts as layer_of_experts
 from peft_moe_qlora.ops import fused_steps
 from peft_moe_qlora.ops.fused_experts import fused_experts
 from peft_moe_qlora.ops.fused_op import experts_op
@@ -49,6 +50,18 @@ def layers() -> list[tuple]:
         )
         for _ in range(2)
     ]
+
+
+def test_forward_without_autograd_as_for_a_backward(layers: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_of_experts, "goes_by_gemv", lambda *_: True)
+    monkeypatch.setattr(layer_of_experts, "_forward_gemv", lambda *_: "few tokens")
+    inputs = (torch.randn(T, H, device=DEVICE), random_ids(T, K, E), torch.rand(T, K, device=DEVICE))
+    expected = fused_experts(*inputs, *layers[0])
+    with torch.no_grad():
+        with with_backward():
+            found = fused_experts(*inputs, *layers[0])
+        assert fused_experts(*inputs, *layers[0]) == "few tokens"
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("function", [fused_experts, as_operator])

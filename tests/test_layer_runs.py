@@ -387,20 +387,50 @@ def test_layers_with_hooks_are_not_captured(device):
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
-def test_graphs_after_an_interrupted_forward(device):
+@pytest.mark.parametrize("is_stack", [False, True])
+def test_graphs_after_an_interrupted_forward(device, is_stack):
     """torch does not call hooks after Ctrl-C."""
     model = trained_model(device, cuda_graphs=True)
+    whole = model.get_base_model()
+    called, last = (whole.model, "norm") if is_stack else (whole, "lm_head")
+    inputs = {name: value for name, value in batch(device, 12).items() if name != "labels"}
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    handle = model.get_base_model().lm_head.register_forward_pre_hook(interrupt)
+    handle = called.get_submodule(last).register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model(**batch(device, 12), output_router_logits=True)
+        called(**inputs, output_router_logits=True)
     handle.remove()
     for _ in range(2):
-        model(**batch(device, 12)).loss.backward()
+        called(**inputs)[0].sum().backward()
     assert "2 graphs of layers" in graphs_report(model)
+    assert called(**inputs, output_router_logits=True).router_logits is not None
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("place", ["lm_head", "model.layers.0"])
+def test_forward_inside_a_forward(device, place):
+    """Such as that of a reference, by a hook."""
+    model = trained_model(device, cuda_graphs=True)
+    whole, seen = model.get_base_model(), []
+
+    def reference(*_):
+        if not whole.training:
+            return
+        whole.eval()
+        with torch.no_grad():
+            seen.append(whole(**batch(device, 12)).loss)
+        whole.train()
+
+    whole.get_submodule(place).register_forward_pre_hook(reference)
+    for asks in (True, False, False, True):
+        out = model(**batch(device, 12), output_router_logits=asks)
+        out.loss.backward()
+        assert (out.router_logits is not None) is asks
+        if asks:
+            assert len(out.router_logits) == 2
+    assert len(seen) == 4
 
 
 @pytest.mark.usefixtures("graphs_by_calls")
@@ -733,3 +763,25 @@ def test_arguments_that_contain_tensors_are_not_captured(device):
         out = graphs.run(layer, layer.forward, layer.forward, (x,), {"mask": mask})
         assert torch.equal(out, scale * x)
     assert graphs.report()[-1] == "without a graph, 3 times: arguments of type Mask are neither tensors nor constants"
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_captured_forwards_compute_as_for_a_backward(device):
+    """Experts would use another kernel for few tokens."""
+    seen = []
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, device=device))
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.is_grad_enabled() or kept_activations.has_backward())
+            return hidden_states * self.weight
+
+    layer, graphs = Layer(), layer_graphs.LayerGraphs(make_backend=layer_runner.GRAPHS_BACKEND)
+    for _ in range(2):
+        graphs.run(layer, layer.forward, layer.forward, (torch.ones(1, 2, 4, device=device),), {})
+    assert "1 graphs of layers" in graphs.report()[0]
+    assert all(seen)
+    assert not kept_activations.has_backward()

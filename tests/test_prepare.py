@@ -176,7 +176,7 @@ def test_trained_biases_get_the_dtype_of_the_base(bias, dtype):
     """gpt-oss's attention has biases, which are added without a cast."""
     config = MoeQLoraConfig(r=2, target_modules=["q_proj", "v_proj", "experts"], bias=bias)
     model = get_peft_model(tiny_model("gpt_oss", dtype=dtype), config)
-    biases = [one for name, one in model.named_parameters() if name.endswith("_proj.base_layer.bias")]
+    biases = [one for name, one in model.named_parameters() if name.endswith(("base_layer.bias", "proj_bias"))]
     assert biases
     assert all(one.requires_grad for one in biases)
     for parameter in model.parameters():

@@ -8,7 +8,7 @@ from .decode_matrix import decode_matrix
 from .dispatch import LARGEST_RANK, ComputePath, choose_library_path, choose_path, log_once, why_no_kernels
 from .grouped_linear import LowRank, grouped_linear
 from .held_casts import HeldCasts
-from .kept_activations import keep_experts, kept_nbytes, leave_regions, without_output
+from .kept_activations import keep_experts, kept_nbytes, leave_regions, with_backward, without_output
 from .kernels.tuning import tiles_origin
 from .linear_lora import StoredMatrix, bias_gradient, linear_dtype, linear_lora, low_rank_term, without_autocast
 from .operands import Factors, Gate, packed_weight, why_not_read
@@ -42,6 +42,7 @@ __all__ = [
     "tiles_origin",
     "why_no_kernels",
     "why_not_read",
+    "with_backward",
     "without_autocast",
     "without_output",
 ]

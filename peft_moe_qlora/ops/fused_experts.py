@@ -18,7 +18,7 @@ from .fused_steps import (
     experts_forward_gemv,
     goes_by_gemv,
 )
-from .kept_activations import keep, take_kept, unused_output
+from .kept_activations import has_backward, keep, take_kept, unused_output
 from .kernels.decode import frozen_tensors
 from .kernels.launch import device_of
 from .kernels.launch_recorder import recorded
@@ -184,6 +184,8 @@ def fused_experts(
         tensor.requires_grad
         for tensor in (hidden_states, top_k_weights, *(up_factors or ())[:2], *(down_factors or ())[:2])
     )
+    # torch.compile cannot read what belongs to a thread
+    needs_gradients = needs_gradients or (not torch.compiler.is_compiling() and has_backward())
     by_gemv = not needs_gradients and goes_by_gemv(
         top_k_index.numel(), hidden_states.dtype, up, down, up_factors, down_factors
     )

@@ -98,6 +98,24 @@ class without_output(AbstractContextManager):
         _local.unused = self.outer
 
 
+class with_backward(AbstractContextManager):
+    """Makes fused experts in this thread compute as for a backward while autograd is off, as in a captured forward.
+
+    Otherwise, few tokens would be computed by another kernel, with other rounding.
+    """
+
+    def __enter__(self) -> None:
+        self.outer, _local.has_backward = has_backward(), True
+
+    def __exit__(self, *exception: Any) -> None:
+        _local.has_backward = self.outer
+
+
+def has_backward() -> bool:
+    """Whether this thread is in `with_backward`."""
+    return getattr(_local, "has_backward", False)
+
+
 def unused_output() -> Unused | None:
     """Contents of the uncomputed output of experts in this thread; None if the output is computed."""
     return getattr(_local, "unused", None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..ops import keep_experts, without_output
+from ..ops import keep_experts, with_backward, without_output
 from .static_tensors import StaticTensors, copies
 
 Function = Callable[..., Any]
@@ -315,7 +315,12 @@ class _Work:
         return out
 
     def forward(self) -> None:
-        with self._of_forward, torch.set_grad_enabled(self._keeps_everything), _uncached_autocast(self._autocast):
+        with (
+            self._of_forward,
+            with_backward(),
+            torch.set_grad_enabled(self._keeps_everything),
+            _uncached_autocast(self._autocast),
+        ):
             self._out = self._run()
         self.output = self._static.store([("hidden_states", self._out.detach())])[0]
 

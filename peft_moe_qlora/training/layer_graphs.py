@@ -116,7 +116,7 @@ class LayerGraphs:
         self._captured = {one: found for one, found in self._captured.items() if one[0] != key[0] or one[2] == key[2]}
         if of_layer not in self._captures:
             constants = self._constants.setdefault((id(layer), call.spec, *call.shapes), set())
-            if len(constants) == MOST_SHAPES:
+            if len(constants) == MOST_SHAPES and tuple(call.rest) not in constants:
                 return f"arguments that are numbers or strings have had {MOST_SHAPES} values; pass them as tensors"
             constants.add(tuple(call.rest))
             self._captures[of_layer] = 0
@@ -247,7 +247,7 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
         if (module._forward_hooks or module._forward_pre_hooks) and module is not layer and _has_hooks(module):
             state.append("hooks")
         if isinstance(module, LoraLayer):
-            state += (*module.active_adapters, *module.merged_adapters, module.disable_adapters)
+            state += (*module.active_adapters, None, *module.merged_adapters, module.disable_adapters)
             state += module.scaling.values()
         left += [child for child in module._modules.values() if child is not None]
     return tuple(addresses), tuple(state)

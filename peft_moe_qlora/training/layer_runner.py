@@ -111,28 +111,31 @@ class _ForwardHooks:
         self.model = model
         self.layers = layers
         self.graphs = graphs
-        self.outer: list[str | None] = []
-        """Reasons of the forwards that this one is part of."""
+        self.running: list[tuple[nn.Module, str | None]] = []
+        """The forwards in progress, outermost first, with `is_paused` before them; also those that Ctrl-C ended, after
+        which torch does not call `after`."""
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self.layers:
             if layer.gradient_checkpointing:
                 # with gradient_checkpointing=True, Trainer would checkpoint these layers twice
                 layer.gradient_checkpointing = False
-        if model is self.model and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             leave_regions()
         if self.graphs is not None:
-            if model is self.model:  # torch does not call `after` if the last forward was interrupted by Ctrl-C
-                self.outer.clear()
-                self.graphs.is_paused = None
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
             self.graphs.attention = model.config.get_text_config()._attn_implementation
-            self.outer.append(self.graphs.is_paused)
-            self.graphs.is_paused = self.graphs.is_paused or why_recorded or why_sequences_are_split(model.config)
+            before = self.graphs.is_paused
+            is_part = model is not self.model and bool(self.running) and self.running[-1][0] is self.model
+            self.running.append((model, before))
+            of_model = before if is_part else None
+            self.graphs.is_paused = of_model or why_recorded or why_sequences_are_split(model.config)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.graphs.is_paused = self.outer.pop()
+        ended = None
+        while ended is not model:
+            ended, self.graphs.is_paused = self.running.pop()
 
 
 def _is_asked(model: nn.Module, name: str, kwargs: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..experts import QuantizedExperts
 from ..sharded import sharded_by
 
 
@@ -59,6 +60,9 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]
                 for name, parameter in copy.named_parameters():
                     dtype = originals[name].dtype if name in originals else parameter.dtype
                     yield f"{prefix}.modules_to_save.{adapter}.{name}", parameter, dtype
+        elif isinstance(module, QuantizedExperts):
+            for name, bias in module.named_parameters(recurse=False):
+                yield f"{prefix}.{name}", bias, module.stack(module.layout.up_name).dtype
         elif isinstance(module._parameters.get("bias"), nn.Parameter) and "weight" in module._parameters:
             yield f"{prefix}.bias", module.bias, module.weight.dtype
 
