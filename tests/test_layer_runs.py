@@ -648,8 +648,6 @@ def test_invalid_options_are_rejected():
             trained_model("cpu", gradient_checkpointing_kwargs={}, **options)
     with pytest.raises(ValueError, match=r"contain \['selective'\].*keep-experts"):
         trained_model("cpu", gradient_checkpointing_kwargs={"selective": True})
-    with pytest.raises(ValueError, match="have no effect with use_gradient_checkpointing=False"):
-        trained_model("cpu", gradient_checkpointing_kwargs={"use_reentrant": False}, use_gradient_checkpointing=False)
     model = tiny_model()
     prepare_model_for_training(model, cuda_graphs=True)
     for options in ({}, {"compile_layers": True}, {"use_gradient_checkpointing": "keep-experts"}):

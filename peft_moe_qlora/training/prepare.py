@@ -71,7 +71,7 @@ def prepare_model_for_training(
             of a layer except its experts, whose products take most of the time; the fused kernels save `(T * K, 2I)`
             activations per layer for that. False saves all activations.
         gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; default:
-            `{"use_reentrant": False}`.
+            `{"use_reentrant": False}`. Without checkpointing they have no effect, as in PEFT.
         compile_layers: compile each decoder layer with `torch.compile`, for training.
         cuda_graphs: capture forward and backward of each decoder layer in CUDA graphs, for training. An input shape is
             captured on its second occurrence, so pad or pack sequences to few lengths. `graphs_report(model)` lists
@@ -83,8 +83,8 @@ def prepare_model_for_training(
     Raises:
         TypeError: the model is not a transformers model.
         ValueError: the model already has an adapter, which would be frozen too; its layers are already prepared or
-            cannot be; or `gradient_checkpointing_kwargs` are unknown, or given without checkpointing or for layers
-            that this package checkpoints. The model is unchanged.
+            cannot be; or `gradient_checkpointing_kwargs` are unknown, or given for layers that this package
+            checkpoints. The model is unchanged.
     """
     _check_model(model)
     if use_gradient_checkpointing not in (True, False, "keep-experts"):
@@ -98,7 +98,7 @@ def prepare_model_for_training(
         settings = RunSettings(keep, compile_layers, cuda_graphs)
     check_layers(model, settings)
     if gradient_checkpointing_kwargs is not None:
-        _check_checkpointing(gradient_checkpointing_kwargs, use_gradient_checkpointing, settings)
+        _check_checkpointing(gradient_checkpointing_kwargs, settings)
     model.requires_grad_(False)
     # the name in newer versions of transformers, or the older name
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -125,16 +125,11 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"Found a {type(model).__name__}. Expected a transformers model, loaded by from_pretrained.")
 
 
-def _check_checkpointing(kwargs: dict[str, Any], use: bool | str, settings: RunSettings | None) -> None:
+def _check_checkpointing(kwargs: dict[str, Any], settings: RunSettings | None) -> None:
     if settings is not None:
         raise ValueError(
             f"gradient_checkpointing_kwargs={kwargs} apply to torch's checkpointing of whole layers, which "
             'use_gradient_checkpointing="keep-experts", compile_layers and cuda_graphs replace. Remove them.'
-        )
-    if not use:
-        raise ValueError(
-            f"gradient_checkpointing_kwargs={kwargs} have no effect with use_gradient_checkpointing=False. Remove "
-            "them, or set use_gradient_checkpointing=True."
         )
     known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
     unknown = sorted(kwargs.keys() - known)
