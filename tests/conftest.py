@@ -54,6 +54,18 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def graphs_by_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain calls replace captures of decoder layers without a GPU."""
+    # not at the top, as below
+    from calling_backend import CallingBackend
+
+    from peft_moe_qlora.training import layer_runner
+
+    if device == "cpu":
+        monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", CallingBackend)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """Directory with a trained base and a trained adapter, and a text in the adapter's language."""

@@ -17,12 +17,6 @@ from torch import nn
 
 Function = Callable[..., Any]
 
-
-def own_forward(module: nn.Module) -> Function | None:
-    """The forward that was set on a module instead of its class, such as accelerate's, which moves its inputs."""
-    return module.__dict__.get("forward")
-
-
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 """Names of the KV cache among the arguments of decoder layers in transformers."""
 

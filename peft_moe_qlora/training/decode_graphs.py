@@ -22,9 +22,9 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from ..ops import HeldCasts
-from .compiled import CACHES, own_forward
+from .compiled import CACHES
 from .cuda_graphs import Backend, CudaBackend, Function, autocast_state, flatten, why_not_constant
-from .layer_graphs import layer_state, why_not_captured
+from .layer_graphs import layer_state, own_forward, why_not_captured
 from .static_tensors import StaticTensors
 
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")

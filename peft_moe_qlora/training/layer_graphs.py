@@ -203,6 +203,11 @@ def why_not_captured(layer: nn.Module) -> str | None:
     return None
 
 
+def own_forward(module: nn.Module) -> Function | None:
+    """The forward that was set on a module instead of its class, such as accelerate's, which moves its inputs."""
+    return module.__dict__.get("forward")
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward hooks, except those of transformers.
 

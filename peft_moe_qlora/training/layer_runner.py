@@ -15,10 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops import keep_experts, leave_regions
-from .compiled import CACHES, compiled_forward, own_forward
+from .compiled import CACHES, compiled_forward
 from .cuda_graphs import CudaBackend
 from .decode_graphs import DecodeRunner
-from .layer_graphs import LayerGraphs, why_sequences_are_split
+from .layer_graphs import LayerGraphs, own_forward, why_sequences_are_split
 
 Keep = Literal["nothing", "experts", "everything"]
 

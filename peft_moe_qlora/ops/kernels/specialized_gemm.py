@@ -3,8 +3,8 @@
 A program has twelve warps. Four copy rows, codes and scales to a ring of stages in shared memory. Two groups of four
 multiply one half of a tile's 128 columns each, with the weight as the left operand, which they decode in registers:
 while one group decodes, the tensor cores work for the other. During its own product, a group waits for the next stage
-and loads codes. Programs are persistent, so that the copies for a tile
-start during the last products of the one before.
+and loads codes. Programs are persistent, so that the copies for a tile start during the last products of the one
+before. The highest tiles come first, so that programs finish at about the same time.
 """
 
 from __future__ import annotations
