@@ -97,7 +97,7 @@ class Benchmark:
         )
 
     def plans(self) -> Iterator[Plan]:
-        """All plans; those that change classes for the rest of the process are last."""
+        """All plans, `in_order`."""
         arms = list(
             dict.fromkeys(parse_arm(text, storage) for text in self.args.arms for storage in self.args.storages)
         )
@@ -110,7 +110,7 @@ class Benchmark:
         """Times the steps of all plans; the best of several rounds is reported."""
         args = self.args
         best: dict[tuple, StepRow] = {}
-        plans = sorted([*self.plans()] * args.rounds, key=lambda plan: plan.arm.changes_classes)
+        plans = sorted([*self.plans()] * args.rounds, key=lambda plan: plan.arm.changed_classes)
         bar = tqdm(total=len(plans) * len(args.tokens) * len(args.optimizer), unit="row", file=sys.stderr)
         with bar:
             for plan in plans:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import bitsandbytes
@@ -238,7 +239,7 @@ def head_alone(model: PeftModel, hidden_states: torch.Tensor) -> Callable[..., o
     base = model.get_base_model()
     head = copy.copy(base)
     head._modules = {**base._modules, base.base_model_prefix: _Given(hidden_states)}
-    head._forward_pre_hooks = type(base._forward_pre_hooks)()
+    head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()  # of layers, which do not run
     return head
 
 

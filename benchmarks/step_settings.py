@@ -57,9 +57,11 @@ class Arm:
         return self.name.startswith("ours")
 
     @property
-    def changes_classes(self) -> bool:
-        """Whether the arm changes classes of transformers for the rest of the process."""
-        return self.has("liger") or self.has("liger-head") or self.name == "unsloth"
+    def changed_classes(self) -> int:
+        """How much of transformers the arm changes for the rest of the process: 0 nothing, 1 the head, 2 more."""
+        if self.has("liger") or self.name == "unsloth":
+            return 2
+        return int(self.has("liger-head"))
 
     @property
     def is_made_for_one_length(self) -> bool:
@@ -150,14 +152,14 @@ class Plan:
 
 
 def in_order(arms: list[Arm]) -> list[Arm]:
-    """Sorts arms that change classes of transformers for the rest of the process to the end.
+    """Sorts arms by what they change in transformers for the rest of the process, so that later ones change it too.
 
     Raises:
         ValueError: there are arms with Liger and with unsloth_zoo.
     """
-    if any(arm.has("liger") for arm in arms) and any(arm.name == "unsloth" for arm in arms):
+    if any(arm.has(name) for arm in arms for name in _OF_LIGER) and any(arm.name == "unsloth" for arm in arms):
         raise ValueError(
             "Liger and unsloth_zoo both change classes of transformers for the rest of the process. Run them "
             "separately with --json, and use --beside to show the first result in the table of the second run."
         )
-    return sorted(arms, key=lambda arm: arm.changes_classes)
+    return sorted(arms, key=lambda arm: arm.changed_classes)

@@ -162,13 +162,14 @@ def test_invalid_arms_are_rejected(text, message):
         parse_arm(text)
 
 
-def test_arms_that_patch_classes_run_last():
+def test_arms_run_before_those_that_patch_more():
     from step_settings import in_order, parse_arm
 
     arms = [parse_arm(text) for text in ("ours+liger", "ours", "ours+liger-head", "attention")]
-    assert [str(arm) for arm in in_order(arms)] == ["ours", "attention", "ours+liger", "ours+liger-head"]
-    with pytest.raises(ValueError, match="--beside"):
-        in_order([*arms, parse_arm("unsloth")])
+    assert [str(arm) for arm in in_order(arms)] == ["ours", "attention", "ours+liger-head", "ours+liger"]
+    for arm in ("ours+liger", "ours+liger-head"):
+        with pytest.raises(ValueError, match="--beside"):
+            in_order([parse_arm(arm), parse_arm("unsloth")])
 
 
 def test_unsupported_liger_models_are_rejected():
@@ -210,7 +211,7 @@ def test_experts_have_their_own_rank(arm, shape):
     assert ranks == {4}
 
 
-@pytest.mark.parametrize("arm", ["ours", "attention"])
+@pytest.mark.parametrize("arm", ["ours", "ours+graphs", "attention"])
 def test_separate_head_gives_the_models_loss(arm):
     from step_models import head_alone
 
