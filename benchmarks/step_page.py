@@ -63,7 +63,7 @@ CASE = {
 def case() -> str:
     """Short table of the arms in `CASE`."""
     rows = {row.arm: row for row in _rows("h200-step-peers")}
-    rows |= {row.arm: row for row in _rows("h200-step-4096-emptied") if row.optimizer == "adamw8bit-unsynced"}
+    rows |= {row.arm: row for row in _rows("h200-step-4096") if row.optimizer == "adamw8bit-unsynced"}
     lines = [
         (text, f"{row.milliseconds:,.0f}", f"{row.tokens_per_second:,.0f}", f"{row.peak_gib:.1f}")
         for text, row in ((text, rows[arm]) for arm, text in CASE.items())
@@ -151,10 +151,10 @@ def several_gpus(*names: str) -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"case": case, "fits": lambda: fits(_16="h200-step-16-gb", _24="h200-step-24-gb")},
     "docs/step.md": {
-        "arms": lambda: steps("h200-step-4096", "h200-step-4096-emptied", "h200-step-2048", "h200-step-peers"),
+        "arms": lambda: steps("h200-step-4096", "h200-step-2048", "h200-step-peers"),
         "shapes": lambda: steps("h200-step-shapes"),
         "24-gb": lambda: steps("h200-step-24-gb", "h200-step-24-gb-graphs"),
-        "16-gb": lambda: steps("h200-step-16-gb"),
+        "16-gb": lambda: steps("h200-step-16-gb", "h200-step-16-gb-longer"),
         "losses": lambda: losses("h200-step-losses", "h200-step-losses-2"),
         "losses-fp32": lambda: losses("h200-step-losses-fp32"),
         "generation": lambda: generation(
@@ -163,6 +163,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
             reused="h200-step-generation-reused",
         ),
     },
+    "docs/benchmarks.md": {"step": lambda: steps("h200-step-4096", "h200-step-2048")},
     "docs/distributed.md": {
         "several-gpus": lambda: several_gpus("h200-x2", "h200-x2-graphs", "h200-x2-qwen3-235b"),
     },

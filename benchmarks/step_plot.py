@@ -84,5 +84,5 @@ def _draw_times(panel: Axes, rows: Sequence[StepRow]) -> None:
     walls = [row.milliseconds for row in rows]
     panel.scatter(walls, places, marker="|", s=260, color="black", linewidth=2, label="wall clock", zorder=3)
     panel.set_xlim(0, 1.05 * max(*walls, *starts))
-    panel.set_yticks(places, [row.label for row in rows])
+    panel.set_yticks(places, [row.label.replace(", ", "\n", 1) for row in rows])
     panel.set_ylim(len(rows) - 0.5, -0.5)

@@ -79,7 +79,7 @@ class StepRow:
     def label(self) -> str:
         sequences = f"{self.batch} x " if self.batch > 1 else ""
         ranks = f"r {self.rank}" + (f", experts {self.expert_rank}" if self.expert_rank != self.rank else "")
-        return f"{self.what}, {sequences}{self.tokens} tokens, {ranks}"
+        return f"{self.what}, {sequences}{self.tokens} tokens, {ranks}, {self.optimizer}"
 
 
 @dataclass

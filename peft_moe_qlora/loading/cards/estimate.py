@@ -117,8 +117,7 @@ class MemoryEstimate:
         head: the loss, and tensors that it saves for the backward.
         one_layer: activations of the layer that is recomputed, their gradients, and workspace.
         graph_buffers: inputs and outputs of CUDA graphs.
-        before_capture: an allowance for memory cached by the steps before the capture, which graphs can't use; most of
-            it is freed before a capture.
+        before_capture: memory cached before the capture, which graphs can't use and which is not freed.
         libraries: see `LIBRARIES`.
         fragmentation: see `FRAGMENTATION`.
         outside_of_torch: see `OUTSIDE_OF_TORCH`.
@@ -173,9 +172,8 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
 
     The backward frees the input of a layer after the gradients of its factors are computed, so the peak is at its
     beginning (the head or the last layer) or at its end (the first layer). Captured layers keep their activations
-    permanently in the pool of the graphs. Graphs can't use memory cached by the steps before the capture: memory of
-    the first step that neither the optimizer's state nor later steps reuse, and memory of a layer on the stream of the
-    graphs.
+    permanently in the pool of the graphs. Memory that is cached before the captures is freed, except for that of a layer
+    on the stream of the graphs.
 
     Raises:
         ValueError: the storage format does not support the shape of the experts.
@@ -194,13 +192,8 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
     at_first = {"gradients": values, "one_layer": of_layer}
     left = {"gradients": values if settings.accumulates else 0, "kept_experts": kept}
     moments = [left | at_head, left | at_last, at_first]
-    before_capture = 0
     if settings.cuda_graphs:
-        held = {"one_layer": of_layer, "kept_experts": kept}
-        before = max(sum(moment.values()) for moment in moments)
-        moments = [moment | held for moment in moments]
-        outside = max(sum(moment.values()) for moment in moments) - of_layer - kept
-        before_capture = of_layer + max(0, before - outside - optimizer)
+        moments = [moment | {"one_layer": of_layer, "kept_experts": kept} for moment in moments]
     moment = max(moments, key=lambda parts: sum(parts.values()))
     parts = {
         "experts": sizes.experts_nbytes(storage),
@@ -209,7 +202,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
         "factors": values,
         "optimizer": optimizer,
         "graph_buffers": graph_buffers(sizes, settings),
-        "before_capture": before_capture,
+        "before_capture": of_layer if settings.cuda_graphs else 0,
         "libraries": LIBRARIES * (3 if settings.cuda_graphs else 1),
         **{name: moment.get(name, 0) for name in ("gradients", "layer_inputs", "kept_experts", "head", "one_layer")},
     }
