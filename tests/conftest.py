@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def graphs_by_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if device == "cpu":
         monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", CallingBackend)
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Liger itself; the classes of transformers that it replaces are restored."""
+    module = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    for name in ("Qwen3MoeExperts", "Qwen3MoeRMSNorm", "apply_rotary_pos_emb"):
+        monkeypatch.setattr(modeling_qwen3_moe, name, getattr(modeling_qwen3_moe, name))
+    causal_lm = modeling_qwen3_moe.Qwen3MoeForCausalLM
+    monkeypatch.setattr(causal_lm, "forward", causal_lm.forward)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -273,17 +273,6 @@ def test_liger_loss_accepts_a_head_in_a_format():
 IN_INTERPRETER = {} if torch.cuda.is_available() else {"rms_norm": False}
 
 
-@pytest.fixture
-def liger(monkeypatch):
-    """Liger itself; the classes of transformers that it replaces are restored."""
-    module = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
-    for name in ("Qwen3MoeExperts", "Qwen3MoeRMSNorm", "apply_rotary_pos_emb"):
-        monkeypatch.setattr(modeling_qwen3_moe, name, getattr(modeling_qwen3_moe, name))
-    causal_lm = modeling_qwen3_moe.Qwen3MoeForCausalLM
-    monkeypatch.setattr(causal_lm, "forward", causal_lm.forward)
-    return module
-
-
 def train(model: nn.Module, directory: Path, **options) -> dict[str, torch.Tensor]:
     """The trained parameters after two steps, and the losses."""
     ids = token_ids(batch=8).cpu().tolist()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import nn
 
 Function = Callable[..., Any]
@@ -36,14 +38,16 @@ class compiled_forward:
         layer: a decoder layer whose forward takes hidden states first, and which is not checkpointed by transformers
             (`layer.gradient_checkpointing` is False).
         backend: backend of `torch.compile`.
+        retains_graph: compile for backwards in `saved_tensors_kept`.
     """
 
-    def __init__(self, layer: nn.Module, backend: str | Callable = "inductor") -> None:
+    def __init__(self, layer: nn.Module, backend: str | Callable = "inductor", retains_graph: bool = False) -> None:
         self.layer = layer
         # not the modules, which would outlive their removal; walking through them takes ten times as long
         self._hooks = [module._forward_hooks for module in layer.modules()]
         self._plain = type(layer).forward
         self._backend = backend
+        self._retains_graph = retains_graph
         self._structure = f"{type(layer).__qualname__}_{zlib.crc32(repr(layer).encode()):x}"
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +59,17 @@ class compiled_forward:
         # torch does not check whether hooks, with which transformers records router logits, were added since
         has_hooks = any(self._hooks)
         way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask, has_hooks)
-        return _compiled(self._plain, self._structure, self._backend, way)(self.layer, hidden_states, *args, **kwargs)
+        function = _compiled(self._plain, self._structure, self._backend, (*way, self._retains_graph))
+        with saved_tensors_kept() if self._retains_graph else nullcontext():
+            return function(self.layer, hidden_states, *args, **kwargs)
+
+
+def saved_tensors_kept() -> AbstractContextManager:
+    """Context of compilations and backwards with `retain_graph=True`: they do not overwrite saved activations.
+
+    Otherwise, torch raises an error in such backwards.
+    """
+    return functorch_config.patch(donated_buffer=False)
 
 
 @cache

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..ops import keep_experts, with_backward, without_output
+from .compiled import saved_tensors_kept
 from .static_tensors import StaticTensors, copies
 
 Function = Callable[..., Any]
@@ -328,9 +329,10 @@ class _Work:
         with self._of_backward, self._of_experts, torch.enable_grad(), _uncached_autocast(self._autocast):
             out = self._out if self._keeps_everything else self._run()
         # every replay reads the saved tensors again
-        grad_x, *grads = torch.autograd.grad(
-            out, [self._x, *self._aliases], self._grad_out, retain_graph=self._keeps_everything, allow_unused=True
-        )
+        with saved_tensors_kept() if self._keeps_everything else nullcontext():
+            grad_x, *grads = torch.autograd.grad(
+                out, [self._x, *self._aliases], self._grad_out, retain_graph=self._keeps_everything, allow_unused=True
+            )
         self.grads = self._static.store([("grad_hidden_states", grad_x), *enumerate(grads)])
 
     def find_whether_output_is_read(self) -> None:

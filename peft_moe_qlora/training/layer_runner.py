@@ -84,7 +84,11 @@ class LayerRunner:
     def function(self) -> Callable[..., Any]:
         """The forward of the layer, compiled if set."""
         if self._function is None:
-            self._function = compiled_forward(self.layer) if self.settings.compile_layers else self.plain_function
+            self._function = self.plain_function
+            if self.settings.compile_layers:
+                # captured backwards keep the graph, whose activations each replay reads
+                retains_graph = self.settings.cuda_graphs and self.settings.keep == "everything"
+                self._function = compiled_forward(self.layer, retains_graph=retains_graph)
         return self._function
 
     def without_graphs(self, *args: Any, **kwargs: Any) -> Any:

@@ -172,8 +172,8 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
 
     The backward frees the input of a layer after the gradients of its factors are computed, so the peak is at its
     beginning (the head or the last layer) or at its end (the first layer). Captured layers keep their activations
-    permanently in the pool of the graphs. Memory that is cached before the captures is freed, except for that of a layer
-    on the stream of the graphs.
+    permanently in the pool of the graphs. Memory that is cached before the captures is freed, except for that of a
+    layer on the stream of the graphs.
 
     Raises:
         ValueError: the storage format does not support the shape of the experts.
