@@ -1,10 +1,12 @@
-"""Replaces CUDA graph captures by plain calls on machines without a GPU."""
+"""Replaces CUDA graph captures on machines without a GPU: by plain calls, or by operators that are called again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class CalledAgain:
@@ -43,3 +45,46 @@ class LateBackend(CallingBackend):
     def capture(self, work: Callable[[], None]) -> CalledAgain:
         self.captures += 1
         return CalledAgain(work)
+
+
+class _Operators(TorchDispatchMode):
+    """Records the calls of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+
+class RecordedOperators:
+    """A "capture" on a CPU of the operators that a function called; a replay ignores all changes since then."""
+
+    def __init__(self, calls: list[tuple]) -> None:
+        self.calls = calls
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.calls:
+            aliases = [value.alias_info for value in (*function._schema.arguments, *function._schema.returns)]
+            is_in_place = any(alias is not None and alias.is_write for alias in aliases)
+            if not is_in_place and any(aliases):
+                continue  # a view of memory whose values are replayed
+            again = function(*args, **kwargs)
+            if not is_in_place:
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor):
+                        old.data.copy_(new)
+
+
+class RecordingBackend(CallingBackend):
+    """Captures operators, like CUDA, for layers that do not copy to the host."""
+
+    def capture(self, work: Callable[[], None]) -> RecordedOperators:
+        self.captures += 1
+        with _Operators() as operators:
+            work()
+        return RecordedOperators(operators.calls)

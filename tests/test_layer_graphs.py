@@ -12,12 +12,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from calling_backend import CallingBackend
+from peft import get_peft_model
 from prepared_models import POLICIES, batch, train, trained_model
+from tiny_models import randomize_adapter, tiny_model
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
 from peft_moe_qlora.ops import kept_activations
 from peft_moe_qlora.training import graphs_report, layer_graphs, layer_runner, release_graphs
 from peft_moe_qlora.training.cuda_graphs import CudaBackend
@@ -197,6 +200,54 @@ def test_layers_with_hooks_are_not_captured(device):
     model(**batch(device, 12)).loss.backward()
     assert seen.count(2) == 2
     assert graphs_report(model).splitlines()[0] == before.splitlines()[0]
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_layers_with_backward_hooks_are_not_captured(device, register):
+    model = trained_model(device, cuda_graphs=True)
+    layers = model.get_submodule("base_model.model.model.layers")
+    calls = []
+    getattr(layers[1].mlp, register)(lambda *_: calls.append(1))
+    for _ in range(3):
+        model(**batch(device, 12)).loss.backward()
+    assert calls == [1, 1, 1]
+    assert "2 times: mlp has a backward hook" in graphs_report(model)
+    assert "1 graphs of layers" in graphs_report(model)
+    getattr(layers[0].self_attn, register)(lambda *_: calls.append(0))  # after the capture
+    model(**batch(device, 12)).loss.backward()
+    assert sorted(calls) == [0, 1, 1, 1, 1]
+    assert "1 times: self_attn has a backward hook" in graphs_report(model)
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_copies_of_modules_follow_the_adapter(device):
+    """With both adapters trained, only the active adapters tell which copies a layer computes."""
+
+    def gradients(**options):
+        model = tiny_model(device=device, mlp_only_layers=[1])
+        prepare_model_for_training(model, **options)
+        config = MoeQLoraConfig(r=2, target_modules=["experts"], modules_to_save=["q_norm"])
+        model = get_peft_model(model, config)
+        model.add_adapter("other", config)
+        randomize_adapter(model)
+        model.train()
+        found = []
+        for _ in range(3):
+            for adapter in ("default", "other"):
+                model.set_adapter(adapter)
+                model.set_requires_grad(["default", "other"], True)
+                model.zero_grad()
+                model(**batch(device, 12)).loss.backward()
+                copies = [one for name, one in model.named_parameters() if f"q_norm.modules_to_save.{adapter}" in name]
+                assert len(copies) == 2
+                assert all(parameter.grad.any() for parameter in copies)
+                found += [parameter.grad for parameter in copies]
+        return found, graphs_report(model)
+
+    found, report = gradients(cuda_graphs=True)
+    torch.testing.assert_close(found, gradients()[0], rtol=0, atol=0)
+    assert report == "4 graphs of layers, for 1 input shapes"
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

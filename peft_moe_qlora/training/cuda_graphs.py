@@ -220,6 +220,11 @@ class CapturedLayer:
         others = [self._static.load(("argument", number), tensor) for number, tensor in enumerate(tensors)]
         return self._static.load("hidden_states", hidden_states), others
 
+    @property
+    def was_replayed(self) -> bool:
+        """Whether the graphs were used again after the call for which they were captured."""
+        return self._forwards > 1
+
     def __call__(self, call: Call) -> Tensor:
         """The output for new arguments, differentiable in the hidden states and the trained parameters."""
         return _Replay.apply(self, call.hidden_states, len(call.tensors), *call.tensors, *self.trained)
@@ -297,7 +302,6 @@ class _Work:
         self._function, self._layer, self._trained = function, layer, trained
         self._call, self._tensors = call._replace(hidden_states=None, tensors=[]), tensors  # the example's are freed
         self._static = static
-        self._grad_out = static.buffer("grad_hidden_states", call.hidden_states)
         self._x = hidden_states.detach().requires_grad_()
         # separate leaves: the model's parameters would add the stream of their first use to the capture
         self._aliases = [nn.Parameter(parameter.detach()) for parameter in trained]
@@ -324,6 +328,9 @@ class _Work:
         ):
             self._out = self._run()
         self.output = self._static.store([("hidden_states", self._out.detach())])[0]
+        self._grad_out = self._static.buffer(
+            "grad_hidden_states", self._out
+        )  # not like the input: norms may be in fp32
 
     def backward(self) -> None:
         with self._of_backward, self._of_experts, torch.enable_grad(), _uncached_autocast(self._autocast):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 from transformers import StaticCache
@@ -24,7 +25,7 @@ from transformers.cache_utils import StaticLayer
 from ..ops import HeldCasts
 from .compiled import CACHES
 from .cuda_graphs import Backend, CudaBackend, Function, autocast_state, flatten, why_not_constant
-from .layer_graphs import layer_state, own_forward, why_not_captured
+from .layer_graphs import adapter_state, layer_state, own_forward, why_not_captured
 from .static_tensors import StaticTensors
 
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -184,8 +185,9 @@ class CapturedStep:
         self._decoder = decoder
         self._addresses = _addresses(cache)
         self._state = layer_state(decoder)
-        self._adapters = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
-        self._adapter_states = _states(self._adapters)
+        kinds = (LoraLayer, AuxiliaryTrainingWrapper)
+        self._adapters = [module for module in decoder.modules() if isinstance(module, kinds)]
+        self._adapter_states = [adapter_state(module) for module in self._adapters]
         self._static = StaticTensors()
         spec = key[0]
         inputs = tree_unflatten(self._load(leaves), spec)
@@ -216,7 +218,7 @@ class CapturedStep:
             self._key == key
             and self._cache() is cache
             and not self.has_other_tensors(cache)
-            and self._adapter_states == _states(self._adapters)
+            and self._adapter_states == [adapter_state(module) for module in self._adapters]
             and (not is_after_prompt or self._state == layer_state(self._decoder))
         )
 
@@ -244,13 +246,6 @@ def _signature(leaves: list[Any]) -> list[Any]:
 def _addresses(cache: StaticCache) -> list[int]:
     values = (value for layer in cache.layers for value in vars(layer).values())
     return [value.data_ptr() for value in values if isinstance(value, Tensor)]
-
-
-def _states(adapters: list[LoraLayer]) -> list[tuple]:
-    return [
-        (layer.active_adapters, len(layer.merged_adapters), layer.disable_adapters, *layer.scaling.values())
-        for layer in adapters
-    ]
 
 
 def _why_not(decoder: nn.Module, cache: StaticCache) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -70,7 +71,8 @@ class LayerGraphs:
         self._captured: dict[tuple, CapturedLayer | str] = {}
         self._captures: dict[tuple, int] = {}
         self._constants: dict[tuple, set[tuple]] = {}
-        self._shapes: set[tuple] = set()
+        self._shapes: dict[int, set[tuple]] = {}
+        """id of a layer -> signatures of arguments for which it was captured."""
 
     def run(self, layer: nn.Module, function: Function, plain: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs a layer with or without its graphs.
@@ -112,8 +114,7 @@ class LayerGraphs:
         key = (*of_layer, *layer_state(layer))
         if key in self._captured:
             return self._captured[key]
-        # graphs that read parameters at other addresses would never be replayed again
-        self._captured = {one: found for one, found in self._captured.items() if one[0] != key[0] or one[2] == key[2]}
+        self._drop_stale(key)
         if of_layer not in self._captures:
             constants = self._constants.setdefault((id(layer), call.spec, *call.shapes), set())
             if len(constants) == MOST_SHAPES and tuple(call.rest) not in constants:
@@ -121,10 +122,11 @@ class LayerGraphs:
             constants.add(tuple(call.rest))
             self._captures[of_layer] = 0
             return None
-        if inputs not in self._shapes and len(self._shapes) == MOST_SHAPES:
+        shapes = self._shapes.setdefault(id(layer), set())
+        if inputs not in shapes and len(shapes) == MOST_SHAPES:
             return f"{MOST_SHAPES} input shapes are captured already; pad or pack sequences to fewer lengths"
         if self._captures[of_layer] == MOST_CAPTURES:
-            return "its parameters or adapters have changed too often"
+            return "its parameters, adapters or constants have changed too often"
         found = why_not_captured(layer)
         if found is None:
             try:
@@ -137,10 +139,17 @@ class LayerGraphs:
                 self.forget()
                 self._no_room = NO_ROOM.format(no_room)
                 return self._no_room
-        self._shapes.add(inputs)
+        shapes.add(inputs)
         self._captures[of_layer] += 1
         self._captured[key] = found
         return found
+
+    def _drop_stale(self, key: tuple) -> None:
+        """Drops graphs of the layer that read parameters at other addresses; they would never be replayed again."""
+        for one in [one for one in self._captured if one[0] == key[0] and one[2] != key[2]]:
+            found = self._captured.pop(one)
+            if isinstance(found, CapturedLayer) and found.was_replayed:
+                self._captures[one[:2]] -= 1  # it was worth its time
 
     def _capture(self, layer: nn.Module, function: Function, call: Call) -> CapturedLayer | str:
         """Captures a layer, or returns the reason why it cannot be captured.
@@ -161,7 +170,8 @@ class LayerGraphs:
     def report(self) -> list[str]:
         """Lists captured graphs, and the reasons for calls without a graph."""
         captured = sum(isinstance(found, CapturedLayer) for found in self._captured.values())
-        lines = [f"{captured} graphs of layers, for {len(self._shapes)} input shapes"]
+        shapes = max(map(len, self._shapes.values()), default=0)
+        lines = [f"{captured} graphs of layers, for {shapes} input shapes"]
         return lines + [f"without a graph, {count} times: {reason}" for reason, count in self.reasons.items()]
 
     def __reduce__(self) -> tuple:
@@ -194,8 +204,9 @@ def why_not_captured(layer: nn.Module) -> str | None:
     for path, module in layer.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves its weights ({path or 'the layer itself'})"
-        if path and _has_hooks(module):
-            return f"{path} has a forward hook, which a graph does not call"
+        kind = _kind_of_hooks(module) if path else None
+        if kind is not None:
+            return f"{path} has a {kind} hook, which a graph does not call"
         if isinstance(module, QuantizedExperts):
             reason = _why_experts_copy(module)
             if reason is not None:
@@ -208,13 +219,15 @@ def own_forward(module: nn.Module) -> Function | None:
     return module.__dict__.get("forward")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward hooks, except those of transformers.
+def _kind_of_hooks(module: nn.Module) -> str | None:
+    """`"forward"` or `"backward"` if a module has such hooks; None without hooks and for those of transformers.
 
-    These make inputs require gradients, or record outputs, for which graphs are paused.
+    transformers' hooks make inputs require gradients, or record outputs, for which graphs are paused.
     """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not hook.__module__.startswith("transformers.") for hook in hooks)
+    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(not hook.__module__.startswith("transformers.") for hook in forward):
+        return "forward"
+    return "backward" if module._backward_hooks or module._backward_pre_hooks else None
 
 
 def _why_experts_copy(experts: QuantizedExperts) -> str | None:
@@ -227,12 +240,17 @@ def _why_experts_copy(experts: QuantizedExperts) -> str | None:
     return next((one.reason for one in paths if one.name == "loop"), None)
 
 
+_NUMBERS = frozenset((bool, int, float))
+_WITHOUT_CONSTANTS = frozenset((nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.Identity))
+"""Half of the modules of a layer with adapters."""
+
+
 def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
     """State on which a graph depends.
 
     Returns:
-        Addresses of parameters, buffers and scales of bitsandbytes; which parameters are trained, state of adapters,
-        and whether there are forward hooks.
+        Addresses of parameters, buffers and scales of bitsandbytes; and which parameters are trained, attributes that
+        are numbers, such as the probability of dropout, state of adapters, and kinds of hooks.
     """
     addresses: list[int] = []
     state: list[Any] = []
@@ -249,10 +267,21 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
                     scales = scales.state2
         if module._buffers:
             addresses += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
-        if (module._forward_hooks or module._forward_pre_hooks) and module is not layer and _has_hooks(module):
-            state.append("hooks")
-        if isinstance(module, LoraLayer):
-            state += (*module.active_adapters, None, *module.merged_adapters, module.disable_adapters)
-            state += module.scaling.values()
+        if module is not layer and (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        ):
+            state.append(_kind_of_hooks(module))
+        if module.__class__ not in _WITHOUT_CONSTANTS:
+            state += [value for value in module.__dict__.values() if value.__class__ in _NUMBERS]
+        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
+            state += adapter_state(module)
         left += [child for child in module._modules.values() if child is not None]
     return tuple(addresses), tuple(state)
+
+
+def adapter_state(module: LoraLayer | AuxiliaryTrainingWrapper) -> list[Any]:
+    """Which adapters a module computes, and how; a module that is trained in full has neither merges nor scaling."""
+    state: list[Any] = [*module.active_adapters, None, module.disable_adapters]
+    if isinstance(module, LoraLayer):
+        state += [*module.merged_adapters, None, *module.scaling.values()]
+    return state
