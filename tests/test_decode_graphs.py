@@ -6,26 +6,31 @@ Plain calls replace captures on machines without a GPU.
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from calling_backend import LateBackend
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny_models import randomize_adapter, tiny_model, token_ids
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
-from peft_moe_qlora.training import decode_graphs, graphs_report, layer_runner, release_graphs
+from peft_moe_qlora.training import decode_graphs, graphs_report, layer_graphs, layer_runner, release_graphs
+from peft_moe_qlora.training.decode_graphs import DecodeRunner
 
 NEW = 8
 
 
 @pytest.fixture(autouse=True)
 def steps_by_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.node.callspec.params.get("device") == "cpu":
+    if "device" in request.fixturenames and request.getfixturevalue("device") == "cpu":
         monkeypatch.setattr(layer_runner, "GRAPHS_BACKEND", LateBackend)
 
 
@@ -261,7 +266,8 @@ def test_factors_are_cast_once_per_prompt(device):
 
 
 @torch.no_grad()
-def test_factors_may_change_between_steps(device):
+@pytest.mark.parametrize("changed_at", [2, 6], ids=["before the capture", "after it"])
+def test_factors_may_change_between_steps(device, changed_at):
     """Without a prompt in between, as when single tokens continue a cache after `load_adapter`."""
     model, factors = model_in_bf16(device)
     ids = token_ids(device, 2)
@@ -269,7 +275,7 @@ def test_factors_may_change_between_steps(device):
     def logits(**options) -> torch.Tensor:
         cache, found = StaticCache(config=model.config, max_cache_len=32), []
         for start in range(ids.shape[1]):
-            if start == 6:
+            if start == changed_at:
                 for parameter in factors:
                     parameter.mul_(-2.0)
             options |= {"position_ids": torch.full((2, 1), start, device=device), "past_key_values": cache}
@@ -281,3 +287,91 @@ def test_factors_may_change_between_steps(device):
     expected = logits(output_hidden_states=True)  # steps with recorded outputs are not captured
     assert torch.equal(logits(), expected)
     assert replays(model) > 6
+
+
+def test_generation_in_two_threads(device, monkeypatch):
+    """Each thread replays the step of its own cache."""
+    model = model_with_adapters(device)
+    ids = token_ids(device, 2)
+    expected = [tokens(model, row[None]) for row in ids]
+    captured(model, ids[:1])  # warms up
+    capture = DecodeRunner._capture
+
+    def slow(*args) -> None:
+        capture(*args)
+        time.sleep(0.01)  # another thread may run here
+
+    monkeypatch.setattr(DecodeRunner, "_capture", slow)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda number: captured(model, ids[number : number + 1]), range(2)))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_prompts_of_one_token(device, monkeypatch):
+    """With a cache that is used again, they look like steps; parameters may have moved since."""
+    model = model_with_adapters(device)
+    captures = []
+    init = decode_graphs.CapturedStep.__init__
+    monkeypatch.setattr(decode_graphs.CapturedStep, "__init__", lambda *a: captures.append(1) or init(*a))
+    ids = token_ids(device, 2)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    tokens(model, ids, past_key_values=cache, disable_compile=True)
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = []
+    for count in (1, 2):
+        cache.reset()
+        found.append(tokens(model, ids[:, :1], past_key_values=cache, disable_compile=True))
+        assert len(captures) == count
+        for parameter in factors:
+            parameter.data = parameter.data * -2
+    for one in reversed(found):  # a generation without a graph would count as a prompt
+        for parameter in factors:
+            parameter.data = parameter.data / -2
+        assert torch.equal(one, tokens(model, ids[:, :1]))
+    assert not torch.equal(*found)
+
+
+def test_casts_of_autocast_are_captured(device, monkeypatch):
+    """A graph must not read those that autocast caches, which are freed with its context."""
+    model = model_with_adapters(device)
+    norm, seen = type(model.get_decoder().norm), []
+    forward = norm.forward
+    monkeypatch.setattr(
+        norm, "forward", lambda *args: seen.append(torch.is_autocast_cache_enabled()) or forward(*args)
+    )
+    with torch.autocast(device, torch.bfloat16):
+        captured(model, token_ids(device))
+        assert torch.is_autocast_cache_enabled()
+    assert seen[0] is True
+    assert seen[-1] is False
+
+
+def test_tuples_are_returned_without_a_graph(device):
+    model = model_with_adapters(device)
+    cache, ids = StaticCache(config=model.config, max_cache_len=32), token_ids(device)
+    with torch.no_grad():
+        for number in range(4):
+            found = model.get_decoder()(
+                input_ids=ids[:, number : number + 1], past_key_values=cache, return_dict=False
+            )
+            assert isinstance(found, tuple)
+    assert "decoding" not in graphs_report(model)
+
+
+def test_offloaded_caches_are_not_captured():
+    """They replace the tensors of the cache in each step."""
+    cache = SimpleNamespace(offloading=True, layers=[])
+    assert decode_graphs._why_not(nn.Module(), cache) == "the cache is offloaded to the CPU"
+
+
+def test_moved_weights_are_noticed_between_steps():
+    """Merging moves 4-bit weights, and unmerging restores the rest of the state."""
+    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=["experts", "q_proj"]))
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(adapted) == 6
+    for module in adapted:
+        before = layer_graphs.adapter_state(module)
+        assert layer_graphs.adapter_state(module) == before
+        parameter = next(module.get_base_layer().parameters())
+        parameter.data = parameter.data.clone()
+        assert layer_graphs.adapter_state(module) != before

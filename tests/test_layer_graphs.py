@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -295,6 +296,38 @@ def test_forward_inside_a_forward(device, place):
         if asks:
             assert len(out.router_logits) == 2
     assert len(seen) == 4
+
+
+@pytest.mark.usefixtures("graphs_by_calls")
+def test_forwards_in_two_threads(device):
+    """Each thread has its own forwards in progress, and pauses graphs for itself."""
+    model = trained_model(device, cuda_graphs=True).get_base_model()
+    (hooks,) = {
+        hook.__self__
+        for hook in model._forward_hooks.values()
+        if isinstance(hook.__self__, layer_runner._ForwardHooks)
+    }
+    now = hooks.graphs.now
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for thread, is_before, module in (
+            (first, True, model),
+            (first, True, model.model),
+            (second, True, model),
+            (first, False, model.model),
+            (second, True, model.model),
+            (first, False, model),
+            (second, False, model.model),
+        ):
+            if is_before:
+                options = {"output_router_logits": True} if thread is second else {}
+                thread.submit(hooks.before, module, (), options).result()
+            else:
+                thread.submit(hooks.after, module, (), None).result()
+        assert first.submit(lambda: now.is_paused).result() is None
+        assert "output_router_logits" in second.submit(lambda: now.is_paused).result()
+        second.submit(hooks.after, model, (), None).result()
+        for thread in (first, second):
+            assert thread.submit(lambda: (now.is_paused, now.running)).result() == (None, [])
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

@@ -20,6 +20,7 @@ class HeldCasts:
 
     def __init__(self) -> None:
         self._copies = WeakTensorKeyDictionary()
+        self._version = 0
 
     def __reduce__(self) -> tuple:
         return type(self), ()  # copies have none, since they belong to the parameters of one model
@@ -43,9 +44,12 @@ class HeldCasts:
             self._copies[parameter] = copy
         return copy
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters that have a copy."""
-        return list(self._copies.keys())
+    def has_new_factors(self) -> bool:
+        """Whether parameters have changed in place, or have got their first copies, since the last call."""
+        before = self._version
+        # inference tensors have no version
+        self._version = sum(parameter._version + 1 for parameter in self._copies if not parameter.is_inference())
+        return before != self._version
 
     @torch.no_grad()
     def refresh(self) -> None:

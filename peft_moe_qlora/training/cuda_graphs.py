@@ -324,7 +324,7 @@ class _Work:
             self._of_forward,
             with_backward(),
             torch.set_grad_enabled(self._keeps_everything),
-            _uncached_autocast(self._autocast),
+            uncached_autocast(self._autocast),
         ):
             self._out = self._run()
         self.output = self._static.store([("hidden_states", self._out.detach())])[0]
@@ -333,7 +333,7 @@ class _Work:
         )  # not like the input: norms may be in fp32
 
     def backward(self) -> None:
-        with self._of_backward, self._of_experts, torch.enable_grad(), _uncached_autocast(self._autocast):
+        with self._of_backward, self._of_experts, torch.enable_grad(), uncached_autocast(self._autocast):
             out = self._out if self._keeps_everything else self._run()
         # every replay reads the saved tensors again
         with saved_tensors_kept() if self._keeps_everything else nullcontext():
@@ -399,7 +399,7 @@ def autocast_state() -> dict[str, torch.dtype]:
     }
 
 
-def _uncached_autocast(state: dict[str, torch.dtype]) -> ExitStack:
+def uncached_autocast(state: dict[str, torch.dtype]) -> ExitStack:
     """Autocast with the given state, without cached casts from outside of the capture."""
     stack = ExitStack()
     for device, dtype in state.items():

@@ -9,6 +9,7 @@ takes minutes, capturing it takes as long as a step.
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections import Counter, deque
 from types import MethodType
@@ -24,7 +25,15 @@ from transformers.cache_utils import StaticLayer
 
 from ..ops import HeldCasts
 from .compiled import CACHES
-from .cuda_graphs import Backend, CudaBackend, Function, autocast_state, flatten, why_not_constant
+from .cuda_graphs import (
+    Backend,
+    CudaBackend,
+    Function,
+    autocast_state,
+    flatten,
+    uncached_autocast,
+    why_not_constant,
+)
 from .layer_graphs import adapter_state, layer_state, own_forward, why_not_captured
 from .static_tensors import StaticTensors
 
@@ -53,6 +62,7 @@ class DecodeRunner:
         self.reasons: Counter[str] = Counter()
         self._make_backend = make_backend
         self._own_forward = own_forward(decoder)
+        self._lock = threading.RLock()
         self.forget()
 
     def forget(self) -> None:
@@ -66,33 +76,37 @@ class DecodeRunner:
         self._backends: dict[torch.device, Backend] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain = self._plain
         cache_name = next((name for name in CACHES if kwargs.get(name) is not None), None)
-        cache = kwargs.get(cache_name)
-        if not self._is_step(args, kwargs, cache):
+        if not self._is_step(args, kwargs, kwargs.get(cache_name)):
             self._is_after_prompt, self._last, self._reason = True, None, None
-            return plain(*args, **kwargs)
+            return self._plain(*args, **kwargs)
+        with self._lock:  # threads share the step and its buffers
+            return self._run_step(cache_name, kwargs)
+
+    def _run_step(self, cache_name: str, kwargs: dict[str, Any]) -> Any:
+        plain, cache = self._plain, kwargs[cache_name]
         leaves, spec = flatten({name: value for name, value in kwargs.items() if name not in CACHES})
         attention = self.decoder.config._attn_implementation
         key = (spec, *_signature(leaves), attention, *autocast_state().items())
         is_after_prompt, self._is_after_prompt = self._is_after_prompt, False
+        if self._step is not None and self._step.is_before_other_tokens(cache):
+            is_after_prompt = True  # a prompt of one token, after a reset
         if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
             if not is_after_prompt and self._step.has_other_tensors(cache):
                 self._reason = REPLACED  # they would be in the next step, too
             self._step = None
-        has_new_factors = self._step is not None and self._step.has_new_factors()
-        if is_after_prompt or has_new_factors:
+        if self._casts.has_new_factors() or is_after_prompt:
             self._casts.refresh()  # factors may have been trained since the last generation
         if self._step is None:
             if self._last != (key, id(cache)):
                 self._last, self._reason = (key, id(cache)), None
                 if not self._is_warm(key, cache):
                     with self._casts.active():
-                        return plain(*args, **kwargs)
+                        return plain(**kwargs)
             self._capture(plain, key, leaves, cache_name, cache)
         if self._step is None:
             self.reasons[self._reason] += 1
-            return plain(*args, **kwargs)
+            return plain(**kwargs)
         return self._step(leaves, cache)
 
     @property
@@ -126,7 +140,8 @@ class DecodeRunner:
                 self._reason = f"the capture failed: {error}"
 
     def _is_step(self, args: tuple, kwargs: dict[str, Any], cache: Any) -> bool:
-        if args or self.decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        returns_tuple = kwargs.get("return_dict", self.decoder.config.return_dict) is False
+        if args or returns_tuple or self.decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         is_recorded = any(kwargs.get(name) or getattr(self.decoder.config, name, False) for name in _RECORDED)
@@ -149,8 +164,11 @@ class DecodeRunner:
         return lines + [f"decoding without a graph, {count} steps: {why}" for why, count in self.reasons.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        copy = {**self.__dict__, "_step": None, "_last": None, "_backends": {}}
+        copy = {**self.__dict__, "_step": None, "_last": None, "_backends": {}, "_lock": None}
         return {**copy, "_warm": deque(maxlen=MOST_WARM), "_casts": HeldCasts()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
 
 class CapturedStep:
@@ -193,24 +211,17 @@ class CapturedStep:
         inputs = tree_unflatten(self._load(leaves), spec)
         self._output: dict[str, Any] = {}
         self._output_type: type | None = None
+        autocast = autocast_state()
 
         def work() -> None:
-            with casts.active():
+            with casts.active(), uncached_autocast(autocast):
                 output = plain(**inputs, **{cache_name: self._cache()})
             self._output_type = type(output)
             # the output must not hold a reference to the cache
             self._output = {name: value for name, value in output.items() if value is not self._cache()}
 
         self._graph = backend.capture(work)
-        # inference tensors have no version
-        self._factors = [parameter for parameter in casts.parameters() if not parameter.is_inference()]
-        self._version = 0
-        self.has_new_factors()
-
-    def has_new_factors(self) -> bool:
-        """Whether factors have changed in place since the last call."""
-        before, self._version = self._version, sum(parameter._version for parameter in self._factors)
-        return before != self._version
+        self._version = _version(cache)
 
     def fits(self, key: tuple, cache: StaticCache, is_after_prompt: bool) -> bool:
         """Whether the step can be replayed; parameters are checked once per prompt."""
@@ -226,10 +237,15 @@ class CapturedStep:
         """Whether the captured cache has other tensors than those in the graph."""
         return self._cache() is cache and self._addresses != _addresses(cache)
 
+    def is_before_other_tokens(self, cache: StaticCache) -> bool:
+        """Whether the cache has changed since the last replay: reset, cropped, or filled without the graph."""
+        return self._cache() is cache and self._version != _version(cache)
+
     def __call__(self, leaves: list[Any], cache: StaticCache) -> Any:
         self._load(leaves)
         self._graph.replay()
         self.replays += 1
+        self._version = _version(cache)
         output = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self._output.items()}
         return self._output_type(**output, **{self._cache_name: cache})
 
@@ -240,7 +256,7 @@ class CapturedStep:
 
 
 def _signature(leaves: list[Any]) -> list[Any]:
-    return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _addresses(cache: StaticCache) -> list[int]:
@@ -248,8 +264,16 @@ def _addresses(cache: StaticCache) -> list[int]:
     return [value.data_ptr() for value in values if isinstance(value, Tensor)]
 
 
+def _version(cache: StaticCache) -> int | None:
+    """A number that changes with the contents of a cache, except by replays; None for a cache of inference mode."""
+    length = cache.layers[0].cumulative_length
+    return None if length.is_inference() else length._version
+
+
 def _why_not(decoder: nn.Module, cache: StaticCache) -> str | None:
     """The reason why a step cannot be captured; None if it can."""
+    if cache.offloading:
+        return "the cache is offloaded to the CPU"
     for layer in cache.layers:
         if type(layer) is not StaticLayer:
             return f"{type(layer).__name__} counts tokens on the host"

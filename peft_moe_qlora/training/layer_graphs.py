@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,6 +44,22 @@ MOST_CAPTURES = 8
 """Limit on the captures of a layer for one shape, for switched adapters and moved parameters."""
 
 
+class ForwardState(threading.local):
+    """State of the forwards of a model in one thread.
+
+    Attributes:
+        is_paused: the reason why no graphs are used in this forward; None if they are.
+        attention: the implementation of attention in this forward.
+        running: the forwards in progress, outermost first, with `is_paused` before them; also those that Ctrl-C ended,
+            after which torch does not call forward hooks.
+    """
+
+    def __init__(self) -> None:
+        self.is_paused: str | None = None
+        self.attention: str | None = None
+        self.running: list[tuple[nn.Module, str | None]] = []
+
+
 class LayerGraphs:
     """The captured decoder layers of a model.
 
@@ -55,10 +73,7 @@ class LayerGraphs:
 
     def __init__(self, keep: str = "nothing", make_backend: type[Backend] = CudaBackend) -> None:
         self.keep = keep
-        self.is_paused: str | None = None
-        """The reason why no graphs are used in this forward; None if they are."""
-        self.attention: str | None = None
-        """The implementation of attention in this forward."""
+        self.now = ForwardState()
         self._make_backend = make_backend
         self.forget()
 
@@ -85,7 +100,7 @@ class LayerGraphs:
             kwargs: keyword arguments of the forward.
         """
         call = read_call(args, kwargs)
-        found = self.is_paused or self._why_no_call(call) or self._find(layer, function, call)
+        found = self.now.is_paused or self._why_no_call(call) or self._find(layer, function, call)
         if isinstance(found, CapturedLayer):
             return found(call)
         if found is not None:
@@ -109,7 +124,7 @@ class LayerGraphs:
         """A captured layer, the reason why there is none, or None if this call is the warm-up."""
         if self._no_room is not None:
             return self._no_room
-        inputs = (call.signature, self.attention, *autocast_state().items())
+        inputs = (call.signature, self.now.attention, *autocast_state().items())
         of_layer = (id(layer), inputs)
         key = (*of_layer, *layer_state(layer))
         if key in self._captured:
@@ -273,6 +288,9 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
             state.append(_kind_of_hooks(module))
         if module.__class__ not in _WITHOUT_CONSTANTS:
             state += [value for value in module.__dict__.values() if value.__class__ in _NUMBERS]
+        forward = own_forward(module)
+        if forward is not None:
+            state.append(id(forward))
         if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
             state += adapter_state(module)
         left += [child for child in module._modules.values() if child is not None]
@@ -280,8 +298,12 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
 
 
 def adapter_state(module: LoraLayer | AuxiliaryTrainingWrapper) -> list[Any]:
-    """Which adapters a module computes, and how; a module that is trained in full has neither merges nor scaling."""
+    """Which adapters a module computes, and how; a module that is trained in full has neither merges nor scaling.
+
+    Also the address of the first parameter of the adapted layer, since merging moves 4-bit weights.
+    """
     state: list[Any] = [*module.active_adapters, None, module.disable_adapters]
     if isinstance(module, LoraLayer):
         state += [*module.merged_adapters, None, *module.scaling.values()]
+        state += [parameter.data_ptr() for parameter in islice(module.get_base_layer()._parameters.values(), 1)]
     return state

@@ -115,9 +115,6 @@ class _ForwardHooks:
         self.model = model
         self.layers = layers
         self.graphs = graphs
-        self.running: list[tuple[nn.Module, str | None]] = []
-        """The forwards in progress, outermost first, with `is_paused` before them; also those that Ctrl-C ended, after
-        which torch does not call `after`."""
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for layer in self.layers:
@@ -129,17 +126,17 @@ class _ForwardHooks:
         if self.graphs is not None:
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
-            self.graphs.attention = model.config.get_text_config()._attn_implementation
-            before = self.graphs.is_paused
-            is_part = model is not self.model and bool(self.running) and self.running[-1][0] is self.model
-            self.running.append((model, before))
-            of_model = before if is_part else None
-            self.graphs.is_paused = of_model or why_recorded or why_sequences_are_split(model.config)
+            now = self.graphs.now
+            now.attention = model.config.get_text_config()._attn_implementation
+            is_part = model is not self.model and bool(now.running) and now.running[-1][0] is self.model
+            of_model = now.is_paused if is_part else None
+            now.running.append((model, now.is_paused))
+            now.is_paused = of_model or why_recorded or why_sequences_are_split(model.config)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
-        ended = None
+        now, ended = self.graphs.now, None
         while ended is not model:
-            ended, self.graphs.is_paused = self.running.pop()
+            ended, now.is_paused = now.running.pop()
 
 
 def _is_asked(model: nn.Module, name: str, kwargs: dict[str, Any]) -> bool:
