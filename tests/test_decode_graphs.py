@@ -333,7 +333,7 @@ def test_prompts_of_one_token(device, monkeypatch):
 
 def test_casts_of_autocast_are_captured(device, monkeypatch):
     """A graph must not read those that autocast caches, which are freed with its context."""
-    model = model_with_adapters(device)
+    model, _ = model_in_bf16(device)
     norm, seen = type(model.get_decoder().norm), []
     forward = norm.forward
     monkeypatch.setattr(
