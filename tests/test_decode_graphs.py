@@ -16,13 +16,12 @@ import pytest
 import torch
 from calling_backend import LateBackend
 from peft import get_peft_model
-from peft.tuners.lora import LoraLayer
 from tiny_models import randomize_adapter, tiny_model, token_ids
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from peft_moe_qlora import MoeQLoraConfig, prepare_model_for_training
-from peft_moe_qlora.training import decode_graphs, graphs_report, layer_graphs, layer_runner, release_graphs
+from peft_moe_qlora.training import decode_graphs, graphs_report, layer_runner, release_graphs
 from peft_moe_qlora.training.decode_graphs import DecodeRunner
 
 NEW = 8
@@ -364,14 +363,17 @@ def test_offloaded_caches_are_not_captured():
     assert decode_graphs._why_not(nn.Module(), cache) == "the cache is offloaded to the CPU"
 
 
-def test_moved_weights_are_noticed_between_steps():
-    """Merging moves 4-bit weights, and unmerging restores the rest of the state."""
-    model = get_peft_model(tiny_model(), MoeQLoraConfig(r=4, target_modules=["experts", "q_proj"]))
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    assert len(adapted) == 6
-    for module in adapted:
-        before = layer_graphs.adapter_state(module)
-        assert layer_graphs.adapter_state(module) == before
-        parameter = next(module.get_base_layer().parameters())
-        parameter.data = parameter.data.clone()
-        assert layer_graphs.adapter_state(module) != before
+@torch.no_grad()
+def test_replaced_weights_are_noticed_between_steps(device, monkeypatch):
+    """Merging replaces 4-bit weights, and unmerging restores the rest of the state."""
+    model = model_with_adapters(device)
+    cache, ids = StaticCache(config=model.config, max_cache_len=32), token_ids(device)
+    captures = []
+    init = decode_graphs.CapturedStep.__init__
+    monkeypatch.setattr(decode_graphs.CapturedStep, "__init__", lambda *a: captures.append(1) or init(*a))
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj")).get_base_layer()
+    for number in range(6):
+        if number == 4:
+            layer.weight = nn.Parameter(layer.weight * 2)
+        model(input_ids=ids[:, number : number + 1], past_key_values=cache, use_cache=True)
+        assert len(captures) == (0, 0, 1, 1, 2, 2)[number]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ class HeldCasts:
 
     def __init__(self) -> None:
         self._copies = WeakTensorKeyDictionary()
+        self._versioned: list[weakref.ref[nn.Parameter]] = []
         self._version = 0
 
     def __reduce__(self) -> tuple:
@@ -41,14 +43,16 @@ class HeldCasts:
             copy = parameter.to(dtype)
         # temporary tensors reuse the memory of a capture, so a cast in a capture is replayed instead of kept
         if not (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if parameter not in self._copies and not parameter.is_inference():  # inference tensors have no version
+                self._versioned.append(weakref.ref(parameter))
             self._copies[parameter] = copy
         return copy
 
     def has_new_factors(self) -> bool:
         """Whether parameters have changed in place, or have got their first copies, since the last call."""
         before = self._version
-        # inference tensors have no version
-        self._version = sum(parameter._version + 1 for parameter in self._copies if not parameter.is_inference())
+        parameters = [reference() for reference in self._versioned]
+        self._version = sum([parameter._version + 1 for parameter in parameters if parameter is not None])
         return before != self._version
 
     @torch.no_grad()
@@ -57,6 +61,7 @@ class HeldCasts:
         for parameter, copy in list(self._copies.items()):
             if (parameter.device, parameter.shape) != (copy.device, copy.shape):
                 del self._copies[parameter]
+                self._versioned = [one for one in self._versioned if one() is not parameter]
         if self._copies:
             parameters, copies = zip(*self._copies.items())
             torch._foreach_copy_(list(copies), [parameter.detach() for parameter in parameters])

@@ -206,6 +206,8 @@ class CapturedStep:
         kinds = (LoraLayer, AuxiliaryTrainingWrapper)
         self._adapters = [module for module in decoder.modules() if isinstance(module, kinds)]
         self._adapter_states = [adapter_state(module) for module in self._adapters]
+        bases = [module.get_base_layer() for module in self._adapters if isinstance(module, LoraLayer)]
+        self._weights = [(base._parameters, *item) for base in bases for item in base._parameters.items()]
         self._static = StaticTensors()
         spec = key[0]
         inputs = tree_unflatten(self._load(leaves), spec)
@@ -230,6 +232,8 @@ class CapturedStep:
             and self._cache() is cache
             and not self.has_other_tensors(cache)
             and self._adapter_states == [adapter_state(module) for module in self._adapters]
+            # merging and unmerging replaces 4-bit weights
+            and all(parameters.get(name) is weight for parameters, name, weight in self._weights)
             and (not is_after_prompt or self._state == layer_state(self._decoder))
         )
 

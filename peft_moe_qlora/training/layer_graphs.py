@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from itertools import islice
 from typing import Any
 
 import torch
@@ -298,12 +297,8 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
 
 
 def adapter_state(module: LoraLayer | AuxiliaryTrainingWrapper) -> list[Any]:
-    """Which adapters a module computes, and how; a module that is trained in full has neither merges nor scaling.
-
-    Also the address of the first parameter of the adapted layer, since merging moves 4-bit weights.
-    """
+    """Which adapters a module computes, and how; a module that is trained in full has neither merges nor scaling."""
     state: list[Any] = [*module.active_adapters, None, module.disable_adapters]
     if isinstance(module, LoraLayer):
         state += [*module.merged_adapters, None, *module.scaling.values()]
-        state += [parameter.data_ptr() for parameter in islice(module.get_base_layer()._parameters.values(), 1)]
     return state
