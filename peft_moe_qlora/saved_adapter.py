@@ -32,7 +32,8 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]] | None:
         return None
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            keys = tensors.keys()  # a handle can't be iterated
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     except SafetensorError as error:
         raise ValueError(
             f"{file} cannot be read: {error}. It is truncated or not a safetensors file. Copy or save the adapter "

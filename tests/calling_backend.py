@@ -69,12 +69,11 @@ class RecordedOperators:
     @torch.no_grad()
     def replay(self) -> None:
         for function, args, kwargs, result in self.calls:
-            aliases = [value.alias_info for value in (*function._schema.arguments, *function._schema.returns)]
-            is_in_place = any(alias is not None and alias.is_write for alias in aliases)
-            if not is_in_place and any(aliases):
-                continue  # a view of memory whose values are replayed
-            again = function(*args, **kwargs)
-            if not is_in_place:
+            schema = function._schema
+            if schema.is_mutable:
+                function(*args, **kwargs)
+            elif not any(value.alias_info for value in schema.returns):  # views are of memory that is replayed
+                again = function(*args, **kwargs)
                 for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                     if isinstance(old, torch.Tensor):
                         old.data.copy_(new)

@@ -32,7 +32,7 @@ from .static_tensors import StaticTensors
 logger = logging.getLogger(__name__)
 
 MOST_SHAPES = 8
-"""Limit on the captured input shapes of a model; each takes seconds and memory."""
+"""Limit on the captured input shapes of a layer; each takes seconds and memory."""
 
 NO_ROOM = (
     "the GPU has too little memory for graphs ({}); all were freed. Use fewer tokens per batch, a lower rank or an "
@@ -40,7 +40,10 @@ NO_ROOM = (
 )
 
 MOST_CAPTURES = 8
-"""Limit on the captures of a layer for one shape, for switched adapters and moved parameters."""
+"""Limit on the captures of a layer for one shape, for switched adapters, changed constants and moved parameters.
+
+Graphs that were replayed until their parameters moved do not count.
+"""
 
 
 class ForwardState(threading.local):
@@ -73,6 +76,7 @@ class LayerGraphs:
     def __init__(self, keep: str = "nothing", make_backend: type[Backend] = CudaBackend) -> None:
         self.keep = keep
         self.now = ForwardState()
+        """The forward in progress in this thread."""
         self._make_backend = make_backend
         self.forget()
 
@@ -264,7 +268,8 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
 
     Returns:
         Addresses of parameters, buffers and scales of bitsandbytes; and which parameters are trained, attributes that
-        are numbers, such as the probability of dropout, state of adapters, and kinds of hooks.
+        are numbers, such as the probability of dropout, state of adapters, kinds of hooks, and forwards that were set
+        on modules.
     """
     addresses: list[int] = []
     state: list[Any] = []
