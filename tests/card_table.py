@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Measured:
 
     Args:
         shape, arm, tokens, expert_rank, optimizer: as in benchmarks/step.py.
-        settings: the same as `Settings`.
+        settings: the same as `Settings`; with graphs also if these did not fit.
         card: memory limit in GiB that was set for torch; None for the whole card.
         peak, reserved: GiB; None if it ran out of memory, `reserved` also if it was not recorded.
         has_graphs: layers were captured.
@@ -63,7 +63,13 @@ class Measured:
 
     @property
     def estimate(self) -> MemoryEstimate:
+        """Estimate for the settings that were asked for."""
         return estimate(sizes(SHAPES[self.shape]), self.settings)
+
+    @property
+    def estimate_as_run(self) -> MemoryEstimate:
+        """Estimate without graphs where these did not fit."""
+        return estimate(sizes(SHAPES[self.shape]), replace(self.settings, cuda_graphs=self.has_graphs))
 
     @property
     def is_pressed(self) -> bool:
@@ -126,7 +132,7 @@ def _comparison() -> Iterator[str]:
     yield "| model | arm | card | tokens | experts' r | optimizer | peak | estimate | reserved | estimate | needs |"
     yield "|--|--|--|--|--|--|--|--|--|--|--|"
     for one in measured():
-        memory = one.estimate
+        memory = one.estimate_as_run
         cells = (
             one.shape,
             f"`{one.arm}`, `{one.settings.storage}`",
@@ -138,7 +144,7 @@ def _comparison() -> Iterator[str]:
             _difference(memory.peak_allocated, one.peak),
             "" if one.reserved is None else f"{one.reserved:.1f}",
             _difference(memory.reserved, one.reserved),
-            f"{memory.total / GIB:.1f}",
+            f"{one.estimate.total / GIB:.1f}",
         )
         yield f"| {' | '.join(cells)} |"
 
@@ -224,10 +230,10 @@ def documentation() -> str:
         "",
         "- Every peak is estimated within 5 %, and so is reserved memory where torch had no room for more. On a GPU",
         "  with free memory, torch's allocator caches freed blocks, and releases them when memory is short.",
-        "- No setting that ran out of memory is estimated to fit. Two settings that ran on the small cards are",
-        "  estimated to need up to 0.3 GiB more than these have; a third ran without the graphs of its estimate,",
-        "  which did not fit.",
-        "- Graphs with an unfused loss reserve up to 11 % more than estimated: use TRL or Liger.",
+        "- No setting that ran out of memory is estimated to fit. Three settings that ran on the small cards are",
+        "  estimated to need up to 0.3 GiB more than these have. Where graphs did not fit, the step ran without",
+        "  them: *needs* is with graphs, the other estimates are without.",
+        "- Graphs with an unfused loss reserve up to 15 % more than estimated: use TRL or Liger.",
         "- gpt-oss in graphs reserves far more than estimated, because its attention does not use SDPA. Graphs are",
         "  not recommended for such models.",
         "- The last row had attention in FP8 too; the estimate assumes 16 bits.",

@@ -56,9 +56,10 @@ def refused(capsys: pytest.CaptureFixture, *arguments) -> str:
 
 @pytest.mark.parametrize("row", [row for row in measured() if row.peak is not None], ids=str)
 def test_estimates_match_measured_peaks(row):
-    assert row.estimate.peak_allocated / GIB == pytest.approx(row.peak, rel=0.05)
+    estimate = row.estimate_as_run
+    assert estimate.peak_allocated / GIB == pytest.approx(row.peak, rel=0.05)
     if row.reserved is not None and row.is_pressed:
-        assert row.estimate.reserved / GIB == pytest.approx(row.reserved, rel=0.05)
+        assert estimate.reserved / GIB == pytest.approx(row.reserved, rel=0.05)
 
 
 def test_estimates_exceed_the_card_where_it_ran_out_of_memory():
@@ -69,7 +70,7 @@ def test_estimates_exceed_the_card_where_it_ran_out_of_memory():
         assert row.estimate.total > row.card * GIB, row
     fitting = [row for row in on_cards if row not in too_large]
     predicted_to_fit = [row for row in fitting if row.estimate.total <= row.card * GIB]
-    assert len(predicted_to_fit) >= len(fitting) - 2
+    assert len(predicted_to_fit) >= len(fitting) - 3
     for row in fitting:
         assert row.estimate.total <= (row.card + 0.3) * GIB, row
 
