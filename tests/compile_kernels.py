@@ -67,7 +67,7 @@ class Signature(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
     def compile(self, is_complete: bool) -> None:
-        """Compiles to Triton's IR, or with `is_complete` to a binary, without the cache on disk."""
+        """Creates Triton's IR, which checks types, or with `is_complete` a binary, without the cache on disk."""
         constants = dict(self.constants)
         types = {**dict(zip(self.kernel.arg_names, self.types)), **dict.fromkeys(constants, "constexpr")}
         pointers = [place for place, kind in enumerate(self.types) if kind.startswith("*")]
@@ -80,17 +80,18 @@ class Signature(NamedTuple):
         backend.load_dialects(context)
         functions = backend.get_codegen_implementation(options)
         module = source.make_ir(TARGET, options, functions, backend.get_module_map(), context)
+        if not is_complete:
+            return
         stages: dict[str, Callable] = {}
         variables = 0
         backend.add_stages(stages, options, source.language)
         metadata = {"target": TARGET, **vars(options)}
-        first = next(iter(stages.values()))  # to Triton's IR or, from Gluon, to that for GPUs
-        for name, stage in stages.items() if is_complete else [("first", first)]:
+        for name, stage in stages.items():
             module = stage(module, metadata)
             if name == "ptx":
                 # of assembly in the kernel
                 variables = sum(map(int, re.findall(r"\.shared [^;]*\.b8 \w+\[(\d+)\]", module)))
-        if is_complete and metadata["shared"] + variables > SHARED_BYTES:
+        if metadata["shared"] + variables > SHARED_BYTES:
             raise ValueError(f"{metadata['shared']} + {variables} bytes of shared memory exceed {SHARED_BYTES}")
 
     def __str__(self) -> str:

@@ -328,9 +328,8 @@ class _Work:
         ):
             self._out = self._run()
         self.output = self._static.store([("hidden_states", self._out.detach())])[0]
-        self._grad_out = self._static.buffer(
-            "grad_hidden_states", self._out
-        )  # not like the input: norms may be in fp32
+        # not like the input: norms may be in fp32
+        self._grad_out = self._static.buffer("grad_hidden_states", self._out)
 
     def backward(self) -> None:
         with self._of_backward, self._of_experts, torch.enable_grad(), uncached_autocast(self._autocast):
