@@ -157,6 +157,39 @@ def test_dropout_is_compiled_too(fused, monkeypatch):
     assert_same(step(model, ids), expected)
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_added_after_the_first_step_run(register):
+    """Also those of modules that were added later; a layer with hooks runs uncompiled until they are removed."""
+    model, backend = adapted(), Backend("aot_eager")
+    model.get_base_model().enable_input_require_grads()
+    expected = step(model, token_ids())
+    compile_layers(model, backend)
+    step(model, token_ids())
+    assert backend.taken() == 1
+    model.add_adapter("other", MoeQLoraConfig(r=2, target_modules="all-linear"))
+    attention = layers_of(model)[0].self_attn
+    calls = []
+    handles = [
+        getattr(module, register)(lambda *_, number=number: calls.append(number))
+        for number, module in enumerate((attention, attention.q_proj.lora_A["default"]))
+    ]
+    with pytest.warns(UserWarning, match="Qwen3MoeDecoderLayer runs uncompiled: a module in it has a .*ward hook"):
+        assert_same(step(model, token_ids()), expected)
+    assert sorted(calls) == [0, 1]
+    for handle in handles:
+        handle.remove()
+    assert_same(step(model, token_ids()), expected)
+    assert sorted(calls) == [0, 1]
+
+
 @pytest.mark.skipif(shutil.which(CPP_COMPILER) is None, reason=f"torch.compile needs {CPP_COMPILER} on a CPU")
 def test_inductor():
     model = adapted(num_hidden_layers=1)

@@ -209,6 +209,57 @@ def test_steps_that_are_not_captured(device):
     assert "step of decoding, replayed" not in graphs_report(model)
 
 
+def test_caches_in_turns_are_not_captured_in_each_step(device):
+    """Only one step is kept. As soon as one cache is used on its own, its steps are captured again."""
+    model = model_with_adapters(device)
+    ids = token_ids(device)
+    caches = [StaticCache(config=model.config, max_cache_len=32) for _ in range(3)]
+    made = []
+    runner = decode_runner(model)
+
+    class Counted(runner._make_backend):
+        def capture(self, work):
+            made.append(1)
+            return super().capture(work)
+
+    runner._make_backend = Counted
+
+    def run(cache: StaticCache, tokens: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    with torch.no_grad():
+        found = [[run(cache, ids)] for cache in caches]
+        for number in range(10):
+            for cache, logits in zip(caches[:2], found):
+                logits.append(run(cache, ids[:, number : number + 1]))
+        assert len(made) == decode_graphs.MOST_UNUSED
+        torch.testing.assert_close(found[0], found[1])
+        for number in range(10):
+            found[2].append(run(caches[2], ids[:, number : number + 1]))
+    torch.testing.assert_close(found[0], found[2])
+    assert "decoding without a graph, 16 steps: 4 captured steps were not used again" in graphs_report(model)
+    assert replays(model) == 9
+
+
+def test_compiled_by_transformers(device):
+    """Traced as without graphs, in one piece."""
+    ids = token_ids(device)
+    model = tiny_model(device=device)
+    prepare_model_for_training(model, cuda_graphs=True)
+    model.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    found = []
+    for forward in (model.forward, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            position = torch.tensor([[ids.shape[1]]], device=device).expand(len(ids), 1)
+            options = {"past_key_values": cache, "use_cache": True, "position_ids": position}
+            found.append(forward(input_ids=ids[:, :1], **options).logits)
+    torch.testing.assert_close(*found)
+
+
 def test_failed_capture_falls_back_to_plain_generation(device, monkeypatch):
     """It is tried once for each prompt, and the tokens are those of plain generation."""
     model = model_with_adapters(device)

@@ -17,7 +17,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from prepared_models import POLICIES, batch, train, trained_model
 from shrunken_models import shrunken_model_or_skip
 from tiny_models import randomize_adapter, tiny_model, token_ids
-from torch import nn
+from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -291,11 +291,26 @@ def test_direct_calls_of_the_stack_of_layers(device):
 @pytest.mark.usefixtures("graphs_by_calls")
 @pytest.mark.parametrize("keep", POLICIES)
 def test_whole_model_compiled(device, keep):
-    """Its layers are traced as any other function, without graphs."""
-    expected = train(trained_model(device, use_gradient_checkpointing=keep), [batch(device, 12)] * 3)
-    model = trained_model(device, use_gradient_checkpointing=keep, cuda_graphs=True)
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(train(compiled, [batch(device, 12)] * 3), expected, rtol=0, atol=1e-6)
+    """Its layers are traced as any other function, without graphs and separate compilation."""
+    batches = [{**batch(device, 12), "use_cache": False}] * 3
+    traced = []
+
+    def losses(**options) -> tuple:
+        def count(module: fx.GraphModule, inputs: list) -> fx.GraphModule:
+            traced[-1] += sum(len(part.graph.nodes) for part in module.modules() if isinstance(part, fx.GraphModule))
+            return module
+
+        torch._dynamo.reset()
+        traced.append(0)
+        return train(torch.compile(trained_model(device, **options), backend=count), batches)
+
+    expected = train(trained_model(device, use_gradient_checkpointing=keep), batches)
+    plain = {"use_gradient_checkpointing": keep is not False}
+    options = {"use_gradient_checkpointing": keep}
+    for one in (plain, {**options, "cuda_graphs": True}, {**options, "compile_layers": True}):
+        torch.testing.assert_close(losses(**one), expected, rtol=0, atol=1e-6)
+    assert traced[0] > 500
+    assert traced == [traced[0]] * 3
 
 
 @pytest.mark.usefixtures("graphs_by_calls")

@@ -6,6 +6,7 @@ compiled variants of a code object, so each combination of modes has a separate 
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import nn
+
+from .hooks import kind_of_hooks, modules_with_hooks
 
 Function = Callable[..., Any]
 
@@ -29,10 +32,11 @@ class compiled_forward:
     The first call compiles it for one sequence length; the first call with another length compiles it for all lengths.
     All layers with the same class and structure share the compiled code, in all models. There are separate variants
     with and without gradients, in training and evaluation, for another dtype under autocast, for other active
-    adapters, and with forward hooks.
+    adapters, and with the hooks of transformers.
 
-    A call with a KV cache is not compiled, since caches differ by layer and by step. A call inside of another
-    compilation is not compiled separately, for example when transformers compiles decoding with a static cache.
+    A call with a KV cache is not compiled, since caches differ by layer and by step, nor is a layer whose modules have
+    other hooks. A call inside of another compilation is not compiled separately, for example when transformers
+    compiles decoding with a static cache.
 
     Args:
         layer: a decoder layer whose forward takes hidden states first, and which is not checkpointed by transformers
@@ -43,8 +47,6 @@ class compiled_forward:
 
     def __init__(self, layer: nn.Module, backend: str | Callable = "inductor", retains_graph: bool = False) -> None:
         self.layer = layer
-        # not the modules, which would outlive their removal; walking through them takes ten times as long
-        self._hooks = [module._forward_hooks for module in layer.modules()]
         self._plain = type(layer).forward
         self._backend = backend
         self._retains_graph = retains_graph
@@ -56,9 +58,15 @@ class compiled_forward:
         if not torch.is_grad_enabled():
             hidden_states = hidden_states.detach()  # `requires_grad` would cause an unnecessary recompilation
         has_mask = kwargs.get("attention_mask") is not None
-        # torch does not check whether hooks, with which transformers records router logits, were added since
-        has_hooks = any(self._hooks)
-        way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask, has_hooks)
+        # torch does not check whether hooks were added or removed since the compilation
+        hooked = modules_with_hooks(self.layer)
+        kinds = [kind for kind in map(kind_of_hooks, hooked) if kind]
+        if kinds:
+            name = type(self.layer).__name__
+            warnings.warn(f"{name} runs uncompiled: a module in it has a {kinds[0]} hook.", stacklevel=2)
+            return self._plain(self.layer, hidden_states, *args, **kwargs)
+        # with those of transformers, which record router logits
+        way = (torch.is_grad_enabled(), hidden_states.requires_grad, self.layer.training, has_mask, bool(hooked))
         function = _compiled(self._plain, self._structure, self._backend, (*way, self._retains_graph))
         with saved_tensors_kept() if self._retains_graph else nullcontext():
             return function(self.layer, hidden_states, *args, **kwargs)

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from copy import deepcopy
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +43,10 @@ _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits"
 MOST_WARM = 8
 """Limit on the remembered warm-up steps, one for each batch size, cache length and state of the adapters."""
 
+MOST_UNUSED = 4
+"""Limit on captures in a row that are not replayed again; from then on, a step is captured when it recurs."""
 
+UNUSED = f"{MOST_UNUSED} captured steps were not used again, as with two caches in turns"
 REPLACED = "the tensors of the cache are replaced between steps, as in beam search"
 
 
@@ -72,11 +75,14 @@ class DecodeRunner:
         self._last: tuple | None = None
         self._reason: str | None = None
         self._is_after_prompt = True
+        self._unused = 0
         self._warm: deque[tuple] = deque(maxlen=MOST_WARM)
         self._casts = HeldCasts()
         self._backends: dict[torch.device, Backend] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._plain(*args, **kwargs)
         cache_name = next((name for name in CACHES if kwargs.get(name) is not None), None)
         if not self._is_step(args, kwargs, kwargs.get(cache_name)):
             self._is_after_prompt, self._last, self._reason = True, None, None
@@ -95,13 +101,17 @@ class DecodeRunner:
         if self._step is not None and not self._step.fits(key, cache, is_after_prompt):
             if not is_after_prompt and self._step.has_other_tensors(cache):
                 self._reason = REPLACED  # they would be in the next step, too
+            self._unused = 0 if self._step.replays > 1 else self._unused + 1
             self._step = None
         if self._casts.has_new_factors() or is_after_prompt:
             self._casts.refresh()  # factors may have been trained since the last generation
         if self._step is None:
             if self._last != (key, id(cache)):
                 self._last, self._reason = (key, id(cache)), None
-                if not self._is_warm(key, cache):
+                has_unused = self._unused >= MOST_UNUSED
+                if has_unused:
+                    self.reasons[UNUSED] += 1
+                if not self._is_warm(key, cache) or has_unused:
                     with self._casts.active():
                         return plain(**kwargs)
             self._capture(plain, key, leaves, cache_name, cache)
@@ -112,7 +122,8 @@ class DecodeRunner:
 
     @property
     def _plain(self) -> Function:
-        return self._own_forward or MethodType(type(self.decoder).forward, self.decoder)
+        # torch.compile of a whole model cannot trace MethodType
+        return self._own_forward or partial(type(self.decoder).forward, self.decoder)
 
     def _is_warm(self, key: tuple, cache: StaticCache) -> bool:
         """Whether such a step has run before; the first one loads and compiles kernels, which a capture cannot do."""
@@ -142,7 +153,7 @@ class DecodeRunner:
 
     def _is_step(self, args: tuple, kwargs: dict[str, Any], cache: Any) -> bool:
         returns_tuple = kwargs.get("return_dict", self.decoder.config.return_dict) is False
-        if args or returns_tuple or self.decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if args or returns_tuple or self.decoder.training or torch.is_grad_enabled():
             return False
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         is_recorded = any(kwargs.get(name) or getattr(self.decoder.config, name, False) for name in _RECORDED)
@@ -152,7 +163,7 @@ class DecodeRunner:
             and isinstance(tokens, Tensor)
             and tokens.shape[1] == 1
             and tokens.device.type == self._make_backend.device_type
-            and cache.is_initialized
+            and any(layer.is_initialized for layer in cache.layers)
         )
 
     @property
@@ -289,4 +300,6 @@ def _why_not(decoder: nn.Module, cache: StaticCache) -> str | None:
     for layer in cache.layers:
         if type(layer) is not StaticLayer:
             return f"{type(layer).__name__} counts tokens on the host"
+        if not layer.is_initialized:
+            return "a layer of the cache has no keys and values"
     return why_not_captured(decoder)

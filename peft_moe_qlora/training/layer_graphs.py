@@ -27,6 +27,7 @@ from .cuda_graphs import (
     read_call,
     why_not_constant,
 )
+from .hooks import has_hooks, kind_of_hooks
 from .static_tensors import StaticTensors
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def why_not_captured(layer: nn.Module) -> str | None:
     for path, module in layer.named_modules():
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves its weights ({path or 'the layer itself'})"
-        kind = _kind_of_hooks(module) if path else None
+        kind = kind_of_hooks(module) if path else None
         if kind is not None:
             return f"{path} has a {kind} hook, which a graph does not call"
         if isinstance(module, QuantizedExperts):
@@ -235,17 +236,6 @@ def why_not_captured(layer: nn.Module) -> str | None:
 def own_forward(module: nn.Module) -> Function | None:
     """The forward that was set on a module instead of its class, such as accelerate's, which moves its inputs."""
     return module.__dict__.get("forward")
-
-
-def _kind_of_hooks(module: nn.Module) -> str | None:
-    """`"forward"` or `"backward"` if a module has such hooks; None without hooks and for those of transformers.
-
-    transformers' hooks make inputs require gradients, or record outputs, for which graphs are paused.
-    """
-    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(not hook.__module__.startswith("transformers.") for hook in forward):
-        return "forward"
-    return "backward" if module._backward_hooks or module._backward_pre_hooks else None
 
 
 def _why_experts_copy(experts: QuantizedExperts) -> str | None:
@@ -286,10 +276,8 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
                     scales = scales.state2
         if module._buffers:
             addresses += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
-        if module is not layer and (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        ):
-            state.append(_kind_of_hooks(module))
+        if module is not layer and has_hooks(module):
+            state.append(kind_of_hooks(module))
         if module.__class__ not in _WITHOUT_CONSTANTS:
             state += [value for value in module.__dict__.values() if value.__class__ in _NUMBERS]
         forward = own_forward(module)

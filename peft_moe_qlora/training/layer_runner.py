@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -78,7 +78,8 @@ class LayerRunner:
 
     @property
     def plain_function(self) -> Callable[..., Any]:
-        return self._own_forward or MethodType(type(self.layer).forward, self.layer)
+        # torch.compile of a whole model cannot trace MethodType
+        return self._own_forward or partial(type(self.layer).forward, self.layer)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -93,11 +94,13 @@ class LayerRunner:
 
     def without_graphs(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the layer with checkpointing as set."""
+        is_compiling = torch.compiler.is_compiling()
+        function = self.plain_function if is_compiling else self.function
         if self.settings.keep == "everything":
-            return self.function(*args, **kwargs)
-        # in a compiled model, checkpointing does not support any context_fn
-        options = {"context_fn": keep_experts} if self.settings.keep == "experts" else {}
-        return checkpoint(self.function, *args, use_reentrant=False, **options, **kwargs)
+            return function(*args, **kwargs)
+        # torch.compile of a whole model does not support any context_fn
+        options = {"context_fn": keep_experts} if self.settings.keep == "experts" and not is_compiling else {}
+        return checkpoint(function, *args, use_reentrant=False, **options, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -121,8 +124,9 @@ class _ForwardHooks:
             if layer.gradient_checkpointing:
                 # with gradient_checkpointing=True, Trainer would checkpoint these layers twice
                 layer.gradient_checkpointing = False
-        if not torch.compiler.is_compiling():
-            leave_regions()
+        if torch.compiler.is_compiling():
+            return
+        leave_regions()
         if self.graphs is not None:
             recorded = [name for name in _RECORDED if _is_asked(model, name, kwargs)]
             why_recorded = f"{recorded[0]}=True records values inside a layer" if recorded else None
@@ -134,6 +138,8 @@ class _ForwardHooks:
             now.is_paused = of_model or why_recorded or why_sequences_are_split(model.config)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         now, ended = self.graphs.now, None
         while ended is not model:
             ended, now.is_paused = now.running.pop()
