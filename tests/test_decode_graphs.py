@@ -245,7 +245,7 @@ def test_compiled_by_transformers(device):
     """Traced as without graphs, in one piece."""
     ids = token_ids(device)
     model = tiny_model(device=device)
-    prepare_model_for_training(model, cuda_graphs=True)
+    prepare_model_for_training(model, use_gradient_checkpointing=False, cuda_graphs=True)
     model.eval()
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
