@@ -192,6 +192,10 @@ def test_layers_with_hooks_are_not_captured(device):
     assert "2 times: mlp has a forward hook" in graphs_report(model)
     assert "1 graphs of layers" in graphs_report(model)
     layer = model.get_submodule("base_model.model.model.layers.0")
+    handle = layer.self_attn.q_norm.register_forward_pre_hook({}.get)  # a method without `__module__`
+    model(**batch(device, 12)).loss.backward()
+    assert "1 times: self_attn.q_norm has a forward hook" in graphs_report(model)
+    handle.remove()
     handle = layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(2))  # after the capture
     model(**batch(device, 12)).loss.backward()
     assert seen.count(2) == 2, "in the forward and in the recomputation"

@@ -17,7 +17,8 @@ def kind_of_hooks(module: nn.Module) -> str | None:
     transformers' hooks make inputs require gradients, or record outputs.
     """
     forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(not hook.__module__.startswith("transformers.") for hook in forward):
+    # methods of builtin types have None
+    if any(not (hook.__module__ or "").startswith("transformers.") for hook in forward):
         return "forward"
     return "backward" if module._backward_hooks or module._backward_pre_hooks else None
 
