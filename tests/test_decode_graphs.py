@@ -16,6 +16,7 @@ import pytest
 import torch
 from calling_backend import LateBackend
 from peft import get_peft_model
+from shrunken_models import shrunken_model_or_skip
 from tiny_models import randomize_adapter, tiny_model, token_ids
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -207,6 +208,16 @@ def test_steps_that_are_not_captured(device):
     hidden = [run(model, ids, **options).hidden_states for run in (tokens, captured)]
     torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-4)
     assert "step of decoding, replayed" not in graphs_report(model)
+
+
+def test_caches_without_keys_and_values_have_a_reason(device):
+    """Those of inkling are not initialized as a whole, even after the prompt."""
+    model = shrunken_model_or_skip("inkling_text", dtype=torch.float32).to(device)
+    prepare_model_for_training(model, cuda_graphs=True)
+    ids = token_ids(device)
+    assert torch.equal(captured(model.eval(), ids), tokens(model, ids))
+    assert f"decoding without a graph, {NEW - 2} steps: " in graphs_report(model)
+    assert "counts tokens on the host" in graphs_report(model)
 
 
 def test_caches_in_turns_are_not_captured_in_each_step(device):
