@@ -233,7 +233,7 @@ def documentation() -> str:
         "- No setting that ran out of memory is estimated to fit. Three settings that ran on the small cards are",
         "  estimated to need up to 0.3 GiB more than these have. Where graphs did not fit, the step ran without",
         "  them: *needs* is with graphs, the other estimates are without.",
-        "- Graphs with an unfused loss reserve up to 15 % more than estimated: use TRL or Liger.",
+        "- Graphs with an unfused loss reserve up to 11 % more than estimated: use TRL or Liger.",
         "- gpt-oss in graphs reserves far more than estimated, because its attention does not use SDPA. Graphs are",
         "  not recommended for such models.",
         "- The last row had attention in FP8 too; the estimate assumes 16 bits.",

@@ -69,8 +69,12 @@ def test_estimates_exceed_the_card_where_it_ran_out_of_memory():
     for row in too_large:
         assert row.estimate.total > row.card * GIB, row
     fitting = [row for row in on_cards if row not in too_large]
-    predicted_to_fit = [row for row in fitting if row.estimate.total <= row.card * GIB]
-    assert len(predicted_to_fit) >= len(fitting) - 3
+    unforeseen = [(row.arm, row.tokens, row.expert_rank) for row in fitting if row.estimate.total > row.card * GIB]
+    assert unforeseen == [
+        ("ours+liger", 1024, 16),
+        ("ours+compile+graphs+liger-head", 2048, 16),  # it reserved 22.49 of the 22.5 GiB allowed
+        ("ours+liger", 4096, 16),
+    ]
     for row in fitting:
         assert row.estimate.total <= (row.card + 0.3) * GIB, row
 

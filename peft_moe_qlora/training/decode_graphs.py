@@ -35,7 +35,7 @@ from .cuda_graphs import (
     uncached_autocast,
     why_not_constant,
 )
-from .layer_graphs import layer_state, own_forward, why_not_captured
+from .layer_graphs import adapter_attributes, layer_state, own_forward, why_not_captured
 from .static_tensors import StaticTensors
 
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -215,10 +215,10 @@ class CapturedStep:
         self._decoder = decoder
         self._addresses = _addresses(cache)
         self._state = layer_state(decoder)
-        self._lora_layers = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
-        self._copied = [module for module in decoder.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        self._adapters = deepcopy(self._adapters_now())
-        bases = [module.get_base_layer() for module in self._lora_layers]
+        kinds = (LoraLayer, AuxiliaryTrainingWrapper)
+        self._adapters = [module for module in decoder.modules() if isinstance(module, kinds)]
+        self._adapter_states = deepcopy([adapter_attributes(module) for module in self._adapters])
+        bases = [module.get_base_layer() for module in self._adapters if isinstance(module, LoraLayer)]
         self._weights = [(base._parameters, *item) for base in bases for item in base._parameters.items()]
         self._static = StaticTensors()
         spec = key[0]
@@ -243,18 +243,11 @@ class CapturedStep:
             self._key == key
             and self._cache() is cache
             and not self.has_other_tensors(cache)
-            and self._adapters == self._adapters_now()
+            and self._adapter_states == [adapter_attributes(module) for module in self._adapters]
             # merging and unmerging replaces 4-bit weights
             and all(parameters.get(name) is weight for parameters, name, weight in self._weights)
             and (not is_after_prompt or self._state == layer_state(self._decoder))
         )
-
-    def _adapters_now(self) -> tuple[list[tuple], list[tuple]]:
-        """What `adapter_state` lists, without copies, which take twice as long for each token."""
-        layers = [
-            (one.active_adapter, one.disable_adapters, one.merged_adapters, one.scaling) for one in self._lora_layers
-        ]
-        return layers, [(one.active_adapter, one.disable_adapters) for one in self._copied]
 
     def has_other_tensors(self, cache: StaticCache) -> bool:
         """Whether the captured cache has other tensors than those in the graph."""

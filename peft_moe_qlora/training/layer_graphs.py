@@ -289,9 +289,18 @@ def layer_state(layer: nn.Module) -> tuple[tuple[int, ...], tuple]:
     return tuple(addresses), tuple(state)
 
 
+def adapter_attributes(module: LoraLayer | AuxiliaryTrainingWrapper) -> tuple[Any, ...]:
+    """Which adapters a module computes, and how. Lists and dictionaries are the module's own, which PEFT changes.
+
+    A module that is trained in full has neither merges nor scaling.
+    """
+    own = module.__dict__  # `isinstance` with an abstract class is slow
+    return module.active_adapter, module.disable_adapters, own.get("merged_adapters"), own.get("scaling")
+
+
 def adapter_state(module: LoraLayer | AuxiliaryTrainingWrapper) -> list[Any]:
-    """Which adapters a module computes, and how; a module that is trained in full has neither merges nor scaling."""
-    state: list[Any] = [*module.active_adapters, None, module.disable_adapters]
-    if isinstance(module, LoraLayer):
-        state += [*module.merged_adapters, None, *module.scaling.values()]
-    return state
+    """Hashable copies of the attributes."""
+    return [
+        tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+        for value in adapter_attributes(module)
+    ]

@@ -117,7 +117,8 @@ class MemoryEstimate:
         head: the loss, and tensors that it saves for the backward.
         one_layer: activations of the layer that is recomputed, their gradients, and workspace.
         graph_buffers: inputs and outputs of CUDA graphs.
-        between_kept: unused space in the pool of the graphs, between kept activations.
+        unused_cache: memory cached by torch that graphs can't use; as measured, that of a layer with kept experts or
+            all logits, otherwise none.
         libraries: see `LIBRARIES`.
         fragmentation: see `FRAGMENTATION`.
         outside_of_torch: see `OUTSIDE_OF_TORCH`.
@@ -134,7 +135,7 @@ class MemoryEstimate:
     head: int
     one_layer: int
     graph_buffers: int
-    between_kept: int
+    unused_cache: int
     libraries: int
     fragmentation: int
     outside_of_torch: int
@@ -152,7 +153,7 @@ class MemoryEstimate:
     @property
     def peak_allocated(self) -> int:
         """Peak memory of tensors (`torch.cuda.max_memory_allocated`); the pool of graphs is free between replays."""
-        taken = self.reserved - self.fragmentation - self.between_kept
+        taken = self.reserved - self.fragmentation - self.unused_cache
         return taken - (self.one_layer if self.graph_buffers else 0)
 
     @property
@@ -201,8 +202,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> MemoryEstimate:
         "factors": values,
         "optimizer": optimizer,
         "graph_buffers": graph_buffers(sizes, settings),
-        # as measured; see docs/cards.md
-        "between_kept": of_layer if settings.cuda_graphs and settings.keep_experts else 0,
+        "unused_cache": of_layer if settings.cuda_graphs and (settings.keep_experts or settings.logits) else 0,
         "libraries": LIBRARIES * (3 if settings.cuda_graphs else 1),
         **{name: moment.get(name, 0) for name in ("gradients", "layer_inputs", "kept_experts", "head", "one_layer")},
     }
